@@ -1,0 +1,178 @@
+"""What can be wrong with an adapter, as typed errors.
+
+Each error says what was found, what was expected and how to fix it. HTTP statuses are not known
+here: the server maps every code to one in its own table.
+
+    AdapterError
+    ├── UnsafeFormat            unsafe_format        a pickle, or an archive that tries to escape
+    ├── CorruptFile             corrupt_file         bytes that are not what they claim to be
+    ├── UnsupportedMethod       unsupported_method   a PEFT method other than HiRA and LoRA
+    ├── UnsupportedOption       unsupported_option   an option that would change the answer
+    ├── ShapeMismatch           shape_mismatch       a tensor that does not fit its layer
+    ├── BaseMismatch            base_mismatch        made for another base model
+    ├── UnmatchedTensors        unmatched_tensors    tensors that belong to no layer of this base
+    ├── MissingTensors          missing_tensors      targets or heads without their tensors
+    ├── NonFinite               non_finite           NaN or infinity
+    ├── InvalidName             invalid_name         a name outside [a-z0-9][a-z0-9._-]{0,63}
+    ├── AdapterNotFound         adapter_not_found
+    ├── AdapterExists           adapter_exists
+    ├── SourceForbidden         source_forbidden     a source outside what the operator allowed
+    ├── SourceUnavailable       source_unavailable   an allowed source that could not be read
+    ├── UploadTooLarge          upload_too_large
+    ├── StoreFull               store_full
+    ├── SegmentMismatch         segment_mismatch     segments that do not cover the rows
+    ├── SlotNotResident         slot_not_resident    a slot without factors
+    └── AdapterFaults           (the code of the first)  several of the above, reported together
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class AdapterError(Exception):
+    """An adapter, or a request for one, that cannot be honoured.
+
+    Args:
+        message: One sentence, for a person.
+        found: What was there, in a few words or numbers.
+        expected: What should have been there.
+        fix: What the user can do about it.
+    """
+
+    code: ClassVar[str] = "adapter_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and errors cross processes.
+        return (_rebuild, (type(self), self.message, self.found, self.expected, self.fix))
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        parts += [
+            f"{label}: {text}"
+            for label, text in (
+                ("found", self.found),
+                ("expected", self.expected),
+                ("fix", self.fix),
+            )
+            if text
+        ]
+        return "; ".join(parts)
+
+
+def _rebuild(
+    kind: type[AdapterError],
+    message: str,
+    found: str | None,
+    expected: str | None,
+    fix: str | None,
+) -> AdapterError:
+    return kind(message, found=found, expected=expected, fix=fix)
+
+
+class UnsafeFormat(AdapterError):
+    code = "unsafe_format"
+
+
+class CorruptFile(AdapterError):
+    code = "corrupt_file"
+
+
+class UnsupportedMethod(AdapterError):
+    code = "unsupported_method"
+
+
+class UnsupportedOption(AdapterError):
+    code = "unsupported_option"
+
+
+class ShapeMismatch(AdapterError):
+    code = "shape_mismatch"
+
+
+class BaseMismatch(AdapterError):
+    code = "base_mismatch"
+
+
+class UnmatchedTensors(AdapterError):
+    code = "unmatched_tensors"
+
+
+class MissingTensors(AdapterError):
+    code = "missing_tensors"
+
+
+class NonFinite(AdapterError):
+    code = "non_finite"
+
+
+class InvalidName(AdapterError):
+    code = "invalid_name"
+
+
+class AdapterNotFound(AdapterError):
+    code = "adapter_not_found"
+
+
+class AdapterExists(AdapterError):
+    code = "adapter_exists"
+
+
+class SourceForbidden(AdapterError):
+    code = "source_forbidden"
+
+
+class SourceUnavailable(AdapterError):
+    code = "source_unavailable"
+
+
+class UploadTooLarge(AdapterError):
+    code = "upload_too_large"
+
+
+class StoreFull(AdapterError):
+    code = "store_full"
+
+
+class SegmentMismatch(AdapterError):
+    code = "segment_mismatch"
+
+
+class SlotNotResident(AdapterError):
+    code = "slot_not_resident"
+
+
+class AdapterFaults(AdapterError):
+    """Several faults of one adapter, found in one pass and reported together.
+
+    Its code, found, expected and fix are those of the first fault; ``faults`` has them all.
+    """
+
+    def __init__(self, faults: Sequence[AdapterError]) -> None:
+        if not faults:
+            raise ValueError("AdapterFaults needs at least one fault")
+        first = faults[0]
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        super().__init__(
+            first.message + more, found=first.found, expected=first.expected, fix=first.fix
+        )
+        self.faults = tuple(faults)
+        self.code = first.code  # type: ignore[misc]  # an instance speaks for its first fault
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (AdapterFaults, (self.faults,))

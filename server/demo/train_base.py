@@ -1,0 +1,155 @@
+"""Trains the demo's base model from nothing: a six-layer Llama of six million parameters.
+
+Hidden matrices are updated by Muon, the embedding and the norms by AdamW; weights stay in float32 while
+the products run in bfloat16. The result is saved in bfloat16 in the Hugging Face layout.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from server.demo import corpora
+from server.demo.vocabulary import CONTEXT_TOKENS, DocumentStream, train_tokenizer
+
+_BATCH_TOKENS: Final = 4096
+_SHORT_WINDOW_TOKENS: Final = 256
+_SHORT_WINDOW_SHARE: Final = 0.6
+_WARMUP_STEPS: Final = 50
+_DECAY_SHARE: Final = 0.5
+_MATRIX_LEARNING_RATE: Final = 0.02
+_VECTOR_LEARNING_RATE: Final = 3e-3
+_LOG_EVERY_STEPS: Final = 20
+
+
+@dataclass(frozen=True)
+class PretrainingRecord:
+    """What a pretraining run did, for the model card."""
+
+    steps: int
+    tokens_seen: int
+    tokens_in_one_pass: int
+    final_loss: float
+    wall_s: float
+
+
+def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Return the architecture: 6 layers, width 256, 4 query heads over 2 key-value heads of 64."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def train_base(
+    corpora_root: Path,
+    out_dir: Path,
+    *,
+    steps: int,
+    seed: int,
+    console: Console,
+    checkpoint_every_steps: int,
+) -> PretrainingRecord:
+    """Train tokenizer and model on the training texts and save both in `out_dir`."""
+    torch.manual_seed(seed)
+    documents = corpora.pretraining_documents(corpora_root)
+    tokenizer = train_tokenizer(documents)
+    model = LlamaForCausalLM(base_config(tokenizer))
+    stream = DocumentStream(tokenizer, documents, seed)
+    console.print(
+        f"{model.num_parameters():,} parameters, {len(documents):,} documents, "
+        f"{stream.tokens:,} tokens a pass"
+    )
+
+    optimizers = _optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps)) for optimizer in optimizers
+    ]
+    loss_of: Callable[[Tensor], Tensor] = torch.compile(_next_token_loss(model), dynamic=False)
+    started_s = time.monotonic()
+    tokens_seen, smooth_loss = 0, 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("base", total=steps)
+        for step in range(steps):
+            short = step < steps * _SHORT_WINDOW_SHARE
+            window_tokens = _SHORT_WINDOW_TOKENS if short else CONTEXT_TOKENS
+            loss = loss_of(stream.windows(_BATCH_TOKENS // window_tokens, window_tokens))
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+            tokens_seen += _BATCH_TOKENS
+            smooth_loss = loss.item() if step == 0 else 0.98 * smooth_loss + 0.02 * loss.item()
+            progress.update(bar, advance=1, description=f"base, loss {smooth_loss:.3f}")
+            if (step + 1) % _LOG_EVERY_STEPS == 0:
+                rate = tokens_seen / (time.monotonic() - started_s)
+                console.print(f"step {step + 1}: loss {smooth_loss:.3f}, {rate:,.0f} tokens/s")
+            if (step + 1) % checkpoint_every_steps == 0 and step + 1 < steps:
+                save_base(model, tokenizer, out_dir)
+    save_base(model, tokenizer, out_dir)
+    wall_s = time.monotonic() - started_s
+    return PretrainingRecord(steps, tokens_seen, stream.tokens, smooth_loss, wall_s)
+
+
+def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
+    """Write the model in bfloat16, its generation defaults and its tokenizer; the model is not changed."""
+    stored = LlamaForCausalLM(model.config)
+    stored.load_state_dict(model.state_dict())
+    stored.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    stored.to(torch.bfloat16).save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+def _next_token_loss(model: LlamaForCausalLM) -> Callable[[Tensor], Tensor]:
+    def loss_of(windows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden)
+        return cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+    return loss_of
+
+
+def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=_MATRIX_LEARNING_RATE, weight_decay=0.1),
+        torch.optim.AdamW(
+            others, lr=_VECTOR_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        ),
+    ]
+
+
+def _schedule(steps: int) -> Callable[[int], float]:
+    """Return warm-up, a plateau, then a straight line down to zero."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / _WARMUP_STEPS, (steps - step) / (steps * _DECAY_SHARE))
+
+    return factor

@@ -1,0 +1,173 @@
+"""What passes between the HTTP processes and the worker: requests down, events up.
+
+Frozen dataclasses that pickle small and import no torch. A request names an adapter *version* that
+the HTTP process resolved when it admitted the request, so a replacement never changes an answer
+half-way. Every request ends with exactly one terminal event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Task = Literal[
+    "text-classification",
+    "token-classification",
+    "fill-mask",
+    "text-generation",
+    "feature-extraction",
+    "question-answering",
+    "image-classification",
+]
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedInput:
+    """One input of an encode request.
+
+    ``token_ids`` include the special tokens; ``text`` and ``offsets`` (character start and stop of
+    each token, equal for special tokens) are there for tasks that answer with spans of the text.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+    offsets: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeRequest:
+    """Run the encode lane on one or more inputs with one adapter version (None: the bare base)."""
+
+    id: str
+    task: Task
+    adapter: str | None
+    version: str | None
+    inputs: tuple[EncodedInput, ...]
+    top_k: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    submitted: float = 0.0  # time.time(), seconds
+    deadline: float | None = None  # time.time(), seconds
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(item.token_ids) for item in self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How to choose tokens: greedily unless ``do_sample``; penalty 1.0 and top_p 1.0 are off."""
+
+    max_new_tokens: int = 20
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: bool = False
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Continue one prompt with one adapter version (None: the bare base)."""
+
+    id: str
+    adapter: str | None
+    version: str | None
+    token_ids: tuple[int, ...]
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stream: bool = False
+    submitted: float = 0.0
+    deadline: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the request may come to hold: the prompt and all that it may generate."""
+        return len(self.token_ids) + self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for request ``id`` any more: stop its work within a step."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """Bring ``version`` to the device before anybody asks for it."""
+
+    version: str
+
+
+Message = EncodeRequest | GenerateRequest | Cancel | Preload
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeResult:
+    """Terminal. ``outputs`` holds one plain JSON value per input, in order."""
+
+    id: str
+    outputs: tuple[Any, ...]
+    version: str | None
+    prompt_tokens: int
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token of a streamed request.
+
+    ``text`` is what this token adds to the readable text; it is empty while a character is
+    incomplete or while the tail could still turn into a stop string.
+    """
+
+    id: str
+    token_id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """Terminal. ``tail`` is text that no TokenEvent has carried yet."""
+
+    id: str
+    text: str
+    tail: str
+    tokens: tuple[GeneratedToken, ...]
+    finish_reason: FinishReason
+    version: str | None
+    prompt_tokens: int
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Terminal. ``code`` is a row of the table in server/errors.py."""
+
+    id: str
+    code: str
+    message: str
+    found: str | None = None
+    expected: str | None = None
+    fix: str | None = None
+
+
+Event = EncodeResult | TokenEvent | GenerateResult | Failure
+TERMINAL = (EncodeResult, GenerateResult, Failure)

@@ -1,0 +1,47 @@
+"""What the engine needs to know to start: frozen, picklable, made once from the settings.
+
+The settings read the environment, the command line and hira.toml; the engine reads only this, so it
+can be built in a test or a notebook without any of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+DType = Literal["auto", "bf16", "fp16", "fp32"]
+Device = Literal["auto", "cpu", "cuda"]
+Modulation = Literal["auto", "fold", "expand", "cached", "reference"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Everything that shapes one engine on one device."""
+
+    base: str  # a folder or a hub id
+    store_dir: Path  # adapters by version, as adapters.store lays them out
+    cache_dir: Path  # calibration and other files that can be made again
+    revision: str | None = None
+    quantization: Quantization = "nf4"
+    double_quant: bool = True
+    dtype: DType = "auto"
+    device: Device = "auto"
+    threads: int | None = None  # None: one per physical core that the process may use
+
+    modulation: Modulation = "auto"
+    slots: int = 256  # adapters on the device at once
+    device_bytes: int = 1024 * MIB  # their factors in the compute dtype
+    host_bytes: int = 2048 * MIB  # factors kept in memory off the device
+    folded_bytes: int = 256 * MIB  # cached folded weights
+
+    max_batch_tokens: int = 8192  # padded tokens in one forward of the encode lane
+    max_batch_rows: int = 64
+    max_sequences: int = 64  # sequences decoding together
+    prefill_tokens: int = 1024  # tokens of one generate step
+    kv_bytes: int = 256 * MIB
+    max_input_tokens: int | None = None  # None: the context of the base
+    allow_prefix_sharing: bool = False
