@@ -29,11 +29,13 @@ class EncodedInput:
 
     ``token_ids`` include the special tokens; ``text`` and ``offsets`` (character start and stop of
     each token, equal for special tokens) are there for tasks that answer with spans of the text.
+    ``type_ids`` tell the two texts of a pair apart, for models that were taught to.
     """
 
     token_ids: tuple[int, ...]
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] | None = None
+    type_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,5 +171,6 @@ class Failure:
     fix: str | None = None
 
 
+Request = EncodeRequest | GenerateRequest
 Event = EncodeResult | TokenEvent | GenerateResult | Failure
 TERMINAL = (EncodeResult, GenerateResult, Failure)

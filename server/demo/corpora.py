@@ -1,14 +1,15 @@
 """Reads the public texts the demo is made from, and fixes which part is for training.
 
-Every split is decided here, once: what a function named `*_train` returns may be learned from, what a
-function named `*_test` returns is only ever measured. Tokenising and training belong to other modules.
+Every split is decided here, once: what a function named `*_train` returns may be learned from,
+what a function named `*_test` returns is only ever measured. Tokenising and training belong to
+other modules.
 
 The folder is laid out as
 
     imdb/{train,test}.jsonl.gz                one JSON object a line, with `text` and `label`
     sst2/{train,dev}.tsv.gz                   `sentence<TAB>label`, unquoted, one header line
     agnews/{train,test}.tsv.gz                `text<TAB>label`, unquoted, one header line
-    wikitext2/train_wt103_prefix.txt.gz       WikiText tokenisation, articles opened by ` = Title = `
+    wikitext2/train_wt103_prefix.txt.gz       WikiText tokenisation, articles open by ` = Title = `
     tinyshakespeare/input.txt.gz              speeches separated by an empty line
 """
 
@@ -156,7 +157,10 @@ def _wiki_articles(root: Path, *, held_out: bool) -> tuple[str, ...]:
     bounds = zip(openings, [*openings[1:], len(text)], strict=True)
     articles = [text[start:end] for start, end in bounds]
     cut = int(len(articles) * _TRAIN_SHARE)
-    return tuple(_ordinary_spacing(article) for article in articles[slice(cut, None) if held_out else slice(cut)])
+    return tuple(
+        _ordinary_spacing(article)
+        for article in articles[slice(cut, None) if held_out else slice(cut)]
+    )
 
 
 def _ordinary_spacing(article: str) -> str:

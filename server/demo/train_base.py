@@ -1,12 +1,11 @@
 """Trains the demo's base model from nothing: a six-layer Llama of six million parameters.
 
-Hidden matrices are updated by Muon, the embedding and the norms by AdamW; weights stay in float32 while
-the products run in bfloat16. The result is saved in bfloat16 in the Hugging Face layout.
+Hidden matrices are updated by Muon, the embedding and the norms by AdamW; weights stay in float32
+while the products run in bfloat16. The result is saved in bfloat16 in the Hugging Face layout.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,25 +19,15 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from server.demo import corpora
 from server.demo.vocabulary import CONTEXT_TOKENS, DocumentStream, train_tokenizer
 
-_BATCH_TOKENS: Final = 4096
+BASE_STEPS: Final = 2600
+BATCH_TOKENS: Final = 4096
 _SHORT_WINDOW_TOKENS: Final = 256
 _SHORT_WINDOW_SHARE: Final = 0.6
 _WARMUP_STEPS: Final = 50
 _DECAY_SHARE: Final = 0.5
 _MATRIX_LEARNING_RATE: Final = 0.02
 _VECTOR_LEARNING_RATE: Final = 3e-3
-_LOG_EVERY_STEPS: Final = 20
-
-
-@dataclass(frozen=True)
-class PretrainingRecord:
-    """What a pretraining run did, for the model card."""
-
-    steps: int
-    tokens_seen: int
-    tokens_in_one_pass: int
-    final_loss: float
-    wall_s: float
+_LOG_EVERY_STEPS: Final = 50
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -66,8 +55,7 @@ def train_base(
     steps: int,
     seed: int,
     console: Console,
-    checkpoint_every_steps: int,
-) -> PretrainingRecord:
+) -> None:
     """Train tokenizer and model on the training texts and save both in `out_dir`."""
     torch.manual_seed(seed)
     documents = corpora.pretraining_documents(corpora_root)
@@ -86,34 +74,35 @@ def train_base(
     loss_of: Callable[[Tensor], Tensor] = torch.compile(_next_token_loss(model), dynamic=False)
     started_s = time.monotonic()
     tokens_seen, smooth_loss = 0, 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("base", total=steps)
         for step in range(steps):
             short = step < steps * _SHORT_WINDOW_SHARE
             window_tokens = _SHORT_WINDOW_TOKENS if short else CONTEXT_TOKENS
-            loss = loss_of(stream.windows(_BATCH_TOKENS // window_tokens, window_tokens))
+            loss = loss_of(stream.windows(BATCH_TOKENS // window_tokens, window_tokens))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-            tokens_seen += _BATCH_TOKENS
+            tokens_seen += BATCH_TOKENS
             smooth_loss = loss.item() if step == 0 else 0.98 * smooth_loss + 0.02 * loss.item()
             progress.update(bar, advance=1, description=f"base, loss {smooth_loss:.3f}")
             if (step + 1) % _LOG_EVERY_STEPS == 0:
                 rate = tokens_seen / (time.monotonic() - started_s)
                 console.print(f"step {step + 1}: loss {smooth_loss:.3f}, {rate:,.0f} tokens/s")
-            if (step + 1) % checkpoint_every_steps == 0 and step + 1 < steps:
-                save_base(model, tokenizer, out_dir)
     save_base(model, tokenizer, out_dir)
-    wall_s = time.monotonic() - started_s
-    return PretrainingRecord(steps, tokens_seen, stream.tokens, smooth_loss, wall_s)
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
-    """Write the model in bfloat16, its generation defaults and its tokenizer; the model is not changed."""
+    """Write model (in bfloat16), generation defaults and tokenizer; `model` is not changed."""
     stored = LlamaForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
     stored.generation_config = GenerationConfig(

@@ -55,9 +55,15 @@ class DocumentStream:
     windows of equal length, so no position is padding.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], seed: int) -> None:
-        encoded = tokenizer(list(documents), return_attention_mask=False, verbose=False)["input_ids"]
-        self._documents = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded]
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], seed: int
+    ) -> None:
+        encoded = tokenizer(list(documents), return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        self._documents = [
+            np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded
+        ]
         self._order = np.random.default_rng(seed)
         self._left = np.empty(0, dtype=np.int64)
         self.tokens = sum(len(document) for document in self._documents)

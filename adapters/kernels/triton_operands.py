@@ -1,0 +1,305 @@
+"""What the fused kernel reads of a layer and of its adapters: packed weights, factor addresses.
+
+Everything here is built on the host, without triton, and checked before anything is written: a
+kernel that follows a wrong address answers for another tenant. ``adapters.kernels.triton_ops``
+launches; who holds the factors, and when a slot may be reused, is the residency's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from adapters.errors import ShapeMismatch, SlotNotResident
+from adapters.segments import BASE_SLOT
+
+HALF_FEATURES = 64
+GROUP_FEATURES = 2 * HALF_FEATURES
+MAX_RANK = 128
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FACTOR_COLUMNS = 3
+ADDRESS_MULTIPLE_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class NestedScales:
+    """Scales of scales: scale[i] = code[scales[i]] · outer[i // block] + offset."""
+
+    code: torch.Tensor  # float32 [256]
+    outer: torch.Tensor  # float32 [ceil(scales / block)]
+    offset: torch.Tensor  # float32 [1]
+    block: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.code.nbytes + self.outer.nbytes + self.offset.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A frozen 4-bit weight W0 ``[out, in]`` as the fused kernel reads it.
+
+    Made by :func:`pack_weight` or :func:`pack_state`; never mutated. 0.516 bytes a weight with
+    nested scales in blocks of 64, 0.5625 with float32 scales.
+    """
+
+    shape: tuple[int, int]  # out, in
+    packed: torch.Tensor  # uint8 [out * in / 2]; which weights share a byte: see ``grouped``
+    levels: torch.Tensor  # float32 [16], the value of each 4-bit code
+    scales: torch.Tensor  # float32 or, nested, uint8 [ceil(out * in / block)]
+    block: int  # weights that share a scale, along the flat weight
+    nested: NestedScales | None
+    # False: bitsandbytes' order, bytes hold columns 2j (high half) and 2j + 1.
+    # True: within each 128 columns of a row, byte j holds columns j (high half) and j + 64, so that
+    # both halves of a tile read x and A contiguously and need one scale a row.
+    grouped: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight on its device, scales and tables included."""
+        own = self.packed.nbytes + self.levels.nbytes + self.scales.nbytes
+        return own + (0 if self.nested is None else self.nested.nbytes)
+
+    def ungrouped(self) -> torch.Tensor:
+        """The bytes in bitsandbytes' order, for its dequantization: uint8 ``[out * in / 2]``."""
+        if not self.grouped:
+            return self.packed
+        high, low = _nibbles(self.packed.view(-1, HALF_FEATURES))
+        return _bytes(torch.cat((high, low), dim=1).view(-1, 2))
+
+
+def pack_weight(
+    stored: torch.Tensor,
+    scales: torch.Tensor,
+    kind: Literal["nf4", "fp4"],
+    shape: tuple[int, int],
+    block: int,
+    *,
+    nested: NestedScales | None = None,
+    group: bool = True,
+) -> PackedWeight:
+    """A packed weight from bitsandbytes' storage, the fields of ``QuantizedWeight``.
+
+    Args:
+        stored: uint8, ``out * in / 2`` bytes, two weights a byte, the first in the high half.
+        scales: float32, one a block of the flat weight; with ``nested``, uint8.
+        kind: Which sixteen levels.
+        shape: ``(out, in)``.
+        block: Weights a scale, an even number.
+        nested: How 8-bit scales expand.
+        group: Reorder the bytes into the faster layout where the shape allows it (in a multiple of
+            128, block one of 64). That is a copy of ``stored``: drop the original and use
+            :meth:`PackedWeight.ungrouped`, or pay for both (1.02 bytes a weight).
+
+    Returns:
+        The weight; shares ``scales``, and ``stored`` unless it was reordered.
+
+    Raises:
+        ShapeMismatch: Sizes or types that do not belong together, or an odd number of inputs:
+            such rows do not start at a byte; use the torch operators for that layer.
+    """
+    out_features, in_features = shape
+    count = out_features * in_features
+    if in_features % 2 or block % 2 or block <= 0:
+        raise ShapeMismatch(
+            "A row of this 4-bit weight does not start at a byte.",
+            found=f"{in_features} inputs, blocks of {block}",
+            expected="even numbers",
+            fix="use the torch operators for this layer",
+        )
+    blocks = -(-count // block)
+    wanted = torch.float32 if nested is None else torch.uint8
+    _check("packed weight", stored.reshape(-1), (count // 2,), (torch.uint8,), stored.device)
+    _check("scales", scales, (blocks,), (wanted,), stored.device)
+    if nested is not None:
+        outer = (-(-blocks // nested.block),)
+        _check("outer scales", nested.outer, outer, (torch.float32,), stored.device)
+        _check("code of the scales", nested.code, (256,), (torch.float32,), stored.device)
+        _check("offset of the scales", nested.offset, (1,), (torch.float32,), stored.device)
+    from bitsandbytes import functional
+
+    levels = functional.get_4bit_type(kind, device="cpu").to(stored.device, torch.float32)
+    weight = PackedWeight(shape, stored.reshape(-1), levels, scales, block, nested, grouped=False)
+    if not group or in_features % GROUP_FEATURES or block % HALF_FEATURES:
+        return weight
+    high, low = _nibbles(weight.packed)
+    columns = torch.stack((high, low), dim=1).view(-1, 2, HALF_FEATURES)
+    return replace(weight, packed=_bytes(columns.transpose(1, 2).reshape(-1, 2)), grouped=True)
+
+
+def pack_state(stored: torch.Tensor, state: Any, *, group: bool = True) -> PackedWeight:
+    """A packed weight from a bitsandbytes ``QuantState``, nested scales kept in 8 bits.
+
+    Args:
+        stored: The packed parameter, uint8.
+        state: Its ``quant_state``; nothing of it is changed.
+        group: As in :func:`pack_weight`.
+
+    Raises:
+        ShapeMismatch: As :func:`pack_weight`.
+    """
+    nested = None
+    if state.nested:
+        inner = state.state2
+        nested = NestedScales(
+            inner.code.float(),
+            inner.absmax.float(),
+            state.offset.float().reshape(1),
+            int(inner.blocksize),
+        )
+    rows, columns = state.shape
+    scales = state.absmax if state.nested else state.absmax.float()
+    return pack_weight(
+        stored,
+        scales,
+        state.quant_type,
+        (int(rows), int(columns)),
+        int(state.blocksize),
+        nested=nested,
+        group=group,
+    )
+
+
+class FactorTable:
+    """Where the factors of every slot and layer lie on one device, as the kernel looks them up.
+
+    The factors stay where they were allocated, whatever their ranks; the table holds two addresses
+    and a rank (24 bytes a slot and layer) and keeps the tensors alive. One table serves all layers
+    of a model, so filling a slot is one small copy. Not thread-safe; place or clear a slot on the
+    stream that the kernels run on, or when no kernel that reads it is under way.
+
+    Args:
+        slots: How many, slot 0 (the bare base) included.
+        layers: ``(out, in)`` of each layer; its index here names it.
+        dtype: Of every factor: that of the activations.
+        device: Of every factor.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        layers: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ShapeMismatch(
+                "The fused kernel does not compute in this type.",
+                found=str(dtype),
+                expected=", ".join(map(str, DTYPES)),
+            )
+        self.layers = tuple(layers)
+        self.dtype = dtype
+        # int64 [slots, layers, 3]: addresses of A [r, in] and Bᵀ [r, out], then r (0: as base).
+        shape = (slots, len(self.layers), FACTOR_COLUMNS)
+        self.addresses = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._ranks: list[tuple[int, ...] | None] = [None] * slots
+        self._ranks[BASE_SLOT] = (0,) * len(self.layers)
+        self._alive: dict[int, list[torch.Tensor]] = {}
+
+    @property
+    def slots(self) -> int:
+        return len(self._ranks)
+
+    def rank(self, slot: int, layer: int) -> int:
+        """The rank of a slot's factors in a layer, 0 where it has none.
+
+        Raises:
+            SlotNotResident: Nothing was placed in the slot, or the table has no such slot.
+        """
+        ranks = self._ranks[slot] if 0 <= slot < self.slots else None
+        if ranks is None:
+            raise SlotNotResident(
+                "A segment names a slot without factors.",
+                found=f"slot {slot}",
+                expected="one of " + ", ".join(str(i) for i, r in enumerate(self._ranks) if r),
+                fix="lease the adapter before the batch is built",
+            )
+        return ranks[layer]
+
+    def place(self, slot: int, factors: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Put an adapter in a slot; mutates the table, replacing what the slot held.
+
+        Args:
+            slot: 1 or more.
+            factors: By layer index: A ``[r, in]`` contiguous, and B ``[out, r]`` as the transpose
+                of a contiguous ``[r, out]`` (``b_t.t()``), so that both are read along their rows
+                whatever the rank; starts at multiples of 16 bytes. Layers left out are the base's.
+
+        Raises:
+            SlotNotResident: The table has no such slot, or it is the base's.
+            ShapeMismatch: A factor of the wrong shape, rank, type, device or memory layout.
+                Nothing was changed.
+        """
+        if not 0 < slot < self.slots:
+            raise SlotNotResident(
+                "The table has no such slot.", found=f"{slot}", expected=f"1 to {self.slots - 1}"
+            )
+        rows = [(0, 0, 0)] * len(self.layers)
+        alive: list[torch.Tensor] = []
+        for layer, (a, b) in factors.items():
+            out_features, in_features = self.layers[layer]
+            rank = a.shape[0]
+            if not 1 <= rank <= MAX_RANK:
+                raise ShapeMismatch(
+                    "The fused kernel does not take this rank.",
+                    found=f"layer {layer}, rank {rank}",
+                    expected=f"1 to {MAX_RANK}",
+                    fix="use the torch operators for this adapter",
+                )
+            where = self.addresses.device
+            _check(f"A of layer {layer}", a, (rank, in_features), (self.dtype,), where)
+            _check(f"Bᵀ of layer {layer}", b.t(), (rank, out_features), (self.dtype,), where)
+            rows[layer] = (a.data_ptr(), b.data_ptr(), rank)
+            if any(address % ADDRESS_MULTIPLE_BYTES for address in rows[layer][:2]):
+                raise ShapeMismatch(
+                    "A factor is not aligned.",
+                    found=f"layer {layer}, addresses {rows[layer][:2]}",
+                    expected=f"multiples of {ADDRESS_MULTIPLE_BYTES} bytes",
+                )
+            alive += (a, b)
+        self.addresses[slot].copy_(torch.tensor(rows, dtype=torch.int64))
+        self._ranks[slot] = tuple(rank for _, _, rank in rows)
+        self._alive[slot] = alive
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot and let go of its tensors; mutates the table. Emptying twice is harmless."""
+        if 0 < slot < self.slots:
+            self._ranks[slot] = None
+            self._alive.pop(slot, None)
+
+
+def _nibbles(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return packed >> 4, packed & 15
+
+
+def _bytes(pairs: torch.Tensor) -> torch.Tensor:
+    """``[n, 2]`` 4-bit codes → ``[n]`` bytes, the first in the high half."""
+    return (pairs[:, 0] << 4 | pairs[:, 1]).contiguous()
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    sizes = tuple(tensor.shape)
+    if sizes != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        raise ShapeMismatch(
+            f"The {name} has the wrong shape, type or layout.",
+            found=f"{sizes} {tensor.dtype}, strides {tuple(tensor.stride())}",
+            expected=f"contiguous {shape} {' or '.join(map(str, dtypes))}",
+        )
+    if tensor.device != device:
+        raise ShapeMismatch(
+            f"The {name} is on another device.", found=str(tensor.device), expected=str(device)
+        )

@@ -1,0 +1,383 @@
+"""The fused GPU kernel: y = x (W0 ⊙ (1 + B A))ᵀ + bias from 4-bit storage, many slots a call.
+
+A tile of W0 is decoded in registers, multiplied by 1 + a tile of B A that the tensor cores have
+just made, and dotted with the rows of its slot; no dense weight reaches GPU memory. This is the
+only module that imports triton: import it where there is a CUDA device and triton is installed.
+LoRA's two thin products stay with ``adapters.kernels.torch_ops``.
+
+Two kernels, one equation:
+
+- *many rows of a slot* (prefill): a program owns ``[block_out, block_rows]`` of y, all its rows of
+  one slot. It runs along the input features as flash attention runs along the keys: B stays, while
+  A, x and W0 stream past. The modulation costs 2·r flops a weight for every block of rows.
+- *few rows of many slots* (decode): rows of several slots share one accumulator. A program decodes
+  each tile of W0 once, dots it with all the rows, then adds each slot's W0 ⊙ (B A) to the columns
+  of that slot. The input features are split over programs; a small second kernel adds the parts in
+  a fixed order, so that an answer is reproducible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from adapters.errors import ShapeMismatch
+from adapters.kernels.triton_operands import (
+    FACTOR_COLUMNS,
+    HALF_FEATURES,
+    FactorTable,
+    PackedWeight,
+)
+from adapters.kernels.triton_tiles import BatchTiles, FewRows, ManyRows
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a launch is cut: output features a program, warps a program, stages of the pipeline."""
+
+    out: int
+    warps: int
+    stages: int
+
+
+# By block of rows and padded rank. Chosen so that accumulator, modulation and decoded tile fit the
+# registers; the compile test reports what each takes.
+MANY_BLOCKS = {
+    (64, 0): Blocks(128, 8, 3),
+    (64, 16): Blocks(128, 8, 3),
+    (64, 32): Blocks(128, 8, 3),
+    (64, 64): Blocks(128, 8, 3),
+    (64, 128): Blocks(128, 8, 2),
+    (128, 0): Blocks(128, 8, 3),
+    (128, 16): Blocks(128, 8, 3),
+    (128, 32): Blocks(128, 8, 3),
+    (128, 64): Blocks(128, 8, 3),
+    (128, 128): Blocks(128, 8, 2),
+}
+FEW_BLOCKS = {
+    16: Blocks(64, 4, 2),
+    32: Blocks(64, 4, 2),
+    64: Blocks(64, 4, 2),
+    128: Blocks(64, 4, 1),
+}
+SUM_BLOCK_FEATURES = 256
+# Programs of the few-rows kernel that a multiprocessor should be given to hide its latencies.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+MAX_SPLITS = 16
+
+
+@triton.jit
+def _dot(left, right, total, EXACT: tl.constexpr):
+    """left · right + total in float32; EXACT does without the tensor cores' rounding."""
+    if EXACT:
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(left, right, total)
+    return total
+
+
+@triton.jit
+def _scale(
+    scale_ptr, code_ptr, outer_ptr, offset, index, mask,
+    NESTED: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """The float32 scale of block ``index``; NESTED: code[byte] · outer[index / OUTER] + offset."""
+    if NESTED:
+        byte = tl.load(scale_ptr + index, mask=mask, other=0).to(tl.int32)
+        outer = tl.load(outer_ptr + index // OUTER, mask=mask, other=0.0)
+        scale = tl.load(code_ptr + byte) * outer + offset
+    else:
+        scale = tl.load(scale_ptr + index, mask=mask, other=0.0)
+    return scale
+
+
+@triton.jit
+def _decode(
+    packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset, n, first, N, K,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr,
+    NESTED: tl.constexpr, OUTER: tl.constexpr, DECODER: tl.constexpr,
+):  # fmt: skip
+    """W0[n, first : first + 2 HALF] in float32, as the halves of the high and of the low nibbles.
+
+    GROUPED: the high nibbles are the first HALF columns, the low ones the rest, each within one
+    block of scales. Otherwise bitsandbytes' order: even and odd columns, one scale a byte.
+    """
+    j = tl.arange(0, HALF)
+    row = n.to(tl.int64) * K
+    inside = n < N
+    at = (row // 2 + first // 2)[:, None] + j[None, :]
+    mask = inside[:, None] & _columns(first, K, HALF, GROUPED)[2][None, :]
+    byte = tl.load(packed_ptr + at, mask=mask, other=0)
+    if DECODER != "":
+        high, low = tl.inline_asm_elementwise(
+            DECODER, "=r,=r,=r,=r,r", [byte], (tl.float16, tl.float16), is_pure=True, pack=4
+        )
+        high = high.to(tl.float32)
+        low = low.to(tl.float32)
+    else:
+        code = byte.to(tl.int32)
+        high = tl.load(level_ptr + (code >> 4))
+        low = tl.load(level_ptr + (code & 15))
+    if GROUPED:
+        block = (row + first) // BLOCK
+        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, block, inside, NESTED, OUTER)
+        high = high * scale[:, None]
+        block = (row + first + HALF) // BLOCK
+        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, block, inside, NESTED, OUTER)
+        low = low * scale[:, None]
+    else:
+        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, at * 2 // BLOCK, mask, NESTED, OUTER)
+        high = high * scale
+        low = low * scale
+    return high, low
+
+
+@triton.jit
+def _columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
+    """The input features of the two halves that ``_decode`` returns, and which exist."""
+    j = tl.arange(0, HALF)
+    if GROUPED:  # in is a multiple of 2 HALF: nothing to mask
+        high = first + j
+        low = first + HALF + j
+        inside = tl.full((HALF,), True, tl.int1)
+    else:
+        high = first + 2 * j
+        low = high + 1
+        inside = high < K
+    return high, low, inside
+
+
+@triton.jit
+def _factors(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
+    """Where A ``[r, in]`` and Bᵀ ``[r, out]`` of this slot start, and r."""
+    entry = table_ptr + (slot.to(tl.int64) * LAYERS + layer) * COLUMNS
+    a_ptr = tl.multiple_of(tl.load(entry).to(like_ptr.dtype), 16)
+    b_ptr = tl.multiple_of(tl.load(entry + 1).to(like_ptr.dtype), 16)
+    return a_ptr, b_ptr, tl.load(entry + 2).to(tl.int32)
+
+
+@triton.jit
+def _modulation(
+    a_ptr, b, rank, columns, inside, K,
+    BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """B A at ``columns``: float32 ``[BN, HALF]``."""
+    r = tl.arange(0, R)
+    mask = (r < rank)[:, None] & inside[None, :]
+    a = tl.load(a_ptr + r[:, None] * K + columns[None, :], mask=mask, other=0.0)
+    return _dot(b, a, tl.full((BN, HALF), 0.0, tl.float32), EXACT)
+
+
+@triton.jit
+def _load_b(b_ptr, rank, n, N, R: tl.constexpr):
+    """B at the output features ``n``: ``[BN, R]``."""
+    r = tl.arange(0, R)
+    mask = (n < N)[:, None] & (r < rank)[None, :]
+    return tl.load(b_ptr + r[None, :] * N + n[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def many_rows_kernel(
+    x_ptr, x_stride, y_ptr, bias_ptr,
+    packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset_ptr,
+    table_ptr, layer, LAYERS, rows_ptr, tiles_ptr, tile_count, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPED: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, DECODER: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs share a block of W0 and differ in their rows.
+    tile = tiles_ptr + (tl.program_id(0) % tile_count) * 3
+    n = (tl.program_id(0) // tile_count) * BN + tl.arange(0, BN)
+    slot, start, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    m = tl.arange(0, BM)
+    rows = tl.load(rows_ptr + start + m, mask=m < count, other=0).to(tl.int64)
+    x_rows = (x_ptr + rows * x_stride)[None, :]
+    x_mask = (m < count)[None, :]
+    dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
+    offset = tl.load(offset_ptr) if NESTED else 0.0
+    if R > 0:
+        a_ptr, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+        b = _load_b(b_ptr, rank, n, N, R)
+    total = tl.full((BN, BM), 0.0, tl.float32)
+    for first in tl.range(0, K, 2 * HALF, num_stages=STAGES):
+        high, low = _decode(
+            packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset, n, first, N, K,
+            HALF, BLOCK, GROUPED, NESTED, OUTER, DECODER,
+        )  # fmt: skip
+        k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
+        if R > 0:
+            high += high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
+            low += low * _modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
+        x = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
+        total = _dot(high.to(dtype), x, total, EXACT)
+        x = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
+        total = _dot(low.to(dtype), x, total, EXACT)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    mask = (m < count)[:, None] & (n < N)[None, :]
+    y = tl.trans(total).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * N + n[None, :], y, mask=mask)
+
+
+@triton.jit
+def few_rows_kernel(
+    x_ptr, x_stride, part_ptr,
+    packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset_ptr,
+    table_ptr, layer, LAYERS, rows_ptr, row_count, entries_ptr, bounds_ptr, split_features, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPED: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
+    EXACT: tl.constexpr, DECODER: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(2)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    place = tile * BM + m
+    rows = tl.load(rows_ptr + place, mask=place < row_count, other=0).to(tl.int64)
+    x_rows = (x_ptr + rows * x_stride)[None, :]
+    x_mask = (place < row_count)[None, :]
+    dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
+    offset = tl.load(offset_ptr) if NESTED else 0.0
+    first_entry, last_entry = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
+    total = tl.full((BN, BM), 0.0, tl.float32)
+    start = split * split_features
+    for first in tl.range(start, tl.minimum(start + split_features, K), 2 * HALF, num_stages=1):
+        high, low = _decode(
+            packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset, n, first, N, K,
+            HALF, BLOCK, GROUPED, NESTED, OUTER, DECODER,
+        )  # fmt: skip
+        k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
+        x_high = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
+        x_low = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
+        total = _dot(high.to(dtype), x_high, total, EXACT)
+        total = _dot(low.to(dtype), x_low, total, EXACT)
+        for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
+            slot = tl.load(entries_ptr + entry * 3)
+            a_ptr, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+            b = _load_b(b_ptr, rank, n, N, R)
+            product = high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
+            part = tl.full((BN, BM), 0.0, tl.float32)
+            part = _dot(product.to(dtype), x_high, part, EXACT)
+            product = low * _modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
+            part = _dot(product.to(dtype), x_low, part, EXACT)
+            # Chosen, not multiplied by 0: an overflow of one slot must not reach another's rows.
+            own = m >= tl.load(entries_ptr + entry * 3 + 1)
+            own = own & (m < tl.load(entries_ptr + entry * 3 + 2))
+            total = tl.where(own[None, :], total + part, total)
+    at = part_ptr + (split.to(tl.int64) * row_count + place)[:, None] * N + n[None, :]
+    mask = (place < row_count)[:, None] & (n < N)[None, :]
+    tl.store(at, tl.trans(total), mask=mask)
+
+
+@triton.jit
+def sum_parts_kernel(
+    part_ptr, y_ptr, bias_ptr, rows_ptr, row_count, splits, N,
+    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.full((BLOCK_N,), 0.0, tl.float32)
+    for split in range(splits):
+        at = part_ptr + (split * row_count + place).to(tl.int64) * N
+        total += tl.load(at + n, mask=n < N, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    row = tl.load(rows_ptr + place).to(tl.int64)
+    tl.store(y_ptr + row * N + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+# Under TRITON_INTERPRET=1 the kernels run on the CPU, and its dot takes bfloat16 bits for integers.
+INTERPRETED = not isinstance(many_rows_kernel, triton.JITFunction)
+
+
+def hira_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    factors: FactorTable,
+    layer: int,
+    batch: BatchTiles,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A HiRA linear layer of a mixed batch, from 4-bit storage, in two to six launches.
+
+    y[m] = x[m] (W0 ⊙ (1 + B_s A_s))ᵀ + bias,  s the slot of row m; the base's rows have B A = 0.
+
+    W0 is decoded to float32 and rounded once, after the modulation, to the dtype of x; sums are in
+    float32. float32 inputs are multiplied without tensor cores: exact, slow.
+
+    Args:
+        x: ``[rows, in]``, bfloat16, float16 or float32, features contiguous.
+        weight: W0 ``[out, in]``.
+        factors: Factors of x's dtype, by slot, where the batch's slots have been placed.
+        layer: The index of this layer in ``factors``.
+        batch: The tiles of the batch's segments, shared by all layers.
+        bias: ``[out]``, any float type. A slot's own bias is the caller's to add.
+        out: Where to write, contiguous ``[rows, out]``, any float type. None: of x's dtype.
+
+    Returns:
+        ``out``, or a new ``[rows, out]``.
+
+    Raises:
+        SegmentMismatch: The segments do not cover the rows of x.
+        SlotNotResident: A segment's slot holds nothing.
+        ShapeMismatch: Shapes, types or devices that do not belong together. In all three cases
+            nothing was written.
+    """
+    _check(x, weight, factors, layer, bias, out)
+    batch.segments.check_covers(x.shape[0])
+    launches = batch.launches(factors, layer)
+    out_features, in_features = weight.shape
+    y = out if out is not None else x.new_empty(x.shape[0], out_features)
+    nested = weight.nested
+    exact = INTERPRETED or x.dtype == torch.float32
+    # In the order of the kernels' parameters.
+    source = (
+        weight.packed,
+        weight.levels,
+        weight.scales,
+        *((nested.code, nested.outer, nested.offset) if nested else (weight.levels,) * 3),
+    )
+    table = (factors.addresses, layer, len(factors.layers))
+    common: dict[str, Any] = {
+        "HALF": HALF_FEATURES,
+        "BLOCK": weight.block,
+        "GROUPED": weight.grouped,
+        "NESTED": nested is not None,
+        "OUTER": nested.block if nested else 1,
+        "EXACT": exact,
+        "COLUMNS": FACTOR_COLUMNS,
+    }
+    for many in launches.many:
+        blocks = MANY_BLOCKS[many.block_rows, many.rank]
+        many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
+            x, x.stride(0), y, x if bias is None else bias, *source, *table,
+            launches.rows, many.tiles, many.count, out_features, in_features,
+            BM=many.block_rows, BN=blocks.out, R=many.rank, HAS_BIAS=bias is not None,
+            STAGES=blocks.stages, num_warps=blocks.warps, **common,
+        )  # fmt: skip
+    few = launches.few
+    if few is not None:
+        blocks = FEW_BLOCKS[few.rank]
+        out_blocks = triton.cdiv(out_features, blocks.out)
+        splits, split_features = _splits(few.tiles * out_blocks, in_features, y.device)
+        parts = torch.empty(
+            (splits, few.row_count, out_features), dtype=torch.float32, device=y.device
+        )
+        few_rows_kernel[(few.tiles, out_blocks, splits)](
+            x, x.stride(0), parts, *source, *table, few.rows, few.row_count,
+            few.entries, few.bounds, split_features, out_features, in_features,
+            BM=few.block_rows, BN=blocks.out, R=few.rank,
+            STAGES=blocks.stages, num_warps=blocks.warps, **common,
+        )  # fmt: skip
+        sum_parts_kernel[(few.row_count, triton.cdiv(out_features, SUM_BLOCK_FEATURES))](
+            parts, y, x if bias is None else bias, few.rows, few.row_count, splits, out_features,
+            BLOCK_N=SUM_BLOCK_FEATURES, HAS_BIAS=bias is not None,
+        )  # fmt: skip
+    return y

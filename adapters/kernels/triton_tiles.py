@@ -1,0 +1,159 @@
+"""A batch cut into the tiles that the fused kernel's programs own: pure planning, on the host.
+
+Rows are grouped by slot wherever they lie in the batch. Slots with many rows get tiles of their
+own; slots with few share tiles, so that a tile of W0 is decoded once for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from adapters.kernels.triton_operands import MAX_RANK, FactorTable
+from adapters.segments import BASE_SLOT, Segments
+
+RANK_STEPS = (16, 32, 64, MAX_RANK)
+# Slots with fewer rows share tiles: with fewer, half of a tile of their own would be padding.
+FEW_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ManyRows:
+    """Tiles whose rows are all of one slot; ``rank`` is padded, 0 for the bare base."""
+
+    rank: int
+    block_rows: int
+    tiles: torch.Tensor  # int32 [count, 3]: slot, first place in ``rows``, how many
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """Tiles of consecutive places in ``rows`` that several slots share."""
+
+    rank: int
+    block_rows: int
+    rows: torch.Tensor  # int32 [row_count], the rows of x and y
+    row_count: int
+    entries: torch.Tensor  # int32 [modulated pieces, 3]: slot, first column of its tile, last + 1
+    bounds: torch.Tensor  # int32 [tiles + 1]: the entries of each tile
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """Every row of the batch once: ``rows`` int32, the places that the tiles name."""
+
+    rows: torch.Tensor
+    many: tuple[ManyRows, ...]
+    few: FewRows | None
+
+
+class BatchTiles:
+    """The tiles of one batch, built once and used by every layer of its forward.
+
+    Layers in which the same slots have the same padded ranks share a :class:`Launches`, so a batch
+    costs one or two small copies to the device and no synchronization.
+
+    Args:
+        segments: Of the rows of x.
+        device: Where the kernels run.
+    """
+
+    def __init__(self, segments: Segments, device: torch.device | str) -> None:
+        self.segments = segments
+        self.device = torch.device(device)
+        rows: dict[int, list[torch.Tensor]] = {}
+        for part in segments.parts:
+            span = torch.arange(part.start, part.stop, dtype=torch.int32)
+            rows.setdefault(part.slot, []).append(span)
+        self._rows = {slot: torch.cat(spans) for slot, spans in rows.items()}
+        self._launches: dict[tuple[int, ...], Launches] = {}
+
+    def launches(self, factors: FactorTable, layer: int) -> Launches:
+        """The tiles for one layer.
+
+        Raises:
+            SlotNotResident: A segment's slot holds nothing.
+        """
+        ranks = tuple(padded_rank(factors.rank(slot, layer)) for slot in self._rows)
+        if ranks not in self._launches:
+            self._launches[ranks] = self._build(dict(zip(self._rows, ranks, strict=True)))
+        return self._launches[ranks]
+
+    def _build(self, ranks: dict[int, int]) -> Launches:
+        # Whatever has no factors in this layer is the bare base: one group.
+        groups: dict[int, list[torch.Tensor]] = {}
+        for slot, rank in ranks.items():
+            groups.setdefault(slot if rank else BASE_SLOT, []).append(self._rows[slot])
+        order: list[torch.Tensor] = []
+        place = 0
+        many: dict[tuple[int, int], list[int]] = {}
+        few: list[tuple[int, torch.Tensor]] = []
+        for slot, spans in groups.items():
+            rows = torch.cat(spans)
+            if len(rows) < FEW_ROWS:
+                few.append((slot, rows))
+                continue
+            rank = ranks[slot] if slot != BASE_SLOT else 0
+            block_rows = 128 if len(rows) > 64 else 64
+            tiles = many.setdefault((rank, block_rows), [])
+            for start in range(0, len(rows), block_rows):
+                tiles += (slot, place + start, min(block_rows, len(rows) - start))
+            order.append(rows)
+            place += len(rows)
+        few.sort(key=lambda piece: piece[0])
+        order += (rows for _, rows in few)
+        block_rows = 16 if sum(len(rows) for _, rows in few) <= 4 * len(few) else 32
+        entries, bounds = _share_tiles([(slot, len(rows)) for slot, rows in few], block_rows)
+        # One copy to the device for everything.
+        pieces = [torch.cat(order), *map(_int32, many.values()), _int32(entries), _int32(bounds)]
+        blob = torch.cat(pieces).to(self.device)
+        views = list(torch.split(blob, [len(piece) for piece in pieces]))
+        return Launches(
+            rows=views[0],
+            many=tuple(
+                ManyRows(rank, size, tiles, len(tiles) // 3)
+                for (rank, size), tiles in zip(many, views[1:-2], strict=True)
+            ),
+            few=FewRows(
+                rank=max([ranks[slot] for slot, _ in few if slot != BASE_SLOT], default=16),
+                block_rows=block_rows,
+                rows=views[0][place:],
+                row_count=len(views[0]) - place,
+                entries=views[-2],
+                bounds=views[-1],
+                tiles=len(bounds) - 1,
+            )
+            if few
+            else None,
+        )
+
+
+def padded_rank(rank: int) -> int:
+    """The tile width for a rank: 0, 16, 32, 64 or 128."""
+    return next(step for step in (0, *RANK_STEPS) if step >= rank)
+
+
+def _share_tiles(pieces: list[tuple[int, int]], block_rows: int) -> tuple[list[int], list[int]]:
+    """Cut ``(slot, rows)`` laid end to end into tiles: flat entries, and where each tile's end."""
+    total = sum(count for _, count in pieces)
+    entries: list[list[tuple[int, int, int]]] = [[] for _ in range(-(-total // block_rows))]
+    start = 0
+    for slot, count in pieces:
+        stop = start + count
+        while slot != BASE_SLOT and start < stop:
+            tile, column = divmod(start, block_rows)
+            taken = min(stop - start, block_rows - column)
+            entries[tile].append((slot, column, column + taken))
+            start += taken
+        start = stop
+    bounds = [0]
+    for tile_entries in entries:
+        bounds.append(bounds[-1] + len(tile_entries))
+    return [number for tile in entries for entry in tile for number in entry], bounds
+
+
+def _int32(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)

@@ -1,0 +1,170 @@
+"""One adapter's factors in one buffer, in the compute dtype: one allocation, one copy, exact bytes.
+
+The tensors that the checkpoint reader made are let go; what remains is a flat buffer and views of
+it. Who keeps it, and in which memory, is decided by ``adapters.residency``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from adapters.errors import MissingTensors
+from adapters.modulation import SlotFactors
+
+if TYPE_CHECKING:
+    from adapters.checkpoint import AdapterWeights, Factors
+
+_ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    offset: int  # in elements
+    shape: tuple[int, ...]
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return buffer[self.offset : self.offset + count].view(self.shape)
+
+
+class PackedAdapter:
+    """An adapter in memory.
+
+    Args:
+        weights: The adapter; its factors are views of ``buffer``.
+        buffer: All factors, one after the other, in the compute dtype, in host memory.
+        places: Where A, B and bias of each layer are in it.
+        factors: By layer; views of ``buffer``.
+    """
+
+    def __init__(
+        self,
+        weights: AdapterWeights,
+        buffer: torch.Tensor,
+        places: Mapping[str, tuple[_Place, _Place, _Place | None]],
+        factors: Mapping[str, SlotFactors],
+    ) -> None:
+        self.weights = weights
+        self.factors = factors
+        self.nbytes = buffer.nbytes
+        self._places = places
+        self._host: torch.Tensor | None = buffer
+        self._device: torch.Tensor | None = None
+        self._head_bytes: int = sum(tensor.nbytes for tensor in weights.head.values())
+
+    def to_device(self, device: torch.device) -> Mapping[str, SlotFactors]:
+        """The factors on ``device``, copied in one piece; on the CPU they are the host's own."""
+        assert self._host is not None
+        if device.type == "cpu":
+            self._device = self._host
+            return self.factors
+        moved = self._host.to(device, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+        self._device = moved
+        return {
+            path: _with_views(self.factors[path], places, moved)
+            for path, places in self._places.items()
+        }
+
+    def leave_device(self) -> None:
+        """Let the device's copy go; what was released on the host comes back from it first."""
+        if self._host is None and self._device is not None:
+            self._host = self._device.to("cpu")
+            self._rebind(self._host)
+        self._device = None
+
+    def host_nbytes(self, *, in_slot: bool) -> int:
+        """Bytes of host memory beyond those that the device's budget counts."""
+        shared = in_slot and self._host is self._device
+        return self._head_bytes + (0 if shared or self._host is None else self.nbytes)
+
+    def release_host_factors(self) -> int:
+        """Let the host's copy go while the device has one; returns the bytes freed."""
+        if self._host is None or self._device is None or self._host is self._device:
+            return 0
+        self._host = None
+        self._rebind(self._device)
+        return self.nbytes
+
+    def _rebind(self, buffer: torch.Tensor) -> None:
+        self.factors = {
+            path: _with_views(self.factors[path], places, buffer)
+            for path, places in self._places.items()
+        }
+        self.weights = _with_factors(self.weights, self.factors)
+
+
+def pack(weights: AdapterWeights, dtype: torch.dtype, device: torch.device) -> PackedAdapter:
+    """Convert an adapter's factors to ``dtype`` in one buffer of host memory.
+
+    Args:
+        weights: As read from its checkpoint; its factor tensors are not kept.
+        dtype: The compute dtype.
+        device: Where they will go: for a CUDA device the buffer is page-locked.
+
+    Raises:
+        MissingTensors: The adapter has no factors.
+    """
+    if not weights.factors:
+        raise MissingTensors(
+            "The adapter has no factors.", found="0 layers", expected="at least one target layer"
+        )
+    step = max(1, _ALIGNMENT_BYTES // dtype.itemsize)
+    places: dict[str, tuple[_Place, _Place, _Place | None]] = {}
+    end = 0
+
+    def place(tensor: torch.Tensor) -> _Place:
+        nonlocal end
+        spot = _Place(end, tuple(tensor.shape))
+        end += -(-tensor.numel() // step) * step
+        return spot
+
+    for path, entry in weights.factors.items():
+        places[path] = (
+            place(entry.a),
+            place(entry.b),
+            None if entry.bias is None else place(entry.bias),
+        )
+    buffer = torch.empty(end, dtype=dtype, pin_memory=device.type == "cuda")
+    factors: dict[str, SlotFactors] = {}
+    for path, (a, b, bias) in places.items():
+        source: Factors = weights.factors[path]
+        for spot, tensor in ((a, source.a), (b, source.b), (bias, source.bias)):
+            if spot is not None and tensor is not None:
+                spot.view(buffer).copy_(tensor)
+        factors[path] = SlotFactors(
+            weights.config.method,
+            a.view(buffer),
+            b.view(buffer),
+            float(source.scale),
+            None if bias is None else bias.view(buffer),
+        )
+    return PackedAdapter(_with_factors(weights, factors), buffer, places, factors)
+
+
+def _with_views(
+    entry: SlotFactors, places: tuple[_Place, _Place, _Place | None], buffer: torch.Tensor
+) -> SlotFactors:
+    a, b, bias = places
+    return replace(
+        entry,
+        a=a.view(buffer),
+        b=b.view(buffer),
+        bias=None if bias is None else bias.view(buffer),
+    )
+
+
+def _with_factors(weights: AdapterWeights, factors: Mapping[str, SlotFactors]) -> AdapterWeights:
+    return replace(
+        weights,
+        factors={
+            path: replace(weights.factors[path], a=entry.a, b=entry.b, bias=entry.bias)
+            for path, entry in factors.items()
+        },
+    )

@@ -1,0 +1,327 @@
+"""Which adapters are where: on disk, in host memory, in a slot of the device; and moving them.
+
+One thread of its own loads, checks and places adapters, so a cold adapter delays only its own
+requests. A version in use (leased) or pinned never leaves its slot. More versions than slots queue.
+A version that nobody asks for costs nothing here: disk is the registry's business.
+
+On the CPU, host and device memory are the same: a version's factors exist once, in the compute
+dtype, whether it has a slot or waits for the next request in the host tier.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from threading import Condition, Thread
+from typing import TYPE_CHECKING
+
+import torch
+
+from adapters.errors import SlotNotResident
+from adapters.folded import FoldedCache
+from adapters.inject import AdaptedModel
+from adapters.packing import pack
+from adapters.tiers import Entry, ResidencySnapshot, State, Tiers
+
+if TYPE_CHECKING:
+    from adapters.checkpoint import AdapterWeights
+
+# A version just placed keeps its slot this long for whoever asked for it, or versions that wait
+# for one slot would evict each other before any of them is used.
+_GRACE_S = 2.0
+_FAILURES_KEPT = 256
+
+_log = logging.getLogger(__name__)
+
+
+class Residency:
+    """The slots of one device, and the thread that fills them.
+
+    Args:
+        adapted: The model whose layers have the slots.
+        load: Reads a version's checked weights; called in the loader's thread.
+        slots: Adapters in slots at once.
+        device_bytes: Budget of their factors, in the compute dtype.
+        host_bytes: Budget of factors kept out of slots, and of heads.
+        folded_bytes: Budget of cached folded weights.
+        dtype: The compute dtype.
+        grace_s: How long a version just placed is kept for whoever asked for it.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        load: Callable[[str], AdapterWeights],
+        *,
+        slots: int,
+        device_bytes: int,
+        host_bytes: int,
+        folded_bytes: int,
+        dtype: torch.dtype,
+        grace_s: float = _GRACE_S,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be 1 or more, not {slots}")
+        self._tiers = Tiers(adapted, slots=slots, device_bytes=device_bytes, host_bytes=host_bytes)
+        self.dtype = dtype
+        self.grace_s = grace_s
+        self._adapted = adapted
+        self._load = load
+        self._device = adapted.device
+        self._folded = FoldedCache(folded_bytes, self._device)
+        adapted.modulator.folded = self._folded
+        self._wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
+        self._callbacks: list[Callable[[str], None]] = []
+        self._loads = self._failures = 0
+        self._changed = Condition()
+        self._closed = False
+        self._thread = Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+
+    # What the engine calls: none of these waits for a load.
+
+    def prefetch(self, version: str) -> None:
+        """Ask for ``version`` in a slot; returns at once. Asking again, or when ready, is free."""
+        with self._changed:
+            self._want(version)
+
+    def state(self, version: str) -> State:
+        """``absent`` also for a version in the host tier: prefetch it, which is quick then."""
+        with self._changed:
+            entry = self._tiers.entries.get(version)
+            return "absent" if entry is None else entry.state
+
+    def error(self, version: str) -> Exception | None:
+        """Why a version failed; None when it did not. A new prefetch tries again."""
+        with self._changed:
+            entry = self._tiers.entries.get(version)
+            return None if entry is None else entry.error
+
+    def lease(self, versions: Collection[str]) -> dict[str, int]:
+        """Hold the slots of ``versions`` until ``release``; a use of each.
+
+        Returns:
+            The slot of each version.
+
+        Raises:
+            SlotNotResident: Not all of them are ready; none is held then.
+        """
+        with self._changed:
+            held: dict[str, int] = {}
+            for version in versions:
+                entry = self._tiers.entries.get(version)
+                if entry is None or entry.slot is None or entry.state != "ready":
+                    raise SlotNotResident(
+                        "An adapter is not in a slot.",
+                        found=f"{version}: {'absent' if entry is None else entry.state}",
+                        expected="ready",
+                        fix="Prefetch it and wait until it is ready.",
+                    )
+                held[version] = entry.slot
+            for version in held:
+                entry = self._tiers.entries[version]
+                entry.leases += 1
+                entry.kept_until = 0.0
+                self._tiers.entries.move_to_end(version)
+            return held
+
+    def release(self, versions: Collection[str]) -> None:
+        """Give back what ``lease`` held, version by version."""
+        with self._changed:
+            for version in dict.fromkeys(versions):
+                entry = self._tiers.entries[version]
+                assert entry.leases > 0, version
+                entry.leases -= 1
+                if entry.doomed and not entry.leases:
+                    self._forget(version)
+            self._changed.notify_all()
+
+    def set_pinned(self, versions: Collection[str]) -> None:
+        """These versions, and no others, may not leave their slots; those absent are fetched."""
+        with self._changed:
+            self._tiers.pinned = tuple(dict.fromkeys(versions))
+            for version in self._tiers.pinned:
+                self._want(version)
+            self._changed.notify_all()
+
+    def drop(self, version: str) -> None:
+        """Forget ``version`` in every tier: at once, or when its last lease ends."""
+        with self._changed:
+            entry = self._tiers.entries.get(version)
+            if entry is None:
+                return
+            if entry.leases:
+                entry.doomed = True
+            else:
+                self._forget(version)
+                self._changed.notify_all()
+
+    def weights(self, version: str) -> AdapterWeights:
+        """The adapter as loaded, its factors in the compute dtype; for its head and labels.
+
+        Raises:
+            SlotNotResident: The version is in no tier here.
+        """
+        with self._changed:
+            entry = self._tiers.entries.get(version)
+            if entry is None or entry.packed is None:
+                raise SlotNotResident("An adapter is not in memory.", found=version)
+            return entry.packed.weights
+
+    def on_ready(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback(version)`` in the loader's thread whenever one is ready or has failed."""
+        with self._changed:
+            self._callbacks.append(callback)
+
+    def snapshot(self) -> ResidencySnapshot:
+        """Where every known version is, and the bytes of each tier."""
+        with self._changed:
+            return ResidencySnapshot(
+                tiers={version: entry.tier for version, entry in self._tiers.entries.items()},
+                device_bytes=self._tiers.device_used(),
+                host_bytes=self._tiers.host_used(),
+                folded_bytes=self._folded.nbytes,
+                device_capacity_bytes=self._tiers.device_bytes,
+                host_capacity_bytes=self._tiers.host_bytes,
+                folded_capacity_bytes=self._folded.budget_bytes,
+                slots_used=self._tiers.slots - len(self._tiers.free),
+                slots=self._tiers.slots,
+                pinned=self._tiers.pinned,
+                loads=self._loads,
+                evictions=self._tiers.evictions,
+                failures=self._failures,
+            )
+
+    def close(self) -> None:
+        """Stop the loader; what is in slots stays usable."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # The loader's thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                settled = self._place_waiting()
+                version = None if settled else self._next_to_load()
+                if not settled and version is None:
+                    self._changed.wait(self._until_grace_ends())
+                    continue
+            if version is not None:
+                settled = self._load_one(version)
+            for done in settled:
+                self._tell(done)
+
+    def _load_one(self, version: str) -> list[str]:
+        """Disk to host; returns the version if it failed."""
+        try:
+            packed = pack(self._load(version), self.dtype, self._device)
+            self._adapted.check(packed.factors)
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
+            with self._changed:
+                return self._fail(version, error)
+        with self._changed:
+            entry = self._tiers.entries.get(version)
+            if entry is not None and version in self._wanted:
+                entry.packed = packed
+                self._loads += 1
+                self._tiers.trim_host(self._wanted)
+        return []
+
+    def _place_waiting(self) -> list[str]:
+        """Host to slots, in the order asked; stops at the first that must wait."""
+        settled: list[str] = []
+        for version in list(self._wanted):
+            packed = self._tiers.entries[version].packed
+            if packed is None:
+                continue  # it is still being read; those behind it may go first
+            obstacle = self._tiers.obstacle(version, packed.nbytes)
+            if obstacle is not None:
+                settled += self._fail(version, obstacle)
+                continue
+            if not self._tiers.make_room(packed.nbytes):
+                break
+            try:
+                factors = packed.to_device(self._device)
+                self._adapted.install(self._tiers.free[-1], factors, checked=True)
+            except Exception as error:  # noqa: BLE001  # out of device memory, for one
+                packed.leave_device()
+                settled += self._fail(version, error)
+                continue
+            entry = self._tiers.entries[version]
+            entry.slot = self._tiers.free.pop()
+            entry.state = "ready"
+            entry.kept_until = time.monotonic() + self.grace_s
+            self._tiers.entries.move_to_end(version)
+            del self._wanted[version]
+            settled.append(version)
+        if settled:
+            self._tiers.trim_host(self._wanted)
+        return settled
+
+    def _next_to_load(self) -> str | None:
+        waiting = sum(
+            packed.nbytes
+            for packed in (self._tiers.entries[version].packed for version in self._wanted)
+            if packed is not None
+        )
+        if waiting and waiting >= self._tiers.host_bytes:
+            return None  # those loaded must find slots first
+        for version in self._wanted:
+            if self._tiers.entries[version].packed is None:
+                return version
+        return None
+
+    def _until_grace_ends(self) -> float | None:
+        if not self._wanted:
+            return None
+        ends = [
+            e.kept_until
+            for e in self._tiers.entries.values()
+            if e.slot is not None and e.kept_until
+        ]
+        return max(0.001, min(ends) - time.monotonic()) if ends else None
+
+    def _tell(self, version: str) -> None:
+        for callback in list(self._callbacks):
+            try:
+                callback(version)
+            except Exception:  # noqa: BLE001  # a listener's fault must not end the loader
+                _log.exception("a residency callback failed for %s", version)
+
+    # All below: with the lock held.
+
+    def _want(self, version: str) -> None:
+        entry = self._tiers.entries.get(version)
+        if entry is None:
+            entry = self._tiers.entries[version] = Entry()
+        entry.doomed = False
+        if entry.state == "ready" or version in self._wanted:
+            return
+        entry.state, entry.error = "loading", None
+        self._wanted[version] = None
+        self._changed.notify_all()
+
+    def _fail(self, version: str, error: Exception) -> list[str]:
+        entry = self._tiers.entries.get(version)
+        if entry is None or version not in self._wanted:
+            return []
+        del self._wanted[version]
+        entry.state, entry.error, entry.packed = "failed", error, None
+        self._failures += 1
+        failed = [name for name, other in self._tiers.entries.items() if other.state == "failed"]
+        for name in failed[:-_FAILURES_KEPT]:
+            del self._tiers.entries[name]
+        return [version]
+
+    def _forget(self, version: str) -> None:
+        entry = self._tiers.entries.pop(version)
+        self._wanted.pop(version, None)
+        if entry.slot is not None:
+            self._tiers.leave_slot(entry)

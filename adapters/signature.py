@@ -1,0 +1,237 @@
+"""What a base model looks like to an adapter: the layers it could target, their kinds and shapes.
+
+A signature is made from the model's modules alone, so the meta device is enough, and the same model
+has the same signature before and after injection. It decides nothing about checkpoints: whether an
+adapter fits is judged by the reader of its tensors, against this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from adapters.errors import ShapeMismatch, UnsupportedOption
+
+LayerKind = Literal["linear", "conv1d_transposed", "embedding", "conv"]
+Method = Literal["hira", "lora"]
+
+UNBOUNDED_LENGTH_TOKENS = 1 << 20  # for models without absolute positions, such as T5
+
+_CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_EMBEDDING_INPUT_NAMES = frozenset({"input", "input_ids"})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSignature:
+    """One layer that an adapter could target.
+
+    Args:
+        path: The module's path in the base model.
+        kind: ``conv1d_transposed`` is GPT-2's Conv1D, plain or quantized.
+        in_features: Inputs; an embedding's number of rows, a convolution's channels.
+        out_features: Outputs; an embedding's width, a convolution's channels.
+        kernel: The kernel of a convolution, else empty.
+        groups: The groups of a convolution, else 1.
+    """
+
+    path: str
+    kind: LayerKind
+    in_features: int
+    out_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    def factor_shapes(self, rank: int, method: Method) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B as PEFT stores them, for HiRA and for LoRA alike.
+
+        Args:
+            rank: At least 1.
+            method: Only for the error: the shapes are the same.
+
+        Returns:
+            ``(r, in), (out, r)``; for a convolution ``(r, in, *kernel), (out, r, 1, ...)``.
+
+        Raises:
+            ShapeMismatch: The rank is not positive.
+            UnsupportedOption: A grouped convolution, for which BA has no defined shape.
+        """
+        if rank < 1:
+            raise ShapeMismatch(
+                f"The rank of an adapter on {self.path} is not positive.",
+                found=str(rank),
+                expected="1 or more",
+            )
+        if self.groups != 1:
+            raise UnsupportedOption(
+                f"{method} on the grouped convolution {self.path} has no defined modulation.",
+                found=f"groups = {self.groups}",
+                expected="groups = 1",
+                fix="Train the adapter without this layer among its targets.",
+            )
+        ones = (1,) * len(self.kernel)
+        return (rank, self.in_features, *self.kernel), (self.out_features, rank, *ones)
+
+
+@dataclass(frozen=True)
+class BaseSignature:
+    """A base model as adapters see it.
+
+    Args:
+        name: What the operator called it: a path or a hub id.
+        model_type: As in its config, e.g. ``distilbert``.
+        architecture: The class that was loaded, e.g. ``DistilBertForMaskedLM``.
+        prefix: Where the backbone is inside it: ``distilbert``, ``model``, ``transformer``, ...
+        hidden_size: Width of the backbone's output.
+        vocab_size: 0 when it has no vocabulary.
+        max_length: Tokens that one input may have.
+        layers: Every layer that an adapter could target, the language-model head included.
+        output_layers: Those that PEFT's ``all-linear`` leaves out.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    prefix: str
+    hidden_size: int
+    vocab_size: int
+    max_length: int
+    layers: Mapping[str, LayerSignature]
+    output_layers: frozenset[str]
+
+    def resolve(self, path: str) -> LayerSignature | None:
+        """Find the layer that ``path`` of a PEFT key means, or None.
+
+        An adapter made on the bare backbone lacks the prefix; one made on a task model of another
+        class has it. The path is tried as it is, with the prefix, and without.
+        """
+        found = self.layers.get(path)
+        if found is None and self.prefix:
+            found = self.layers.get(f"{self.prefix}.{path}")
+            if found is None and path.startswith(f"{self.prefix}."):
+                found = self.layers.get(path[len(self.prefix) + 1 :])
+        return found
+
+    def to_json(self) -> str:
+        """A stable text form; ``from_json`` is its inverse."""
+        fields = asdict(self)
+        fields["layers"] = [asdict(layer) for layer in self.layers.values()]
+        fields["output_layers"] = sorted(self.output_layers)
+        return json.dumps(fields, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> BaseSignature:
+        """Read what ``to_json`` wrote."""
+        fields = json.loads(text)
+        layers = [
+            LayerSignature(**{**layer, "kernel": tuple(layer["kernel"])})
+            for layer in fields.pop("layers")
+        ]
+        output_layers = frozenset(fields.pop("output_layers"))
+        return cls(
+            **fields, layers={layer.path: layer for layer in layers}, output_layers=output_layers
+        )
+
+
+def describe(model: nn.Module, name: str) -> BaseSignature:
+    """The signature of ``model``; reads shapes only, so the meta device is enough.
+
+    Args:
+        model: A transformers model, before or after injection, quantized or not.
+        name: What to call it.
+    """
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return BaseSignature(
+        name=name,
+        model_type=str(getattr(config, "model_type", "")),
+        architecture=type(model).__name__,
+        prefix=_prefix(model),
+        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
+        vocab_size=int(getattr(text, "vocab_size", 0) or 0),
+        max_length=_max_length(model, text),
+        layers={layer.path: layer for layer, _ in target_modules(model)},
+        output_layers=_output_layers(model),
+    )
+
+
+def target_modules(model: nn.Module) -> Iterator[tuple[LayerSignature, nn.Module]]:
+    """Every module that an adapter could target, with its signature, in the model's order."""
+    opaque: list[str] = []  # their projections are read as tensors, never called
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            opaque.append(path + ".")
+        if any(path.startswith(prefix) for prefix in opaque):
+            continue
+        layer = _layer_signature(path, module)
+        if layer is not None:
+            yield layer, module
+
+
+def _layer_signature(path: str, module: nn.Module) -> LayerSignature | None:
+    known = getattr(module, "layer_signature", None)
+    if isinstance(known, LayerSignature):
+        return known
+    cls = type(module)
+    if isinstance(module, nn.Linear):
+        if cls.forward is not nn.Linear.forward and not cls.__module__.startswith("bitsandbytes."):
+            return None  # its own arithmetic, which an adapter would not follow
+        transposed = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
+        kind: LayerKind = "conv1d_transposed" if transposed else "linear"
+        return LayerSignature(path, kind, module.in_features, module.out_features)
+    if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
+        inputs, outputs = module.weight.shape  # type: ignore[misc]
+        return LayerSignature(path, "conv1d_transposed", int(inputs), int(outputs))
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None or not _takes_ids(cls):
+            return None
+        return LayerSignature(path, "embedding", module.num_embeddings, module.embedding_dim)
+    if isinstance(module, _CONV_TYPES):
+        if cls not in _CONV_TYPES or module.padding_mode != "zeros":
+            return None
+        return LayerSignature(
+            path,
+            "conv",
+            module.in_channels,
+            module.out_channels,
+            tuple(module.kernel_size),
+            module.groups,
+        )
+    return None
+
+
+def _takes_ids(cls: type[nn.Module]) -> bool:
+    names = list(inspect.signature(cls.forward).parameters)
+    return len(names) > 1 and names[1] in _EMBEDDING_INPUT_NAMES
+
+
+def _prefix(model: nn.Module) -> str:
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _output_layers(model: nn.Module) -> frozenset[str]:
+    read = getattr(model, "get_output_embeddings", None)
+    output = read() if callable(read) else None
+    if output is None:
+        return frozenset()
+    return frozenset(path for path, module in model.named_modules() if module is output)
+
+
+def _max_length(model: nn.Module, config: Any) -> int:
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        return UNBOUNDED_LENGTH_TOKENS
+    for path, module in model.named_modules():
+        # RoBERTa numbers its positions from padding_idx + 1, so it has fewer than rows.
+        if (
+            path.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            return min(length, module.num_embeddings - module.padding_idx - 1)
+    return length

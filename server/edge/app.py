@@ -1,0 +1,255 @@
+"""The LitServer: one FastAPI app, its processes, and the supervision that LitServe leaves out.
+
+What is replaced, and why: LitServe registers three pages of its own and waits for the worker before
+it listens (here the pages are ours, and clients get 503 `starting`); its HTTP processes die
+unnoticed, its monitor cannot reach the requests of another process, restarts without pause and
+leaves orphans when it is killed. Queues, transport, worker start and the response task are its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from copy import copy
+from multiprocessing.context import ForkProcess
+from typing import Any, Final
+
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from litserve import LitServer
+from litserve.server import response_queue_to_buffer
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server.edge.api import HiraAPI
+from server.edge.middleware import BodyRefused, Gate, error_response
+from server.edge.service import Service
+from server.edge.routes import Endpoint
+from server.edge.spec import HiraSpec
+from server.errors import Fault, Refusal
+
+logger = logging.getLogger(__name__)
+
+TITLE: Final = "hira-server"
+DESCRIPTION: Final = "Many HiRA and LoRA adapters on one 4-bit base model."
+END_S: Final = 2.0  # for an HTTP process whose requests have ended, to close its connections
+_bearer = HTTPBearer(auto_error=False)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn in a child: ends by SIGTERM from the main process, not by Ctrl-C of the terminal."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        yield
+
+
+class HiraServer(LitServer):
+    """See the module.
+
+    Args:
+        api: The one LitAPI.
+        service: Shared by all endpoints.
+        routes: Endpoints beside the LitSpec's: admin, health, metrics.
+        version: Of this package.
+    """
+
+    def __init__(
+        self, api: HiraAPI, service: Service, routes: Sequence[Endpoint], version: str
+    ) -> None:
+        self.service = service
+        self.routes = routes
+        # Read by the supervisor: sockets and settings to start an HTTP process with.
+        self.start_http: Callable[[int], ForkProcess] | None = None
+        # Called in the main thread when all processes are started; returns when they shall end.
+        self.supervise: Callable[[dict[int, ForkProcess]], None] | None = None
+        self.queues: Any = None  # the process of LitServe's queues
+        super().__init__(
+            api,
+            accelerator="cpu",  # one worker: the engine chooses its device by its own options
+            devices=1,
+            timeout=False,  # deadlines are the dispatcher's
+            restart_workers=True,
+            middlewares=[(Gate, {"service": service})],
+        )
+        self.uvicorn_graceful_timeout = END_S
+        self.app.title, self.app.version, self.app.description = TITLE, version, DESCRIPTION
+        self.app.add_exception_handler(Refusal, _on_refusal)
+        self.app.add_exception_handler(RequestValidationError, _on_invalid)
+        self.app.add_exception_handler(HTTPException, _on_http)
+
+    @property
+    def spec(self) -> HiraSpec:
+        (api,) = self.litapi_connector
+        assert isinstance(api.spec, HiraSpec)
+        return api.spec
+
+    # What LitServer calls
+
+    def register_endpoints(self) -> None:
+        """Our pages only, with what the OpenAPI document needs."""
+        inference = [Depends(self._admit_inference)]
+        for route in self.spec.routes:
+            self.app.add_api_route(
+                route.path, route.endpoint, dependencies=inference, **route.options()
+            )
+        for route in self.routes:
+            guards = [Depends(self._admit_admin)] if route.tag == "Admin" else []
+            self.app.add_api_route(
+                route.path, route.endpoint, dependencies=guards, **route.options()
+            )
+
+    def verify_worker_status(self) -> None:
+        """Do not wait for the worker: until it is ready, clients are told so."""
+
+    def _start_server(
+        self,
+        port: int,
+        num_uvicorn_servers: int,
+        log_level: str,
+        sockets: list[socket.socket],
+        uvicorn_worker_type: str,
+        **kwargs: Any,
+    ) -> dict[int, ForkProcess]:
+        def start(number: int) -> ForkProcess:
+            app: FastAPI = copy(self.app)
+            app.response_queue_id = number  # type: ignore[attr-defined]  # LitServe's way
+            config = uvicorn.Config(
+                app,
+                port=port,
+                log_level=log_level,
+                timeout_graceful_shutdown=int(END_S),
+                **kwargs,
+            )
+            child = multiprocessing.get_context("fork").Process(
+                target=HttpServer(config).run, args=(sockets,), name=f"http-{number}"
+            )
+            child.start()
+            assert child.pid is not None
+            self.service.load.set_pid(number, child.pid)
+            return child
+
+        self.start_http = start
+        return {number: start(number) for number in range(num_uvicorn_servers)}
+
+    def _start_worker_monitoring(
+        self, manager: Any, uvicorn_workers: dict[int, ForkProcess]
+    ) -> None:
+        self.queues = manager._process
+        self.service.load.set_queues_pid(manager._process.pid)
+        assert self.supervise is not None
+        self.supervise(uvicorn_workers)
+        self._shutdown_event.set()
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Life of one HTTP process."""
+        number = int(app.response_queue_id)  # type: ignore[attr-defined]
+        service = self.service
+        service.open()
+        self.spec.attach(self.response_buffer)
+        await service.dispatcher.start(number, self._get_request_queue(self.spec.api_path))
+        receiving = asyncio.create_task(self._receive(number), name="responses")
+        try:
+            yield
+        finally:
+            await service.dispatcher.stop()
+            receiving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await receiving
+            service.close()
+
+    async def _receive(self, number: int) -> None:
+        """LitServe's response task, which gives up at its first error, started again."""
+        while True:
+            await response_queue_to_buffer(
+                self._transport, self.response_buffer, number, self.litapi_connector
+            )
+            await asyncio.sleep(0.1)
+
+    # Guards
+
+    async def _admit_inference(
+        self,
+        request: Request,
+        key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
+    ) -> None:
+        self.service.keys.admit_inference(request.headers.get("authorization"))
+
+    async def _admit_admin(
+        self,
+        request: Request,
+        key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
+    ) -> None:
+        self.service.keys.admit_admin(request.headers.get("authorization"))
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return error_response(request.scope, error)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    """Starlette's own errors: no such page, wrong method, a body that broke a limit."""
+    assert isinstance(error, HTTPException)
+    if isinstance(error, BodyRefused):
+        return error_response(request.scope, error.refusal)
+    path = request.scope["path"]
+    match error.status_code:
+        case 404:
+            refusal = Refusal.because(
+                "not_found", "There is no such page.", found=path[:200], fix="See /docs."
+            )
+        case 405:
+            refusal = Refusal.because(
+                "method_not_allowed",
+                f"{request.method} is not allowed here.",
+                found=request.method,
+                expected=(error.headers or {}).get("Allow"),
+                headers=error.headers,
+            )
+        case 400:
+            refusal = Refusal.because(
+                "malformed_body", "The body cannot be read.", expected="JSON in UTF-8"
+            )
+        case _:
+            refusal = Refusal.because("internal", str(error.detail))
+    return error_response(request.scope, refusal)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """A body or a query that does not fit its schema: every fault names its field."""
+    assert isinstance(error, RequestValidationError)
+    faults = [_fault(dict(one), request) for one in error.errors()[:20]]
+    return error_response(request.scope, Refusal(faults))
+
+
+def _fault(found: Mapping[str, Any], request: Request) -> Fault:
+    place = [str(part) for part in found["loc"] if part not in {"body", "query", "path"}]
+    if found["type"] == "json_invalid":
+        reason = str(found.get("ctx", {}).get("error", "not JSON"))
+        at = f" at character {place[0]}" if place else ""
+        return Fault("malformed_body", "The body is not JSON.", f"{reason}{at}", "JSON in UTF-8")
+    content_type = request.headers.get("content-type", "")
+    fix = None
+    if tuple(found["loc"]) == ("body",) and "json" not in content_type:
+        fix = "Send the header Content-Type: application/json."
+    value = found.get("input")
+    shown = None if isinstance(value, dict | bytes) or value is None else repr(value)[:120]
+    return Fault(
+        "invalid_request",
+        f"{'.'.join(place) or 'body'}: {found['msg']}",
+        found=shown,
+        fix=fix,
+        field=".".join(place) or None,
+    )

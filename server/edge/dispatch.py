@@ -1,0 +1,403 @@
+"""Admits requests, hands them to the worker and brings the answers back.
+
+One dispatcher per HTTP process, on its event loop. It bounds what may wait, watches deadlines,
+clients and the worker, and sees to it that every admitted request ends: with the worker's answer,
+or with a failure that says why there is none. Batching and fairness are the engine's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from server.edge.shared import Phase, SharedLoad
+from server.edge.wire import (
+    Events,
+    Requests,
+    WorkerReady,
+    read_state,
+    request_id,
+)
+from server.errors import Refusal
+from server.messages import (
+    TERMINAL,
+    Cancel,
+    Event,
+    Failure,
+    Message,
+    Request,
+)
+
+logger = logging.getLogger(__name__)
+
+
+TICK_S: Final = 0.25
+STALE_S: Final = 10.0  # a worker that has not written its state for so long is not ready
+RATE_WINDOW_S: Final = 10.0
+RATE_SAMPLES: Final = 8192
+RETRY_MAX_S: Final = 60
+SEND_AT_ONCE: Final = 256
+REQUESTS_UID: Final = "requests"
+
+
+class RequestQueue(Protocol):
+    """LitServe's request queue, as far as it is used here."""
+
+    def put(self, item: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What may be admitted at once, over all HTTP processes."""
+
+    requests: int
+    tokens: int
+    adapter_requests: int
+
+    def share(self, processes: int) -> int:
+        """One process's part of the bound per adapter, which is not counted across them."""
+        return max(1, math.ceil(self.adapter_requests / processes))
+
+
+class Ticket:
+    """One admitted request: its events arrive here, in order, the last one terminal."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.ended = False
+        self._events: deque[Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        if self.ended:
+            return
+        self.ended = isinstance(event, TERMINAL)
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> Event:
+        """Wait for the next event."""
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._events.popleft()
+
+    def next_if_there(self) -> Event | None:
+        """The next event if it has come already: a step's events come together."""
+        return self._events.popleft() if self._events else None
+
+
+class Dispatcher:
+    """See the module.
+
+    Args:
+        load: Shared between the HTTP processes.
+        bounds: Of all HTTP processes together.
+        processes: How many HTTP processes there are.
+        run_dir: Where the worker keeps its state file.
+    """
+
+    def __init__(self, load: SharedLoad, bounds: Bounds, processes: int, run_dir: Path) -> None:
+        self.load = load
+        self.bounds = bounds
+        self.run_dir = run_dir
+        self.processes = processes
+        self.number = 0
+        self.on_event: Callable[[Request, Event], None] | None = None
+        self._ids = itertools.count()
+        self._tickets: dict[str, Ticket] = {}
+        self._per_adapter: Counter[str | None] = Counter()
+        self._tokens = 0
+        # Monotonic times of requests that ended, and of those that were refused as too many.
+        self._finished: deque[float] = deque(maxlen=RATE_SAMPLES)
+        self._refused: deque[float] = deque(maxlen=RATE_SAMPLES)
+        self._epoch: str | None = None
+        self._lost = False  # a worker was there and is gone
+        self._pidfd: int | None = None
+        self._outbox: queue.SimpleQueue[tuple[str | None, Message] | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sender: threading.Thread | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    # Life
+
+    async def start(self, number: int, requests: RequestQueue) -> None:
+        """Begin to serve as HTTP process ``number``; called on its event loop."""
+        self.number = number
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count(time.monotonic_ns())  # not those of a process before this one
+        self._outbox = queue.SimpleQueue()
+        self._publish()
+        state = read_state(self.run_dir)
+        if state is not None:
+            self._greet(WorkerReady(state.epoch, state.pid))
+        self._sender = threading.Thread(
+            target=self._send, args=(requests,), name="requests", daemon=True
+        )
+        self._sender.start()
+        self._ticker = asyncio.create_task(self._tick(), name="dispatcher-tick")
+
+    async def stop(self) -> None:
+        """End what still runs and let go of threads and file descriptors."""
+        self.fail_all("draining", "The server is stopping.")
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._outbox.put(None)
+        if self._sender is not None:
+            await asyncio.to_thread(self._sender.join, 2.0)
+        self._forget_worker()
+
+    # What endpoints use
+
+    @property
+    def status(self) -> str:
+        """``ready``, or the code of the refusal that a request would get now."""
+        if self.load.phase is not Phase.SERVING:
+            return "draining"
+        if self._epoch is None:
+            return "worker_lost" if self._lost else "starting"
+        return "ready"
+
+    def silent_s(self) -> float:
+        """How long ago the worker last wrote its state."""
+        state = read_state(self.run_dir)
+        return math.inf if state is None else time.time() - state.beat
+
+    @contextmanager
+    def admit(self, request: Request) -> Iterator[Ticket]:
+        """Send a request to the worker for the length of a ``with`` block.
+
+        The id of ``request`` is replaced. Leaving the block before the terminal event, for whatever
+        reason, cancels the work.
+
+        Raises:
+            Refusal: starting, draining, worker_lost, overloaded or deadline_exceeded.
+        """
+        self._check(request)
+        loop = asyncio.get_running_loop()
+        request = replace(request, id=request_id(self.number, next(self._ids)))
+        ticket = Ticket(request)
+        self._tickets[request.id] = ticket
+        self._per_adapter[request.adapter] += 1
+        self._tokens += request.tokens
+        self._publish()
+        timer = None
+        if request.deadline is not None:
+            remaining_s = max(0.0, request.deadline - time.time())
+            timer = loop.call_later(remaining_s, self._expire, ticket)
+        self._post(request)
+        try:
+            yield ticket
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if not ticket.ended:
+                self.cancel(ticket)
+            self._release(ticket)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody waits any more: tell the worker, and end the ticket."""
+        if not ticket.ended:
+            self._post(Cancel(ticket.request.id))
+            self._deliver(ticket, Failure(ticket.request.id, "cancelled", "The client left."))
+
+    def tell(self, message: Message) -> None:
+        """Send something that has no answer, such as Preload; lost when no worker is there."""
+        self._post(message)
+
+    def versions_in_use(self) -> set[str]:
+        """Adapter versions that requests of this process were admitted with."""
+        return {
+            ticket.request.version
+            for ticket in self._tickets.values()
+            if ticket.request.version is not None
+        }
+
+    @property
+    def running(self) -> int:
+        return len(self._tickets)
+
+    def retry_after_s(self) -> int:
+        """When a refused client may try again.
+
+        What runs, and all who were refused just before, over the rate at which requests end: so
+        thousands who come at once are not all sent back to the same second.
+        """
+        now = time.monotonic()
+        self._refused.append(now)
+        for times in (self._finished, self._refused):
+            while times and now - times[0] > RATE_WINDOW_S:
+                times.popleft()
+        if not self._finished:
+            return 1
+        per_s = len(self._finished) / max(1.0, now - self._finished[0])
+        ahead = len(self._tickets) + len(self._refused)
+        return min(RETRY_MAX_S, max(1, math.ceil(ahead / per_s)))
+
+    # What comes back
+
+    def append(self, response: list[Any]) -> None:
+        """Take one message from LitServe's response task: ``[envelope, status]``."""
+        envelope = response[0]
+        if isinstance(envelope, WorkerReady):
+            self._greet(envelope)
+        elif isinstance(envelope, Events):
+            for event in envelope.events:
+                ticket = self._tickets.get(event.id)
+                if ticket is not None:
+                    self._deliver(ticket, event)
+        else:
+            logger.error("An unknown envelope from the worker: %r", type(envelope))
+
+    def fail_all(self, code: str, message: str, fix: str | None = None) -> None:
+        """End every request that runs with the same failure."""
+        for ticket in list(self._tickets.values()):
+            self._deliver(ticket, Failure(ticket.request.id, code, message, fix=fix))
+
+    # Inside
+
+    def _check(self, request: Request) -> None:
+        status = self.status
+        if status != "ready":
+            detail = {
+                "draining": "The server is stopping and takes no new requests.",
+                "starting": "The base model is still being loaded.",
+                "worker_lost": "The inference worker is being restarted.",
+            }[status]
+            raise Refusal.because(status, detail, fix="Try again in a few seconds.")
+        if request.deadline is not None and request.deadline <= time.time():
+            raise Refusal.because("deadline_exceeded", "The deadline passed before admission.")
+        waiting, tokens = self.load.requests(), self.load.tokens()
+        mine, share = self._per_adapter[request.adapter], self.bounds.share(self.processes)
+        found = None
+        if waiting + 1 > self.bounds.requests:
+            found, expected = f"{waiting} requests", f"at most {self.bounds.requests}"
+        elif tokens + request.tokens > self.bounds.tokens and tokens > 0:
+            found = f"{tokens} tokens, and {request.tokens} more asked for"
+            expected = f"at most {self.bounds.tokens}"
+        elif mine + 1 > share:
+            found, expected = f"{mine} requests for this adapter", f"at most {share}"
+        if found is not None:
+            retry_s = self.retry_after_s()
+            raise Refusal.because(
+                "overloaded",
+                "Too much is waiting already.",
+                found=found,
+                expected=expected,
+                fix=f"Try again in {retry_s} s.",
+                headers={"Retry-After": str(retry_s)},
+            )
+
+    def _deliver(self, ticket: Ticket, event: Event) -> None:
+        if ticket.ended:
+            return
+        if self.on_event is not None:
+            self.on_event(ticket.request, event)
+        ticket.put(event)
+
+    def _release(self, ticket: Ticket) -> None:
+        request = ticket.request
+        del self._tickets[request.id]
+        self._per_adapter[request.adapter] -= 1
+        if not self._per_adapter[request.adapter]:
+            del self._per_adapter[request.adapter]
+        self._tokens -= request.tokens
+        self._finished.append(time.monotonic())
+        self._publish()
+
+    def _publish(self) -> None:
+        self.load.set(self.number, requests=len(self._tickets), tokens=self._tokens)
+
+    def _expire(self, ticket: Ticket) -> None:
+        if not ticket.ended:
+            self._post(Cancel(ticket.request.id))
+            self._deliver(
+                ticket,
+                Failure(
+                    ticket.request.id,
+                    "deadline_exceeded",
+                    "The deadline passed before the answer was there.",
+                    fix="Ask for less, allow more time, or send fewer requests at once.",
+                ),
+            )
+
+    def _greet(self, ready: WorkerReady) -> None:
+        """Take up with a worker and watch its pid: when it dies the kernel says so at once."""
+        if ready.epoch == self._epoch:
+            return
+        try:
+            pidfd = os.pidfd_open(ready.pid)
+        except ProcessLookupError:
+            return  # it died before we heard of it
+        if self._epoch is not None:
+            self._worker_died()
+        self._forget_worker()
+        self._epoch, self._pidfd, self._lost = ready.epoch, pidfd, False
+        assert self._loop is not None
+        self._loop.add_reader(pidfd, self._worker_died)
+
+    def _worker_died(self) -> None:
+        self._forget_worker()
+        self._lost = True
+        logger.error("The inference worker was lost with %d requests", len(self._tickets))
+        self.fail_all(
+            "worker_lost",
+            "The inference worker died while this request ran.",
+            fix="Send the request again; a new worker is being started.",
+        )
+
+    def _forget_worker(self) -> None:
+        if self._pidfd is not None:
+            assert self._loop is not None
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        self._pidfd = self._epoch = None
+
+    def _post(self, message: Message) -> None:
+        # The epoch goes along: what was meant for a worker that died is not run by the next one.
+        self._outbox.put((self._epoch, message))
+
+    def _send(self, requests: RequestQueue) -> None:
+        """Thread: move messages to LitServe's queue, as many at once as are there."""
+        while (first := self._outbox.get()) is not None:
+            batch = [first]
+            while len(batch) < SEND_AT_ONCE and not self._outbox.empty():
+                more = self._outbox.get()
+                if more is None:
+                    return
+                batch.append(more)
+            epoch = self._epoch
+            messages = tuple(message for meant_for, message in batch if meant_for == epoch)
+            if epoch is None or not messages:
+                continue
+            try:
+                requests.put(
+                    (self.number, REQUESTS_UID, time.monotonic(), Requests(epoch, messages))
+                )
+            except (OSError, EOFError) as error:
+                logger.error("LitServe's request queue is gone: %s", error)
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._worker_died)
+                return
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self.load.phase is Phase.STOPPING and self._tickets:
+                self.fail_all("draining", "The server stopped before the answer was there.")

@@ -1,0 +1,210 @@
+"""The LitLoop: reads LitServe's request queue, steps the engine, sends its events back.
+
+Three threads: one blocks on the request queue, one on sending, and the main one does nothing but
+step the engine, so the device never waits for a queue. Requests of another epoch, left in the queue
+when an earlier worker died, are dropped: their clients have their answer already.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections import defaultdict
+from dataclasses import asdict, is_dataclass
+from typing import Any, Final
+
+from litserve.loops import LitLoop
+from litserve.utils import LitAPIStatus, LoopResponseType
+
+from server.edge.api import EngineLike, HiraAPI
+from server.edge.wire import (
+    EVENTS_UID,
+    Events,
+    Requests,
+    WorkerReady,
+    WorkerState,
+    http_process_of,
+    write_state,
+)
+from server.messages import Event, Message
+from server.metrics import WorkerMetrics
+
+logger = logging.getLogger(__name__)
+
+# A worker killed while it waits in the queue leaves a wait behind in the queue's process, which
+# swallows the next request. No worker is back within this time, and none is sent before that.
+READ_S: Final = 0.2
+IDLE_S: Final = 0.05
+BEAT_S: Final = 1.0
+ENGINE_FAILED: Final = 70
+
+
+class EngineLoop(LitLoop):
+    """See the module.
+
+    Args:
+        http_processes: How many there are; all hear that the worker is ready.
+    """
+
+    def __init__(self, http_processes: int) -> None:
+        super().__init__()
+        self.http_processes = http_processes
+
+    def pre_setup(self, lit_api: HiraAPI, spec: object = None) -> None:
+        """Nothing to check: the LitAPI's hooks are not used."""
+
+    def __call__(  # noqa: PLR0917  # LitServe calls it so
+        self,
+        lit_api: HiraAPI,
+        device: str,
+        worker_id: int,
+        request_queue: Any,
+        transport: Any,
+        workers_setup_status: Any,
+        callback_runner: Any,
+    ) -> None:
+        assert lit_api.engine is not None
+        _Pump(self, lit_api, worker_id, request_queue, transport).run()
+
+
+class _Pump:
+    def __init__(
+        self, loop: EngineLoop, lit_api: HiraAPI, worker: int, requests: Any, transport: Any
+    ) -> None:
+        assert lit_api.engine is not None
+        self.loop = loop
+        self.engine: EngineLike = lit_api.engine
+        self.run_dir = lit_api.run_dir
+        self.worker = worker
+        self.requests = requests
+        self.transport = transport
+        self.epoch = f"{os.getpid()}-{time.time_ns()}"
+        self.started = time.time()
+        self.metrics = WorkerMetrics()
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+        self.ending = threading.Event()
+        self.step_began = 0.0  # monotonic; 0 between steps
+        self.snapshot: dict[str, Any] = {}
+
+    def run(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: self.ending.set())
+        self._look()
+        self._beat()
+        threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (
+                ("requests", self._read),
+                ("events", self._write),
+                ("beat", self._keep_beating),
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        for http_process in range(self.loop.http_processes):
+            self._put(http_process, WorkerReady(self.epoch, os.getpid()))
+        try:
+            self._pump()
+        except Exception:
+            # The engine fails single requests itself; after this its state is not known.
+            logger.exception("The engine failed; the worker ends and is started anew")
+            os._exit(ENGINE_FAILED)
+        self.outbox.put(None)
+        threads[1].join(timeout=2.0)
+        self.engine.close()
+
+    def _pump(self) -> None:
+        engine, looked = self.engine, 0.0
+        while True:
+            busy = engine.has_work()
+            if not busy and self.ending.is_set() and self.inbox.empty():
+                return
+            self._take(wait_s=0.0 if busy else IDLE_S)
+            if engine.has_work():
+                self.step_began = began = time.monotonic()
+                events = engine.step()
+                self.step_began = 0.0
+                if events:
+                    self.outbox.put(events)
+                elif time.monotonic() - began < 1e-3:
+                    engine.wait(IDLE_S / 10)  # all that waits, waits for an adapter
+            if time.monotonic() - looked > BEAT_S:
+                looked = time.monotonic()
+                self._look()
+
+    def _take(self, wait_s: float) -> None:
+        """Hand over what has arrived; with nothing to do, wait for it."""
+        try:
+            self.engine.submit(
+                self.inbox.get(timeout=wait_s) if wait_s else self.inbox.get_nowait()
+            )
+            while True:
+                self.engine.submit(self.inbox.get_nowait())
+        except queue.Empty:
+            return
+
+    def _look(self) -> None:
+        """On the engine's thread: what it says of itself, for readiness and the gauges."""
+        snapshot = self.engine.snapshot()
+        self.snapshot = asdict(snapshot) if is_dataclass(snapshot) else dict(snapshot)  # type: ignore[arg-type]
+
+    def _read(self) -> None:
+        while True:
+            try:
+                _, _, _, envelope = self.requests.get(timeout=READ_S)
+            except queue.Empty:
+                continue
+            except (OSError, EOFError):
+                self._abandon("request queue")
+                return
+            if isinstance(envelope, Requests) and envelope.epoch == self.epoch:
+                for message in envelope.messages:
+                    self.inbox.put(message)
+
+    def _write(self) -> None:
+        while (events := self.outbox.get()) is not None:
+            batches: defaultdict[int, list[Event]] = defaultdict(list)
+            for event in events:
+                batches[http_process_of(event.id)].append(event)
+            for http_process, batch in batches.items():
+                self._put(http_process, Events(self.epoch, tuple(batch)))
+
+    def _put(self, http_process: int, envelope: Events | WorkerReady) -> None:
+        try:
+            self.loop.put_response(
+                self.transport,
+                http_process,
+                EVENTS_UID,
+                envelope,
+                LitAPIStatus.OK,
+                LoopResponseType.STREAMING,
+            )
+        except (OSError, EOFError):
+            self._abandon("response queue")
+
+    def _keep_beating(self) -> None:
+        while not self.ending.wait(BEAT_S):
+            self._beat()
+
+    def _beat(self) -> None:
+        began = self.step_began
+        write_state(
+            self.run_dir,
+            WorkerState(
+                worker=self.worker,
+                epoch=self.epoch,
+                pid=os.getpid(),
+                started=self.started,
+                beat=time.time(),
+                busy_s=time.monotonic() - began if began else 0.0,
+                snapshot=self.snapshot,
+            ),
+        )
+
+    def _abandon(self, what: str) -> None:
+        logger.error("LitServe's %s is gone; the worker ends", what)
+        os._exit(ENGINE_FAILED)

@@ -1,0 +1,204 @@
+"""Around every call: its id, the limits on its body, safe headers, its metrics and its log line.
+
+Plain ASGI, one layer: a layer of Starlette's own kind would hide the client's disconnect from the
+endpoints and cost a task per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.edge.service import Service
+from server.errors import PROBLEM_TYPE, Refusal
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("server.access")
+
+BODY_S: Final = 30.0  # a body that takes longer to arrive is given up, uploads excepted
+QUERY_BYTES: Final = 4096
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
+SAFE_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of one call; endpoints fill in what they resolve."""
+
+    request_id: str
+    began: float  # monotonic
+    status: int = 0
+    adapter: str | None = ""  # "": none resolved, None: the base
+    refused: str | None = None  # the code of an error response
+
+
+class BodyRefused(HTTPException):
+    """A body that broke a limit while it was read: FastAPI lets only its own kind pass there."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.status, detail=refusal.code)
+        self.refusal = refusal
+
+
+def error_response(scope: Scope, refusal: Refusal) -> Response:
+    """The refusal in the shape that the path calls for."""
+    exchange = scope.get("hira")
+    if isinstance(exchange, Exchange):
+        exchange.refused = refusal.code
+    if str(scope.get("path", "")).startswith("/v1/"):
+        return JSONResponse(refusal.openai(), refusal.status, headers=refusal.all_headers())
+    return JSONResponse(
+        refusal.problem(),
+        refusal.status,
+        headers=refusal.all_headers(),
+        media_type=PROBLEM_TYPE,
+    )
+
+
+class Gate:
+    """See the module."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        exchange = Exchange(
+            request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
+            began=time.monotonic(),
+        )
+        scope["hira"] = exchange
+        self.service.refresh()
+
+        async def finish(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                self._add_headers(scope, exchange, MutableHeaders(scope=message))
+            await send(message)
+
+        try:
+            limit = self._limit(scope, headers)
+            await self.app(scope, _bounded(receive, limit, _patience(scope)), finish)
+        except Refusal as refusal:
+            await error_response(scope, refusal)(scope, receive, finish)
+        except Exception:
+            logger.exception("request %s failed", exchange.request_id)
+            if exchange.status:
+                raise  # half an answer is out: the connection must break, not end well
+            failed = Refusal.because(
+                "internal",
+                "The server failed on this request.",
+                fix=f"Tell the operator the request id {exchange.request_id}.",
+            )
+            await error_response(scope, failed)(scope, receive, finish)
+        finally:
+            self._note(scope, exchange)
+
+    def _limit(self, scope: Scope, headers: Headers) -> int:
+        settings = self.service.settings
+        uploads = scope["path"].startswith("/admin/")
+        limit = int(settings.max_upload_bytes if uploads else settings.max_body_bytes)
+        if len(scope["query_string"]) > QUERY_BYTES:
+            raise Refusal.because(
+                "invalid_request",
+                "The query is too long.",
+                found=f"{len(scope['query_string'])} bytes",
+                expected=f"at most {QUERY_BYTES}",
+            )
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            raise too_large(limit, uploads=uploads, found=f"{length} bytes")
+        return limit
+
+    def _add_headers(self, scope: Scope, exchange: Exchange, headers: MutableHeaders) -> None:
+        headers["X-Request-Id"] = exchange.request_id
+        for name, value in SAFE_HEADERS.items():
+            headers.setdefault(name, value)
+        if scope["path"] not in PAGES:
+            headers.setdefault(
+                "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
+            )
+
+    def _note(self, scope: Scope, exchange: Exchange) -> None:
+        seconds = time.monotonic() - exchange.began
+        endpoint = str(getattr(scope.get("route"), "path", "unmatched"))
+        status = exchange.status or 499
+        metrics = self.service.metrics
+        if metrics is not None:
+            metrics.request(endpoint, exchange.adapter, status, seconds)
+        if self.service.settings.access_log:
+            access_logger.info(
+                "%s %s %d %.1f ms id=%s adapter=%s%s",
+                scope["method"],
+                scope["path"].encode("unicode_escape").decode(),
+                status,
+                seconds * 1e3,
+                exchange.request_id,
+                exchange.adapter or "-",
+                f" code={exchange.refused}" if exchange.refused else "",
+            )
+
+
+def too_large(limit: int, *, uploads: bool, found: str | None = None) -> Refusal:
+    return Refusal.because(
+        "upload_too_large" if uploads else "body_too_large",
+        "The upload is too large." if uploads else "The body is too large.",
+        found=found,
+        expected=f"at most {limit} bytes",
+        fix="Send less, or ask the operator to raise "
+        + ("max_upload_bytes." if uploads else "max_body_bytes."),
+    )
+
+
+def _patience(scope: Scope) -> float | None:
+    return None if scope["path"].startswith("/admin/") else BODY_S
+
+
+def _bounded(receive: Receive, limit: int, patience_s: float | None) -> Receive:
+    """Count the body as it comes, and give it up when it is too large or too slow."""
+    taken, complete = 0, False
+    began = time.monotonic()
+
+    async def bounded() -> Message:
+        nonlocal taken, complete
+        if complete:
+            return (
+                await receive()
+            )  # the endpoint waits for the client to leave: as long as it likes
+        left_s = None if patience_s is None else max(0.0, began + patience_s - time.monotonic())
+        try:
+            async with asyncio.timeout(left_s):
+                message = await receive()
+        except TimeoutError:
+            refusal = Refusal.because(
+                "body_too_slow", "The body did not arrive in time.", expected=f"{patience_s:g} s"
+            )
+            raise BodyRefused(refusal) from None
+        taken += len(message.get("body", b""))
+        if taken > limit:
+            raise BodyRefused(too_large(limit, uploads=patience_s is None))
+        complete = not message.get("more_body", False)
+        return message
+
+    return bounded

@@ -1,0 +1,307 @@
+"""The native calls: /predict and /embed as text-embeddings-inference has them, /generate and
+/generate_stream as text-generation-inference has them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from fastapi import Query, Request, Response
+
+from server.edge.calls import (
+    EventStream,
+    Generations,
+    answer_headers,
+    check_inputs,
+    encode,
+    exchange_of,
+    json_response,
+    sse,
+    target_headers,
+)
+from server.edge.service import Service, Target
+from server.errors import Refusal
+from server.messages import (
+    Event,
+    Failure,
+    GenerateResult,
+    SamplingOptions,
+    Task,
+    TokenEvent,
+)
+from server.schemas import (
+    EmbedRequest,
+    GenerateParameters,
+    GenerateRequestBody,
+    PredictParameters,
+    PredictRequest,
+)
+
+PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
+    {"text-classification", "token-classification", "fill-mask", "question-answering"}
+)
+EMBED_TASKS: Final[frozenset[Task]] = PREDICT_TASKS | {"feature-extraction", "text-generation"}
+GENERATE_TASKS: Final[frozenset[Task]] = frozenset({"text-generation"})
+# Parameters of /predict that only one task has a use for.
+TASK_PARAMETERS: Final[dict[str, Task]] = {
+    "aggregation_strategy": "token-classification",
+    "ignore_labels": "token-classification",
+    "function_to_apply": "text-classification",
+}
+
+Named = Query(default=None, max_length=256, description="The adapter's name.")
+
+
+class Native:
+    """The endpoints; one object per server."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def predict(
+        self, request: Request, body: PredictRequest, adapter: str | None = Named
+    ) -> Response:
+        """Classify texts or tokens, or fill masks: whatever the adapter was trained for."""
+        service = self.service
+        target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
+        exchange_of(request).adapter = target.adapter
+        listed = isinstance(body.inputs, list)
+        texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+        check_inputs(len(texts), service)
+        options = _predict_options(body.parameters, target)
+        characters = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in texts)
+        inputs = await service.tokenize(
+            characters,
+            lambda: service.base.text.encode(
+                texts, target.task, truncation=body.parameters.truncation
+            ),
+        )
+        result = await encode(
+            request,
+            service,
+            target,
+            inputs,
+            task=target.task,
+            top_k=body.parameters.top_k,
+            options=options,
+        )
+        outputs = [plain(one) for one in result.outputs]
+        return json_response(
+            outputs if listed else outputs[0],
+            answer_headers(target, result.queue_ms, result.compute_ms),
+        )
+
+    async def embed(
+        self, request: Request, body: EmbedRequest, adapter: str | None = Named
+    ) -> Response:
+        """Turn texts into vectors with the base, or with an adapter's version of it."""
+        service = self.service
+        target = service.target((*named(request, adapter), body.adapter), EMBED_TASKS, "/embed")
+        exchange_of(request).adapter = target.adapter
+        texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+        check_inputs(len(texts), service)
+        parameters = body.parameters
+        inputs = await service.tokenize(
+            sum(map(len, texts)),
+            lambda: service.base.text.encode(
+                texts, "feature-extraction", truncation=parameters.truncation
+            ),
+        )
+        options: dict[str, Any] = {"normalize": parameters.normalize}
+        if parameters.pooling is not None:
+            options["pooling"] = parameters.pooling
+        result = await encode(
+            request, service, target, inputs, task="feature-extraction", options=options
+        )
+        return json_response(
+            [list(one) for one in result.outputs],
+            answer_headers(target, result.queue_ms, result.compute_ms),
+        )
+
+    async def generate(
+        self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
+    ) -> Response:
+        """Continue a text."""
+        if body.stream:
+            return await self.generate_stream(request, body, adapter)
+        target, generations = await self._begin(request, body, adapter, stream=False)
+        (result,) = await generations.results()
+        parameters = body.parameters
+        text = (body.inputs if parameters.return_full_text else "") + result.text
+        answer: dict[str, Any] = {"generated_text": text}
+        if parameters.details:
+            answer["details"] = {
+                "finish_reason": result.finish_reason,
+                "generated_tokens": len(result.tokens),
+                "seed": parameters.seed,
+                "prefill": [],
+                "tokens": [
+                    {"id": one.id, "text": one.text, "logprob": one.logprob, "special": one.special}
+                    for one in result.tokens
+                ],
+            }
+        return json_response(answer, answer_headers(target, result.queue_ms, result.compute_ms))
+
+    async def generate_stream(
+        self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
+    ) -> Response:
+        """Continue a text, a server-sent event per token."""
+        target, generations = await self._begin(request, body, adapter, stream=True)
+        events = generations.events()
+        first = await generations.first(events)
+        prefix = body.inputs if body.parameters.return_full_text else ""
+        chunks = _stream(first, events, prefix, body.parameters.seed)
+        return EventStream(chunks, generations, target_headers(target))
+
+    async def _begin(
+        self, request: Request, body: GenerateRequestBody, adapter: str | None, *, stream: bool
+    ) -> tuple[Target, Generations]:
+        service, parameters = self.service, body.parameters
+        names = (*named(request, adapter), body.adapter, parameters.adapter_id)
+        target = service.target(names, GENERATE_TASKS, "/generate")
+        exchange_of(request).adapter = target.adapter
+        check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
+        token_ids = await service.tokenize(
+            len(body.inputs),
+            lambda: service.base.text.encode_prompt(
+                body.inputs,
+                max_new_tokens=parameters.max_new_tokens,
+                truncation=parameters.truncation,
+            ),
+        )
+        if parameters.truncate is not None:
+            token_ids = token_ids[-parameters.truncate :]
+        prompts = [(token_ids, _sampling(parameters, stream=stream))]
+        return target, Generations(request, service, target, prompts, stream=stream)
+
+
+def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
+    """Every ``adapter`` of the query: FastAPI alone would take the last and drop the others."""
+    return (adapter, *request.query_params.getlist("adapter"))
+
+
+def check_new_tokens(wanted: int, service: Service, field: str) -> None:
+    """Raises Refusal when more is asked for than one request may generate."""
+    most = min(service.settings.max_new_tokens, service.base.text.max_tokens)
+    if wanted > most:
+        raise Refusal.because(
+            "invalid_request",
+            "More new tokens are asked for than a request may have.",
+            found=str(wanted),
+            expected=f"at most {most}",
+            field=field,
+        )
+
+
+def _predict_options(parameters: PredictParameters, target: Target) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, task in TASK_PARAMETERS.items():
+        value = getattr(parameters, name)
+        if value is None:
+            continue
+        if target.task != task:
+            raise Refusal.because(
+                "unsupported_parameter",
+                f"{name} has no meaning for {target.task}.",
+                found=f"{name}={value}",
+                expected=f"an adapter for {task}",
+                field=f"parameters.{name}",
+            )
+        options[name] = value
+    return options
+
+
+def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOptions:
+    return SamplingOptions(
+        max_new_tokens=parameters.max_new_tokens,
+        do_sample=parameters.samples,
+        temperature=parameters.temperature or 1.0,
+        top_p=parameters.top_p or 1.0,
+        top_k=parameters.top_k or 0,
+        repetition_penalty=parameters.repetition_penalty or 1.0,
+        stop=tuple(parameters.stop),
+        seed=parameters.seed,
+        logprobs=parameters.details or stream,
+        ignore_eos=parameters.ignore_eos_token,
+    )
+
+
+async def _stream(
+    first: list[tuple[int, Event]],
+    rest: AsyncIterator[list[tuple[int, Event]]],
+    prefix: str,
+    seed: int | None,
+) -> AsyncIterator[bytes]:
+    """TGI's events. The last token waits for the end that came with it, and carries it."""
+    index = 0
+    batch: list[tuple[int, Event]] | None = first
+    last: TokenEvent | None = None
+    while batch is not None:
+        held: TokenEvent | None = None
+        for _, event in batch:
+            if isinstance(event, TokenEvent):
+                if held is not None:
+                    yield _token(index, held)
+                index, held, last = index + 1, event, event
+            elif isinstance(event, GenerateResult):
+                yield _end(index, held, last, event, prefix, seed)
+                return
+            elif isinstance(event, Failure):
+                if held is not None:
+                    yield _token(index, held)
+                problem = Refusal.of(event).problem()
+                yield sse({"error": event.message, "error_type": event.code, **problem})
+                return
+        if held is not None:
+            yield _token(index, held)
+        batch = await anext(rest, None)
+
+
+def _token(index: int, event: TokenEvent) -> bytes:
+    return sse(
+        {
+            "index": index,
+            "token": {
+                "id": event.token_id,
+                "text": event.text,
+                "logprob": event.logprob,
+                "special": event.special,
+            },
+            "generated_text": None,
+            "details": None,
+        }
+    )
+
+
+def _end(
+    index: int,
+    held: TokenEvent | None,
+    last: TokenEvent | None,
+    result: GenerateResult,
+    prefix: str,
+    seed: int | None,
+) -> bytes:
+    shown = held or last
+    return sse(
+        {
+            "index": index,
+            "token": {
+                "id": shown.token_id if shown else 0,
+                "text": (held.text if held else "") + result.tail,
+                "logprob": shown.logprob if shown else 0.0,
+                "special": bool(shown and shown.special and not result.tail),
+            },
+            "generated_text": prefix + result.text,
+            "details": {
+                "finish_reason": result.finish_reason,
+                "generated_tokens": len(result.tokens),
+                "input_length": result.prompt_tokens,
+                "seed": seed,
+            },
+        }
+    )
+
+
+def plain(output: Any) -> Any:
+    """An engine's output as JSON has it."""
+    return list(output) if isinstance(output, tuple) else output

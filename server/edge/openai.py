@@ -1,0 +1,290 @@
+"""The calls under /v1, as OpenAI's clients expect them. ``model`` names an adapter, or the base."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+
+from server.edge.calls import (
+    EventStream,
+    Generations,
+    answer_headers,
+    check_inputs,
+    encode,
+    exchange_of,
+    json_response,
+    target_headers,
+)
+from server.edge.native import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
+from server.edge.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
+from server.edge.service import Service, Target
+from server.errors import Refusal
+from server.messages import EncodedInput, GenerateResult, SamplingOptions
+from server.metrics import BASE_LABEL
+from server.schemas_openai import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Known,
+    Sampling,
+)
+
+DEFAULT_CHAT_TOKENS = 256
+MAX_MODELS = 10_000
+
+
+class OpenAI:
+    """The endpoints; one object per server."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def models(self, request: Request) -> Response:
+        """The base and every adapter."""
+        base = self.service.base
+        records, _ = await self.service.in_thread(
+            lambda: self.service.registry.list(offset=0, limit=MAX_MODELS)
+        )
+        own = [self._model(base.name, base.created, None)]
+        adapters = [self._model(one.name, one.created.timestamp(), base.name) for one in records]
+        return json_response({"object": "list", "data": own + adapters}, {})
+
+    async def model(self, request: Request, model: str) -> Response:
+        """One of them."""
+        base = self.service.base
+        if self._is_base(model):
+            return json_response(self._model(base.name, base.created, None), {})
+        record = self.service.record(model, "model")
+        return json_response(self._model(record.name, record.created.timestamp(), base.name), {})
+
+    async def completions(self, request: Request, body: CompletionRequest) -> Response:
+        """Continue one or more prompts."""
+        target = self._target(request, body, "generate")
+        wanted = body.max_tokens or 16
+        prompts = await self._prompts(body.prompt, wanted)
+        echoed = self._echoed(body, prompts) if body.echo else None
+        shape = CompletionFormat(
+            f"cmpl-{uuid.uuid4().hex}",
+            int(time.time()),
+            body.model,
+            echoed,
+            body.logprobs is not None,
+        )
+        return await self._generate(request, body, target, prompts, wanted, shape)
+
+    async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
+        """Continue a conversation, written out with the base's chat template."""
+        target = self._target(request, body, "generate")
+        text = self.service.base.text
+        messages = [message.plain() for message in body.messages]
+        asked = body.max_completion_tokens or body.max_tokens
+        # Without a limit: what is left of the context, so that a long conversation is not refused.
+        prompt = await self.service.tokenize(
+            sum(len(message["content"]) for message in messages),
+            lambda: text.encode_chat(messages, max_new_tokens=asked or 1),
+        )
+        wanted = asked or min(
+            DEFAULT_CHAT_TOKENS,
+            self.service.settings.max_new_tokens,
+            text.max_tokens - len(prompt),
+        )
+        shape = ChatFormat(
+            f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model, bool(body.logprobs)
+        )
+        return await self._generate(request, body, target, [prompt], wanted, shape)
+
+    async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
+        """Turn texts into vectors of length 1."""
+        target = self._target(request, body, "embed")
+        given = body.input
+        service = self.service
+        if isinstance(given, str) or (given and isinstance(given[0], str)):
+            texts = [given] if isinstance(given, str) else [str(one) for one in given]
+            check_inputs(len(texts), service, "input")
+            inputs = await service.tokenize(
+                sum(map(len, texts)),
+                lambda: service.base.text.encode(texts, "feature-extraction"),
+            )
+        else:
+            inputs = tuple(EncodedInput(ids) for ids in self._token_lists(given, "input", room=0))
+        result = await encode(
+            request,
+            service,
+            target,
+            inputs,
+            task="feature-extraction",
+            options={"normalize": True},
+        )
+        vectors: list[list[float]] = [list(one) for one in result.outputs]
+        coded = body.encoding_format == "base64"
+        answer = {
+            "object": "list",
+            "data": [
+                {
+                    "object": "embedding",
+                    "index": index,
+                    "embedding": _base64(vector) if coded else vector,
+                }
+                for index, vector in enumerate(vectors)
+            ],
+            "model": body.model,
+            "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
+        }
+        return json_response(answer, answer_headers(target, result.queue_ms, result.compute_ms))
+
+    async def _generate(
+        self,
+        request: Request,
+        body: Sampling,
+        target: Target,
+        prompts: Sequence[tuple[int, ...]],
+        wanted: int,
+        shape: Format,
+    ) -> Response:
+        check_new_tokens(wanted, self.service, "max_tokens")
+        copies = body.n or 1
+        check_inputs(len(prompts) * copies, self.service, "n")
+        each = [
+            (prompt, self._sampling(body, wanted, copy, logprobs=shape.logprobs))
+            for prompt in prompts
+            for copy in range(copies)
+        ]
+        stream = bool(body.stream)
+        generations = Generations(request, self.service, target, each, stream=stream)
+        if not stream:
+            results = await generations.results()
+            return json_response(
+                {**shape.answer(results, copies), "usage": usage(results, copies)},
+                answer_headers(
+                    target,
+                    max(one.queue_ms for one in results),
+                    max(one.compute_ms for one in results),
+                ),
+            )
+        events = generations.events()
+        first = await generations.first(events)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        chunks: AsyncIterator[bytes] = stream_chunks(
+            shape, first, events, choices=len(each), copies=copies, with_usage=with_usage
+        )
+        return EventStream(chunks, generations, target_headers(target))
+
+    def _target(self, request: Request, body: Known, verb: str) -> Target:
+        """Whom ``model`` means; refuses what would change the answer and is not there."""
+        for name, value in body.unsupported():
+            raise Refusal.because(
+                "unsupported_parameter",
+                f"{name} cannot be honoured by this server.",
+                found=repr(value)[:80],
+                expected="its neutral value, or no such field",
+                field=name,
+            )
+        model = str(getattr(body, "model", ""))
+        tasks = EMBED_TASKS if verb == "embed" else GENERATE_TASKS
+        if not self._is_base(model):
+            target = self.service.adapter_target(model, tasks, f"/v1/{verb}", field="model")
+        else:
+            target = self.service.target((), tasks, f"/{verb}")
+        exchange_of(request).adapter = target.adapter
+        return target
+
+    def _is_base(self, model: str) -> bool:
+        return model in {self.service.base.name, BASE_LABEL}
+
+    def _model(self, name: str, created: float, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(created),
+            "owned_by": "hira-server",
+            "parent": parent,
+            "root": parent or name,
+        }
+
+    async def _prompts(
+        self, prompt: str | list[str] | list[int] | list[list[int]], wanted: int
+    ) -> list[tuple[int, ...]]:
+        text = self.service.base.text
+        if isinstance(prompt, str):
+            texts = [prompt]
+        elif prompt and isinstance(prompt[0], str):
+            texts = [str(one) for one in prompt]
+        else:
+            return self._token_lists(prompt, "prompt", room=wanted)
+        check_inputs(len(texts), self.service, "prompt")
+        return await self.service.tokenize(
+            sum(map(len, texts)),
+            lambda: [text.encode_prompt(one, max_new_tokens=wanted) for one in texts],
+        )
+
+    def _token_lists(self, given: Any, field: str, *, room: int) -> list[tuple[int, ...]]:
+        """Prompts that come as token ids: one list, or a list of lists."""
+        lists = [given] if given and isinstance(given[0], int) else list(given)
+        check_inputs(len(lists), self.service, field)
+        text = self.service.base.text
+        vocabulary = text.vocab_size or 1 << 62
+        for ids in lists:
+            if not ids or not all(0 <= one < vocabulary for one in ids):
+                raise Refusal.because(
+                    "invalid_input",
+                    "A list of token ids is empty or holds an id that the base does not have.",
+                    expected=f"ids from 0 to {vocabulary - 1}",
+                    field=field,
+                )
+            if len(ids) + room > text.max_tokens:
+                raise Refusal.because(
+                    "input_too_long",
+                    "The prompt and the tokens asked for do not fit the context.",
+                    found=f"{len(ids)} + {room} tokens",
+                    expected=f"at most {text.max_tokens}",
+                    field=field,
+                )
+        return [tuple(ids) for ids in lists]
+
+    def _echoed(self, body: CompletionRequest, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and isinstance(prompt[0], str):
+            return [str(one) for one in prompt]
+        return [self.service.base.text.decode(ids) for ids in prompts]
+
+    def _sampling(
+        self, body: Sampling, wanted: int, copy: int, *, logprobs: bool
+    ) -> SamplingOptions:
+        temperature = 1.0 if body.temperature is None else body.temperature
+        stop = body.stop or ()
+        return SamplingOptions(
+            max_new_tokens=wanted,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            top_p=body.top_p or 1.0,
+            top_k=max(0, body.top_k or 0),
+            repetition_penalty=body.repetition_penalty or 1.0,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            # Copies of one prompt must differ, and do so in the same way every time.
+            seed=None if body.seed is None else abs(body.seed + copy),
+            logprobs=logprobs,
+            ignore_eos=body.ignore_eos,
+        )
+
+
+def usage(results: Sequence[GenerateResult], copies: int) -> dict[str, int]:
+    """Tokens of one call; a prompt counts once however many answers it has."""
+    prompt = sum(one.prompt_tokens for one in results[::copies])
+    completion = sum(len(one.tokens) for one in results)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _base64(vector: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")

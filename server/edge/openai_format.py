@@ -1,0 +1,194 @@
+"""How OpenAI writes down completions and chats, whole and in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from server.edge.calls import sse
+from server.errors import Refusal
+from server.messages import Event, Failure, GeneratedToken, GenerateResult, TokenEvent
+
+
+class Format(Protocol):
+    """One kind of answer: whole, and as the chunks of a stream."""
+
+    @property
+    def logprobs(self) -> bool: ...
+
+    def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]: ...
+
+    def head(self) -> dict[str, Any]:
+        """What every chunk begins with."""
+
+    def opening(self, choice: int, copies: int) -> dict[str, Any] | None:
+        """A choice's first chunk, before any token."""
+
+    def token(self, choice: int, event: TokenEvent) -> dict[str, Any]: ...
+
+    def end(self, choice: int, result: GenerateResult) -> dict[str, Any]: ...
+
+
+def finish_reason(result: GenerateResult) -> str:
+    return "length" if result.finish_reason == "length" else "stop"
+
+
+@dataclass(frozen=True)
+class CompletionFormat:
+    id: str
+    created: int
+    model: str
+    echoed: Sequence[str] | None
+    logprobs: bool
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]:
+        choices = []
+        for index, result in enumerate(results):
+            echoed = self.echoed[index // copies] if self.echoed is not None else ""
+            choices.append(
+                {
+                    "index": index,
+                    "text": echoed + result.text,
+                    "logprobs": self._logprobs(result.tokens, len(echoed)),
+                    "finish_reason": finish_reason(result),
+                }
+            )
+        return {**self.head(), "choices": choices}
+
+    def opening(self, choice: int, copies: int) -> dict[str, Any] | None:
+        if self.echoed is None:
+            return None
+        return self._choice(choice, self.echoed[choice // copies], None, None)
+
+    def token(self, choice: int, event: TokenEvent) -> dict[str, Any]:
+        token = GeneratedToken(event.token_id, event.text, event.logprob, event.special)
+        return self._choice(choice, event.text, self._logprobs((token,), 0), None)
+
+    def end(self, choice: int, result: GenerateResult) -> dict[str, Any]:
+        return self._choice(choice, result.tail, None, finish_reason(result))
+
+    def _choice(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, tokens: Sequence[GeneratedToken], start: int) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        offsets, at = [], start
+        for token in tokens:
+            offsets.append(at)
+            at += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "text_offset": offsets,
+            "top_logprobs": None,
+        }
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    id: str
+    created: int
+    model: str
+    logprobs: bool
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "logprobs": self._logprobs(
+                    [(one.text, one.logprob) for one in result.tokens if not one.special]
+                ),
+                "finish_reason": finish_reason(result),
+            }
+            for index, result in enumerate(results)
+        ]
+        return {**self.head(), "object": "chat.completion", "choices": choices}
+
+    def opening(self, choice: int, copies: int) -> dict[str, Any] | None:
+        return self._choice(choice, {"role": "assistant", "content": ""}, None, None)
+
+    def token(self, choice: int, event: TokenEvent) -> dict[str, Any]:
+        logprobs = None if event.special else self._logprobs([(event.text, event.logprob)])
+        return self._choice(choice, {"content": event.text}, logprobs, None)
+
+    def end(self, choice: int, result: GenerateResult) -> dict[str, Any]:
+        delta = {"content": result.tail} if result.tail else {}
+        return self._choice(choice, delta, None, finish_reason(result))
+
+    def _choice(
+        self, index: int, delta: dict[str, str], logprobs: Any, finish: str | None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, tokens: Sequence[tuple[str, float | None]]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        content = [
+            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+            for text, logprob in tokens
+        ]
+        return {"content": content}
+
+
+async def stream_chunks(
+    shape: Format,
+    first: list[tuple[int, Event]],
+    rest: AsyncIterator[list[tuple[int, Event]]],
+    *,
+    choices: int,
+    copies: int,
+    with_usage: bool,
+) -> AsyncIterator[bytes]:
+    """The whole stream, its last line ``[DONE]`` always, also after an error."""
+
+    def chunk(choice: dict[str, Any]) -> bytes:
+        extra = {"usage": None} if with_usage else {}
+        return sse({**shape.head(), "choices": [choice], **extra})
+
+    for index in range(choices):
+        opening = shape.opening(index, copies)
+        if opening is not None:
+            yield chunk(opening)
+    prompt = completion = 0
+    failed = False
+    batch: list[tuple[int, Event]] | None = first
+    while batch is not None:
+        for index, event in batch:
+            if isinstance(event, TokenEvent):
+                if event.text:
+                    yield chunk(shape.token(index, event))
+            elif isinstance(event, GenerateResult):
+                yield chunk(shape.end(index, event))
+                completion += len(event.tokens)
+                prompt += event.prompt_tokens if index % copies == 0 else 0
+            elif isinstance(event, Failure):
+                yield sse(Refusal.of(event).openai())
+                failed = True
+        batch = await anext(rest, None)
+    if with_usage and not failed:
+        totals = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+        yield sse({**shape.head(), "choices": [], "usage": totals})
+    yield sse("[DONE]")

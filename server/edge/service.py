@@ -1,0 +1,313 @@
+"""What every endpoint of an HTTP process needs: settings, base, registry, dispatcher, keys.
+
+Made once in the main process before the fork, then opened in each HTTP process. It resolves a name
+to a version when a request is admitted, so that a replacement never changes an answer half-way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from adapters.errors import AdapterError
+from server.edge.dispatch import Bounds, Dispatcher
+from server.edge.keys import Keyring, admin_key
+from server.edge.shared import SharedLoad
+from server.errors import Fault, Refusal
+from server.messages import (
+    Event,
+    Failure,
+    GenerateResult,
+    Request,
+    Task,
+    TokenEvent,
+)
+from server.metrics import BASE_LABEL, HttpMetrics
+from server.settings import Settings, SettingsFault
+from server.text import Text, TextError
+
+if TYPE_CHECKING:
+    from adapters.registry import AdapterRecord, Registry
+    from adapters.signature import BaseSignature
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LONG_CHARACTERS: Final = 8192  # texts longer than this are tokenized off the event loop
+# What may change while the server runs.
+RELOADABLE: Final = (
+    "admin_key",
+    "api_keys",
+    "access_log",
+    "timeout_s",
+    "max_timeout_s",
+    "max_inputs",
+    "max_new_tokens",
+    "max_body_bytes",
+    "max_upload_bytes",
+    "max_queue_requests",
+    "max_queue_tokens",
+    "max_adapter_requests",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as the HTTP side knows it: no weights."""
+
+    name: str
+    task: Task  # what the bare base does
+    signature: BaseSignature
+    text: Text
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom a request is for: an adapter in one version, or the bare base."""
+
+    adapter: str | None
+    version: str | None
+    task: Task
+
+    @property
+    def shown(self) -> str:
+        return self.adapter or BASE_LABEL
+
+
+def base_task(architecture: str) -> Task:
+    """What a base of this class does without any adapter."""
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text-generation"
+    return "fill-mask" if architecture.endswith("ForMaskedLM") else "feature-extraction"
+
+
+def bounds_of(settings: Settings) -> Bounds:
+    return Bounds(
+        requests=settings.max_queue_requests,
+        tokens=settings.max_queue_tokens,
+        adapter_requests=settings.max_adapter_requests,
+    )
+
+
+class Service:
+    """See the module.
+
+    Args:
+        settings: Of the start.
+        base: What is served.
+        registry: Opened anew in every process.
+        reload: Reads the settings again, for the part that may change while the server runs.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        base: Base,
+        registry: Registry,
+        reload: Callable[[], Settings],
+    ) -> None:
+        self.settings = settings
+        self.base = base
+        self.registry = registry
+        self.load = SharedLoad(settings.api_processes)
+        self.dispatcher = Dispatcher(
+            self.load, bounds_of(settings), settings.api_processes, settings.run_dir
+        )
+        self.metrics: HttpMetrics | None = None
+        self.started = time.time()
+        self._reload = reload
+        self._settings_age = 0
+        self.keys = self._keyring()
+        self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
+        # Not asyncio's default threads: LitServe's response task lives there and must never wait.
+        self._encoders: ThreadPoolExecutor | None = None
+        self._workers: ThreadPoolExecutor | None = None
+
+    def open(self) -> None:
+        """Take up service in an HTTP process: threads, metrics and connections of its own."""
+        self.registry.reopen()
+        self.metrics = HttpMetrics()
+        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._workers = ThreadPoolExecutor(4, thread_name_prefix="admin")
+        self.dispatcher.on_event = self._count
+
+    def close(self) -> None:
+        for pool in (self._encoders, self._workers):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+        self.registry.close()
+
+    def refresh(self) -> None:
+        """Take over reloaded settings, if there are any; one comparison when there are none."""
+        age = self.load.settings_age
+        if age == self._settings_age:
+            return
+        self._settings_age = age
+        try:
+            fresh = self._reload()
+        except SettingsFault as fault:
+            logger.error("The settings were not reloaded: %s", fault)
+            return
+        changed = {name: getattr(fresh, name) for name in RELOADABLE}
+        self.settings = self.settings.model_copy(update=changed)
+        self.dispatcher.bounds = bounds_of(self.settings)
+        self.keys = self._keyring()
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run something slow off the event loop, on threads of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    async def tokenize(self, characters: int, work: Callable[[], T]) -> T:
+        """Run the tokenizer: at once for short texts, off the event loop for long ones.
+
+        Raises:
+            Refusal: In the tokenizer's words.
+        """
+        try:
+            if characters <= LONG_CHARACTERS:
+                return work()
+            return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+        except TextError as error:
+            fault = Fault(
+                error.code, error.message, error.found, error.expected, error.fix, "inputs"
+            )
+            raise Refusal((fault,)) from None
+
+    def record(self, name: str, field: str | None = None) -> AdapterRecord:
+        """The registry's record of an adapter.
+
+        Raises:
+            Refusal: adapter_not_found.
+        """
+        try:
+            return self.registry.resolve(name)
+        except AdapterError as error:
+            fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
+            raise Refusal((fault,)) from None
+
+    def target(self, names: Sequence[str | None], tasks: Collection[Task], verb: str) -> Target:
+        """Resolve the adapter that a native call names, in its query or its body.
+
+        Args:
+            names: Everything that names one; at most one distinct name may be among them.
+            tasks: What the endpoint can do.
+            verb: The endpoint, for the error.
+
+        Raises:
+            Refusal: adapter_conflict, adapter_required, adapter_not_found or task_mismatch.
+        """
+        distinct = sorted({name for name in names if name is not None})
+        if len(distinct) > 1:
+            raise Refusal.because(
+                "adapter_conflict",
+                "The request names two adapters.",
+                found=" and ".join(distinct),
+                expected="one adapter",
+                fix="Name it once, in the query or in the body.",
+                field="adapter",
+            )
+        if not distinct:
+            return self._bare_base(tasks, verb)
+        return self.adapter_target(distinct[0], tasks, verb)
+
+    def adapter_target(
+        self, name: str, tasks: Collection[Task], verb: str, field: str = "adapter"
+    ) -> Target:
+        """Resolve one adapter for an endpoint.
+
+        Raises:
+            Refusal: adapter_not_found or task_mismatch.
+        """
+        record = self.record(name, field)
+        if record.task not in tasks:
+            raise Refusal.because(
+                "task_mismatch",
+                f"The adapter {name} does {record.task}.",
+                found=record.task,
+                expected=" or ".join(sorted(tasks)),
+                fix=f"Call {PATHS.get(record.task, 'another endpoint')} for this adapter.",
+                field=field,
+            )
+        return Target(name, record.version, record.task)
+
+    def deadline(self, asked: str | None) -> float:
+        """When a request that starts now must be done, as ``time.time()`` counts.
+
+        Args:
+            asked: The client's ``X-Timeout-Seconds``.
+
+        Raises:
+            Refusal: invalid_request for a header that is no number in range.
+        """
+        seconds = self.settings.timeout_s
+        if asked is not None:
+            try:
+                seconds = float(asked)
+            except ValueError:
+                seconds = -1.0
+            if not 0 < seconds <= self.settings.max_timeout_s:
+                raise Refusal.because(
+                    "invalid_request",
+                    "X-Timeout-Seconds is not a usable number.",
+                    found=asked[:40],
+                    expected=f"seconds above 0, at most {self.settings.max_timeout_s:g}",
+                    field="X-Timeout-Seconds",
+                )
+        return time.time() + seconds
+
+    def _bare_base(self, tasks: Collection[Task], verb: str) -> Target:
+        if verb == "/embed":
+            return Target(None, None, "feature-extraction")
+        if self.base.task not in tasks:
+            raise Refusal.because(
+                "adapter_required",
+                f"{verb} needs an adapter on this base.",
+                found="no adapter",
+                expected="?adapter=NAME, or adapter in the body",
+                fix="GET /v1/models lists the adapters.",
+                field="adapter",
+            )
+        return Target(None, None, self.base.task)
+
+    def _keyring(self) -> Keyring:
+        key, _ = admin_key(self.settings.admin_key, self.settings.data_dir)
+        return Keyring(key, self.settings.api_keys)
+
+    def _count(self, request: Request, event: Event) -> None:
+        """Metrics of what comes back, as it comes back."""
+        metrics, adapter = self.metrics, request.adapter
+        if metrics is None:
+            return
+        match event:
+            case TokenEvent():
+                now = time.time()
+                before = self._tokens_at.get(request.id)
+                self._tokens_at[request.id] = now
+                if before is None:
+                    metrics.first_token(adapter, now - request.submitted)
+                else:
+                    metrics.next_token(adapter, now - before)
+            case Failure():
+                self._tokens_at.pop(request.id, None)
+                metrics.failure(adapter, event.code)
+            case GenerateResult():
+                self._tokens_at.pop(request.id, None)
+                metrics.tokens(adapter, prompt=event.prompt_tokens, generated=len(event.tokens))
+            case _:
+                metrics.tokens(adapter, prompt=event.prompt_tokens, generated=0)
+
+
+PATHS: Final = {
+    "text-classification": "POST /predict",
+    "token-classification": "POST /predict",
+    "fill-mask": "POST /predict",
+    "question-answering": "POST /predict",
+    "text-generation": "POST /generate",
+    "feature-extraction": "POST /embed",
+}

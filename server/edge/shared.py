@@ -1,0 +1,68 @@
+"""A few numbers that the main process and the HTTP processes share through forked memory.
+
+Made before the fork and inherited. Every cell has one writer, so there are no locks: an HTTP
+process writes its own load, the main process writes everything else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from enum import IntEnum
+
+_FORK = multiprocessing.get_context("fork")
+
+
+class Phase(IntEnum):
+    """Where the server is in its life."""
+
+    SERVING = 0
+    DRAINING = 1  # no new requests, running ones go on
+    STOPPING = 2  # running ones end now
+
+
+class SharedLoad:
+    """Admitted requests and tokens of every HTTP process, and the phase of the whole."""
+
+    def __init__(self, http_processes: int) -> None:
+        self._requests = _FORK.RawArray("q", http_processes)
+        self._tokens = _FORK.RawArray("q", http_processes)
+        self._pids = _FORK.RawArray("q", http_processes + 1)  # the last: the queues' process
+        self._phase = _FORK.RawValue("i", int(Phase.SERVING))
+        self._settings_age = _FORK.RawValue("q", 0)
+
+    @property
+    def phase(self) -> Phase:
+        return Phase(self._phase.value)
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase.value = int(phase)
+
+    @property
+    def settings_age(self) -> int:
+        """How often the settings were reloaded."""
+        return int(self._settings_age.value)
+
+    def settings_changed(self) -> None:
+        self._settings_age.value += 1
+
+    def set(self, http_process: int, *, requests: int, tokens: int) -> None:
+        self._requests[http_process] = requests
+        self._tokens[http_process] = tokens
+
+    def requests(self) -> int:
+        return sum(self._requests)
+
+    def tokens(self) -> int:
+        return sum(self._tokens)
+
+    def set_pid(self, http_process: int, pid: int) -> None:
+        self._pids[http_process] = pid
+
+    def set_queues_pid(self, pid: int) -> None:
+        self._pids[-1] = pid
+
+    def pids(self) -> dict[str, int]:
+        """Process ids by role; 0 where a process has not been started."""
+        roles = [f"http-{number}" for number in range(len(self._requests))] + ["queues"]
+        return dict(zip(roles, self._pids, strict=True))

@@ -1,0 +1,201 @@
+"""The main process, once all others run: sees deaths, restarts, drains, and ends in order.
+
+Runs in the main thread, because the kernel ties a child's life to the thread that made it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
+from types import FrameType
+from typing import Any, Final
+
+from server.edge.app import HiraServer
+from server.edge.shared import Phase
+from server.edge.wire import fault_path, read_state, state_path
+from server.metrics import forget_dead
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+LOOK_S: Final = 0.25
+HEALTHY_S: Final = 60.0  # a worker that ran so long starts afresh with its pauses
+PAUSE_MAX_S: Final = 60.0
+TRIES: Final = 8  # starts in a row that never became ready
+
+
+class StartFailed(Exception):
+    """The server cannot be started; the text is one line for the operator."""
+
+
+class Supervisor:
+    """See the module.
+
+    Args:
+        server: Whose processes these are.
+        on_ready: Called once, when the first worker answers.
+        on_reload: Called for SIGHUP.
+    """
+
+    def __init__(
+        self,
+        server: HiraServer,
+        *,
+        on_ready: Callable[[], None],
+        on_reload: Callable[[], None],
+        upkeep: Callable[[], None],
+    ) -> None:
+        self.server = server
+        self.load = server.service.load
+        self.settings = server.service.settings
+        self.failure: str | None = None
+        self._on_ready = on_ready
+        self._on_reload = on_reload
+        self._upkeep = upkeep
+        self._stop_signals = 0
+        self._reload = False
+        self._was_ready = False
+        self._ready_epoch: str | None = None
+        self._worker_started = time.monotonic()
+        self._failed_starts = 0
+        self._restart_at: float | None = None
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+
+    def install(self) -> None:
+        """Take the signals of the main process; to be called before any child is made."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGHUP, self._on_signal)
+
+    def run(self, http: dict[int, ForkProcess]) -> None:
+        """Watch until a signal or a failure says to end; then drain.
+
+        Raises:
+            StartFailed: The first worker could not be set up, or workers die one after another.
+        """
+        while not self._stop_signals:
+            self._check_worker()
+            self._check_http(http)
+            self._check_queues()
+            if self._reload:
+                self._reload = False
+                self._on_reload()
+                self.load.settings_changed()
+            self._upkeep()
+            self._sleep(http)
+        self._drain()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._reload = True
+        else:
+            self._stop_signals += 1
+        try:
+            os.write(self._wake_write, b"!")
+        except BlockingIOError:
+            return  # a full pipe wakes as well
+
+    def _sleep(self, http: Mapping[int, ForkProcess]) -> None:
+        dead_already = self._restart_at is not None
+        workers = [] if dead_already else [one.sentinel for one in self.server.inference_workers]
+        sentinels = [*workers, *(child.sentinel for child in http.values()), self._wake_read]
+        timeout = LOOK_S if not self._was_ready or dead_already else 1.0
+        if self._wake_read in wait(sentinels, timeout=timeout):
+            os.read(self._wake_read, 4096)
+
+    def _check_worker(self) -> None:
+        (worker,) = self.server.inference_workers
+        if self._restart_at is not None:
+            if time.monotonic() >= self._restart_at:
+                self._restart()
+            return
+        if worker.is_alive():
+            self._look_for_ready(worker)
+            return
+        forget_dead(worker.pid)
+        reason = self._why(worker)
+        state_path(self.settings.run_dir, 0).unlink(missing_ok=True)
+        became_ready = self._ready_epoch is not None
+        self._ready_epoch = None
+        if not self._was_ready:
+            raise StartFailed(reason)
+        ran_s = time.monotonic() - self._worker_started
+        if became_ready and ran_s >= HEALTHY_S:
+            self._failed_starts = 0
+        self._failed_starts += 1
+        if not became_ready and self._failed_starts > TRIES:
+            raise StartFailed(f"the worker died {self._failed_starts} times in a row: {reason}")
+        # At once after a single death; ever slower in a crash loop.
+        pause_s = (
+            0.0
+            if self._failed_starts == 1
+            else min(PAUSE_MAX_S, 0.5 * 2.0 ** (self._failed_starts - 2))
+        )
+        self._restart_at = time.monotonic() + pause_s
+        logger.error("The inference worker died (%s); a new one starts in %.1f s", reason, pause_s)
+
+    def _look_for_ready(self, worker: Any) -> None:
+        if self._ready_epoch is not None:
+            return
+        state = read_state(self.settings.run_dir)
+        if state is None or state.pid != worker.pid:
+            return
+        self._ready_epoch = state.epoch
+        if not self._was_ready:
+            self._was_ready = True
+            self._on_ready()
+        else:
+            logger.warning("A new inference worker is ready (pid %d)", worker.pid)
+
+    def _restart(self) -> None:
+        self._restart_at = None
+        self._worker_started = time.monotonic()
+        (api,) = self.server.litapi_connector
+        self.server.inference_workers = [self.server.launch_single_inference_worker(api, 0)]
+
+    def _why(self, worker: Any) -> str:
+        path = fault_path(self.settings.run_dir, 0)
+        if path.exists():
+            reason = path.read_text(encoding="utf-8").strip()
+            path.unlink()
+            return reason
+        code = worker.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            return f"killed by {name}{hint}"
+        return f"exit status {code}"
+
+    def _check_http(self, http: dict[int, ForkProcess]) -> None:
+        for number, child in list(http.items()):
+            if child.is_alive() or self._stop_signals:
+                continue
+            assert child.pid is not None
+            forget_dead(child.pid)
+            logger.error("HTTP process %d died (status %s); restarting", number, child.exitcode)
+            self.load.set(number, requests=0, tokens=0)
+            assert self.server.start_http is not None
+            time.sleep(0.2)  # no faster than this, whatever kills it
+            http[number] = self.server.start_http(number)
+
+    def _check_queues(self) -> None:
+        if not self.server.queues.is_alive():
+            raise StartFailed("LitServe's queue process died; the server ends")
+
+    def _drain(self) -> None:
+        """No new requests; running ones have until the bound, or until a second signal."""
+        self.load.phase = Phase.DRAINING
+        until = time.monotonic() + self.settings.drain_s
+        logger.warning("Stopping: %d requests are running", self.load.requests())
+        signals = self._stop_signals
+        while self.load.requests() and time.monotonic() < until and self._stop_signals == signals:
+            time.sleep(0.05)
+        self.load.phase = Phase.STOPPING
+        if self.load.requests():
+            time.sleep(0.6)  # the dispatchers see it within a tick and answer

@@ -1,0 +1,101 @@
+"""What travels through LitServe's queues between the HTTP processes and the worker.
+
+One envelope each way, so that a step's events, or a burst of requests, cost one queue operation.
+An envelope names the epoch of the worker that it is for or from: after a restart, neither side
+takes the other's leftovers for its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from server.messages import Event, Message
+
+EVENTS_UID: Final = "events"  # the one key under which every HTTP process listens
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """HTTP process → worker."""
+
+    epoch: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Worker → HTTP process."""
+
+    epoch: str
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """Worker → every HTTP process: the base is loaded, requests of this epoch are taken."""
+
+    epoch: str
+    pid: int
+
+
+def request_id(http_process: int, number: int) -> str:
+    """An id that says which HTTP process waits for the answer."""
+    return f"{http_process}.{number}"
+
+
+def http_process_of(request: str) -> int:
+    """The inverse of `request_id`, as far as routing needs it."""
+    return int(request.split(".", 1)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What a worker says about itself, in a file that it replaces every second."""
+
+    worker: int
+    epoch: str
+    pid: int
+    started: float  # time.time()
+    beat: float  # time.time() of the last writing
+    busy_s: float  # how long the present step has taken; 0 between steps
+    snapshot: Mapping[str, Any] = field(default_factory=dict)
+
+
+def state_path(run_dir: Path, worker: int) -> Path:
+    return run_dir / f"worker-{worker}.json"
+
+
+def fault_path(run_dir: Path, worker: int) -> Path:
+    """Where a worker that cannot start says why, in one line."""
+    return run_dir / f"worker-{worker}.fault"
+
+
+def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Write a whole file so that readers see the old one or the new one, never a half."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_state(run_dir: Path, state: WorkerState) -> None:
+    replace_text(state_path(run_dir, state.worker), json.dumps(asdict(state)))
+
+
+def read_state(run_dir: Path, worker: int = 0) -> WorkerState | None:
+    """The worker's last word, or None when it has not spoken."""
+    try:
+        return WorkerState(**json.loads(state_path(run_dir, worker).read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None

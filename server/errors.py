@@ -1,0 +1,204 @@
+"""One table: what can go wrong → the HTTP status that says so.
+
+Every code that an adapter error, the engine or the edge uses has exactly one row here. Native
+calls answer with RFC 9457 problem details, calls under /v1 with OpenAI's error object; both are
+built here from the same fault, so they never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from adapters.errors import AdapterError, AdapterFaults
+from server.messages import Failure
+
+PROBLEM_TYPE: Final = "application/problem+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One code: the status it is answered with and its short name for people."""
+
+    status: int
+    title: str
+
+
+TABLE: Final[Mapping[str, Row]] = {
+    # The request
+    "malformed_body": Row(422, "The body cannot be read"),
+    "adapter_required": Row(400, "An adapter must be named"),
+    "adapter_conflict": Row(400, "Two different adapters are named"),
+    "task_mismatch": Row(400, "The adapter does another task"),
+    "unsupported_parameter": Row(400, "A parameter that cannot be honoured"),
+    "chat_template_missing": Row(400, "The base has no chat template"),
+    "invalid_request": Row(422, "The request is not valid"),
+    "invalid_input": Row(422, "An input cannot be given to the model"),
+    "input_too_long": Row(413, "The input is too long"),
+    "body_too_large": Row(413, "The body is too large"),
+    "body_too_slow": Row(408, "The body came too slowly"),
+    "not_found": Row(404, "No such page"),
+    "method_not_allowed": Row(405, "The method is not allowed"),
+    # Keys
+    "key_missing": Row(401, "A key is needed"),
+    "key_wrong": Row(403, "The key is not accepted"),
+    # An adapter
+    "adapter_not_found": Row(404, "No such adapter"),
+    "adapter_exists": Row(409, "The name is taken"),
+    "unsafe_format": Row(422, "The adapter's files are not safe to read"),
+    "corrupt_file": Row(422, "A file is damaged"),
+    "unsupported_method": Row(422, "The adapter's method is not supported"),
+    "unsupported_option": Row(422, "An option of the adapter is not supported"),
+    "shape_mismatch": Row(422, "A tensor does not fit the base"),
+    "base_mismatch": Row(422, "The adapter belongs to another base"),
+    "unmatched_tensors": Row(422, "Tensors match no layer of the base"),
+    "missing_tensors": Row(422, "Tensors are missing"),
+    "non_finite": Row(422, "The adapter holds NaN or infinity"),
+    "invalid_name": Row(422, "The name is not allowed"),
+    "source_forbidden": Row(403, "The source is not allowed"),
+    "source_unavailable": Row(422, "The source cannot be read"),
+    "upload_too_large": Row(413, "The upload is too large"),
+    "store_full": Row(507, "The adapter store is full"),
+    # The server
+    "overloaded": Row(429, "Too many requests are waiting"),
+    "starting": Row(503, "The server is starting"),
+    "draining": Row(503, "The server is stopping"),
+    "worker_lost": Row(503, "The inference worker was lost"),
+    "deadline_exceeded": Row(504, "The deadline passed"),
+    "cancelled": Row(499, "The client left"),
+    "adapter_error": Row(500, "The adapter failed"),
+    "adapter_failed": Row(500, "The adapter failed"),
+    "segment_mismatch": Row(500, "The batch was put together wrongly"),
+    "slot_not_resident": Row(500, "The adapter was not on the device"),
+    "internal": Row(500, "The server failed"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong, as values: what a response says and where it came from."""
+
+    code: str
+    message: str
+    found: str | None = None
+    expected: str | None = None
+    fix: str | None = None
+    field: str | None = None  # where in the body or the query, dotted
+
+    @classmethod
+    def of(cls, error: AdapterError | Failure) -> Self:
+        return cls(error.code, error.message, error.found, error.expected, error.fix)
+
+    def parts(self) -> dict[str, str]:
+        """The details that are there, in the order in which people want them."""
+        named = {
+            "field": self.field,
+            "found": self.found,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+        return {name: text for name, text in named.items() if text is not None}
+
+
+@dataclass(eq=False)
+class Refusal(Exception):
+    """A request that ends here with an error response.
+
+    Args:
+        faults: At least one; the first gives the status and the code.
+        headers: For the response, such as Retry-After.
+    """
+
+    faults: Sequence[Fault]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def because(
+        cls,
+        code: str,
+        message: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Self:
+        return cls((Fault(code, message, found, expected, fix, field),), headers or {})
+
+    @classmethod
+    def of(cls, error: AdapterError | Failure) -> Self:
+        if isinstance(error, AdapterFaults):
+            return cls(tuple(Fault.of(fault) for fault in error.faults))
+        return cls((Fault.of(error),))
+
+    def __str__(self) -> str:
+        return "; ".join(f"{fault.code}: {fault.message}" for fault in self.faults)
+
+    @property
+    def code(self) -> str:
+        return self.faults[0].code
+
+    @property
+    def status(self) -> int:
+        return row_of(self.code).status
+
+    def all_headers(self) -> dict[str, str]:
+        """The given headers and those that the status calls for."""
+        headers = dict(self.headers)
+        if self.status == 401:
+            headers.setdefault("WWW-Authenticate", "Bearer")
+        if self.status == 503:
+            headers.setdefault("Retry-After", "1")
+        return headers
+
+    def problem(self) -> dict[str, Any]:
+        """RFC 9457 problem details."""
+        first, row = self.faults[0], row_of(self.code)
+        body: dict[str, Any] = {
+            "type": f"urn:hira:error:{first.code}",
+            "title": row.title,
+            "status": row.status,
+            "detail": first.message,
+            "code": first.code,
+            **first.parts(),
+        }
+        if len(self.faults) > 1:
+            body["problems"] = [
+                {"code": fault.code, "detail": fault.message, **fault.parts()}
+                for fault in self.faults
+            ]
+        return body
+
+    def openai(self) -> dict[str, Any]:
+        """OpenAI's error object, with the same code."""
+        first = self.faults[0]
+        details = [f"{name}: {text}" for name, text in first.parts().items() if name != "field"]
+        return {
+            "error": {
+                "message": "; ".join([first.message, *details]),
+                "type": _openai_type(self.status),
+                "param": first.field,
+                "code": first.code,
+            }
+        }
+
+
+def row_of(code: str) -> Row:
+    """The row of a code; one that has none is a defect of ours and answered as such."""
+    return TABLE.get(code, TABLE["internal"])
+
+
+def _openai_type(status: int) -> str:
+    match status:
+        case 401:
+            return "authentication_error"
+        case 403:
+            return "permission_error"
+        case 429:
+            return "rate_limit_error"
+        case _ if status >= 500:
+            return "server_error"
+        case _:
+            return "invalid_request_error"

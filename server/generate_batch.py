@@ -1,0 +1,174 @@
+"""One forward of the generate lane: which tokens of which sequences, and the model run over them.
+
+Sequences are flattened to one row per token, rows of one adapter side by side. Who may run at all,
+and what happens to the tokens that come out, is left to ``server.generate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters import segments
+from server.detokenize import TextStream
+from server.kv_cache import KVCache
+from server.messages import GeneratedToken, GenerateRequest
+from server.paged_attention import PAGED_ATTENTION, PagedBatch, Span
+from server.sampling import TokenChooser
+
+if TYPE_CHECKING:
+    from adapters.inject import AdaptedModel
+
+MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A running request."""
+
+    request: GenerateRequest
+    slot: int
+    ids: list[int]  # prompt and generated
+    written: int  # tokens whose keys and values are in the cache
+    chooser: TokenChooser
+    text: TextStream
+    admitted: float  # time.time()
+    tokens: list[GeneratedToken] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has not read yet: 1 while decoding."""
+        return len(self.ids) - self.written
+
+    @property
+    def generated(self) -> list[int]:
+        return self.ids[len(self.request.token_ids) :]
+
+    @property
+    def decoding(self) -> bool:
+        return bool(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one sequence puts into a batch: its next ``rows`` tokens."""
+
+    sequence: Sequence
+    rows: int
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a new token comes out: the model reads all there is."""
+        return self.rows == self.sequence.pending
+
+
+def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
+    """Choose the rows of the next forward.
+
+    Every decoding sequence takes one. The rest of the budget goes to prompts, shared evenly between
+    the adapters that have some, the oldest prompt of each first.
+
+    Returns:
+        Parts in the order of their rows; those of one slot are neighbours.
+    """
+    sequences = list(running)
+    parts = [Part(sequence, 1) for sequence in sequences if sequence.decoding]
+    budget = max(budget_tokens - len(parts), MIN_PREFILL_TOKENS)
+    prompts: dict[str | None, list[Sequence]] = {}
+    for sequence in sequences:
+        if not sequence.decoding:
+            prompts.setdefault(sequence.request.version, []).append(sequence)
+    # The adapter with the least to read first: what it leaves is shared by the others.
+    order = sorted(prompts.values(), key=lambda group: sum(s.pending for s in group))
+    for left, group in zip(range(len(order), 0, -1), order, strict=True):
+        share = -(-budget // left)
+        for sequence in group:
+            rows = min(sequence.pending, share)
+            if rows > 0:
+                parts.append(Part(sequence, rows))
+                share -= rows
+                budget -= rows
+    # Fewer segments make fewer and larger products.
+    return sorted(parts, key=lambda part: part.sequence.slot)
+
+
+class PagedForward:
+    """Runs an adapted model over a flattened batch whose keys and values are in pages.
+
+    Args:
+        adapted: Its model must compute attention through transformers' attention interface.
+        kv: Where room was reserved for every sequence that comes.
+    """
+
+    def __init__(self, adapted: AdaptedModel, kv: KVCache) -> None:
+        self._adapted = adapted
+        self._model: Any = adapted.model
+        self._config = self._model.config.get_text_config(decoder=True)
+        self._kv = kv
+        self._device: torch.device = self._model.device
+        self._keeps_logits = bool(self._model._supports_logits_to_keep())
+        self.steps = 0
+        self.last_rows = 0
+        self.last_adapters = 0  # the base not counted
+
+    def __call__(self, parts: Items[Part]) -> torch.Tensor:
+        """Run the parts and write their keys and values to the cache.
+
+        Returns:
+            Logits of the last row of every part that predicts, in order, [n, vocabulary].
+
+        Raises:
+            RuntimeError: the model does not use the attention interface in all its layers.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        last: list[int] = []
+        for part in parts:
+            past = part.sequence.written
+            spans.append(Span(part.sequence.request.id, len(ids), part.rows, past))
+            ids += part.sequence.ids[past : past + part.rows]
+            positions += range(past, past + part.rows)
+            if part.predicts:
+                last.append(len(ids) - 1)
+        slots = segments.from_runs((part.sequence.slot, part.rows) for part in parts)
+        self.steps += 1
+        self.last_rows = len(ids)
+        self.last_adapters = len(set(slots.slots) - {segments.BASE_SLOT})
+        kept = last or [len(ids) - 1]  # an output layer over no row at all is a case of its own
+        keep = torch.tensor(kept, device=self._device)
+        paged = PagedBatch(self._kv.paged, spans)
+        inputs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
+        with (
+            torch.inference_mode(),
+            self._own_attention(),
+            self._adapted.batch(slots, logits=slots.take(kept) if self._keeps_logits else None),
+        ):
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                paged=paged,
+                **inputs,
+            ).logits[0]
+        if paged.layers_run != self._config.num_hidden_layers:
+            raise RuntimeError(
+                f"{type(self._model).__name__} ran {paged.layers_run} of "
+                f"{self._config.num_hidden_layers} layers through transformers' attention "
+                "interface, so it cannot generate here."
+            )
+        return (logits if self._keeps_logits else logits[keep])[: len(last)]
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        before = self._config._attn_implementation
+        self._config._attn_implementation = PAGED_ATTENTION
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = before

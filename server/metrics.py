@@ -1,0 +1,258 @@
+"""Prometheus metrics, right across processes.
+
+Counters and histograms live in the files of prometheus_client's multiprocess mode, one set per
+process, and are summed when someone asks. Gauges are not stored at all: they are read at that
+moment from the worker's state file and the operating system, so a dead process leaves none behind.
+prometheus_client decides about multiprocess mode when it is imported; call `prepare` before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Histogram
+    from prometheus_client.metrics_core import Metric
+
+FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
+BASE_LABEL: Final = "base"
+OTHER_LABEL: Final = "_other"  # no adapter can have this name
+MAX_ADAPTER_LABELS: Final = 1000
+
+REQUEST_SECONDS: Final = (
+    0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
+)  # fmt: skip
+TOKEN_SECONDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+STEP_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+POWERS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def prepare(folder: Path) -> None:
+    """Empty the folder of the metric files and name it to this process and its children.
+
+    Raises:
+        RuntimeError: prometheus_client is imported already and has chosen without it.
+    """
+    if "prometheus_client" in sys.modules and os.environ.get(FOLDER_VARIABLE) != str(folder):
+        raise RuntimeError("metrics.prepare must run before prometheus_client is imported")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.environ[FOLDER_VARIABLE] = str(folder)
+
+
+def forget_dead(pid: int) -> None:
+    """Let go of what a dead process left that must not be summed any more."""
+    from prometheus_client import multiprocess
+
+    if FOLDER_VARIABLE in os.environ:
+        multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+class AdapterLabels:
+    """Adapter names as label values, at most so many: the rest share one."""
+
+    def __init__(self, most: int = MAX_ADAPTER_LABELS) -> None:
+        self._most = most
+        self._seen: set[str] = set()
+
+    def of(self, adapter: str | None) -> str:
+        if adapter is None:
+            return BASE_LABEL
+        if adapter not in self._seen:
+            if len(self._seen) >= self._most:
+                return OTHER_LABEL
+            self._seen.add(adapter)
+        return adapter
+
+
+class HttpMetrics:
+    """What an HTTP process counts."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        from prometheus_client import REGISTRY, Counter, Histogram
+
+        registry = registry or REGISTRY
+        self._labels = AdapterLabels()
+        self._requests = Counter(
+            "hira_requests_total",
+            "Requests answered.",
+            ["endpoint", "adapter", "status"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "hira_request_seconds",
+            "From the request to the end of its answer.",
+            ["endpoint", "adapter"],
+            buckets=REQUEST_SECONDS,
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "hira_tokens_total",
+            "Tokens taken in and generated.",
+            ["adapter", "kind"],
+            registry=registry,
+        )
+        self._first = Histogram(
+            "hira_time_to_first_token_seconds",
+            "From admission to the first token of a streamed answer.",
+            ["adapter"],
+            buckets=REQUEST_SECONDS,
+            registry=registry,
+        )
+        self._between = Histogram(
+            "hira_inter_token_seconds",
+            "Between two tokens of a streamed answer.",
+            ["adapter"],
+            buckets=TOKEN_SECONDS,
+            registry=registry,
+        )
+        self._failed = Counter(
+            "hira_failures_total",
+            "Admitted requests that ended without an answer.",
+            ["adapter", "code"],
+            registry=registry,
+        )
+        self._children: dict[tuple[str, ...], Any] = {}
+
+    def request(self, endpoint: str, adapter: str | None, status: int, seconds: float) -> None:
+        """One response; ``adapter`` is "" where no adapter was resolved, None for the base."""
+        label = adapter if adapter == "" else self._labels.of(adapter)
+        self._child(self._requests, endpoint, label, str(status)).inc()
+        self._child(self._seconds, endpoint, label).observe(seconds)
+
+    def tokens(self, adapter: str | None, *, prompt: int, generated: int) -> None:
+        label = self._labels.of(adapter)
+        self._child(self._tokens, label, "prompt").inc(prompt)
+        if generated:
+            self._child(self._tokens, label, "generated").inc(generated)
+
+    def first_token(self, adapter: str | None, seconds: float) -> None:
+        self._child(self._first, self._labels.of(adapter)).observe(seconds)
+
+    def next_token(self, adapter: str | None, seconds: float) -> None:
+        self._child(self._between, self._labels.of(adapter)).observe(seconds)
+
+    def failure(self, adapter: str | None, code: str) -> None:
+        self._child(self._failed, self._labels.of(adapter), code).inc()
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        # prometheus_client's own look-up takes a lock and rebuilds the key on every call.
+        key = (metric._name, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
+
+class WorkerMetrics:
+    """What the worker measures of its steps."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        from prometheus_client import REGISTRY, Histogram
+
+        registry = registry or REGISTRY
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(name, text, ["lane"], buckets=tuple(buckets), registry=registry)
+
+        self._rows = histogram("hira_batch_rows", "Sequences of a step.", POWERS)
+        self._adapters = histogram("hira_batch_adapters", "Distinct adapters of a step.", POWERS)
+        self._seconds = histogram("hira_step_seconds", "Time of a step.", STEP_SECONDS)
+
+    def step(self, lane: str, *, rows: int, adapters: int, seconds: float) -> None:
+        self._rows.labels(lane).observe(rows)
+        self._adapters.labels(lane).observe(adapters)
+        self._seconds.labels(lane).observe(seconds)
+
+
+@dataclass(frozen=True)
+class Live:
+    """Gauge values of this moment: by metric, by label value."""
+
+    queue_depth: Mapping[str, float] = field(default_factory=dict)  # by lane
+    base_bytes: Mapping[str, float] = field(default_factory=dict)  # by part
+    adapter_bytes: Mapping[str, float] = field(default_factory=dict)  # by tier
+    adapters: Mapping[str, float] = field(default_factory=dict)  # by state
+    kv_blocks: Mapping[str, float] = field(default_factory=dict)  # by state
+    cuda_bytes: Mapping[str, float] = field(default_factory=dict)  # by kind
+    totals: Mapping[str, float] = field(default_factory=dict)  # residency counters by what
+    processes: Mapping[str, int] = field(default_factory=dict)  # pid by role
+    running: Mapping[str, float] = field(default_factory=dict)  # admitted, by what
+    worker_ready: bool = False
+
+
+class LiveCollector:
+    """Turns a `Live` into metric families; registered for one scrape."""
+
+    def __init__(self, live: Live) -> None:
+        self.live = live
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+        live = self.live
+        rows: tuple[tuple[str, str, str, Mapping[str, float]], ...] = (
+            ("hira_queue_depth", "Requests that wait or run in the engine.", "lane",
+             live.queue_depth),
+            ("hira_base_bytes", "Memory of the base model.", "part", live.base_bytes),
+            ("hira_adapter_bytes", "Memory of adapter factors.", "tier", live.adapter_bytes),
+            ("hira_adapters", "Adapters.", "state", live.adapters),
+            ("hira_kv_blocks", "Blocks of the KV cache.", "state", live.kv_blocks),
+            ("hira_cuda_bytes", "Memory of the CUDA device.", "kind", live.cuda_bytes),
+            ("hira_admitted", "Requests and tokens admitted now.", "kind", live.running),
+            ("hira_process_resident_bytes", "Resident memory.", "role",
+             resident_bytes(live.processes)),
+        )  # fmt: skip
+        for name, text, label, values in rows:
+            gauge = GaugeMetricFamily(name, text, labels=[label])
+            for value, amount in sorted(values.items()):
+                gauge.add_metric([value], amount)
+            yield gauge
+        if live.totals:
+            counter = CounterMetricFamily(
+                "hira_residency", "Loads and evictions of the present worker.", labels=["event"]
+            )
+            for value, amount in sorted(live.totals.items()):
+                counter.add_metric([value], amount)
+            yield counter
+        yield GaugeMetricFamily(
+            "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)
+        )
+
+
+def resident_bytes(processes: Mapping[str, int]) -> dict[str, float]:
+    """Resident memory by role; processes that are gone are left out."""
+    import psutil
+
+    found = {}
+    for role, pid in processes.items():
+        try:
+            found[role] = float(psutil.Process(pid).memory_info().rss)
+        except psutil.Error:
+            continue
+    return found
+
+
+def exposition(live: Live, accept: str) -> tuple[bytes, str]:
+    """The answer to a scrape and its content type."""
+    from prometheus_client import REGISTRY, CollectorRegistry, multiprocess
+    from prometheus_client.exposition import choose_encoder
+
+    registry = CollectorRegistry()
+    if FOLDER_VARIABLE in os.environ:
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    else:
+        registry = REGISTRY
+    encode, content_type = choose_encoder(accept)
+    collector = LiveCollector(live)
+    registry.register(collector)
+    try:
+        return encode(registry), content_type
+    finally:
+        registry.unregister(collector)

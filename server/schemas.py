@@ -1,0 +1,250 @@
+"""Bodies of the native calls: what clients send and what they get back.
+
+Requests forbid what they do not know, so that a misspelt parameter is an error that names it and
+never a silent default. The shapes are those of text-embeddings-inference (`/predict`, `/embed`) and
+text-generation-inference (`/generate`, `/generate_stream`). OpenAI's are in `schemas_openai`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
+Strategy = Literal["none", "simple", "first", "average", "max"]
+Finish = Literal["length", "eos_token", "stop_sequence"]
+
+MAX_TOP_K = 1 << 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_SEED = (1 << 63) - 1
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class PredictParameters(Body):
+    """How to read the inputs and how much to answer; what a task has no use for is refused."""
+
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = Field(
+        default=None, description="Labels or words per input; all labels and 5 words by default."
+    )
+    truncation: bool = Field(default=False, description="Cut inputs that are too long.")
+    aggregation_strategy: Strategy | None = Field(
+        default=None, description="Token classification: how tokens become entities."
+    )
+    ignore_labels: list[str] | None = Field(
+        default=None, description="Token classification: labels to leave out.", max_length=64
+    )
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = Field(
+        default=None, description="Text classification: from logits to scores."
+    )
+
+
+class PredictRequest(Body):
+    inputs: str | Pair | list[str | Pair] = Field(
+        description="One text, or a list. A pair is written as a list of lists: [[first, second]].",
+        examples=["A wonderful film."],
+    )
+    parameters: PredictParameters = PredictParameters()
+    adapter: AdapterName | None = Field(
+        default=None, description="The adapter, if not in the query."
+    )
+
+
+class EmbedParameters(Body):
+    truncation: bool = False
+    normalize: bool = Field(default=True, description="Scale every vector to length 1.")
+    pooling: Literal["mean", "cls", "last"] | None = Field(
+        default=None, description="By default: mean for encoders, last token for decoders."
+    )
+
+
+class EmbedRequest(Body):
+    inputs: str | list[str]
+    parameters: EmbedParameters = EmbedParameters()
+    adapter: AdapterName | None = None
+
+
+class GenerateParameters(Body):
+    """text-generation-inference's parameters; those without effect here only take their neutral."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 20
+    do_sample: bool = False
+    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+        Field(max_length=MAX_STOPS),
+    ] = []
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    details: bool = False
+    return_full_text: bool = False
+    truncate: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Keep this many tokens at the end of the prompt."
+    )
+    truncation: bool = Field(
+        default=False, description="Cut the start of a prompt that is too long."
+    )
+    ignore_eos_token: bool = False
+    adapter_id: AdapterName | None = Field(
+        default=None, description="Another place for the adapter."
+    )
+    best_of: Literal[1] | None = None
+    watermark: Literal[False] = False
+    decoder_input_details: Literal[False] = False
+    top_n_tokens: Literal[0] | None = None
+    typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    grammar: None = None
+
+    @property
+    def samples(self) -> bool:
+        """TGI's rule: any sampling parameter switches sampling on."""
+        return self.do_sample or any(
+            one is not None for one in (self.temperature, self.top_p, self.top_k)
+        )
+
+
+class GenerateRequestBody(Body):
+    inputs: str = Field(examples=["Once upon a time"])
+    parameters: GenerateParameters = GenerateParameters()
+    adapter: AdapterName | None = None
+    stream: bool = Field(default=False, description="/generate answers as /generate_stream would.")
+
+
+class Label(Answer):
+    label: str
+    score: float
+
+
+class Entity(Answer):
+    entity: str | None = None
+    entity_group: str | None = None
+    score: float
+    word: str
+    start: int | None
+    end: int | None
+
+
+class FilledMask(Answer):
+    token_str: str
+    score: float
+    sequence: str
+    token: int | None = None
+
+
+Prediction = list[Label] | list[Entity] | list[FilledMask] | list[dict[str, Any]]
+
+
+class Token(Answer):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class GenerateDetails(Answer):
+    finish_reason: Finish
+    generated_tokens: int
+    seed: int | None
+    prefill: list[Token] = []
+    tokens: list[Token]
+
+
+class GenerateAnswer(Answer):
+    generated_text: str
+    details: GenerateDetails | None = None
+
+
+class StreamDetails(Answer):
+    finish_reason: Finish
+    generated_tokens: int
+    input_length: int
+    seed: int | None
+
+
+class StreamEvent(Answer):
+    """One server-sent event; the last has ``generated_text`` and ``details``."""
+
+    index: int
+    token: Token
+    generated_text: str | None
+    details: StreamDetails | None
+
+
+class RegisterRequest(Body):
+    name: str
+    source: str = Field(description="Folder below a source root, hf://org/repo@rev, or s3://…")
+    replace: bool = False
+    pinned: bool = False
+    preload: bool = False
+
+
+class PatchRequest(Body):
+    pinned: bool | None = None
+    preload: bool | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.pinned is None and self.preload is None:
+            raise ValueError("nothing to change: send pinned or preload")
+        return self
+
+
+class AdapterAnswer(Answer):
+    """What the registry knows of an adapter, and where its factors are now."""
+
+    name: str
+    version: str
+    method: str
+    task: str
+    labels: list[str] | None
+    ranks: Any
+    targets: list[str]
+    parameters: int
+    bytes: int
+    sparsity: float | None
+    base: str | None
+    source: str
+    pinned: bool
+    created: str
+    residency: str
+    requests: int
+    last_used: str | None
+
+
+class AdapterList(Answer):
+    adapters: list[AdapterAnswer]
+    total: int
+    offset: int
+    limit: int
+
+
+class Health(Answer):
+    status: str
+    detail: str | None = None
+
+
+class ProblemDetail(Answer):
+    """RFC 9457 problem details, as every native error has them."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    field: str | None = None
+    found: str | None = None
+    expected: str | None = None
+    fix: str | None = None
+    problems: list[dict[str, Any]] | None = None

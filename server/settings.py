@@ -1,0 +1,348 @@
+"""Everything that an operator can set, and the only reader of the environment.
+
+Each setting is one field here. It is a flag of ``hira serve`` (``--max-inputs``), a variable
+(``HIRA_MAX_INPUTS``) and a key of ``hira.toml`` (``max_inputs``), in that order of precedence.
+What nobody knows, or cannot be read, stops the start with one line that says where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, cast
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from server.options import MIB, Device, DType, EngineOptions, Modulation, Quantization
+
+PREFIX: Final = "HIRA_"
+CONFIG_FILE: Final = Path("hira.toml")
+# Variables with our prefix that name where the settings are, or belong to the client commands.
+NOT_SETTINGS: Final = frozenset({"HIRA_CONFIG", "HIRA_URL", "HIRA_KEY"})
+HOSTS: Final = ("127.0.0.1", "0.0.0.0", "::")
+KEY_BYTES_MIN: Final = 8
+
+LogLevel = Literal["critical", "error", "warning", "info", "debug"]
+
+
+class SettingsFault(Exception):
+    """The settings cannot be used; the text is one line per fault, for a person."""
+
+
+class AdapterSource(NamedTuple):
+    """One ``--adapter NAME=SOURCE``: registered under NAME when the server starts."""
+
+    name: str
+    source: str
+
+
+def _listed(value: object) -> object:
+    """``"a, b"`` → ``["a", "b"]``: how a variable holds several values."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _paired(value: object) -> object:
+    """``"a=x, b=y"``, ``["a=x", "b=y"]`` or a table → ``{"a": "x", "b": "y"}``."""
+    value = _listed(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not isinstance(value, list | tuple):
+        return value
+    pairs: dict[str, str] = {}
+    for entry in value:
+        name, equals, rest = str(entry).partition("=")
+        if not equals or not name.strip() or not rest.strip():
+            raise ValueError("expected NAME=VALUE, or several with commas between them")
+        if name.strip() in pairs:
+            raise ValueError(f"the name {name.strip()!r} is there twice")
+        pairs[name.strip()] = rest.strip()
+    return pairs
+
+
+def _reachable_port(port: int) -> int:
+    if not 1024 <= port <= 65535:
+        raise ValueError("LitServe listens on ports 1024 to 65535 only; put a proxy before it")
+    return port
+
+
+def _strong(keys: dict[str, SecretStr]) -> dict[str, SecretStr]:
+    for name, key in keys.items():
+        if len(key.get_secret_value()) < KEY_BYTES_MIN:
+            raise ValueError(f"the key {name!r} is shorter than {KEY_BYTES_MIN} characters")
+    return keys
+
+
+def _strong_admin(key: SecretStr | None) -> SecretStr | None:
+    if key is not None:
+        _strong({"admin": key})
+    return key
+
+
+Names = Annotated[dict[str, str], NoDecode, BeforeValidator(_paired)]
+Keys = Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_paired), AfterValidator(_strong)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_listed)]
+Positive = Annotated[int, Field(ge=1)]
+Bytes = Annotated[ByteSize, Field(ge=0)]
+
+
+def setting(default: Any, description: str, panel: str) -> Any:
+    """A field that every source can set; ``panel`` is its heading in ``hira serve --help``."""
+    return Field(default, description=description, json_schema_extra={"panel": panel})
+
+
+class Settings(BaseSettings):
+    """The operator's choices, checked. Frozen; made by `load_settings`."""
+
+    model_config = SettingsConfigDict()
+
+    # Base model
+    base: str | None = setting(None, "Folder or hub id of the base model.", "Base")
+    revision: str | None = setting(None, "Revision of a base from the hub.", "Base")
+    base_name: str | None = setting(None, "Name of the base under /v1 (default: its own).", "Base")
+    quantization: Quantization = setting("nf4", "Storage of the linear layers.", "Base")
+    double_quant: bool = setting(True, "Quantize the quantization constants too.", "Base")
+    dtype: DType = setting("auto", "Compute type.", "Base")
+    device: Device = setting("auto", "Where the base runs.", "Base")
+    threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
+    modulation: Modulation = setting("auto", "Strategy of the adapted layers.", "Base")
+
+    # Where it listens and keeps its state
+    host: str = setting("127.0.0.1", "Address to listen on.", "Server")
+    port: Annotated[int, AfterValidator(_reachable_port)] = setting(8000, "Port.", "Server")
+    data_dir: Path = setting(Path("hira-data"), "Registry, store and keys.", "Server")
+    api_processes: Annotated[int, Field(ge=1, le=64)] = setting(1, "HTTP processes.", "Server")
+    log_level: LogLevel = setting("warning", "Least severity that is logged.", "Server")
+    access_log: bool = setting(False, "Log a line for each request.", "Server")
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = setting(
+        30.0, "Seconds that running requests get when the server stops.", "Server"
+    )
+
+    # Adapters
+    adapter: Names = setting({}, "NAME=SOURCE to register at the start; repeatable.", "Adapters")
+    source_root: Paths = setting(
+        (), "Folder below which admins may name adapters; repeatable.", "Adapters"
+    )
+    allow_hub: bool = setting(False, "Accept hf:// sources.", "Adapters")
+    allow_s3: bool = setting(False, "Accept s3:// sources.", "Adapters")
+    registry_url: str | None = setting(None, "SQLAlchemy URL of the registry.", "Adapters")
+    store_bytes: Bytes | None = setting(None, "Size limit of the adapter store.", "Adapters")
+    max_upload_bytes: Bytes = setting(2048 * MIB, "Size limit of one upload.", "Adapters")
+
+    # Budgets of the worker
+    slots: Positive = setting(256, "Adapters on the device at once.", "Budgets")
+    device_bytes: Bytes = setting(1024 * MIB, "Adapter factors on the device.", "Budgets")
+    host_bytes: Bytes = setting(2048 * MIB, "Adapter factors in host memory.", "Budgets")
+    folded_bytes: Bytes = setting(256 * MIB, "Cached folded weights.", "Budgets")
+    kv_bytes: Bytes = setting(256 * MIB, "KV cache.", "Budgets")
+    max_batch_tokens: Positive = setting(8192, "Padded tokens of an encode batch.", "Budgets")
+    max_batch_rows: Positive = setting(64, "Inputs of an encode batch.", "Budgets")
+    max_sequences: Positive = setting(64, "Sequences decoding together.", "Budgets")
+    prefill_tokens: Positive = setting(1024, "Tokens of one generate step.", "Budgets")
+    max_input_tokens: Positive | None = setting(
+        None, "Tokens of one input (default: the context of the base).", "Budgets"
+    )
+    prefix_sharing: bool = setting(False, "Share KV between equal prompt prefixes.", "Budgets")
+
+    # Admission
+    max_queue_requests: Positive = setting(2048, "Requests admitted at once.", "Admission")
+    max_queue_tokens: Positive = setting(1 << 20, "Tokens admitted at once.", "Admission")
+    max_adapter_requests: Positive = setting(
+        1024, "Requests admitted at once for one adapter.", "Admission"
+    )
+    max_inputs: Positive = setting(256, "Inputs of one request.", "Admission")
+    max_new_tokens: Positive = setting(4096, "Tokens that one request may generate.", "Admission")
+    max_body_bytes: Bytes = setting(8 * MIB, "Size limit of a request body.", "Admission")
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] = setting(
+        60.0, "Seconds a request may take if it does not say.", "Admission"
+    )
+    max_timeout_s: Annotated[float, Field(gt=0, le=86400)] = setting(
+        600.0, "Most seconds that a request may ask for.", "Admission"
+    )
+
+    # Keys
+    admin_key: Annotated[SecretStr | None, AfterValidator(_strong_admin)] = setting(
+        None, "Key of the admin calls (default: written to DATA_DIR/admin.key).", "Keys"
+    )
+    api_keys: Keys = setting(
+        {}, "NAME=KEY of those who may infer (default: everybody); repeatable.", "Keys"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.host not in HOSTS:
+            raise ValueError(
+                f"host: LitServe listens on {', '.join(HOSTS)} only, not {self.host!r}; "
+                "choose 0.0.0.0 and filter by a firewall or a proxy"
+            )
+        if self.timeout_s > self.max_timeout_s:
+            raise ValueError(
+                f"timeout_s: {self.timeout_s:g} exceeds max_timeout_s {self.max_timeout_s:g}"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load_settings` hands over the flags and the file as one init value.
+        init = cast(InitSettingsSource, init_settings).init_kwargs
+        return (
+            InitSettingsSource(settings_cls, dict(init.get("flags", {}))),
+            env_settings,
+            InitSettingsSource(settings_cls, dict(init.get("file", {}))),
+        )
+
+    @property
+    def adapters(self) -> tuple[AdapterSource, ...]:
+        return tuple(AdapterSource(name, source) for name, source in self.adapter.items())
+
+    @property
+    def run_dir(self) -> Path:
+        """State of the running processes; made new at every start."""
+        return self.data_dir / "run"
+
+    @property
+    def store_dir(self) -> Path:
+        return self.data_dir / "store"
+
+    @property
+    def metrics_dir(self) -> Path:
+        return self.run_dir / "metrics"
+
+    @property
+    def database(self) -> str:
+        """Where the registry is, as SQLAlchemy names it."""
+        return self.registry_url or f"sqlite:///{(self.data_dir / 'registry.sqlite').absolute()}"
+
+    def engine_options(self, base: str) -> EngineOptions:
+        """The part that the worker needs, for the base that was chosen."""
+        return EngineOptions(
+            base=base,
+            store_dir=self.store_dir,
+            cache_dir=self.data_dir / "cache",
+            revision=self.revision,
+            quantization=self.quantization,
+            double_quant=self.double_quant,
+            dtype=self.dtype,
+            device=self.device,
+            threads=self.threads,
+            modulation=self.modulation,
+            slots=self.slots,
+            device_bytes=int(self.device_bytes),
+            host_bytes=int(self.host_bytes),
+            folded_bytes=int(self.folded_bytes),
+            max_batch_tokens=self.max_batch_tokens,
+            max_batch_rows=self.max_batch_rows,
+            max_sequences=self.max_sequences,
+            prefill_tokens=self.prefill_tokens,
+            kv_bytes=int(self.kv_bytes),
+            max_input_tokens=self.max_input_tokens,
+            allow_prefix_sharing=self.prefix_sharing,
+        )
+
+
+def load_settings(
+    flags: Mapping[str, object] | None = None, *, config: Path | None = None
+) -> Settings:
+    """Read every source and check the whole.
+
+    Args:
+        flags: What the command line gave, by field name; None means not given.
+        config: The file to read. Without one: HIRA_CONFIG, else hira.toml here if it exists.
+
+    Raises:
+        SettingsFault: One line per fault, each with its source and what was expected.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    path, file = _read_file(config)
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith(PREFIX)
+        and name not in NOT_SETTINGS
+        and name.removeprefix(PREFIX).lower() not in Settings.model_fields
+    )
+    faults = [f"{name}: no such setting{_closest(name.removeprefix(PREFIX))}" for name in unknown]
+    faults += [
+        f"{path}: {name}: no such setting{_closest(name)}"
+        for name in file
+        if name not in Settings.model_fields
+    ]
+    if faults:
+        raise SettingsFault("\n".join(faults))
+    try:
+        # Not fields: settings_customise_sources takes them apart.
+        return Settings(**{"flags": given, "file": file})  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [_explain(dict(fault), given, path) for fault in error.errors(include_url=False)]
+        raise SettingsFault("\n".join(lines)) from None
+    except SettingsError as error:
+        raise SettingsFault(f"environment: {error}") from None
+
+
+def _read_file(config: Path | None) -> tuple[Path, dict[str, Any]]:
+    named = config or (Path(os.environ["HIRA_CONFIG"]) if "HIRA_CONFIG" in os.environ else None)
+    path = named or CONFIG_FILE
+    if named is None and not path.exists():
+        return path, {}
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsFault(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsFault(f"{path}: not TOML: {error}") from None
+
+
+def _explain(fault: dict[str, Any], given: Mapping[str, object], path: Path) -> str:
+    location = fault["loc"]
+    text = re.sub(r"^Value error, ", "", str(fault["msg"]))
+    if not location:
+        return text
+    name = str(location[0])
+    if name in given:
+        source = f"--{name.replace('_', '-')}"
+    elif PREFIX + name.upper() in {variable.upper() for variable in os.environ}:
+        source = PREFIX + name.upper()
+    else:
+        source = f"{path}: {name}"
+    shown = "" if "key" in name or fault["type"] == "missing" else f" (found {fault['input']!r})"
+    return f"{source}: {text}{shown}"
+
+
+def _closest(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), list(Settings.model_fields), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def describe_fields() -> Mapping[str, FieldInfo]:
+    """Every setting by name: what `hira serve --help` and the documentation list."""
+    return Settings.model_fields

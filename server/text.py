@@ -1,0 +1,370 @@
+"""Text to token ids and back: the one place that touches the tokenizer.
+
+Used by the HTTP processes (encoding, chat templates) and by the worker (words of entities, filled
+masks). It checks lengths and characters, so that no model ever sees a sequence it cannot hold; it
+knows no model and runs none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from server.messages import EncodedInput, Task
+
+TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
+
+SPAN_TASKS: frozenset[str] = frozenset({"token-classification", "question-answering"})
+
+
+class TextError(Exception):
+    """A text that cannot be given to the model, with what was found and expected."""
+
+    code: ClassVar[str] = "invalid_request"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+
+class InvalidInput(TextError):
+    """A text without any token, without a mask where one is needed, or that is not Unicode."""
+
+
+class InputTooLong(TextError):
+    """More tokens than the base, or this server, takes."""
+
+    code = "input_too_long"
+
+
+class ChatTemplateMissing(TextError):
+    """The base's tokenizer has no chat template."""
+
+    code = "chat_template_missing"
+
+
+class TokenizerError(Exception):
+    """The base's folder has no tokenizer that this server can use."""
+
+    code: ClassVar[str] = "base_unusable"
+
+    def __init__(self, message: str, *, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"{message} found: {found}; expected: {expected}; fix: {fix}")
+        self.message = message
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+
+class Text:
+    """A tokenizer with the limits of one base.
+
+    Safe to share between threads: the Rust tokenizer keeps truncation as state, so calls take turns.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        max_tokens: The longest sequence, special tokens included.
+        vocab_size: Rows of the base's embedding; ids at or above it are refused. None: no check.
+        pad_id: The id that fills short rows. None: the tokenizer's own, else its end of sequence,
+            else 0; the attention mask hides it from the backbone in every case.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        vocab_size: int | None = None,
+        pad_id: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.vocab_size = vocab_size
+        candidates = (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id: int = next(
+            one
+            for one in candidates
+            if one is not None and 0 <= one and (vocab_size is None or one < vocab_size)
+        )
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        max_tokens: int,
+        vocab_size: int | None = None,
+        pad_id: int | None = None,
+    ) -> Text:
+        """Load the tokenizer that lies beside a base.
+
+        Args:
+            folder: The base's folder.
+            max_tokens: The base's context, or a smaller limit of the operator's.
+            vocab_size: Rows of the base's embedding.
+            pad_id: ``pad_token_id`` of the base's config, where it has one.
+
+        Raises:
+            TokenizerError: No tokenizer, or only a slow one.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+            raise TokenizerError(
+                "The base's tokenizer could not be loaded.",
+                found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                expected="tokenizer.json and tokenizer_config.json beside the base's config.json",
+                fix="Save the tokenizer with tokenizer.save_pretrained(<base folder>).",
+            ) from error
+        if not tokenizer.is_fast:
+            raise TokenizerError(
+                "The base's tokenizer has no fast version.",
+                found=type(tokenizer).__name__,
+                expected="a tokenizer.json",
+                fix="Convert it with AutoTokenizer(...).save_pretrained and serve that folder.",
+            )
+        return cls(tokenizer, max_tokens=max_tokens, vocab_size=vocab_size, pad_id=pad_id)
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id that a fill-mask input must contain, if this tokenizer has one."""
+        mask: int | None = self.tokenizer.mask_token_id
+        return mask
+
+    @property
+    def eos_id(self) -> int | None:
+        eos: int | None = self.tokenizer.eos_token_id
+        return eos
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def encode(
+        self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
+    ) -> tuple[EncodedInput, ...]:
+        """Encode the inputs of one request of the encode lane, special tokens included.
+
+        Args:
+            texts: One text, or pair of texts, per input. For question answering: (question,
+                context).
+            task: Decides whether text and offsets go along (those of the context for a pair) and
+                whether a mask token is needed.
+            truncation: Cut what is too long instead of refusing it. Of a pair, the second is cut.
+
+        Raises:
+            InputTooLong: An input is longer than ``max_tokens`` and ``truncation`` is off.
+            InvalidInput: No tokens, no mask token for fill-mask, or a lone surrogate.
+        """
+        spans = task in SPAN_TASKS
+        encoded = []
+        for index, one in enumerate(texts):
+            first, second = one if isinstance(one, tuple) else (one, None)
+            ids, offsets, type_ids = self._tokenize(first, second, truncation, index)
+            self._check(ids, index)
+            if task == "fill-mask" and self.mask_id not in ids:
+                raise InvalidInput(
+                    f"Input {index} has nothing to fill.",
+                    found="no mask token",
+                    expected=f"{self.tokenizer.mask_token or 'a base with a mask token'}",
+                    fix="Put the mask token where a word is wanted, and keep it within the limit.",
+                )
+            encoded.append(
+                EncodedInput(
+                    token_ids=tuple(ids),
+                    text=(first if second is None else second) if spans else None,
+                    offsets=tuple(offsets) if spans else None,
+                    type_ids=tuple(type_ids) if type_ids is not None else None,
+                )
+            )
+        return tuple(encoded)
+
+    def encode_prompt(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 0,
+        truncation: bool = False,
+        special_tokens: bool = True,
+    ) -> tuple[int, ...]:
+        """Encode a prompt to be continued; an empty one becomes the start token if there is one.
+
+        Args:
+            prompt: The text.
+            max_new_tokens: Room to leave behind the prompt.
+            truncation: Cut the *start* of what is too long: the end is what is continued.
+            special_tokens: Add those of the tokenizer's template. Off for a rendered chat.
+
+        Raises:
+            InputTooLong: Prompt and new tokens exceed ``max_tokens``.
+            InvalidInput: An empty prompt without a start token, or a lone surrogate.
+        """
+        _check_unicode(prompt, 0)
+        with self._lock:
+            ids: list[int] = self.tokenizer(
+                prompt, add_special_tokens=special_tokens, truncation=False, verbose=False
+            )["input_ids"]
+        start = self.tokenizer.bos_token_id
+        ids = self._without_final_eos(prompt, ids)
+        if not ids and start is not None:
+            ids = [start]
+        room = self.max_tokens - max_new_tokens
+        if truncation and len(ids) > room >= 1:
+            keep_start = bool(start is not None and ids[0] == start and room > 1)
+            ids = ids[:1] + ids[len(ids) - room + 1 :] if keep_start else ids[-room:]
+        if len(ids) > room:
+            raise InputTooLong(
+                "The prompt and the tokens asked for do not fit the context.",
+                found=f"{len(ids)} prompt tokens + {max_new_tokens} new tokens",
+                expected=f"at most {self.max_tokens} tokens together",
+                fix="Shorten the prompt or lower max_new_tokens.",
+            )
+        self._check(ids, 0)
+        return tuple(ids)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 0
+    ) -> tuple[int, ...]:
+        """Render a conversation with the tokenizer's chat template and encode it.
+
+        Raises:
+            ChatTemplateMissing: There is no template.
+            InvalidInput: The template refuses the conversation.
+            InputTooLong: As for a prompt.
+        """
+        return self.encode_prompt(
+            self.render_chat(messages), max_new_tokens=max_new_tokens, special_tokens=False
+        )
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a conversation, ready for the assistant's turn."""
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise ChatTemplateMissing(
+                "The base's tokenizer has no chat template.",
+                found="no chat_template",
+                expected="a tokenizer with a chat template",
+                fix="Use /v1/completions, or serve a base that has a chat template.",
+            )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise InvalidInput(
+                "The chat template refused the messages.",
+                found=str(error)[:200],
+                expected="roles and contents that the base's template takes",
+                fix="Check the order of the roles.",
+            ) from error
+        return str(rendered)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The readable text of some ids."""
+        with self._lock:
+            text = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    def words(self, token_ids: Sequence[int]) -> str:
+        """Tokens joined as the tokenizer joins its own pieces, special ones kept."""
+        tokens = self.tokenizer.convert_ids_to_tokens(list(token_ids))
+        return str(self.tokenizer.convert_tokens_to_string(tokens))
+
+    def _tokenize(
+        self, first: str, second: str | None, truncation: bool, index: int
+    ) -> tuple[list[int], list[tuple[int, int]], list[int] | None]:
+        for text in (first, second):
+            if text is not None:
+                _check_unicode(text, index)
+        # A limit that leaves no room for a token of the second text falls on the longer one.
+        strategy: str | bool = "only_second" if second is not None else True
+        with self._lock:
+            try:
+                encoding = self.tokenizer(
+                    first,
+                    second,
+                    truncation=strategy if truncation else False,
+                    max_length=self.max_tokens if truncation else None,
+                    return_offsets_mapping=True,
+                    verbose=False,
+                )
+            except Exception as error:  # the Rust side raises bare exceptions
+                if not truncation or second is None:
+                    raise
+                raise _too_long(
+                    index, "a first text that fills the context", self.max_tokens
+                ) from (error)
+            sequence_ids = encoding.sequence_ids(0)
+        ids: list[int] = encoding["input_ids"]
+        if len(ids) > self.max_tokens:
+            raise _too_long(index, f"{len(ids)} tokens", self.max_tokens)
+        wanted = 0 if second is None else 1
+        offsets = [
+            (int(start), int(stop)) if sequence == wanted else (0, 0)
+            for (start, stop), sequence in zip(
+                encoding["offset_mapping"], sequence_ids, strict=True
+            )
+        ]
+        type_ids = encoding.get("token_type_ids") if second is not None else None
+        return ids, offsets, type_ids
+
+    def _without_final_eos(self, prompt: str, ids: list[int]) -> list[int]:
+        """A template that closes the text with an end of sequence would end the generation."""
+        eos = self.eos_id
+        closes = bool(ids) and ids[-1] == eos and not prompt.endswith(str(self.tokenizer.eos_token))
+        return ids[:-1] if closes else ids
+
+    def _check(self, ids: Sequence[int], index: int) -> None:
+        if not ids:
+            raise InvalidInput(
+                f"Input {index} is empty.",
+                found="no tokens",
+                expected="at least one token",
+                fix="Send some text.",
+            )
+        if self.vocab_size is not None and max(ids) >= self.vocab_size:
+            raise InvalidInput(
+                f"Input {index} has a token that the base does not know.",
+                found=f"token id {max(ids)}",
+                expected=f"ids below {self.vocab_size}",
+                fix="The tokenizer and the base do not belong together; tell the operator.",
+            )
+
+
+def _check_unicode(text: str, index: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"Input {index} is not Unicode text.",
+            found=f"a lone surrogate at character {error.start}",
+            expected="text that can be written as UTF-8",
+            fix="Decode the bytes properly before sending them.",
+        ) from error
+
+
+def _too_long(index: int, found: str, max_tokens: int) -> InputTooLong:
+    return InputTooLong(
+        f"Input {index} is too long.",
+        found=found,
+        expected=f"at most {max_tokens} tokens",
+        fix='Shorten it, or send "truncation": true.',
+    )

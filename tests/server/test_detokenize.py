@@ -1,0 +1,142 @@
+"""Text as it grows: against the tokenizer's own decoding of the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.detokenize import Detokenizer, StopStrings, TextStream
+from tests.server.dense import byte_tokenizer, spaced_tokenizer
+
+TOKENIZERS = {"bytes": byte_tokenizer(), "spaced": spaced_tokenizer()}
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def spaced_ids(text: str) -> list[int]:
+    """Llama's way: ▁ before words, bytes for what is no word."""
+    tokenizer = TOKENIZERS["spaced"]
+    ids = []
+    for word in text.split(" "):
+        piece = tokenizer.convert_tokens_to_ids("▁" + word)
+        if piece:
+            ids.append(piece)
+        else:
+            names = [f"<0x{byte:02X}>" for byte in word.encode()]
+            ids += tokenizer.convert_tokens_to_ids(["▁", *names])
+    return ids
+
+
+@given(st.text(max_size=40), st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_byte_tokens_add_up_to_the_text(prompt: str, text: str) -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    detokenizer = Detokenizer(tokenizer, encode(tokenizer, prompt))
+    shown = ""
+    for token in encode(tokenizer, text):
+        shown += detokenizer.push(token)
+        assert text.startswith(shown)  # never half a character, never one taken back
+    assert shown + detokenizer.flush() == text.rstrip("\ufffd")
+
+
+@given(
+    st.lists(st.sampled_from(["to", "be", "or", "not", "€", "日本", "x😀y"]), max_size=8),
+    st.lists(st.sampled_from(["to", "be", "or", "not", "€", "日本", "x😀y"]), max_size=8),
+)
+@settings(max_examples=150, deadline=None)
+def test_spaces_between_words_survive(before: list[str], after: list[str]) -> None:
+    tokenizer = TOKENIZERS["spaced"]
+    prompt = [1, *(spaced_ids(" ".join(before)) if before else [])]
+    text = " ".join(after)
+    detokenizer = Detokenizer(tokenizer, prompt)
+    shown = [detokenizer.push(token) for token in (spaced_ids(text) if after else [])]
+    shown.append(detokenizer.flush())
+    wanted = f" {text}" if before and after else text
+    assert "".join(shown) == wanted
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_a_character_over_several_tokens_comes_whole() -> None:
+    tokenizer = TOKENIZERS["spaced"]
+    names = [f"<0x{byte:02X}>" for byte in "😀".encode()]
+    detokenizer = Detokenizer(tokenizer, [1])
+    pieces = [detokenizer.push(i) for i in tokenizer.convert_tokens_to_ids(names)]
+    assert pieces == ["", "", "", "😀"]
+
+
+def test_an_incomplete_character_at_the_end_is_left_out() -> None:
+    tokenizer = TOKENIZERS["spaced"]
+    names = ["a", *(f"<0x{byte:02X}>" for byte in "😀".encode()[:3])]
+    detokenizer = Detokenizer(tokenizer, [1])
+    shown = "".join(detokenizer.push(token) for token in tokenizer.convert_tokens_to_ids(names))
+    assert shown + detokenizer.flush() == "a"
+
+
+def test_bytes_that_are_no_text_do_not_hold_back_what_follows() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    continuation = tokenizer.convert_tokens_to_ids("¿")  # the byte 0xBF, alone never a character
+    detokenizer = Detokenizer(tokenizer, [])
+    for _ in range(50):
+        detokenizer.push(continuation)
+    euro = encode(tokenizer, "€ to")
+    assert "".join(detokenizer.push(token) for token in euro).endswith("€ to")
+
+
+def test_special_tokens_add_no_text() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    stream = TextStream(tokenizer, [0])
+    ids = [*encode(tokenizer, "to"), 1, *encode(tokenizer, " be")]
+    assert "".join(stream.push(token)[0] for token in ids) + stream.finish() == "to be"
+
+
+stops_of = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
+
+
+@given(st.lists(st.text("ab", max_size=3), max_size=15), stops_of)
+@settings(max_examples=400, deadline=None)
+def test_text_ends_before_the_first_stop_string(parts: list[str], stops: list[str]) -> None:
+    matcher = StopStrings(stops)
+    shown = ""
+    read = ""
+    for part in parts:
+        shown += matcher.push(part)
+        read += part
+        starts = [at for stop in stops if (at := read.find(stop)) >= 0]
+        if starts:
+            assert matcher.found is not None
+            assert shown == read[: min(starts)]
+            return
+        assert matcher.found is None
+        assert read.startswith(shown)
+        held = read[len(shown) :]
+        # Nothing is held back longer than it could still become a stop string.
+        assert held == "" or any(stop.startswith(held) for stop in stops)
+    assert shown + matcher.flush() == read
+
+
+@pytest.mark.parametrize("stop", ["be or", "r n", "not", "t"])
+def test_stop_strings_are_found_across_tokens(stop: str) -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    text = "to be or not"
+    stream = TextStream(tokenizer, [], [stop])
+    shown = ""
+    for token in encode(tokenizer, text):
+        shown += stream.push(token)[1]
+        if stream.stopped:
+            break
+    assert stream.stopped
+    assert shown + stream.finish() == stream.text == text[: text.find(stop)]
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    stream = TextStream(tokenizer, [], ["not that"])
+    shown = "".join(stream.push(token)[1] for token in encode(tokenizer, "to be not"))
+    assert shown == "to be "
+    assert stream.finish() == "not"
+    assert stream.text == "to be not"

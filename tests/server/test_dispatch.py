@@ -1,0 +1,346 @@
+"""The dispatcher: every admitted request ends, whatever happens to worker, client and clock."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.edge.dispatch import Bounds, Dispatcher
+from server.edge.shared import Phase, SharedLoad
+from server.edge.wire import (
+    Events,
+    Requests,
+    WorkerReady,
+    WorkerState,
+    http_process_of,
+    read_state,
+    request_id,
+    state_path,
+    write_state,
+)
+from server.errors import Refusal
+from server.messages import (
+    Cancel,
+    EncodedInput,
+    EncodeRequest,
+    EncodeResult,
+    Failure,
+    GenerateRequest,
+    Preload,
+    TokenEvent,
+)
+
+WIDE = Bounds(requests=1000, tokens=1_000_000, adapter_requests=1000)
+
+
+class Wire:
+    """A request queue that remembers what was put."""
+
+    def __init__(self) -> None:
+        self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def put(self, item: Any) -> None:
+        self.items.put(item)
+
+    async def messages(self) -> tuple[Any, ...]:
+        item = await asyncio.to_thread(self.items.get, True, 5.0)
+        assert isinstance(item[3], Requests)
+        return item[3].messages
+
+
+@dataclass
+class Scene:
+    dispatcher: Dispatcher
+    wire: Wire
+    worker: subprocess.Popen[bytes]
+    epoch: str = "first"
+    load: SharedLoad = field(default_factory=lambda: SharedLoad(1))
+
+    def say(self, *events: Any) -> None:
+        self.dispatcher.append([Events(self.epoch, events), "OK"])
+
+
+@pytest.fixture
+def worker() -> Iterator[subprocess.Popen[bytes]]:
+    """A process to watch."""
+    sleep = "import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", sleep]) as child:
+        yield child
+        child.kill()
+
+
+def play(
+    tmp_path: Path,
+    worker: subprocess.Popen[bytes],
+    scenario: Callable[[Scene], Awaitable[None]],
+    bounds: Bounds = WIDE,
+) -> None:
+    async def run() -> None:
+        load = SharedLoad(1)
+        dispatcher = Dispatcher(load, bounds, 1, tmp_path)
+        wire = Wire()
+        await dispatcher.start(0, wire)
+        scene = Scene(dispatcher, wire, worker, load=load)
+        dispatcher.append([WorkerReady(scene.epoch, worker.pid), "OK"])
+        try:
+            await asyncio.wait_for(scenario(scene), 20)
+        finally:
+            await dispatcher.stop()
+
+    asyncio.run(run())
+
+
+def encode_request(
+    tokens: int = 3, adapter: str | None = None, timeout_s: float | None = None
+) -> EncodeRequest:
+    return EncodeRequest(
+        id="",
+        task="text-classification",
+        adapter=adapter,
+        version=adapter,
+        inputs=(EncodedInput(tuple(range(tokens))),),
+        submitted=time.time(),
+        deadline=None if timeout_s is None else time.time() + timeout_s,
+    )
+
+
+def result(request: str, output: object = "yes") -> EncodeResult:
+    return EncodeResult(request, (output,), None, 3, 1.0, 2.0)
+
+
+def test_ids_name_the_process_that_waits() -> None:
+    assert http_process_of(request_id(7, 123)) == 7
+
+
+def test_answer_reaches_the_request_that_it_belongs_to(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with (
+            scene.dispatcher.admit(encode_request()) as one,
+            scene.dispatcher.admit(encode_request()) as two,
+        ):
+            scene.say(result(two.request.id, "two"), result(one.request.id, "one"))
+            assert await one.next() == result(one.request.id, "one")
+            assert await two.next() == result(two.request.id, "two")
+        assert scene.load.requests() == scene.load.tokens() == 0
+
+    play(tmp_path, worker, scenario)
+
+
+def test_requests_travel_with_the_epoch_of_the_worker(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with scene.dispatcher.admit(encode_request()) as ticket:
+            number, _, _, envelope = await asyncio.to_thread(scene.wire.items.get, True, 5.0)
+            assert (number, envelope.epoch) == (0, "first")
+            assert envelope.messages == (ticket.request,)
+            scene.say(result(ticket.request.id))
+
+    play(tmp_path, worker, scenario)
+
+
+def test_dead_worker_fails_all_requests_at_once_and_new_ones_are_refused(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with ExitStack() as stack:
+            tickets = [
+                stack.enter_context(scene.dispatcher.admit(encode_request())) for _ in range(5)
+            ]
+            killed = time.monotonic()
+            scene.worker.kill()
+            events = [await ticket.next() for ticket in tickets]
+            assert time.monotonic() - killed < 1.0
+            codes = {event.code for event in events if isinstance(event, Failure)}
+            assert codes == {"worker_lost"}
+            assert len(events) == 5
+        with pytest.raises(Refusal, match="worker_lost"):
+            scene.dispatcher.admit(encode_request()).__enter__()
+
+    play(tmp_path, worker, scenario)
+
+
+def test_next_worker_is_taken_up_and_gets_nothing_of_the_last(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with scene.dispatcher.admit(encode_request()) as old:
+            await scene.wire.messages()
+            scene.worker.kill()
+            assert isinstance(await old.next(), Failure)
+        sleep = "import time; time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", sleep]) as second:
+            scene.dispatcher.append([WorkerReady("second", second.pid), "OK"])
+            assert scene.dispatcher.status == "ready"
+            with scene.dispatcher.admit(encode_request()) as ticket:
+                messages = await scene.wire.messages()
+                assert messages == (ticket.request,)
+                scene.dispatcher.append([Events("first", (result(old.request.id),)), "OK"])
+                scene.say(result(ticket.request.id, "fresh"))
+                assert await ticket.next() == result(ticket.request.id, "fresh")
+            second.kill()
+
+    play(tmp_path, worker, scenario)
+
+
+def test_worker_that_is_known_from_its_file_is_taken_up_at_start(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    now = time.time()
+    write_state(tmp_path, WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1}))
+    assert read_state(tmp_path) == WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1})
+    state_path(tmp_path, 1).write_text('{"half":')
+    assert read_state(tmp_path, 1) is None
+
+    async def run() -> None:
+        dispatcher = Dispatcher(SharedLoad(1), WIDE, 1, tmp_path)
+        assert dispatcher.status == "starting"
+        await dispatcher.start(0, Wire())
+        assert dispatcher.status == "ready"
+        assert dispatcher.silent_s() < 5
+        await dispatcher.stop()
+
+    asyncio.run(run())
+
+
+def test_deadline_ends_the_request_and_cancels_its_work(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with scene.dispatcher.admit(encode_request(timeout_s=0.2)) as ticket:
+            assert await scene.wire.messages() == (ticket.request,)
+            event = await ticket.next()
+            assert isinstance(event, Failure)
+            assert event.code == "deadline_exceeded"
+            assert await scene.wire.messages() == (Cancel(ticket.request.id),)
+        with pytest.raises(Refusal, match="deadline_exceeded"):
+            scene.dispatcher.admit(encode_request(timeout_s=-1)).__enter__()
+
+    play(tmp_path, worker, scenario)
+
+
+def test_leaving_before_the_end_cancels_the_work(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        request = GenerateRequest("", None, None, (1, 2), stream=True, submitted=time.time())
+        with scene.dispatcher.admit(request) as ticket:
+            await scene.wire.messages()
+            scene.say(TokenEvent(ticket.request.id, 5, "a", None, special=False))
+            assert isinstance(await ticket.next(), TokenEvent)
+        assert await scene.wire.messages() == (Cancel(ticket.request.id),)
+        assert scene.dispatcher.running == 0
+
+    play(tmp_path, worker, scenario)
+
+
+def test_finished_request_is_not_cancelled(tmp_path: Path, worker: subprocess.Popen[bytes]) -> None:
+    async def scenario(scene: Scene) -> None:
+        with scene.dispatcher.admit(encode_request()) as ticket:
+            await scene.wire.messages()
+            scene.say(result(ticket.request.id))
+        scene.dispatcher.tell(Preload("v"))
+        assert await scene.wire.messages() == (Preload("v"),)
+
+    play(tmp_path, worker, scenario)
+
+
+def test_full_queue_refuses_with_a_time_to_come_back(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(scene.dispatcher.admit(encode_request()))
+            with pytest.raises(Refusal) as caught:
+                stack.enter_context(scene.dispatcher.admit(encode_request()))
+            assert caught.value.status == 429
+            assert int(caught.value.headers["Retry-After"]) >= 1
+        with scene.dispatcher.admit(encode_request()):
+            assert scene.load.requests() == 1
+
+    play(tmp_path, worker, scenario, Bounds(3, 1_000_000, 1000))
+
+
+def test_one_adapter_cannot_take_all_places(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with ExitStack() as stack:
+            for _ in range(2):
+                stack.enter_context(scene.dispatcher.admit(encode_request(adapter="hot")))
+            with pytest.raises(Refusal, match="overloaded"):
+                stack.enter_context(scene.dispatcher.admit(encode_request(adapter="hot")))
+            stack.enter_context(scene.dispatcher.admit(encode_request(adapter="cold")))
+            assert scene.dispatcher.versions_in_use() == {"hot", "cold"}
+
+    play(tmp_path, worker, scenario, Bounds(100, 1_000_000, 2))
+
+
+def test_refused_crowd_is_not_sent_back_to_the_same_second(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        for _ in range(20):
+            with scene.dispatcher.admit(encode_request()) as ticket:
+                scene.say(result(ticket.request.id))
+        waits = [scene.dispatcher.retry_after_s() for _ in range(2000)]
+        assert waits == sorted(waits)
+        assert waits[0] < waits[-1] <= 60
+
+    play(tmp_path, worker, scenario)
+
+
+def test_draining_refuses_new_requests_and_stopping_ends_the_rest(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        with scene.dispatcher.admit(encode_request()) as ticket:
+            scene.load.phase = Phase.DRAINING
+            with pytest.raises(Refusal, match="draining"):
+                scene.dispatcher.admit(encode_request()).__enter__()
+            scene.load.phase = Phase.STOPPING
+            event = await ticket.next()
+            assert isinstance(event, Failure)
+            assert event.code == "draining"
+
+    play(tmp_path, worker, scenario)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    bound=st.integers(1, 8),
+    token_bound=st.integers(1, 80),
+)
+def test_admitted_never_exceeds_the_bounds(sizes: list[int], bound: int, token_bound: int) -> None:
+    async def run() -> None:
+        load = SharedLoad(2)
+        dispatcher = Dispatcher(load, Bounds(bound, token_bound, 1000), 2, Path("/nonexistent"))
+        dispatcher._epoch = "here"
+        with ExitStack() as stack:
+            for size in sizes:
+                try:
+                    stack.enter_context(dispatcher.admit(encode_request(size)))
+                except Refusal as refusal:
+                    assert refusal.code == "overloaded"
+                assert load.requests() <= bound
+                # A single request larger than the bound may run, but only alone.
+                assert load.tokens() <= token_bound or load.requests() == 1
+        assert load.requests() == load.tokens() == 0
+
+    asyncio.run(run())
