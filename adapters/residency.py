@@ -281,12 +281,9 @@ class Residency:
     def _until_grace_ends(self) -> float | None:
         if not self._wanted:
             return None
-        ends = [
-            e.kept_until
-            for e in self._tiers.entries.values()
-            if e.slot is not None and e.kept_until
-        ]
-        return max(0.001, min(ends) - time.monotonic()) if ends else None
+        now = time.monotonic()
+        ends = [e.kept_until for e in self._tiers.entries.values() if e.kept_until > now]
+        return max(0.001, min(ends) - now) if ends else None
 
     def _tell(self, version: str) -> None:
         for callback in list(self._callbacks):

@@ -6,7 +6,7 @@ so that `hira --help` is quick and needs no torch.
 
 from __future__ import annotations
 
-import importlib.metadata
+
 import inspect
 import sys
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from server import cli_adapters, cli_client
 from server.settings import SettingsFault, describe_fields, load_settings
+from server.version import package_version
 
 FAILED: Final = 1
 MISUSED: Final = 2
@@ -37,7 +38,7 @@ cli_client.add_to(app)
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(importlib.metadata.version("hira-server"))
+    print(package_version())
 
 
 def _serve(config: Path | None = None, **flags: Any) -> None:

@@ -107,11 +107,12 @@ class PagedForward:
 
     def __init__(self, adapted: AdaptedModel, kv: KVCache) -> None:
         self._adapted = adapted
-        self._model: Any = adapted.model
-        self._config = self._model.config.get_text_config(decoder=True)
+        model: Any = adapted.model
+        self._model = model
+        self._config = model.config.get_text_config(decoder=True)
         self._kv = kv
-        self._device: torch.device = self._model.device
-        self._keeps_logits = bool(self._model._supports_logits_to_keep())
+        self._device: torch.device = model.device
+        self._keeps_logits = bool(model._supports_logits_to_keep())
         self.steps = 0
         self.last_rows = 0
         self.last_adapters = 0  # the base not counted

@@ -139,7 +139,7 @@ class KVCache:
             there is no room now; then nothing has changed.
         """
         state = RequestState(request_id=key, initial_tokens=self._rooted(version, prompt))
-        shared = self.paged.search_prefix_match(key, state.initial_tokens)
+        shared: int = self.paged.search_prefix_match(key, state.initial_tokens)
         state.position_offset = shared
         if not self._store(state, tokens - shared):
             self.paged.free_blocks(key)
@@ -171,7 +171,7 @@ class KVCache:
 
     def length(self, key: str) -> int:
         """Tokens of ``key`` whose keys and values are in the cache."""
-        return self._states[key].position_offset
+        return int(self._states[key].position_offset)
 
     def release(self, key: str, *, forget: bool = False) -> None:
         """Free what ``key`` holds. With ``forget`` its prefix is not kept for others either."""

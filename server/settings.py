@@ -115,7 +115,7 @@ def setting(default: Any, description: str, panel: str) -> Any:
 class Settings(BaseSettings):
     """The operator's choices, checked. Frozen; made by `load_settings`."""
 
-    model_config = SettingsConfigDict()
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     # Base model
     base: str | None = setting(None, "Folder or hub id of the base model.", "Base")

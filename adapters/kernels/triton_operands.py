@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from adapters.errors import ShapeMismatch, SlotNotResident
+from adapters.kernels.nibbles import FourBitKind, level_values
 from adapters.segments import BASE_SLOT
 
 HALF_FEATURES = 64
 GROUP_FEATURES = 2 * HALF_FEATURES
 MAX_RANK = 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16)
 FACTOR_COLUMNS = 3
 ADDRESS_MULTIPLE_BYTES = 16
 
@@ -46,6 +47,7 @@ class PackedWeight:
     nested scales in blocks of 64, 0.5625 with float32 scales.
     """
 
+    kind: FourBitKind
     shape: tuple[int, int]  # out, in
     packed: torch.Tensor  # uint8 [out * in / 2]; which weights share a byte: see ``grouped``
     levels: torch.Tensor  # float32 [16], the value of each 4-bit code
@@ -78,7 +80,7 @@ class PackedWeight:
 def pack_weight(
     stored: torch.Tensor,
     scales: torch.Tensor,
-    kind: Literal["nf4", "fp4"],
+    kind: FourBitKind,
     shape: tuple[int, int],
     block: int,
     *,
@@ -123,10 +125,9 @@ def pack_weight(
         _check("outer scales", nested.outer, outer, (torch.float32,), stored.device)
         _check("code of the scales", nested.code, (256,), (torch.float32,), stored.device)
         _check("offset of the scales", nested.offset, (1,), (torch.float32,), stored.device)
-    from bitsandbytes import functional
-
-    levels = functional.get_4bit_type(kind, device="cpu").to(stored.device, torch.float32)
-    weight = PackedWeight(shape, stored.reshape(-1), levels, scales, block, nested, grouped=False)
+    levels = torch.tensor(level_values(kind), dtype=torch.float32, device=stored.device)
+    packed = stored.reshape(-1)
+    weight = PackedWeight(kind, shape, packed, levels, scales, block, nested, grouped=False)
     if not group or in_features % GROUP_FEATURES or block % HALF_FEATURES:
         return weight
     high, low = _nibbles(weight.packed)
@@ -274,6 +275,50 @@ class FactorTable:
         if 0 < slot < self.slots:
             self._ranks[slot] = None
             self._alive.pop(slot, None)
+
+
+def check_operands(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    factors: FactorTable,
+    layer: int,
+    *,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    """Raise ShapeMismatch unless a call of the fused kernel has operands that belong together."""
+    out_features, in_features = weight.shape
+    if x.dim() != 2 or x.shape[1] != in_features or x.stride(1) != 1 or x.dtype != factors.dtype:
+        raise ShapeMismatch(
+            "The rows do not fit the layer.",
+            found=f"{tuple(x.shape)} {x.dtype}, strides {x.stride()}",
+            expected=f"(rows, {in_features}) {factors.dtype}, features contiguous",
+        )
+    if not 0 <= layer < len(factors.layers) or factors.layers[layer] != weight.shape:
+        raise ShapeMismatch(
+            "The factor table has no such layer of this shape.",
+            found=f"layer {layer} of {len(factors.layers)}, weight {weight.shape}",
+            expected="the shape that the table was made with",
+        )
+    if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_contiguous()):
+        raise ShapeMismatch(
+            "The bias does not fit the layer.",
+            found=str(tuple(bias.shape)),
+            expected=f"contiguous ({out_features},)",
+        )
+    if out is not None and (tuple(out.shape) != (len(x), out_features) or not out.is_contiguous()):
+        raise ShapeMismatch(
+            "The output does not fit the layer.",
+            found=f"{tuple(out.shape)}, strides {out.stride()}",
+            expected=f"contiguous ({len(x)}, {out_features})",
+        )
+    others = [weight.packed, factors.addresses, *(t for t in (bias, out) if t is not None)]
+    if any(other.device != x.device for other in others):
+        raise ShapeMismatch(
+            "The operands are on several devices.",
+            found=", ".join(sorted({str(other.device) for other in others})),
+            expected=str(x.device),
+        )
 
 
 def _nibbles(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,12 @@ Two kernels, one equation:
   a fixed order, so that an answer is reproducible.
 """
 
+# A kernel's parameters are positional, and their types are known where it is launched.
+# ruff: noqa: PLR0917
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -26,49 +29,29 @@ import torch
 import triton
 import triton.language as tl
 
-from adapters.errors import ShapeMismatch
+from adapters.kernels.nibbles import FourBitKind, level_values, lookup_assembly
 from adapters.kernels.triton_operands import (
     FACTOR_COLUMNS,
     HALF_FEATURES,
     FactorTable,
     PackedWeight,
+    check_operands,
 )
-from adapters.kernels.triton_tiles import BatchTiles, FewRows, ManyRows
+from adapters.kernels.triton_tiles import (
+    LARGE_SHARED_BYTES,
+    BatchTiles,
+    few_blocks,
+    many_blocks,
+    split_inputs,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """How a launch is cut: output features a program, warps a program, stages of the pipeline."""
-
-    out: int
-    warps: int
-    stages: int
-
-
-# By block of rows and padded rank. Chosen so that accumulator, modulation and decoded tile fit the
-# registers; the compile test reports what each takes.
-MANY_BLOCKS = {
-    (64, 0): Blocks(128, 8, 3),
-    (64, 16): Blocks(128, 8, 3),
-    (64, 32): Blocks(128, 8, 3),
-    (64, 64): Blocks(128, 8, 3),
-    (64, 128): Blocks(128, 8, 2),
-    (128, 0): Blocks(128, 8, 3),
-    (128, 16): Blocks(128, 8, 3),
-    (128, 32): Blocks(128, 8, 3),
-    (128, 64): Blocks(128, 8, 3),
-    (128, 128): Blocks(128, 8, 2),
-}
-FEW_BLOCKS = {
-    16: Blocks(64, 4, 2),
-    32: Blocks(64, 4, 2),
-    64: Blocks(64, 4, 2),
-    128: Blocks(64, 4, 1),
-}
+# Four bytes in; two registers of two float16 each for the high nibbles, two for the low ones.
+ASM_REGISTERS: tl.constexpr = tl.constexpr("=r,=r,=r,=r,r")
+ASM_TYPES: tl.constexpr = tl.constexpr((tl.float16, tl.float16))
+# Output features of a program of ``sum_parts_kernel``.
 SUM_BLOCK_FEATURES = 256
-# Programs of the few-rows kernel that a multiprocessor should be given to hide its latencies.
-PROGRAMS_PER_MULTIPROCESSOR = 4
-MAX_SPLITS = 16
+# What differs from batch to batch, or between layers alike, is named in ``do_not_specialize``: its
+# change must not compile a kernel anew.
 
 
 @triton.jit
@@ -115,7 +98,7 @@ def _decode(
     byte = tl.load(packed_ptr + at, mask=mask, other=0)
     if DECODER != "":
         high, low = tl.inline_asm_elementwise(
-            DECODER, "=r,=r,=r,=r,r", [byte], (tl.float16, tl.float16), is_pure=True, pack=4
+            DECODER, ASM_REGISTERS, [byte], ASM_TYPES, is_pure=True, pack=4
         )
         high = high.to(tl.float32)
         low = low.to(tl.float32)
@@ -181,7 +164,10 @@ def _load_b(b_ptr, rank, n, N, R: tl.constexpr):
     return tl.load(b_ptr + r[None, :] * N + n[:, None], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["layer", "LAYERS", "tile_count"],
+    do_not_specialize_on_alignment=["rows_ptr", "tiles_ptr"],
+)
 def many_rows_kernel(
     x_ptr, x_stride, y_ptr, bias_ptr,
     packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset_ptr,
@@ -225,7 +211,10 @@ def many_rows_kernel(
     tl.store(y_ptr + rows[:, None] * N + n[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["layer", "LAYERS", "row_count"],
+    do_not_specialize_on_alignment=["rows_ptr", "entries_ptr", "bounds_ptr"],
+)
 def few_rows_kernel(
     x_ptr, x_stride, part_ptr,
     packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset_ptr,
@@ -275,7 +264,10 @@ def few_rows_kernel(
     tl.store(at, tl.trans(total), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["row_count", "splits"],
+    do_not_specialize_on_alignment=["rows_ptr"],
+)
 def sum_parts_kernel(
     part_ptr, y_ptr, bias_ptr, rows_ptr, row_count, splits, N,
     BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -292,7 +284,18 @@ def sum_parts_kernel(
     tl.store(y_ptr + row * N + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-# Under TRITON_INTERPRET=1 the kernels run on the CPU, and its dot takes bfloat16 bits for integers.
+@triton.jit
+def decode_bytes_kernel(byte_ptr, found_ptr, DECODER: tl.constexpr):
+    """The float16 levels of 256 bytes: of the high nibbles, then of the low ones."""
+    at = tl.arange(0, 256)
+    high, low = tl.inline_asm_elementwise(
+        DECODER, ASM_REGISTERS, [tl.load(byte_ptr + at)], ASM_TYPES, is_pure=True, pack=4
+    )
+    tl.store(found_ptr + at, high)
+    tl.store(found_ptr + 256 + at, low)
+
+
+# Under TRITON_INTERPRET=1 the kernels run on the CPU, whose dot takes bfloat16 bits for integers.
 INTERPRETED = not isinstance(many_rows_kernel, triton.JITFunction)
 
 
@@ -302,27 +305,31 @@ def hira_linear(
     factors: FactorTable,
     layer: int,
     batch: BatchTiles,
+    *,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A HiRA linear layer of a mixed batch, from 4-bit storage, in two to six launches.
+    """A HiRA linear layer of a mixed batch, straight from 4-bit storage.
 
     y[m] = x[m] (W0 ⊙ (1 + B_s A_s))ᵀ + bias,  s the slot of row m; the base's rows have B A = 0.
 
-    W0 is decoded to float32 and rounded once, after the modulation, to the dtype of x; sums are in
-    float32. float32 inputs are multiplied without tensor cores: exact, slow.
+    W0 ⊙ (1 + B A) is made in float32 and rounded once, to the dtype of x; sums are in float32. The
+    levels of W0 are looked up as float16 (``nibbles``). One launch for each padded rank of slots
+    with many rows, two for all slots with few; no synchronization, no copy after a batch's first
+    layer, and no memory but y and ``[splits, few rows, out]`` in float32.
 
     Args:
-        x: ``[rows, in]``, bfloat16, float16 or float32, features contiguous.
+        x: ``[rows, in]``, bfloat16 or float16, features contiguous.
         weight: W0 ``[out, in]``.
-        factors: Factors of x's dtype, by slot, where the batch's slots have been placed.
+        factors: Factors of x's dtype, by slot; a slot without any in this layer is as the base.
         layer: The index of this layer in ``factors``.
         batch: The tiles of the batch's segments, shared by all layers.
         bias: ``[out]``, any float type. A slot's own bias is the caller's to add.
-        out: Where to write, contiguous ``[rows, out]``, any float type. None: of x's dtype.
+        out: Where to write: contiguous ``[rows, out]``, any float type, apart from x. None: a new
+            tensor of x's dtype.
 
     Returns:
-        ``out``, or a new ``[rows, out]``.
+        ``out``, or the new ``[rows, out]``.
 
     Raises:
         SegmentMismatch: The segments do not cover the rows of x.
@@ -330,54 +337,78 @@ def hira_linear(
         ShapeMismatch: Shapes, types or devices that do not belong together. In all three cases
             nothing was written.
     """
-    _check(x, weight, factors, layer, bias, out)
+    check_operands(x, weight, factors, layer, bias=bias, out=out)
     batch.segments.check_covers(x.shape[0])
     launches = batch.launches(factors, layer)
     out_features, in_features = weight.shape
     y = out if out is not None else x.new_empty(x.shape[0], out_features)
     nested = weight.nested
-    exact = INTERPRETED or x.dtype == torch.float32
+    has_bias = bias is not None
+    bias = x if bias is None else bias  # a pointer that is not read
     # In the order of the kernels' parameters.
     source = (
-        weight.packed,
-        weight.levels,
-        weight.scales,
+        *(weight.packed, weight.levels, weight.scales),
         *((nested.code, nested.outer, nested.offset) if nested else (weight.levels,) * 3),
+        *(factors.addresses, layer, len(factors.layers)),
     )
-    table = (factors.addresses, layer, len(factors.layers))
-    common: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "HALF": HALF_FEATURES,
         "BLOCK": weight.block,
         "GROUPED": weight.grouped,
         "NESTED": nested is not None,
         "OUTER": nested.block if nested else 1,
-        "EXACT": exact,
+        "EXACT": INTERPRETED,
+        "DECODER": decoder(weight.kind, x.device),
         "COLUMNS": FACTOR_COLUMNS,
     }
+    multiprocessors, shared_bytes = _limits(x.device)
     for many in launches.many:
-        blocks = MANY_BLOCKS[many.block_rows, many.rank]
+        blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
         many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
-            x, x.stride(0), y, x if bias is None else bias, *source, *table,
-            launches.rows, many.tiles, many.count, out_features, in_features,
-            BM=many.block_rows, BN=blocks.out, R=many.rank, HAS_BIAS=bias is not None,
-            STAGES=blocks.stages, num_warps=blocks.warps, **common,
+            x, x.stride(0), y, bias, *source, launches.rows, many.tiles, many.count,
+            out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,
+            HAS_BIAS=has_bias, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
         )  # fmt: skip
     few = launches.few
     if few is not None:
-        blocks = FEW_BLOCKS[few.rank]
+        blocks = few_blocks(few.rank)
         out_blocks = triton.cdiv(out_features, blocks.out)
-        splits, split_features = _splits(few.tiles * out_blocks, in_features, y.device)
-        parts = torch.empty(
-            (splits, few.row_count, out_features), dtype=torch.float32, device=y.device
-        )
+        splits, split_features = split_inputs(in_features, few.tiles * out_blocks, multiprocessors)
+        parts = x.new_empty((splits, few.row_count, out_features), dtype=torch.float32)
         few_rows_kernel[(few.tiles, out_blocks, splits)](
-            x, x.stride(0), parts, *source, *table, few.rows, few.row_count,
-            few.entries, few.bounds, split_features, out_features, in_features,
-            BM=few.block_rows, BN=blocks.out, R=few.rank,
-            STAGES=blocks.stages, num_warps=blocks.warps, **common,
+            x, x.stride(0), parts, *source, few.rows, few.row_count, few.entries, few.bounds,
+            split_features, out_features, in_features, BM=few.block_rows, BN=blocks.out,
+            R=few.rank, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
         )  # fmt: skip
         sum_parts_kernel[(few.row_count, triton.cdiv(out_features, SUM_BLOCK_FEATURES))](
-            parts, y, x if bias is None else bias, few.rows, few.row_count, splits, out_features,
-            BLOCK_N=SUM_BLOCK_FEATURES, HAS_BIAS=bias is not None,
+            parts, y, bias, few.rows, few.row_count, splits, out_features,
+            BLOCK_N=SUM_BLOCK_FEATURES, HAS_BIAS=has_bias,
         )  # fmt: skip
     return y
+
+
+@lru_cache(maxsize=32)
+def decoder(kind: FourBitKind, device: torch.device) -> str:
+    """The PTX that decodes nibbles on this device, or "" for a table in memory.
+
+    The PTX is used only if it decodes all 256 bytes as the table does; synchronizes, once.
+    """
+    if INTERPRETED or torch.version.cuda is None:
+        return ""
+    with torch.inference_mode(False):
+        assembly = lookup_assembly(kind)
+        byte = torch.arange(256, dtype=torch.uint8, device=device)
+        found = torch.empty(2, 256, dtype=torch.float16, device=device)
+        decode_bytes_kernel[(1,)](byte, found, DECODER=assembly)
+        levels = torch.tensor(level_values(kind), device=device).to(torch.float16)
+        wanted = levels[torch.stack((byte >> 4, byte & 15)).long()]
+        return assembly if torch.equal(found, wanted) else ""
+
+
+@lru_cache(maxsize=32)
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may take."""
+    if device.type != "cuda":
+        return 4, LARGE_SHARED_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin

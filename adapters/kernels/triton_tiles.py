@@ -10,12 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.kernels.triton_operands import MAX_RANK, FactorTable
+from adapters.kernels.triton_operands import GROUP_FEATURES, MAX_RANK, FactorTable
 from adapters.segments import BASE_SLOT, Segments
 
 RANK_STEPS = (16, 32, 64, MAX_RANK)
 # Slots with fewer rows share tiles: with fewer, half of a tile of their own would be padding.
 FEW_ROWS = 32
+# Shared memory of an A100 or H100; other GPUs since 2018 have 96 KiB or more for a program.
+LARGE_SHARED_BYTES = 160 * 1024
+# Programs of the few-rows kernel that a multiprocessor should be given to hide its latencies, and
+# the parts that a sum of inputs is cut into at most: each costs a float32 row written and read.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+MAX_SPLITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ class BatchTiles:
         groups: dict[int, list[torch.Tensor]] = {}
         for slot, rank in ranks.items():
             groups.setdefault(slot if rank else BASE_SLOT, []).append(self._rows[slot])
-        order: list[torch.Tensor] = []
+        order = [torch.zeros(0, dtype=torch.int32)]
         place = 0
         many: dict[tuple[int, int], list[int]] = {}
         few: list[tuple[int, torch.Tensor]] = []
@@ -129,6 +135,49 @@ class BatchTiles:
             if few
             else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a kernel is cut: output features and warps of a program, stages of its pipeline."""
+
+    out: int
+    warps: int
+    stages: int
+
+
+def many_blocks(rank: int, grouped: bool, shared_bytes: int) -> Blocks:
+    """The cut of the many-rows kernel for a padded rank.
+
+    Accumulator, modulation and decoded tile fit the 255 registers of a thread, and what the stages
+    hold fits the shared memory; a test compiles each for both generations of tensor cores.
+    """
+    if not grouped:  # a scale for each byte: no registers to spare for a pipeline
+        return Blocks(64, 8, 1)
+    if shared_bytes < LARGE_SHARED_BYTES and rank > 64:
+        return Blocks(64, 8, 2)
+    return Blocks(128, 8, 2 if rank > 64 or shared_bytes < LARGE_SHARED_BYTES else 3)
+
+
+def few_blocks(rank: int) -> Blocks:
+    """The cut of the few-rows kernel for a padded rank; its pipeline runs over the slots."""
+    return Blocks(64, 8, 1) if rank > 64 else Blocks(64, 4, 2)
+
+
+def split_inputs(in_features: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+    """How many parts to cut the input features into, and the features of each but the last.
+
+    Args:
+        in_features: Of the layer.
+        programs: That there are without a cut.
+        multiprocessors: Of the device.
+    """
+    steps = -(-in_features // GROUP_FEATURES)
+    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)
+    # Two steps a part at least: below that a program spends itself on its start.
+    splits = max(1, min(wanted, MAX_SPLITS, steps // 2))
+    steps_each = -(-steps // splits)
+    return -(-steps // steps_each), steps_each * GROUP_FEATURES
 
 
 def padded_rank(rank: int) -> int:

@@ -17,6 +17,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
+from dataclasses import replace
 from multiprocessing.context import ForkProcess
 from typing import Any, Final
 
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 TITLE: Final = "hira-server"
 DESCRIPTION: Final = "Many HiRA and LoRA adapters on one 4-bit base model."
 END_S: Final = 2.0  # for an HTTP process whose requests have ended, to close its connections
+JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
+BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
 _bearer = HTTPBearer(auto_error=False)
 
 
@@ -82,7 +85,7 @@ class HiraServer(LitServer):
             restart_workers=True,
             middlewares=[(Gate, {"service": service})],
         )
-        self.uvicorn_graceful_timeout = END_S
+        self.uvicorn_graceful_timeout = JOIN_S
         self.app.title, self.app.version, self.app.description = TITLE, version, DESCRIPTION
         self.app.add_exception_handler(Refusal, _on_refusal)
         self.app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -159,23 +162,27 @@ class HiraServer(LitServer):
         service.open()
         self.spec.attach(self.response_buffer)
         await service.dispatcher.start(number, self._get_request_queue(self.spec.api_path))
-        receiving = asyncio.create_task(self._receive(number), name="responses")
+        ending = asyncio.Event()
+        receiving = asyncio.create_task(self._receive(number, ending), name="responses")
         try:
             yield
         finally:
             await service.dispatcher.stop()
+            ending.set()
             receiving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await receiving
             service.close()
 
-    async def _receive(self, number: int) -> None:
-        """LitServe's response task, which gives up at its first error, started again."""
-        while True:
+    async def _receive(self, number: int, ending: asyncio.Event) -> None:
+        """LitServe's response task, which ends at its first error, begun again when it does."""
+        while not ending.is_set():  # it swallows its own cancellation
             await response_queue_to_buffer(
                 self._transport, self.response_buffer, number, self.litapi_connector
             )
-            await asyncio.sleep(0.1)
+            if not ending.is_set():
+                logger.error("LitServe's response task ended; it is started again")
+                await asyncio.sleep(0.1)
 
     # Guards
 
@@ -230,26 +237,38 @@ async def _on_http(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     """A body or a query that does not fit its schema: every fault names its field."""
     assert isinstance(error, RequestValidationError)
-    faults = [_fault(dict(one), request) for one in error.errors()[:20]]
-    return error_response(request.scope, Refusal(faults))
+    by_field: dict[str | None, Fault] = {}
+    for one in error.errors()[:100]:
+        fault = _fault(dict(one), request)
+        before = by_field.get(fault.field)
+        # The branches of a union fail one by one at the same field: one fault for people.
+        by_field[fault.field] = (
+            fault
+            if before is None
+            else replace(before, message=f"{before.message}; or: {fault.message}")
+        )
+    return error_response(request.scope, Refusal(list(by_field.values())[:20]))
 
 
 def _fault(found: Mapping[str, Any], request: Request) -> Fault:
-    place = [str(part) for part in found["loc"] if part not in {"body", "query", "path"}]
     if found["type"] == "json_invalid":
         reason = str(found.get("ctx", {}).get("error", "not JSON"))
-        at = f" at character {place[0]}" if place else ""
-        return Fault("malformed_body", "The body is not JSON.", f"{reason}{at}", "JSON in UTF-8")
+        at = f" at character {found['loc'][-1]}"
+        return Fault("malformed_body", "The body is not JSON.", reason + at, "JSON in UTF-8")
     content_type = request.headers.get("content-type", "")
     fix = None
     if tuple(found["loc"]) == ("body",) and "json" not in content_type:
         fix = "Send the header Content-Type: application/json."
     value = found.get("input")
     shown = None if isinstance(value, dict | bytes) or value is None else repr(value)[:120]
-    return Fault(
-        "invalid_request",
-        f"{'.'.join(place) or 'body'}: {found['msg']}",
-        found=shown,
-        fix=fix,
-        field=".".join(place) or None,
-    )
+    return Fault("invalid_request", str(found["msg"]), shown, fix=fix, field=_field(found["loc"]))
+
+
+def _field(location: Sequence[int | str]) -> str | None:
+    """``inputs.0`` of pydantic's location: without the names of a union's branches."""
+    kept: list[str] = []
+    for part in location[1:]:
+        if isinstance(part, str) and (not part.isidentifier() or part in BRANCHES):
+            continue
+        kept.append(str(part))
+    return ".".join(kept) or None

@@ -72,70 +72,21 @@ def serve(
         registry = Registry(settings.database, Store(settings.store_dir, settings.store_bytes))
         service = Service(settings, base, registry, reload)
         _register(service, adapters)
-        server = _put_together(service, path, engine)
+        registry.close()
 
         def ready() -> None:
             for line in banner(service, key_file):
                 say(line)
 
-        supervisor = Supervisor(
-            server,
+        run_service(
+            service,
+            admin_routes(Admin(service)),
+            base=path,
+            engine=engine,
             on_ready=ready,
-            on_reload=lambda: say("The settings are being reloaded."),
             upkeep=lambda: None,
         )
-        supervisor.install()
-        bind_forked_children()
-        server.supervise = supervisor.run
-        registry.close()
-        server.run(
-            host=settings.host,
-            port=settings.port,
-            num_api_servers=settings.api_processes,
-            log_level="warning",
-            generate_client_file=False,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
         shutil.rmtree(settings.run_dir, ignore_errors=True)
-
-
-def _put_together(service: Service, path: str, engine: str) -> HiraServer:
-    settings = service.settings
-    version = importlib.metadata.version("hira-server")
-    spec = HiraSpec(Native(service), OpenAI(service), service.dispatcher)
-    api = HiraAPI(
-        settings.engine_options(path),
-        settings.run_dir,
-        spec=spec,
-        loop=EngineLoop(settings.api_processes),
-        engine=engine,
-        log_level=settings.log_level,
-    )
-    routes = [*observe_routes(Observe(service, version)), *admin_routes(Admin(service))]
-    return HiraServer(api, service, routes, version)
-
-
-def banner(service: Service, key_file: Path | None) -> Iterator[str]:
-    """What a person sees when the server is ready."""
-    settings, base = service.settings, service.base
-    records, total = service.registry.list(offset=0, limit=8)
-    names = ", ".join(record.name for record in records)
-    more = f", and {total - len(records)} more" if total > len(records) else ""
-    host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
-    url = f"http://{host}:{settings.port}"
-    double = ", double quantization" if settings.double_quant else ""
-    stored = {"none": "not quantized", "int8": "8 bit"}.get(
-        settings.quantization, f"4 bit {settings.quantization.upper()}{double}"
-    )
-    yield f"hira-server {importlib.metadata.version('hira-server')} is ready at {url}"
-    yield f"  base       {base.name} ({stored})"
-    yield f"  adapters   {total}: {names}{more}" if total else "  adapters   none yet"
-    yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
-    yield f"  try        {url}/docs"
 
 
 @contextmanager

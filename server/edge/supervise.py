@@ -39,7 +39,7 @@ class Supervisor:
     Args:
         server: Whose processes these are.
         on_ready: Called once, when the first worker answers.
-        on_reload: Called for SIGHUP.
+        upkeep: Called about once a second.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class Supervisor:
         server: HiraServer,
         *,
         on_ready: Callable[[], None],
-        on_reload: Callable[[], None],
         upkeep: Callable[[], None],
     ) -> None:
         self.server = server
@@ -55,7 +54,6 @@ class Supervisor:
         self.settings = server.service.settings
         self.failure: str | None = None
         self._on_ready = on_ready
-        self._on_reload = on_reload
         self._upkeep = upkeep
         self._stop_signals = 0
         self._reload = False
@@ -85,7 +83,7 @@ class Supervisor:
             self._check_queues()
             if self._reload:
                 self._reload = False
-                self._on_reload()
+                logger.warning("SIGHUP: the settings are read again")
                 self.load.settings_changed()
             self._upkeep()
             self._sleep(http)

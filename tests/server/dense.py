@@ -84,21 +84,31 @@ def base(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
+def linears(model: nn.Module) -> dict[str, Any]:
     return {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
-def hira_weights(model: nn.Module, seed: int, *, head: bool = True) -> dict[str, torch.Tensor]:
-    """W ⊙ (1 + B A) for every linear layer, in the layout of its weight."""
+def hira_factors(model: nn.Module, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A [r, in] and B [out, r] for every linear layer, the output layer included."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
+    factors = {}
     for path, module in linears(model).items():
-        if path == "lm_head" and not head:
-            continue
         rows, columns = module.weight.shape
-        b = torch.randn(rows, 4, generator=generator)
-        a = torch.randn(4, columns, generator=generator)
-        weights[path] = (module.weight * (1 + 0.4 * b @ a)).detach()
+        if isinstance(module, Conv1D):
+            rows, columns = columns, rows
+        b = torch.randn(rows, 4, generator=generator) * 0.4
+        factors[path] = (torch.randn(4, columns, generator=generator), b)
+    return factors
+
+
+def hira_weights(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """W ⊙ (1 + B A) for every linear layer, in the layout of its weight."""
+    layers = linears(model)
+    weights = {}
+    for path, (a, b) in hira_factors(model, seed).items():
+        product = b @ a
+        product = product.T if isinstance(layers[path], Conv1D) else product
+        weights[path] = (layers[path].weight * (1 + product)).detach()
     return weights
 
 
@@ -123,7 +133,7 @@ class DenseAdapted:
         self.before_batch: Callable[[Segments], None] = lambda plan: None
         self._active: tuple[Segments, Segments | None] | None = None
         for path, module in linears(model).items():
-            module.forward = self._forward(path, module, module.forward)  # type: ignore[method-assign]
+            module.forward = self._forward(path, module, module.forward)
 
     def _forward(self, path: str, module: Any, plain: Any) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -285,7 +295,7 @@ class Stage:
         return request.id
 
     def drain(self, limit: int = 2000) -> list[Any]:
-        events = []
+        events: list[Any] = []
         for _ in range(limit):
             if not self.lane.has_work():
                 return events

@@ -87,6 +87,25 @@ def test_bytes_that_are_no_text_do_not_hold_back_what_follows() -> None:
     assert "".join(detokenizer.push(token) for token in euro).endswith("€ to")
 
 
+@pytest.mark.parametrize("before", range(14))
+def test_a_character_after_bytes_that_are_no_text_is_not_cut(before: int) -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    continuation = tokenizer.convert_tokens_to_ids("¿")
+    characters = ["ð", "Ł", "Ľ", "ħ"]  # the bytes of 🛅, as byte-level BPE writes them
+    ids = [continuation] * before + tokenizer.convert_tokens_to_ids(characters)
+    detokenizer = Detokenizer(tokenizer, [])
+    shown = "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
+    assert shown == "\ufffd" * before + "🛅"
+
+
+def test_a_prompt_is_not_read_from_the_middle_of_a_character() -> None:
+    tokenizer = TOKENIZERS["spaced"]
+    prompt = [1, *spaced_ids("to 😀😀")]
+    detokenizer = Detokenizer(tokenizer, prompt)
+    euro = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "€".encode()])
+    assert [detokenizer.push(token) for token in euro] == ["", "", "€"]
+
+
 def test_special_tokens_add_no_text() -> None:
     tokenizer = TOKENIZERS["bytes"]
     stream = TextStream(tokenizer, [0])

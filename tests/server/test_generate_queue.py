@@ -35,9 +35,7 @@ def test_versions_take_turns_and_keep_their_order(versions: list[str | None]) ->
         # Its n-th is served before any other version's (n+2)-th.
         for n, each in enumerate(own):
             before = taken[: taken.index(each)]
-            assert all(
-                sum(r.version == other for r in before) <= n + 1 for other in set(versions)
-            )
+            assert all(sum(r.version == other for r in before) <= n + 1 for other in set(versions))
     assert queue.tokens == 0
     assert queue.versions == ()
 

@@ -178,8 +178,9 @@ def test_what_it_cannot_do_it_refuses(unsupported: str) -> None:
     key = torch.zeros(1, KV_HEADS, 1, DIM)
     module: Any = SimpleNamespace(layer_idx=0)
     batch = PagedBatch(kv.paged, [Span("x", 0, 1, 0)])
+    more: dict[str, Any] = {unsupported: row}
     with pytest.raises(ValueError, match=unsupported):
-        paged_attention(module, row, key, key, None, paged=batch, **{unsupported: row})
+        paged_attention(module, row, key, key, None, paged=batch, **more)
 
 
 def test_the_budget_bounds_the_memory() -> None:

@@ -1,0 +1,139 @@
+"""The ``config.json`` beside an adapter: what its head's outputs mean.
+
+PEFT's own configuration has no place for labels; ``model.config.save_pretrained(folder)`` writes
+them where this module looks. Without it the labels are LABEL_0, LABEL_1, ... as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from adapters.errors import AdapterError, CorruptFile, MissingTensors, ShapeMismatch
+from adapters.strict_json import show, strict_json
+from adapters.tasks import Task
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+_PROBLEM_TYPES: tuple[ProblemType, ...] = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+_MAX_LABEL_CHARACTERS = 256
+# The last layer of a head, as transformers names it.
+_OUTPUTS = ("score", "classifier", "out_proj", "qa_outputs", "summary")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The names of a head's outputs, in order, and how they are read."""
+
+    names: tuple[str, ...]
+    problem_type: ProblemType | None
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the ``config.json`` beside an adapter says; all None where there is none."""
+
+    model_type: str | None
+    architecture: str | None
+    names: tuple[str, ...] | None
+    problem_type: ProblemType | None
+
+    def labels_for(
+        self, head: Mapping[str, torch.Tensor], task: Task
+    ) -> tuple[Labels | None, list[AdapterError]]:
+        """The labels of a head, and what is wrong with them.
+
+        Args:
+            head: Its tensors by name.
+            task: What the head is for.
+        """
+        outputs = [
+            tensor.shape[0]
+            for name, tensor in head.items()
+            if name.endswith(".weight") and name.split(".")[-2] in _OUTPUTS and tensor.dim() == 2
+        ]
+        if len(outputs) != 1:
+            return None, [
+                MissingTensors(
+                    "The output layer of the task head was not found.",
+                    found=", ".join(sorted(head)) or "no head",
+                    expected="one of " + ", ".join(f"{name}.weight" for name in _OUTPUTS),
+                    fix="Name the head in modules_to_save and save the adapter again.",
+                )
+            ]
+        (count,) = outputs
+        if task == "question-answering":
+            faults: list[AdapterError] = [] if count == 2 else [_wrong(count, 2)]
+            return Labels(("start", "end"), None), faults
+        names = self.names
+        # Two labels are what transformers writes when nobody named any.
+        if names is None or (names == _default_names(2) and count != 2):
+            names = _default_names(count)
+        faults = [] if len(names) == count else [_wrong(count, len(names))]
+        return Labels(names, self.problem_type), faults
+
+
+def read_task_config(raw: bytes) -> TaskConfig:
+    """Read the fields that matter of a model's ``config.json``; the others are not looked at.
+
+    Raises:
+        CorruptFile: It is not JSON, or one of these fields is malformed.
+    """
+    content = strict_json(raw, "config.json")
+    architectures = content.get("architectures")
+    problem_type = content.get("problem_type")
+    if problem_type is not None and problem_type not in _PROBLEM_TYPES:
+        raise _malformed("problem_type", problem_type, "one of " + ", ".join(_PROBLEM_TYPES))
+    return TaskConfig(
+        model_type=_text(content.get("model_type")),
+        architecture=_text(architectures[0])
+        if isinstance(architectures, list) and architectures
+        else None,
+        names=_names(content),
+        problem_type=problem_type,
+    )
+
+
+def _names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    raw = content.get("id2label")
+    if raw is None:
+        count = content.get("num_labels")
+        if count is None:
+            return None
+        if type(count) is not int or not 1 <= count <= 100_000:
+            raise _malformed("num_labels", count, "a positive integer")
+        return _default_names(count)
+    keys = {str(index) for index in range(len(raw))} if isinstance(raw, dict) else set()
+    if not raw or set(raw) != keys:
+        raise _malformed("id2label", raw, 'an object with the keys "0", "1", ...')
+    names = tuple(raw[str(index)] for index in range(len(raw)))
+    if not all(isinstance(name, str) and len(name) <= _MAX_LABEL_CHARACTERS for name in names):
+        raise _malformed("id2label", raw, "short strings")
+    return names
+
+
+def _default_names(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{index}" for index in range(count))
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _wrong(count: int, expected: int) -> ShapeMismatch:
+    return ShapeMismatch(
+        "The head has another number of outputs than there are labels.",
+        found=f"{count} outputs",
+        expected=f"{expected} labels",
+        fix="Save the config of the model that the adapter was trained with beside it.",
+    )
+
+
+def _malformed(name: str, value: object, expected: str) -> CorruptFile:
+    return CorruptFile(f"config.json: {name} is malformed.", found=show(value), expected=expected)

@@ -1,0 +1,96 @@
+"""Runs a service: builds LitServe's server around it, starts it, supervises it to its end."""
+
+from __future__ import annotations
+
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from server.edge.api import HiraAPI
+from server.edge.app import HiraServer
+from server.edge.lifeline import bind_forked_children
+from server.edge.loop import EngineLoop
+from server.edge.native import Native
+from server.edge.observe import Observe, observe_routes
+from server.edge.openai import OpenAI
+from server.edge.routes import Endpoint
+from server.edge.service import Service
+from server.edge.spec import HiraSpec
+from server.edge.supervise import Supervisor
+from server.version import package_version
+
+BACKLOG: Final = 2048
+KEEP_ALIVE_S: Final = 30
+
+
+def run_service(
+    service: Service,
+    routes: Sequence[Endpoint],
+    *,
+    base: str,
+    engine: str,
+    on_ready: Callable[[], None],
+    upkeep: Callable[[], None],
+) -> None:
+    """Start all processes, and return when the server has been told to stop and has drained.
+
+    Args:
+        service: What the endpoints use; opened anew in every HTTP process.
+        routes: Endpoints beside those of inference and health.
+        base: Folder or hub id that the worker loads.
+        engine: ``module:attribute`` of what builds the engine in the worker.
+        on_ready: Called once, when the first worker answers.
+        upkeep: Called about once a second in the main process.
+
+    Raises:
+        StartFailed: One line that says why the server cannot run.
+    """
+    settings = service.settings
+    version = package_version()
+    api = HiraAPI(
+        settings.engine_options(base),
+        settings.run_dir,
+        spec=HiraSpec(Native(service), OpenAI(service), service.dispatcher),
+        loop=EngineLoop(settings.api_processes),
+        engine=engine,
+        log_level=settings.log_level,
+    )
+    server = HiraServer(
+        api, service, [*observe_routes(Observe(service, version)), *routes], version
+    )
+    supervisor = Supervisor(server, on_ready=on_ready, upkeep=upkeep)
+    supervisor.install()
+    bind_forked_children()
+    server.supervise = supervisor.run
+    server.run(
+        host=settings.host,
+        port=settings.port,
+        num_api_servers=settings.api_processes,
+        log_level="warning",
+        generate_client_file=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+
+
+def banner(service: Service, key_file: Path | None) -> Iterator[str]:
+    """What a person sees when the server is ready."""
+    settings, base = service.settings, service.base
+    records, total = service.registry.list(offset=0, limit=8)
+    names = ", ".join(record.name for record in records)
+    more = f", and {total - len(records)} more" if total > len(records) else ""
+    host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
+    url = f"http://{host}:{settings.port}"
+    double = ", double quantization" if settings.double_quant else ""
+    stored = {"none": "not quantized", "int8": "8 bit"}.get(
+        settings.quantization, f"4 bit {settings.quantization.upper()}{double}"
+    )
+    yield f"hira-server {importlib.metadata.version('hira-server')} is ready at {url}"
+    yield f"  base       {base.name} ({stored})"
+    yield f"  adapters   {total}: {names}{more}" if total else "  adapters   none yet"
+    yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
+    yield f"  try        {url}/docs"

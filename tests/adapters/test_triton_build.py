@@ -1,0 +1,295 @@
+"""What surrounds the fused kernel: its tiles, its PTX, and whether it fits a GPU.
+
+No GPU is needed: the PTX that looks up levels runs here, instruction by instruction, and the
+kernels are compiled with the assembler that triton carries.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import re
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.kernels import triton_tiles
+from adapters.kernels.nibbles import FourBitKind, level_values, lookup_assembly
+from adapters.kernels.triton_operands import FACTOR_COLUMNS, HALF_FEATURES, FactorTable
+from adapters.kernels.triton_tiles import (
+    LARGE_SHARED_BYTES,
+    BatchTiles,
+    few_blocks,
+    many_blocks,
+    split_inputs,
+)
+from adapters.segments import from_runs
+
+
+@settings(deadline=None)
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 300)), min_size=1, max_size=20),
+    ranks=st.lists(st.sampled_from([0, 1, 16, 17, 100]), min_size=6, max_size=6),
+)
+def test_tiles_hold_every_row_once_and_under_its_slot(
+    runs: list[tuple[int, int]], ranks: list[int]
+) -> None:
+    shape = (4, 8)
+    table = FactorTable(7, [shape], torch.bfloat16, "cpu")
+    for slot, rank in enumerate(ranks, start=1):
+        a, b_t = (torch.zeros(rank, size, dtype=torch.bfloat16) for size in (8, 4))
+        table.place(slot, {0: (a, b_t.t())} if rank else {})
+    segments = from_runs(runs)
+    batch = BatchTiles(segments, "cpu")
+    launches = batch.launches(table, 0)
+    assert batch.launches(table, 0) is launches
+    slots = [slot if slot and ranks[slot - 1] else 0 for slot in segments.row_slots()]
+    seen: list[int] = []
+    for many in launches.many:
+        for slot, start, count in many.tiles.view(-1, 3).tolist():
+            rows = launches.rows[start : start + count].tolist()
+            assert 0 < count <= many.block_rows
+            assert {slots[row] for row in rows} == {slot}
+            assert many.rank >= (ranks[slot - 1] if slot else 0)
+            assert (many.rank == 0) == (slot == 0)
+            seen += rows
+    few = launches.few
+    if few is not None:
+        owners = [0] * few.row_count
+        entries = few.entries.view(-1, 3).tolist()
+        assert len(few.bounds) == few.tiles + 1 == -(-few.row_count // few.block_rows) + 1
+        for tile in range(few.tiles):
+            for slot, first, stop in entries[few.bounds[tile] : few.bounds[tile + 1]]:
+                assert 0 <= first < stop <= few.block_rows
+                assert few.rank >= ranks[slot - 1] > 0
+                for column in range(first, stop):
+                    owners[tile * few.block_rows + column] = slot
+        assert [slots[row] for row in few.rows.tolist()] == owners
+        seen += few.rows.tolist()
+    assert sorted(seen) == list(range(segments.rows))
+
+
+@given(st.integers(1, 40_000), st.integers(1, 5_000), st.integers(1, 200))
+def test_split_inputs_are_covered_without_an_empty_part(
+    in_features: int, programs: int, multiprocessors: int
+) -> None:
+    splits, features = split_inputs(in_features, programs, multiprocessors)
+    assert features % 128 == 0
+    assert (splits - 1) * features < in_features <= splits * features
+    assert 1 <= splits <= 16
+
+
+def run_ptx(assembly: str, word: int) -> list[int]:
+    """The registers $0 to $3 after the assembly has run on $4 = ``word``; prmt's default mode."""
+    registers = {"$4": word}
+
+    def value(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for line in assembly.splitlines():
+        match = re.fullmatch(r"(shr|and|prmt|lop3)\.b32 (\S+), (.+);", line)
+        if match is None:
+            assert line in "{}" or line.startswith(".reg"), line
+            continue
+        operands = [value(operand) for operand in match[3].split(", ")]
+        if match[1] == "shr":
+            result = operands[0] >> operands[1]
+        elif match[1] == "and":
+            result = operands[0] & operands[1]
+        elif match[1] == "prmt":
+            eight = struct.pack("<II", *operands[:2])
+            result = 0
+            for place in range(4):
+                selector = operands[2] >> 4 * place & 15
+                picked = eight[selector & 7]
+                picked = 255 * (picked >> 7) if selector & 8 else picked
+                result |= picked << 8 * place
+        else:
+            bits = [
+                operands[3] >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1
+                for a, b, c in [operands[:3]]
+                for i in range(32)
+            ]
+            result = sum(bit << i for i, bit in enumerate(bits))
+        registers[match[2]] = result
+    return [registers[f"${index}"] for index in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_assembly_decodes_every_byte_in_every_place(kind: FourBitKind) -> None:
+    order = list(range(256))
+    random.Random(9).shuffle(order)
+    levels = torch.tensor(level_values(kind)).half()
+    for start in range(256):
+        four = [order[(start + 61 * place) % 256] for place in range(4)]
+        found = run_ptx(lookup_assembly(kind), int.from_bytes(bytes(four), "little"))
+        halves = struct.unpack("<8e", struct.pack("<4I", *found))
+        codes = [byte >> 4 for byte in four] + [byte & 15 for byte in four]
+        assert list(halves) == levels[codes].tolist(), four
+
+
+# Shared memory that a program may take, by compute capability.
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Bytes of registers that may spill to memory, a thread.
+SPILL_BYTES = 64
+TYPES = {
+    "x_ptr": "*bf16",
+    "y_ptr": "*bf16",
+    "bias_ptr": "*bf16",
+    "packed_ptr": "*u8",
+    "level_ptr": "*fp32",
+    "scale_ptr": "*u8",
+    "code_ptr": "*fp32",
+    "outer_ptr": "*fp32",
+    "offset_ptr": "*fp32",
+    "part_ptr": "*fp32",
+    "table_ptr": "*i64",
+    "rows_ptr": "*i32",
+    "tiles_ptr": "*i32",
+    "entries_ptr": "*i32",
+    "bounds_ptr": "*i32",
+    "byte_ptr": "*u8",
+    "found_ptr": "*fp16",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """A copy of the kernels as they are compiled, whatever TRITON_INTERPRET says."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if not nvidia_tool("ptxas").is_file():
+        pytest.skip("this triton carries no assembler for NVIDIA GPUs")
+    path = Path(triton_tiles.__file__).with_name("triton_ops.py")
+    spec = importlib.util.spec_from_file_location("compiled_triton_ops", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        spec.loader.exec_module(module)
+        yield module
+
+
+def nvidia_tool(name: str) -> Path:
+    spec = importlib.util.find_spec("triton.backends.nvidia")
+    assert spec is not None
+    folders = spec.submodule_search_locations
+    assert folders is not None
+    return Path(folders[0]) / "bin" / name
+
+
+def compile_kernel(kernel: Any, capability: int, warps: int, constants: dict[str, Any]) -> Any:
+    """The kernel as a launch on aligned tensors and a layer of round sizes compiles it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_source
+
+    loose = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    loose |= {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if name not in constants and name not in loose
+    }
+    return compile_source(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps},
+    )
+
+
+def registers_and_spill(cubin: bytes, folder: Path) -> tuple[int, int]:
+    """Registers a thread, and bytes of them that did not fit."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [str(nvidia_tool("cuobjdump")), "--dump-resource-usage", str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def settings_of(grouped: bool = True) -> dict[str, Any]:
+    return {
+        "HALF": HALF_FEATURES,
+        "BLOCK": 64,
+        "GROUPED": grouped,
+        "NESTED": True,
+        "OUTER": 256,
+        "EXACT": False,
+        "DECODER": lookup_assembly("nf4"),
+        "COLUMNS": FACTOR_COLUMNS,
+    }
+
+
+def assert_fits(binary: Any, capability: int, folder: Path, spill_limit: int = SPILL_BYTES) -> None:
+    assert binary.metadata.shared <= SHARED_BYTES[capability]
+    # Products on the tensor cores, of bfloat16; nibbles looked up in registers.
+    assert ("wgmma" if capability >= 90 else "mma.sync") in binary.asm["ptx"]
+    assert "prmt.b32 plane0" in binary.asm["ptx"]
+    registers, spill = registers_and_spill(binary.asm["cubin"], folder)
+    assert spill <= spill_limit, f"{registers} registers, {spill} bytes spilled"
+
+
+@pytest.mark.parametrize("rank", [0, 32, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_many_rows_kernel_fits_the_gpu(
+    compiled: ModuleType, tmp_path: Path, capability: int, rank: int
+) -> None:
+    blocks = many_blocks(rank, True, SHARED_BYTES[capability])
+    shape = {"BM": 128, "BN": blocks.out, "R": rank, "HAS_BIAS": True, "STAGES": blocks.stages}
+    binary = compile_kernel(
+        compiled.many_rows_kernel, capability, blocks.warps, shape | settings_of()
+    )
+    assert_fits(binary, capability, tmp_path)
+    # The rows, W0 and A stream past while the tensor cores work.
+    assert binary.asm["ttgir"].count("async_copy_global_to_local") > 4
+
+
+@pytest.mark.parametrize(("rank", "grouped"), [(128, True), (64, True), (128, False)])
+def test_many_rows_kernel_fits_a_gpu_with_less_shared_memory(
+    compiled: ModuleType, tmp_path: Path, rank: int, grouped: bool
+) -> None:
+    assert SHARED_BYTES[89] < LARGE_SHARED_BYTES
+    blocks = many_blocks(rank, grouped, SHARED_BYTES[89])
+    shape = {"BM": 128, "BN": blocks.out, "R": rank, "HAS_BIAS": False, "STAGES": blocks.stages}
+    binary = compile_kernel(
+        compiled.many_rows_kernel, 89, blocks.warps, shape | settings_of(grouped)
+    )
+    # bitsandbytes' byte order wants a scale for each byte: it spills, and is slower for it.
+    assert_fits(binary, 89, tmp_path, spill_limit=SPILL_BYTES if grouped else 512)
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(16, 32), (32, 128)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_few_rows_kernel_fits_the_gpu(
+    compiled: ModuleType, tmp_path: Path, capability: int, rows: int, rank: int
+) -> None:
+    blocks = few_blocks(rank)
+    shape = {"BM": rows, "BN": blocks.out, "R": rank, "STAGES": blocks.stages}
+    binary = compile_kernel(
+        compiled.few_rows_kernel, capability, blocks.warps, shape | settings_of()
+    )
+    assert_fits(binary, capability, tmp_path)
+
+
+def test_small_kernels_compile(compiled: ModuleType) -> None:
+    sums = {"BLOCK_N": compiled.SUM_BLOCK_FEATURES, "HAS_BIAS": True}
+    assert compile_kernel(compiled.sum_parts_kernel, 90, 4, sums).asm["cubin"]
+    decode = compile_kernel(
+        compiled.decode_bytes_kernel, 90, 4, {"DECODER": lookup_assembly("fp4")}
+    )
+    assert decode.asm["cubin"]

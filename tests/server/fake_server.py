@@ -1,0 +1,86 @@
+"""A server in its real processes around the fake engine: quick to start, for faults and limits.
+
+Run as a program by `tests.server.live`; the registry is a dictionary, the tokenizer the demo's.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from server import demo, metrics
+from server.settings import load_settings
+
+
+@dataclass
+class Record:
+    name: str
+    task: str
+    version: str
+    created: datetime
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        tasks = {"imdb": "text-classification", "story": "text-generation"}
+        now = datetime.now(UTC)
+        self.records = {name: Record(name, task, f"{name}-v1", now) for name, task in tasks.items()}
+
+    def reopen(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    def resolve(self, name: str) -> Record:
+        from adapters.errors import AdapterNotFound
+
+        if name not in self.records:
+            raise AdapterNotFound(f"There is no adapter {name}.")
+        return self.records[name]
+
+    def list(self, **_: object) -> tuple[list[Record], int]:
+        return list(self.records.values()), len(self.records)
+
+
+def main(engine: str) -> None:
+    settings = load_settings({})
+    settings.run_dir.mkdir(parents=True)
+    metrics.prepare(settings.metrics_dir)
+    from server.edge import logs
+    from server.edge.run import run_service
+    from server.edge.service import Base, Service
+    from server.edge.supervise import StartFailed
+    from server.text import Text
+
+    logs.configure(settings.log_level, access=settings.access_log)
+    nothing: Any = None
+    base = Base(
+        "fake-base",
+        "text-generation",
+        nothing,
+        Text.load(Path(demo.BASE_DIR), max_tokens=256),
+        time.time(),
+    )
+    registry: Any = FakeRegistry()
+    service = Service(settings, base, registry, lambda: load_settings({}))
+    try:
+        run_service(
+            service,
+            [],
+            base="none",
+            engine=engine,
+            on_ready=lambda: None,
+            upkeep=lambda: None,
+        )
+    except StartFailed as failure:
+        sys.stderr.write(f"hira: {failure}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

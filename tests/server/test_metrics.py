@@ -1,0 +1,143 @@
+"""Metrics: right across processes, bounded in labels, nothing left of dead processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from server.metrics import (
+    BASE_LABEL,
+    OTHER_LABEL,
+    AdapterLabels,
+    HttpMetrics,
+    Live,
+    LiveCollector,
+    WorkerMetrics,
+    prepare,
+    resident_bytes,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown(registry: CollectorRegistry) -> str:
+    return generate_latest(registry).decode()
+
+
+def test_adapter_labels_are_bounded() -> None:
+    labels = AdapterLabels(most=3)
+    assert [labels.of(name) for name in ("a", "b", "c", "d", "a", None)] == [
+        "a",
+        "b",
+        "c",
+        OTHER_LABEL,
+        "a",
+        BASE_LABEL,
+    ]
+
+
+def test_http_metrics_have_the_names_that_dashboards_use() -> None:
+    registry = CollectorRegistry()
+    metrics = HttpMetrics(registry)
+    metrics.request("/predict", "imdb", 200, 0.01)
+    metrics.request("/predict", None, 200, 0.01)
+    metrics.request("/nowhere", "", 404, 0.01)
+    metrics.tokens("imdb", prompt=7, generated=0)
+    metrics.tokens("imdb", prompt=3, generated=5)
+    metrics.first_token("imdb", 0.1)
+    metrics.next_token("imdb", 0.01)
+    metrics.failure("imdb", "worker_lost")
+    text = shown(registry)
+    for line in (
+        'hira_requests_total{adapter="imdb",endpoint="/predict",status="200"} 1.0',
+        'hira_requests_total{adapter="base",endpoint="/predict",status="200"} 1.0',
+        'hira_requests_total{adapter="",endpoint="/nowhere",status="404"} 1.0',
+        'hira_tokens_total{adapter="imdb",kind="prompt"} 10.0',
+        'hira_tokens_total{adapter="imdb",kind="generated"} 5.0',
+        'hira_request_seconds_count{adapter="imdb",endpoint="/predict"} 1.0',
+        'hira_time_to_first_token_seconds_count{adapter="imdb"} 1.0',
+        'hira_inter_token_seconds_count{adapter="imdb"} 1.0',
+        'hira_failures_total{adapter="imdb",code="worker_lost"} 1.0',
+    ):
+        assert line in text
+
+
+def test_worker_metrics_are_by_lane() -> None:
+    registry = CollectorRegistry()
+    WorkerMetrics(registry).step("encode", rows=8, adapters=3, seconds=0.01)
+    text = shown(registry)
+    assert 'hira_batch_rows_sum{lane="encode"} 8.0' in text
+    assert 'hira_batch_adapters_sum{lane="encode"} 3.0' in text
+    assert 'hira_step_seconds_count{lane="encode"} 1.0' in text
+
+
+def test_live_gauges_show_this_moment() -> None:
+    registry = CollectorRegistry()
+    live = Live(
+        queue_depth={"encode": 2},
+        base_bytes={"linear": 10, "other": 5},
+        adapter_bytes={"device": 7},
+        processes={"main": os.getpid(), "gone": 2**22 + 1},
+        worker_ready=True,
+    )
+    registry.register(LiveCollector(live))
+    text = shown(registry)
+    assert 'hira_base_bytes{part="linear"} 10.0' in text
+    assert 'hira_queue_depth{lane="encode"} 2.0' in text
+    assert 'hira_process_resident_bytes{role="main"}' in text
+    assert "gone" not in text
+    assert "hira_worker_ready 1.0" in text
+
+
+def test_resident_bytes_of_this_process_are_plausible() -> None:
+    assert resident_bytes({"me": os.getpid()})["me"] > 1 << 20
+
+
+def test_preparing_too_late_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="before"):
+        prepare(tmp_path / "metrics")
+
+
+MANY_PROCESSES = """
+import os, sys
+from pathlib import Path
+from server import metrics
+folder = Path(sys.argv[1])
+folder.mkdir()
+(folder / "counter_1.db").write_text("left over")
+metrics.prepare(folder)
+children = []
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        here = metrics.HttpMetrics()
+        for _ in range(5):
+            here.request("/predict", "imdb", 200, 0.01)
+        os._exit(0)
+    children.append(pid)
+for pid in children:
+    os.waitpid(pid, 0)
+    metrics.forget_dead(pid)
+body, kind = metrics.exposition(metrics.Live(), "")
+print(kind)
+print(body.decode())
+"""
+
+
+def test_counts_of_all_processes_are_summed_and_left_overs_removed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_PROCESSES, str(tmp_path / "metrics")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    line = 'hira_requests_total{adapter="imdb",endpoint="/predict",status="200"} 15.0'
+    assert line in done.stdout
+    assert done.stdout.startswith("text/plain")
