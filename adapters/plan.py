@@ -50,12 +50,10 @@ class Plan:
         tokens, sequences, logits = self.tokens, self.sequences, self.logits
         if is_output and logits is not None and rows == logits.rows:
             return logits
-        if len(lead) == 1 and sequences is not None and rows == sequences.rows:
-            return sequences
         if rows == tokens.rows:
             return tokens
         if sequences is not None and lead[0] == sequences.rows:
-            # Every sequence has the same number of rows: a decoding step, or a pooled input.
+            # As many rows for every sequence: one of a pooled input, one or more of a step.
             times = rows // lead[0]
             if times not in self._repeated:
                 self._repeated[times] = sequences.repeat(times)

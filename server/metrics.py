@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 BASE_LABEL: Final = "base"
 OTHER_LABEL: Final = "_other"  # no adapter can have this name
-MAX_ADAPTER_LABELS: Final = 1000
+MAX_ADAPTER_LABELS: Final = 4096
 
 REQUEST_SECONDS: Final = (
     0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
@@ -75,7 +76,7 @@ class HttpMetrics:
     """What an HTTP process counts."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        from prometheus_client import REGISTRY, Counter, Histogram
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
         registry = registry or REGISTRY
         self._labels = AdapterLabels()
@@ -118,6 +119,13 @@ class HttpMetrics:
             ["adapter", "code"],
             registry=registry,
         )
+        self._last = Gauge(
+            "hira_last_request_timestamp_seconds",
+            "When the adapter was last asked for.",
+            ["adapter"],
+            multiprocess_mode="max",
+            registry=registry,
+        )
         self._children: dict[tuple[str, ...], Any] = {}
 
     def request(self, endpoint: str, adapter: str | None, status: int, seconds: float) -> None:
@@ -125,6 +133,8 @@ class HttpMetrics:
         label = adapter if adapter == "" else self._labels.of(adapter)
         self._child(self._requests, endpoint, label, str(status)).inc()
         self._child(self._seconds, endpoint, label).observe(seconds)
+        if label:
+            self._child(self._last, label).set(time.time())
 
     def tokens(self, adapter: str | None, *, prompt: int, generated: int) -> None:
         label = self._labels.of(adapter)
@@ -239,16 +249,37 @@ def resident_bytes(processes: Mapping[str, int]) -> dict[str, float]:
     return found
 
 
+def adapter_usage() -> dict[str, tuple[int, float | None]]:
+    """Requests answered, and the time of the last, by adapter; over all processes."""
+    counts: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for metric in _stored().collect():
+        if metric.name in {"hira_requests", "hira_last_request_timestamp_seconds"}:
+            for sample in metric.samples:
+                adapter = sample.labels.get("adapter", "")
+                if metric.name == "hira_requests" and sample.name.endswith("_total"):
+                    counts[adapter] = counts.get(adapter, 0.0) + sample.value
+                elif metric.name != "hira_requests":
+                    last[adapter] = max(last.get(adapter, 0.0), sample.value)
+    return {name: (int(count), last.get(name)) for name, count in counts.items()}
+
+
+def _stored() -> CollectorRegistry:
+    """What all processes have counted; without multiprocess mode, what this one has."""
+    from prometheus_client import REGISTRY, CollectorRegistry, multiprocess
+
+    if FOLDER_VARIABLE not in os.environ:
+        return REGISTRY
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return registry
+
+
 def exposition(live: Live, accept: str) -> tuple[bytes, str]:
     """The answer to a scrape and its content type."""
-    from prometheus_client import REGISTRY, CollectorRegistry, multiprocess
     from prometheus_client.exposition import choose_encoder
 
-    registry = CollectorRegistry()
-    if FOLDER_VARIABLE in os.environ:
-        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    else:
-        registry = REGISTRY
+    registry = _stored()
     encode, content_type = choose_encoder(accept)
     collector = LiveCollector(live)
     registry.register(collector)

@@ -209,7 +209,7 @@ class AdapterAnswer(Answer):
     method: str
     task: str
     labels: list[str] | None
-    ranks: Any
+    ranks: list[int]
     targets: list[str]
     parameters: int
     bytes: int
@@ -221,6 +221,7 @@ class AdapterAnswer(Answer):
     residency: str
     requests: int
     last_used: str | None
+    notes: list[str]
 
 
 class AdapterList(Answer):

@@ -114,7 +114,7 @@ def _decode(
         scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, block, inside, NESTED, OUTER)
         low = low * scale[:, None]
     else:
-        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, at * 2 // BLOCK, mask, NESTED, OUTER)
+        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, at // BLOCK, mask, NESTED, OUTER)
         high = high * scale
         low = low * scale
     return high, low

@@ -30,13 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     console = Console()
     if options.command in ("base", "all"):
-        train_base(
-            options.data,
-            options.base,
-            steps=BASE_STEPS,
-            seed=options.seed,
-            console=console,
-        )
+        train_base(options.data, options.base, seed=options.seed, console=console)
     if options.command in ("base", "all", "measure"):
         _measure_base(options.data, options.base, console)
     if options.command == "base":

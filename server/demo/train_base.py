@@ -19,12 +19,13 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from server.demo import corpora
 from server.demo.vocabulary import CONTEXT_TOKENS, DocumentStream, train_tokenizer
 
-BASE_STEPS: Final = 2600
+BASE_STEPS: Final = 2400
 BATCH_TOKENS: Final = 4096
 _SHORT_WINDOW_TOKENS: Final = 256
-_SHORT_WINDOW_SHARE: Final = 0.6
+_SHORT_WINDOW_SHARE: Final = 0.65
 _WARMUP_STEPS: Final = 50
-_DECAY_SHARE: Final = 0.5
+_DECAY_STARTS_AT_STEP: Final = 1300
+_RATE_IS_ZERO_AT_STEP: Final = 2600  # beyond the last step: the run stops at 15 % of the rate
 _MATRIX_LEARNING_RATE: Final = 0.02
 _VECTOR_LEARNING_RATE: Final = 3e-3
 _LOG_EVERY_STEPS: Final = 50
@@ -52,7 +53,6 @@ def train_base(
     corpora_root: Path,
     out_dir: Path,
     *,
-    steps: int,
     seed: int,
     console: Console,
 ) -> None:
@@ -69,7 +69,7 @@ def train_base(
 
     optimizers = _optimizers(model)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps)) for optimizer in optimizers
+        torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_factor) for optimizer in optimizers
     ]
     loss_of: Callable[[Tensor], Tensor] = torch.compile(_next_token_loss(model), dynamic=False)
     started_s = time.monotonic()
@@ -81,9 +81,9 @@ def train_base(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("base", total=steps)
-        for step in range(steps):
-            short = step < steps * _SHORT_WINDOW_SHARE
+        bar = progress.add_task("base", total=BASE_STEPS)
+        for step in range(BASE_STEPS):
+            short = step < BASE_STEPS * _SHORT_WINDOW_SHARE
             window_tokens = _SHORT_WINDOW_TOKENS if short else CONTEXT_TOKENS
             loss = loss_of(stream.windows(BATCH_TOKENS // window_tokens, window_tokens))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -135,10 +135,7 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def _schedule(steps: int) -> Callable[[int], float]:
-    """Return warm-up, a plateau, then a straight line down to zero."""
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / _WARMUP_STEPS, (steps - step) / (steps * _DECAY_SHARE))
-
-    return factor
+def _rate_factor(step: int) -> float:
+    """Return warm-up, a plateau, then a straight line down that the run leaves before zero."""
+    decay_steps = _RATE_IS_ZERO_AT_STEP - _DECAY_STARTS_AT_STEP
+    return min(1.0, (step + 1) / _WARMUP_STEPS, (_RATE_IS_ZERO_AT_STEP - step) / decay_steps)

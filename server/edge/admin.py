@@ -28,7 +28,7 @@ from server.edge.uploads import Upload, received
 from server.edge.wire import read_state
 from server.errors import Fault, Refusal
 from server.messages import Preload
-from server.metrics import BASE_LABEL
+from server.metrics import BASE_LABEL, adapter_usage
 from server.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,14 @@ class Wish:
     replace: bool
     pinned: bool
     preload: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What others than the registry know of adapters at this moment."""
+
+    residency: Mapping[str, str]  # tier by version
+    usage: Mapping[str, tuple[int, float | None]]  # by name: requests, time of the last
 
 
 class Admin:
@@ -79,10 +87,10 @@ class Admin:
         records, total = await self._in_thread(
             lambda: self.service.registry.list(offset=offset, limit=limit, prefix=prefix)
         )
-        residency = self._residency()
+        known = await self._known()
         return JSONResponse(
             {
-                "adapters": [self._answer(one, residency) for one in records],
+                "adapters": [_answer(one, known) for one in records],
                 "total": total,
                 "offset": offset,
                 "limit": limit,
@@ -92,7 +100,7 @@ class Admin:
     async def show(self, request: Request, name: str = Name) -> Response:
         """Show one adapter."""
         record = self.service.record(name, "name")
-        return JSONResponse(self._answer(record, self._residency()))
+        return JSONResponse(_answer(record, await self._known()))
 
     async def change(self, request: Request, body: PatchRequest, name: str = Name) -> Response:
         """Pin or unpin an adapter, or bring it to the device."""
@@ -104,7 +112,7 @@ class Admin:
             )
         if body.preload or pinned:
             self.service.dispatcher.tell(Preload(record.version))
-        return JSONResponse(self._answer(record, self._residency()))
+        return JSONResponse(_answer(record, await self._known()))
 
     async def remove(self, request: Request, name: str = Name) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
@@ -133,7 +141,7 @@ class Admin:
         if wish.preload or wish.pinned:
             self.service.dispatcher.tell(Preload(record.version))
         return JSONResponse(
-            self._answer(record, self._residency()),
+            _answer(record, await self._known()),
             201 if created else 200,
             headers={"Location": f"/admin/adapters/{record.name}"},
         )
@@ -150,33 +158,36 @@ class Admin:
             full = StoreFull("The disk is full.", fix="Free space, or remove adapters.")
             raise Refusal.of(full) from None
 
-    def _residency(self) -> Mapping[str, str]:
+    async def _known(self) -> Known:
         state = read_state(self.service.settings.run_dir)
-        return {} if state is None else dict(state.snapshot.get("residency", {}))
+        residency = {} if state is None else dict(state.snapshot.get("residency", {}))
+        return Known(residency, await self.service.in_thread(adapter_usage))
 
-    def _answer(self, record: AdapterRecord, residency: Mapping[str, str]) -> dict[str, Any]:
-        requests, last_used = self.service.usage(record.name)
-        return AdapterAnswer(
-            name=record.name,
-            version=record.version,
-            method=record.method,
-            task=record.task,
-            labels=None if record.labels is None else list(record.labels),
-            ranks=record.ranks,
-            targets=list(record.targets),
-            parameters=record.parameters,
-            bytes=record.tensor_bytes,
-            sparsity=record.sparsity,
-            base=record.base_name,
-            source=record.source,
-            pinned=record.pinned,
-            created=record.created.isoformat(),
-            residency=residency.get(record.version, "disk"),
-            requests=requests,
-            last_used=None
-            if last_used is None
-            else datetime.fromtimestamp(last_used, UTC).isoformat(),
-        ).model_dump()
+
+def _answer(record: AdapterRecord, known: Known) -> dict[str, Any]:
+    requests, last_used = known.usage.get(record.name, (0, None))
+    return AdapterAnswer(
+        name=record.name,
+        version=record.version,
+        method=record.method,
+        task=record.task,
+        labels=None if record.labels is None else list(record.labels),
+        ranks=list(record.ranks),
+        targets=list(record.targets),
+        parameters=record.parameters,
+        bytes=record.tensor_bytes,
+        sparsity=record.sparsity,
+        base=record.base_name,
+        source=record.source,
+        pinned=record.pinned,
+        created=record.created.isoformat(),
+        residency=known.residency.get(record.version, "disk"),
+        requests=requests,
+        last_used=None
+        if last_used is None
+        else datetime.fromtimestamp(last_used, UTC).isoformat(),
+        notes=list(record.notes),
+    ).model_dump()
 
 
 def _wish(upload: Upload) -> Wish:

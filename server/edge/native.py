@@ -72,7 +72,7 @@ class Native:
         characters = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in texts)
         inputs = await service.tokenize(
             characters,
-            lambda: service.base.text.encode(
+            lambda: service.base.inputs.encode(
                 texts, target.task, truncation=body.parameters.truncation
             ),
         )
@@ -103,7 +103,7 @@ class Native:
         parameters = body.parameters
         inputs = await service.tokenize(
             sum(map(len, texts)),
-            lambda: service.base.text.encode(
+            lambda: service.base.inputs.encode(
                 texts, "feature-extraction", truncation=parameters.truncation
             ),
         )
@@ -163,10 +163,10 @@ class Native:
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
         token_ids = await service.tokenize(
             len(body.inputs),
-            lambda: service.base.text.encode_prompt(
+            lambda: service.base.prompts.encode_prompt(
                 body.inputs,
                 max_new_tokens=parameters.max_new_tokens,
-                truncation=parameters.truncation,
+                truncation=parameters.truncation or parameters.truncate is not None,
             ),
         )
         if parameters.truncate is not None:
@@ -182,7 +182,7 @@ def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
 
 def check_new_tokens(wanted: int, service: Service, field: str) -> None:
     """Raises Refusal when more is asked for than one request may generate."""
-    most = min(service.settings.max_new_tokens, service.base.text.max_tokens)
+    most = min(service.settings.max_new_tokens, service.base.prompts.max_tokens)
     if wanted > most:
         raise Refusal.because(
             "invalid_request",

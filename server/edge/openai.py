@@ -81,7 +81,7 @@ class OpenAI:
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Continue a conversation, written out with the base's chat template."""
         target = self._target(request, body, "generate")
-        text = self.service.base.text
+        text = self.service.base.prompts
         messages = [message.plain() for message in body.messages]
         asked = body.max_completion_tokens or body.max_tokens
         # Without a limit: what is left of the context, so that a long conversation is not refused.
@@ -109,7 +109,7 @@ class OpenAI:
             check_inputs(len(texts), service, "input")
             inputs = await service.tokenize(
                 sum(map(len, texts)),
-                lambda: service.base.text.encode(texts, "feature-extraction"),
+                lambda: service.base.inputs.encode(texts, "feature-extraction"),
             )
         else:
             inputs = tuple(EncodedInput(ids) for ids in self._token_lists(given, "input", room=0))
@@ -210,7 +210,7 @@ class OpenAI:
     async def _prompts(
         self, prompt: str | list[str] | list[int] | list[list[int]], wanted: int
     ) -> list[tuple[int, ...]]:
-        text = self.service.base.text
+        text = self.service.base.prompts
         if isinstance(prompt, str):
             texts = [prompt]
         elif prompt and isinstance(prompt[0], str):
@@ -227,7 +227,7 @@ class OpenAI:
         """Prompts that come as token ids: one list, or a list of lists."""
         lists = [given] if given and isinstance(given[0], int) else list(given)
         check_inputs(len(lists), self.service, field)
-        text = self.service.base.text
+        text = self.service.base.prompts
         vocabulary = text.vocab_size or 1 << 62
         for ids in lists:
             if not ids or not all(0 <= one < vocabulary for one in ids):
@@ -253,7 +253,7 @@ class OpenAI:
             return [prompt]
         if prompt and isinstance(prompt[0], str):
             return [str(one) for one in prompt]
-        return [self.service.base.text.decode(ids) for ids in prompts]
+        return [self.service.base.prompts.decode(ids) for ids in prompts]
 
     def _sampling(
         self, body: Sampling, wanted: int, copy: int, *, logprobs: bool

@@ -89,7 +89,7 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     stored = {"none": "not quantized", "int8": "8 bit"}.get(
         settings.quantization, f"4 bit {settings.quantization.upper()}{double}"
     )
-    yield f"hira-server {importlib.metadata.version('hira-server')} is ready at {url}"
+    yield f"hira-server {package_version()} is ready at {url}"
     yield f"  base       {base.name} ({stored})"
     yield f"  adapters   {total}: {names}{more}" if total else "  adapters   none yet"
     yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"

@@ -1,10 +1,9 @@
-"""Puts the server together in the main process and runs it until it is told to stop."""
+"""`hira serve`: prepares everything in the main process, and runs the service until it is told to
+stop."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import importlib.metadata
 import os
 import shutil
 import socket
@@ -14,29 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from adapters.errors import AdapterError
 from adapters.registry import Registry
-from adapters.sources import Sources
 from adapters.store import Store
 from server import metrics
-from server.edge import logs
+from server.edge import logs, prepare
 from server.edge.admin import Admin, admin_routes
-from server.edge.api import ENGINE, HiraAPI
-from server.edge.app import HiraServer
+from server.edge.api import ENGINE
 from server.edge.keys import admin_key
-from server.edge.lifeline import bind_forked_children
-from server.edge.loop import EngineLoop
-from server.edge.native import Native
-from server.edge.observe import Observe, observe_routes
-from server.edge.openai import OpenAI
-from server.edge.service import Base, Service
-from server.edge.spec import HiraSpec
-from server.edge.supervise import StartFailed, Supervisor
-from server.settings import AdapterSource, Settings
+from server.edge.run import banner, run_service
+from server.edge.service import Service
+from server.edge.supervise import StartFailed
+from server.edge.wire import read_state
+from server.settings import Settings
 
 LOCK_FILE: Final = "server.lock"
-BACKLOG: Final = 2048
-KEEP_ALIVE_S: Final = 30
+COLLECT_S: Final = 60.0
 
 
 def serve(
@@ -44,7 +35,6 @@ def serve(
     *,
     reload: Callable[[], Settings],
     say: Callable[[str], None],
-    load_base: Callable[[Settings, str], Base] | None = None,
     engine: str = ENGINE,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return.
@@ -53,7 +43,6 @@ def serve(
         settings: All of them.
         reload: Reads them again, for SIGHUP.
         say: Shows a line to whoever started the server.
-        load_base: Reads what the HTTP side needs of a base.
         engine: ``module:attribute`` of what builds the engine in the worker.
 
     Raises:
@@ -61,18 +50,22 @@ def serve(
     """
     with _exclusive(settings.data_dir):
         _check_port(settings.host, settings.port)
-        shutil.rmtree(settings.run_dir, ignore_errors=True)
-        settings.run_dir.mkdir(mode=0o700)
+        for folder in (settings.run_dir, settings.data_dir / "staging"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
         metrics.prepare(settings.metrics_dir)
         logs.configure(settings.log_level, access=settings.access_log)
-        path, adapters = _chosen(settings)
-        base = (load_base or _load_base)(settings, path)
-        key, key_file = admin_key(settings.admin_key, settings.data_dir)
-        del key
-        registry = Registry(settings.database, Store(settings.store_dir, settings.store_bytes))
+        place, name, adapters = prepare.chosen(settings)
+        base = prepare.load_base(settings, place, name)
+        _, key_file = admin_key(settings.admin_key, settings.data_dir)
+        store = Store(
+            settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
+        )
+        registry = Registry(settings.database, store)
+        registry.check()
+        prepare.register(registry, base, adapters, settings)
         service = Service(settings, base, registry, reload)
-        _register(service, adapters)
-        registry.close()
+        registry.close()  # what is forked from here on must open its own
 
         def ready() -> None:
             for line in banner(service, key_file):
@@ -81,12 +74,30 @@ def serve(
         run_service(
             service,
             admin_routes(Admin(service)),
-            base=path,
+            base=place,
             engine=engine,
             on_ready=ready,
-            upkeep=lambda: None,
+            upkeep=Collector(service).look,
         )
         shutil.rmtree(settings.run_dir, ignore_errors=True)
+
+
+class Collector:
+    """Deletes, now and then, the bytes of versions that nobody names or needs any more."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._at = time.monotonic()
+
+    def look(self) -> None:
+        if time.monotonic() - self._at < COLLECT_S:
+            return
+        self._at = time.monotonic()
+        settings = self._service.settings
+        state = read_state(settings.run_dir)
+        resident = set() if state is None else set(state.snapshot.get("residency", {}))
+        # No request lives longer than max_timeout_s, so none can still need what is older.
+        self._service.registry.collect_garbage(resident, grace_s=settings.max_timeout_s + 60.0)
 
 
 @contextmanager
@@ -119,20 +130,3 @@ def _check_port(host: str, port: int) -> None:
             raise StartFailed(
                 f"port {port} on {host} cannot be used: {error.strerror}; choose another with --port"
             ) from None
-
-
-def _chosen(settings: Settings) -> tuple[str, tuple[AdapterSource, ...]]:
-    """The base to serve and the adapters to register: without a base, the embedded demo."""
-    if settings.base is not None:
-        return settings.base, settings.adapters
-    from server import demo
-
-    if not (demo.BASE_DIR / "config.json").exists():
-        raise StartFailed("this installation has no embedded demo; name a base with --base")
-    taken = {one.name for one in settings.adapters}
-    folders = sorted(demo.ADAPTERS_DIR.glob("*/adapter_config.json"))
-    own = (AdapterSource(one.parent.name, str(one.parent)) for one in folders)
-    return str(demo.BASE_DIR), (
-        *(one for one in own if one.name not in taken),
-        *settings.adapters,
-    )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from adapters.errors import AdapterError
 from server.edge.dispatch import Bounds, Dispatcher
@@ -63,7 +63,8 @@ class Base:
     name: str
     task: Task  # what the bare base does
     signature: BaseSignature
-    text: Text
+    inputs: Text  # tokenizer, limited to what one input may have
+    prompts: Text  # the same, limited to the base's context
     created: float
 
 
@@ -234,7 +235,7 @@ class Service:
                 fix=f"Call {PATHS.get(record.task, 'another endpoint')} for this adapter.",
                 field=field,
             )
-        return Target(name, record.version, record.task)
+        return Target(name, record.version, cast(Task, record.task))
 
     def deadline(self, asked: str | None) -> float:
         """When a request that starts now must be done, as ``time.time()`` counts.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adapters.errors import MissingTensors, NonFinite, ShapeMismatch, SlotNotResident
+from adapters.folded import FoldedCache
 from adapters.inject import inject
 from adapters.layers import AdaptedLinear
 from adapters.modulation import SlotFactors
@@ -160,6 +161,22 @@ def test_installing_over_an_adapter_leaves_nothing_of_it() -> None:
     adapted.install(1, random_factors(adapted.signature, paths))
     adapted.install(1, random_factors(adapted.signature, paths[:1]))
     assert [path for path, layer in adapted.layers.items() if layer.slots] == paths[:1]
+
+
+def test_cached_weights_of_a_slot_go_with_its_adapter() -> None:
+    adapted = inject(nn.Sequential(nn.Linear(8, 8)), strategy="cached")
+    adapted.modulator.folded = FoldedCache(1 << 20, torch.device("cpu"))
+    x = torch.randn(2, 8)
+    outputs = []
+    for seed in (1, 2):
+        adapted.install(1, random_factors(adapted.signature, ["0"], seed=seed))
+        with adapted.batch(from_rows([1, 1])):
+            outputs.append(adapted.model(x))
+            assert adapted.modulator.folded.has(1, "0")
+            adapted.modulator.strategy = "reference"
+            torch.testing.assert_close(outputs[-1], adapted.model(x))
+            adapted.modulator.strategy = "cached"
+    assert not torch.allclose(*outputs)
 
 
 def test_nested_batches_restore_the_outer_one() -> None:

@@ -7,6 +7,7 @@ kernels are compiled with the assembler that triton carries.
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import re
 import struct
@@ -163,8 +164,10 @@ TYPES = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """A copy of the kernels as they are compiled, whatever TRITON_INTERPRET says."""
+    """A copy of the kernels as they are compiled for a GPU."""
     pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("TRITON_INTERPRET is set: triton itself was loaded to interpret, not compile")
     if not nvidia_tool("ptxas").is_file():
         pytest.skip("this triton carries no assembler for NVIDIA GPUs")
     path = Path(triton_tiles.__file__).with_name("triton_ops.py")
@@ -173,7 +176,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         spec.loader.exec_module(module)
         yield module

@@ -59,11 +59,13 @@ def main(engine: str) -> None:
 
     logs.configure(settings.log_level, access=settings.access_log)
     nothing: Any = None
+    text = Text.load(Path(demo.BASE_DIR), max_tokens=256)
     base = Base(
         "fake-base",
         "text-generation",
         nothing,
-        Text.load(Path(demo.BASE_DIR), max_tokens=256),
+        text,
+        text,
         time.time(),
     )
     registry: Any = FakeRegistry()

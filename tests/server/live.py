@@ -142,20 +142,20 @@ def running(
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, timeout=60) as client:
-        live = Live(url, folder, child, log, client)
-        try:
-            if wait:
-                live.wait_ready()
+    live = Live(url, folder, child, log, httpx.Client(base_url=url, timeout=60))
+    try:
+        if wait:
+            live.wait_ready()
+        live.processes()
+        yield live
+    finally:
+        live.client.close()
+        if child.poll() is None:
             live.processes()
-            yield live
-        finally:
-            if child.poll() is None:
-                live.processes()
-            child.kill()
-            child.wait()
-            for one in live.left_over():
-                one.kill()
+        child.kill()
+        child.wait()
+        for one in live.left_over():
+            one.kill()
 
 
 def hira(folder: Path, *arguments: str, wait: bool = True, **settings: object):  # type: ignore[no-untyped-def]

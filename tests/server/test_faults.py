@@ -162,7 +162,7 @@ def test_large_bodies_are_refused_with_and_without_a_length(live: Live) -> None:
         (b'{"inputs": 1}', "invalid_request"),
         (b'{"inputs": []}', "invalid_request"),
         (b'{"inputs": ""}', "invalid_input"),
-        (b'{"inputs": "\\ud800"}', "invalid_input"),
+        (b'{"inputs": "\\ud800"}', "invalid_request"),
     ],
 )
 def test_malformed_bodies_have_defined_answers(live: Live, raw: bytes, code: str) -> None:
@@ -178,7 +178,7 @@ def test_malformed_bodies_have_defined_answers(live: Live, raw: bytes, code: str
 def test_request_id_is_taken_over_or_made(live: Live) -> None:
     given = live.client.get("/health/live", headers={"X-Request-Id": "abc-1"})
     assert given.headers["X-Request-Id"] == "abc-1"
-    made = live.client.get("/nowhere", headers={"X-Request-Id": "no good\x7f"})
+    made = live.client.get("/nowhere", headers={"X-Request-Id": "no good"})
     assert re.fullmatch(r"[0-9a-f]{32}", made.headers["X-Request-Id"])
     assert made.headers["X-Content-Type-Options"] == "nosniff"
 

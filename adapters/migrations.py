@@ -1,0 +1,64 @@
+"""The registry's tables, and how an older file becomes one of today.
+
+A migration is a function in a list; the schema's version is how many have run. With two tables and
+one writer that is all it takes, where a migration framework would bring its own configuration,
+templates and command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sqlalchemy as sa
+
+METADATA = sa.MetaData()
+
+ADAPTERS = sa.Table(
+    "adapters",
+    METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.String(64), nullable=False, index=True),
+    sa.Column("pinned", sa.Boolean, nullable=False),
+    sa.Column("created", sa.String(40), nullable=False),  # ISO 8601, UTC
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("facts", sa.JSON, nullable=False),
+)
+STATE = sa.Table(
+    "state",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("schema_version", sa.Integer, nullable=False),
+    sa.Column("generation", sa.BigInteger, nullable=False),  # grows with every change
+)
+
+
+class SchemaTooNew(RuntimeError):
+    """The registry was written by a later release than this one."""
+
+
+def _first(connection: sa.Connection) -> None:
+    METADATA.create_all(connection)
+    connection.execute(sa.insert(STATE), {"id": 1, "schema_version": 0, "generation": 0})
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_first,)
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Bring the database to today's schema, inside the caller's transaction.
+
+    Raises:
+        SchemaTooNew: It has a schema that this release does not know.
+    """
+    done = 0
+    if sa.inspect(connection).has_table(STATE.name):
+        done = int(connection.execute(sa.select(STATE.c.schema_version)).scalar_one())
+    if done > len(MIGRATIONS):
+        raise SchemaTooNew(
+            f"The registry has schema version {done}; this release knows up to {len(MIGRATIONS)}. "
+            "Use the release that wrote it, or another data folder."
+        )
+    for step in MIGRATIONS[done:]:
+        step(connection)
+    if done < len(MIGRATIONS):
+        connection.execute(sa.update(STATE).values(schema_version=len(MIGRATIONS)))

@@ -1,0 +1,147 @@
+"""One row of the registry as a value, and the statements that read and write it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from adapters.checkpoint import AdapterWeights
+from adapters.migrations import ADAPTERS, STATE
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """One name, the version behind it, and what its tensors prove.
+
+    Args:
+        name: As requests use it.
+        version: Digest of the content.
+        method: ``hira`` or ``lora``.
+        task: What it answers.
+        labels: Of its head, in order; None without one.
+        ranks: The smallest and the largest.
+        targets: Short names of the layers it adapts.
+        tensor_bytes: As stored.
+        parameters: Numbers in all its tensors.
+        sparsity: The share of zeros in its factors.
+        pinned: Kept on the device.
+        created: When this version was registered under this name, UTC.
+        source: Where it came from.
+        base_name: The base that its configuration names.
+        notes: Contradictions between what it claims and what it is.
+    """
+
+    name: str
+    version: str
+    method: str
+    task: str
+    labels: tuple[str, ...] | None
+    ranks: tuple[int, int]
+    targets: tuple[str, ...]
+    tensor_bytes: int
+    parameters: int
+    sparsity: float
+    pinned: bool
+    created: datetime
+    source: str
+    base_name: str | None
+    notes: tuple[str, ...]
+
+
+def record_of(
+    name: str, version: str, weights: AdapterWeights, *, source: str, pinned: bool
+) -> AdapterRecord:
+    """The record of a checked adapter, created now."""
+    return AdapterRecord(
+        name=name,
+        version=version,
+        method=weights.config.method,
+        task=weights.task,
+        labels=None if weights.labels is None else weights.labels.names,
+        ranks=weights.ranks,
+        targets=tuple(sorted({path.rsplit(".", 1)[-1] for path in weights.factors})),
+        tensor_bytes=weights.tensor_bytes,
+        parameters=weights.parameters,
+        sparsity=round(weights.sparsity, 6),
+        pinned=pinned,
+        created=datetime.now(UTC),
+        source=source,
+        base_name=weights.config.base_name,
+        notes=weights.notes,
+    )
+
+
+def write(connection: sa.Connection, record: AdapterRecord, *, update: bool) -> None:
+    """Insert the row of a record, or move the present one to it."""
+    values = {
+        "version": record.version,
+        "pinned": record.pinned,
+        "created": record.created.isoformat(),
+        "source": record.source,
+        "facts": {
+            "method": record.method,
+            "task": record.task,
+            "labels": record.labels,
+            "ranks": record.ranks,
+            "targets": record.targets,
+            "tensor_bytes": record.tensor_bytes,
+            "parameters": record.parameters,
+            "sparsity": record.sparsity,
+            "base_name": record.base_name,
+            "notes": record.notes,
+        },
+    }
+    if update:
+        connection.execute(sa.update(ADAPTERS).where(ADAPTERS.c.name == record.name), values)
+    else:
+        connection.execute(sa.insert(ADAPTERS), {"name": record.name, **values})
+    count_change(connection)
+
+
+def set_pinned(connection: sa.Connection, name: str, *, pinned: bool) -> None:
+    """Pin or unpin a name."""
+    connection.execute(sa.update(ADAPTERS).where(ADAPTERS.c.name == name), {"pinned": pinned})
+    count_change(connection)
+
+
+def read_one(connection: sa.Connection, name: str) -> AdapterRecord | None:
+    """The record of a name, as this transaction sees it."""
+    row = connection.execute(sa.select(ADAPTERS).where(ADAPTERS.c.name == name)).first()
+    return None if row is None else from_row(row)
+
+
+def from_row(row: Any) -> AdapterRecord:
+    """The record that a row of the table holds."""
+    facts = dict(row.facts)
+    labels = facts.pop("labels")
+    return AdapterRecord(
+        name=row.name,
+        version=row.version,
+        pinned=row.pinned,
+        created=datetime.fromisoformat(row.created),
+        source=row.source,
+        labels=None if labels is None else tuple(labels),
+        ranks=tuple(facts.pop("ranks")),
+        targets=tuple(facts.pop("targets")),
+        notes=tuple(facts.pop("notes")),
+        **facts,
+    )
+
+
+def with_pin(record: AdapterRecord, *, pinned: bool) -> AdapterRecord:
+    """The same record, pinned or not."""
+    return replace(record, pinned=pinned)
+
+
+def delete(connection: sa.Connection, name: str) -> None:
+    """Take a name away."""
+    connection.execute(sa.delete(ADAPTERS).where(ADAPTERS.c.name == name))
+    count_change(connection)
+
+
+def count_change(connection: sa.Connection) -> None:
+    """Move the generation on, in the transaction of the change itself."""
+    connection.execute(sa.update(STATE).values(generation=STATE.c.generation + 1))

@@ -1,0 +1,340 @@
+"""Names of adapters and the versions behind them, durable before anybody is told.
+
+SQLAlchemy on SQLite (write-ahead log, every commit synced) as the embedded default; any other URL
+works with the same statements. Bytes are in the store; a row names a version only after its bytes
+are on the disk, so a crash between the two leaves bytes that nobody names, which are collected.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import os
+import re
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from adapters.checkpoint import load_adapter
+from adapters.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    InvalidName,
+    StoreFull,
+)
+from adapters.migrations import ADAPTERS, STATE, migrate
+from adapters.records import (
+    AdapterRecord,
+    delete,
+    from_row,
+    read_one,
+    record_of,
+    set_pinned,
+    with_pin,
+    write,
+)
+from adapters.signature import BaseSignature
+from adapters.store import Store
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+GRACE_S = 300.0  # bytes that no row names any more are kept this long for requests under way
+_BUSY_S = 15.0
+
+__all__ = ["AdapterRecord", "Registry", "check_name"]
+
+_log = logging.getLogger(__name__)
+
+
+class Registry:
+    """The adapters of one server; safe in many threads and processes.
+
+    After a fork, call ``reopen`` in the child before anything else.
+
+    Args:
+        url: A SQLAlchemy URL, or the path of an SQLite file, made when missing.
+        store: Where the bytes are.
+    """
+
+    def __init__(self, url: str | Path, store: Store) -> None:
+        self.url = url if isinstance(url, str) and "://" in url else f"sqlite:///{url}"
+        self.store = store
+        self._lock = threading.RLock()
+        self._engine: sa.Engine | None = None
+        self._watch: sa.Connection | None = None
+        self._known: dict[str, AdapterRecord] = {}
+        self._known_at: Any = None
+        with self._transaction() as connection:
+            migrate(connection)
+
+    def register(
+        self,
+        name: str,
+        folder: Path,
+        base: BaseSignature,
+        *,
+        source: str,
+        replace: bool = False,
+        pinned: bool = False,
+    ) -> tuple[AdapterRecord, bool]:
+        """Check the adapter in ``folder``, store its bytes, and put ``name`` on it.
+
+        Idempotent: the same content under the same name changes nothing but the pin.
+
+        Args:
+            name: ``[a-z0-9][a-z0-9._-]{0,63}``.
+            folder: As PEFT saves it; not changed, and not needed afterwards.
+            base: What it must fit.
+            source: For the record.
+            replace: Whether ``name`` may move from another version to this one.
+            pinned: Keep it on the device.
+
+        Returns:
+            The record, and whether anything was created or moved. Both are durable.
+
+        Raises:
+            InvalidName: The name is malformed.
+            AdapterExists: The name is on another version, and ``replace`` is false.
+            StoreFull: There is no room for its bytes.
+            AdapterError: Whatever ``load_adapter`` finds wrong. Nothing has changed in any case.
+        """
+        check_name(name)
+        weights = load_adapter(folder, base)
+        version = self.store.add(folder)
+        record = record_of(name, version, weights, source=source, pinned=pinned)
+        with self._transaction() as connection:
+            present = read_one(connection, name)
+            if present is not None and present.version == version:
+                if present.pinned != pinned and pinned:
+                    set_pinned(connection, name, pinned=True)
+                    present = with_pin(present, pinned=True)
+                return present, False
+            if present is not None and not replace:
+                raise AdapterExists(
+                    f"The name {name} is taken by another version.",
+                    found=present.version,
+                    expected=version,
+                    fix="Set replace to true, or choose another name.",
+                )
+            self.store.touch(version)  # or the collector could take it before the row is there
+            try:
+                write(connection, record, update=present is not None)
+            except IntegrityError as cause:
+                raise AdapterExists(
+                    f"The name {name} was registered by someone else at the same moment.",
+                    fix="Set replace to true, or choose another name.",
+                ) from cause
+        return record, True
+
+    def resolve(self, name: str) -> AdapterRecord:
+        """The record of ``name`` as last committed by any process; quick when nothing changed.
+
+        Raises:
+            AdapterNotFound: There is none.
+        """
+        with self._lock:
+            self._refresh()
+            record = self._known.get(name)
+        if record is None:
+            raise _not_found(name)
+        return record
+
+    def list(
+        self, *, prefix: str = "", offset: int = 0, limit: int = 100
+    ) -> tuple[builtins.list[AdapterRecord], int]:
+        """Records whose names begin with ``prefix``, by name, and how many there are in all."""
+        chosen = [record for record in self._all() if record.name.startswith(prefix)]
+        return chosen[offset : offset + limit], len(chosen)
+
+    def update(self, name: str, *, pinned: bool) -> AdapterRecord:
+        """Pin or unpin.
+
+        Raises:
+            AdapterNotFound: There is no such name.
+        """
+        with self._transaction() as connection:
+            present = read_one(connection, name)
+            if present is None:
+                raise _not_found(name)
+            set_pinned(connection, name, pinned=pinned)
+        return with_pin(present, pinned=pinned)
+
+    def remove(self, name: str) -> AdapterRecord:
+        """Take ``name`` away; its bytes stay until no request can need them.
+
+        Raises:
+            AdapterNotFound: There is no such name.
+        """
+        with self._transaction() as connection:
+            present = read_one(connection, name)
+            if present is None:
+                raise _not_found(name)
+            delete(connection, name)
+            if self.store.has(present.version):
+                self.store.touch(present.version)  # the grace starts now
+        return present
+
+    def pinned_versions(self) -> tuple[str, ...]:
+        """Versions that some pinned name is on, in the order of their names."""
+        return tuple(dict.fromkeys(record.version for record in self._all() if record.pinned))
+
+    def versions(self) -> set[str]:
+        """Every version that some name is on."""
+        return {record.version for record in self._all()}
+
+    def generation(self) -> int:
+        """A number that grows with every change, by whatever process."""
+        with self._reading() as connection:
+            return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())
+
+    def collect_garbage(
+        self, in_use: Collection[str] = (), *, grace_s: float = GRACE_S
+    ) -> builtins.list[str]:
+        """Delete the bytes of versions that no name is on; returns which.
+
+        Args:
+            in_use: Versions that requests or a device still need.
+            grace_s: Versions added, named or removed within this many seconds are kept.
+        """
+        candidates = self.store.versions() - set(in_use) - self.versions()
+        removed = []
+        for version in sorted(candidates):
+            # Inside a write transaction nobody can put a name on it meanwhile.
+            with self._transaction() as connection:
+                column = ADAPTERS.c.version
+                query = sa.select(sa.func.count()).where(column == version)
+                named = connection.execute(query).scalar_one()
+                if not named and self.store.remove(version, idle_s=grace_s):
+                    removed.append(version)
+        return removed
+
+    def check(self) -> builtins.list[str]:
+        """Repair what a crash left; call at start, while nothing else uses the store.
+
+        Returns:
+            Names whose bytes are missing: they cannot be served, and say so when asked for.
+        """
+        self.store.sweep()
+        self.collect_garbage(grace_s=0.0)
+        lost = [record.name for record in self._all() if not self.store.has(record.version)]
+        for name in lost:
+            _log.error("The bytes of adapter %s are missing; register it again.", name)
+        return lost
+
+    def reopen(self) -> None:
+        """Forget connections that came over a fork; the next call makes new ones."""
+        self._lock = threading.RLock()
+        if self._engine is not None:
+            self._engine.dispose(close=False)  # they belong to the parent
+        self._engine = self._watch = None
+        self._known_at = None
+
+    def close(self) -> None:
+        """Let go of every connection; a later call opens anew."""
+        with self._lock:
+            if self._watch is not None:
+                self._watch.close()
+            if self._engine is not None:
+                self._engine.dispose()
+            self._engine = self._watch = None
+            self._known_at = None
+
+    # Connections.
+
+    @property
+    def _is_sqlite(self) -> bool:
+        return self.url.startswith("sqlite")
+
+    def _connected(self) -> sa.Engine:
+        with self._lock:
+            if self._engine is None:
+                self._engine = _make_engine(self.url)
+            return self._engine
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with self._connected().connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        """One write transaction; it holds the database's write lock from its first statement."""
+        try:
+            with self._connected().begin() as connection:
+                if self._is_sqlite:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                yield connection
+        except sa.exc.OperationalError as error:
+            if "full" in str(error.orig):
+                raise StoreFull(
+                    "The registry's disk is full.", fix="Free disk space, or remove adapters."
+                ) from error
+            raise
+
+    def _all(self) -> builtins.list[AdapterRecord]:
+        with self._lock:
+            self._refresh()
+            return list(self._known.values())
+
+    def _refresh(self) -> None:
+        """Read the table again if any process has committed since; called with the lock held."""
+        if self._watch is None:
+            self._watch = (
+                self._connected().connect().execution_options(isolation_level="AUTOCOMMIT")
+            )
+        if self._is_sqlite:
+            # Two pages of shared memory: it moves with every commit of every other connection.
+            # All writes go through other connections than this one.
+            driver: Any = self._watch.connection.driver_connection
+            now: Any = driver.execute("PRAGMA data_version").fetchone()[0]
+        else:
+            now = self._watch.execute(sa.select(STATE.c.generation)).scalar_one()
+        if now != self._known_at:
+            rows = self._watch.execute(sa.select(ADAPTERS).order_by(ADAPTERS.c.name))
+            self._known = {row.name: from_row(row) for row in rows}
+            self._known_at = now
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidName unless ``name`` is one that an adapter may have."""
+    if not NAME.fullmatch(name):
+        raise InvalidName(
+            "The name is not allowed.",
+            found=repr(name[:80]),
+            expected="1 to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit",
+            fix="Choose another name.",
+        )
+
+
+def _not_found(name: str) -> AdapterNotFound:
+    return AdapterNotFound(
+        f"There is no adapter {name[:80]}.",
+        found=name[:80],
+        expected="a registered name",
+        fix="GET /v1/models lists the names.",
+    )
+
+
+def _make_engine(url: str) -> sa.Engine:
+    if not url.startswith("sqlite"):
+        return sa.create_engine(url, pool_pre_ping=True)
+    path = sa.make_url(url).database
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(
+        url, connect_args={"timeout": _BUSY_S, "check_same_thread": False}, poolclass=sa.QueuePool
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # transactions are begun by hand, below
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+        if path and os.path.exists(path):
+            os.chmod(path, 0o600)
+
+    return engine

@@ -1,0 +1,278 @@
+"""What a base model is before any of its weights are read: folder, config, class and pooler.
+
+Both the HTTP side, which needs only a signature, and the worker, which loads the weights, go by
+this plan, so they cannot disagree. Reads config.json and the names of the tensors.
+
+Which class is loaded, by the first entry of ``architectures`` in the config:
+
+    XForCausalLM, XLMHeadModel, XForMaskedLM    that class, its language-model head with it
+    XForPreTraining                             the masked (else causal) LM class of the family
+    XModel                                      the bare backbone
+    any other head, or none named               the bare backbone; the checkpoint's head is left
+                                                out, because heads come with adapters
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from server.options import EngineOptions
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+
+
+class BaseModelError(Exception):
+    """A base model that cannot be served; the start ends with it.
+
+    Args:
+        message: One sentence, for the operator.
+        found: What was there.
+        expected: What should have been there.
+        fix: What to do.
+    """
+
+    code: ClassVar[str] = "base_unusable"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        parts = (("found", found), ("expected", expected), ("fix", fix))
+        super().__init__("; ".join([message, *(f"{name}: {text}" for name, text in parts if text)]))
+        self.message = message
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """What to load.
+
+    Args:
+        folder: Where config, tokenizer and weights are.
+        config: transformers' config of the base.
+        model_class: The class to build; it brings a pooler where the checkpoint has one.
+        quantized: How the checkpoint is quantized already: bitsandbytes' settings, or None.
+    """
+
+    folder: Path
+    config: Any
+    model_class: type[Any]
+    quantized: dict[str, Any] | None
+
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device, without a single weight."""
+        with torch.device("meta"):
+            model: nn.Module = self.model_class(self.config)
+        return model
+
+
+def plan_base(options: EngineOptions) -> BasePlan:
+    """Read what the base is; no weights, no network unless it is a hub id.
+
+    Raises:
+        BaseModelError: There is no such base, or it is none that can be served.
+    """
+    folder = base_folder(options)
+    config = _config(folder)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None and quantized.get("quant_method") not in (None, "bitsandbytes"):
+        raise BaseModelError(
+            "The base is quantized in a way that adapters cannot be computed on.",
+            found=str(quantized.get("quant_method")),
+            expected="a plain checkpoint, or one quantized by bitsandbytes",
+            fix="Serve the original checkpoint with --quantization nf4.",
+        )
+    names = _tensor_names(folder)
+    model_class = _model_class(config)
+    return BasePlan(folder, config, _with_pooler(model_class, config, names), quantized)
+
+
+def base_folder(options: EngineOptions) -> Path:
+    """The folder of the base: the one named, or the download of a hub id (``org/name``).
+
+    Raises:
+        BaseModelError: Neither exists.
+    """
+    folder = Path(options.base).expanduser()
+    if folder.is_dir():
+        return folder
+    if options.base.count("/") > 1 or options.base.startswith((".", "/", "~")):
+        raise BaseModelError(
+            "The base model's folder does not exist.",
+            found=options.base,
+            expected="a folder with config.json and safetensors, or a hub id such as org/name",
+            fix="Check the path given to --base.",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            options.base, revision=options.revision, allow_patterns=list(_HUB_FILES)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            "The base model is neither a folder nor could it be downloaded.",
+            found=f"{options.base} ({type(error).__name__})",
+            expected="a folder, or the id of a model on the hub that can be reached",
+            fix="Check the name, the network and the access rights, or download it beforehand.",
+        ) from error
+    return Path(found)
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(
+            "The base model has no config.json.",
+            found=f"{folder} without it",
+            expected="a folder made by save_pretrained",
+            fix="Point --base at the folder that holds config.json and model.safetensors.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(
+            "The base model's config.json cannot be used.",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            expected="the config of an architecture that transformers knows by itself",
+            fix="Models that bring their own code are never run; choose another base.",
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseModelError(
+            "Encoder-decoder models are not supported as a base.",
+            found=str(config.model_type),
+            expected="an encoder such as BERT, or a decoder such as Llama",
+        )
+    return config
+
+
+def _tensor_names(folder: Path) -> frozenset[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if (folder / _INDEX).is_file():
+            index = json.loads((folder / _INDEX).read_bytes())
+            shards = sorted(set(index["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise BaseModelError(
+                    "The base model's weights are incomplete.",
+                    found=f"{len(missing)} of {len(shards)} files missing, first {missing[0]}",
+                    expected=f"every file that {_INDEX} names",
+                    fix="Download the base again.",
+                )
+            return frozenset(index["weight_map"])
+        if (folder / _SINGLE).is_file():
+            with safe_open(str(folder / _SINGLE), framework="pt") as opened:
+                return frozenset(opened.keys())
+    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
+        raise BaseModelError(
+            "The base model's weights cannot be read.",
+            found=f"{type(error).__name__}: {error}",
+            expected=f"a sound {_SINGLE}, or shards with {_INDEX}",
+            fix="Download the base again.",
+        ) from error
+    raise BaseModelError(
+        "The base model has no safetensors weights.",
+        found=", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3]) or "no weights",
+        expected=f"{_SINGLE}, or shards with {_INDEX}",
+        fix="Convert it with save_pretrained; pickled weights are never read.",
+    )
+
+
+def _model_class(config: Any) -> type[Any]:
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_MAPPING,
+    )
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    named = getattr(transformers, name, None) if name else None
+    found: Any = None
+    if (
+        name.endswith((*_LANGUAGE_MODELS, "Model"))
+        and isinstance(named, type)
+        and getattr(named, "config_class", None) is type(config)
+    ):
+        found = named
+    elif name.endswith("ForPreTraining"):
+        masked = MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)
+        found = masked or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        found = MODEL_MAPPING.get(type(config), None)
+    if isinstance(found, tuple):
+        found = found[0]
+    if found is None:
+        raise BaseModelError(
+            "The base model's architecture is not supported.",
+            found=name or str(config.model_type),
+            expected="a text encoder or decoder of transformers",
+        )
+    chosen: type[Any] = found
+    return chosen
+
+
+def _with_pooler(model_class: type[Any], config: Any, names: frozenset[str]) -> type[Any]:
+    """The class as it fits the checkpoint: with the backbone's pooler if its weights are there.
+
+    Masked language models are built without the pooler that the family's classifiers read, and
+    bare backbones are built with one even where the checkpoint has none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    backbone_class = MODEL_MAPPING.get(type(config), None)
+    if not isinstance(backbone_class, type):
+        return model_class
+    with torch.device("meta"):
+        whole: Any = backbone_class(config)
+        pooler = getattr(whole, "pooler", None)
+        if not isinstance(pooler, nn.Module):
+            return model_class
+        wanted = {f"pooler.{key}" for key in pooler.state_dict()}
+        prefix = model_class.base_model_prefix
+        has_it = wanted <= names or {f"{prefix}.{key}" for key in wanted} <= names
+        built = model_class(config)
+    there = isinstance(getattr(_backbone(built), "pooler", None), nn.Module)
+    if there == has_it:
+        return model_class
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        super(adjusted, self).__init__(config, *args, **kwargs)
+        own = _backbone(self)
+        fresh = backbone_class(config) if has_it else None
+        for child in ("pooler", "pooler_activation"):
+            if hasattr(own, child):
+                setattr(own, child, getattr(fresh, child, None))
+
+    adjusted: Any = type(
+        model_class.__name__,
+        (model_class,),
+        {"__init__": __init__, "__module__": model_class.__module__},
+    )
+    result: type[Any] = adjusted
+    return result
+
+
+def _backbone(model: Any) -> Any:
+    return getattr(model, model.base_model_prefix, model)

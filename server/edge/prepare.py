@@ -1,0 +1,94 @@
+"""What the main process does before anything listens: reads the base's shape, registers adapters."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from adapters.errors import AdapterError
+from adapters.registry import Registry
+from server.edge.service import Base, base_task
+from server.edge.supervise import StartFailed
+from server.settings import AdapterSource, Settings
+
+DEMO_NAME: Final = "hira-demo-base"
+
+
+def chosen(settings: Settings) -> tuple[str, str, tuple[AdapterSource, ...]]:
+    """The base's place, its name, and the adapters of the start.
+
+    Without a base that is the embedded demo, with all its adapters.
+
+    Raises:
+        StartFailed: No base was named and no demo is installed.
+    """
+    if settings.base is not None:
+        name = settings.base_name or Path(settings.base).name
+        return settings.base, name, settings.adapters
+    from server import demo
+
+    if not (demo.BASE_DIR / "config.json").exists():
+        raise StartFailed("this installation has no embedded demo; name a base with --base")
+    taken = {one.name for one in settings.adapters}
+    folders = sorted(demo.ADAPTERS_DIR.glob("*/adapter_config.json"))
+    own = (AdapterSource(one.parent.name, str(one.parent)) for one in folders)
+    adapters = (*(one for one in own if one.name not in taken), *settings.adapters)
+    return str(demo.BASE_DIR), settings.base_name or DEMO_NAME, adapters
+
+
+def load_base(settings: Settings, place: str, name: str) -> Base:
+    """What the HTTP side needs of a base: its layers' shapes and its tokenizer, no weights.
+
+    The processes that are forked later must not inherit threads: those of torch and of the
+    tokenizer stay unborn.
+
+    Raises:
+        StartFailed: The base cannot be served, in one line.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    from server.base_model import BaseModelError, signature_of
+    from server.base_plan import base_folder
+    from server.text import Text, TokenizerError
+
+    torch.set_num_threads(1)
+    options = settings.engine_options(place)
+    try:
+        signature = replace(signature_of(options), name=name)
+        folder = base_folder(options)
+        limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
+        vocabulary = signature.vocab_size or None
+        inputs = Text.load(folder, max_tokens=limit, vocab_size=vocabulary)
+        prompts = Text.load(folder, max_tokens=signature.max_length, vocab_size=vocabulary)
+    except (BaseModelError, TokenizerError) as error:
+        raise StartFailed(" ".join(str(error).split())) from None
+    return Base(
+        name=name,
+        task=base_task(signature.architecture),
+        signature=signature,
+        inputs=inputs,
+        prompts=prompts,
+        created=time.time(),
+    )
+
+
+def register(
+    registry: Registry, base: Base, adapters: tuple[AdapterSource, ...], settings: Settings
+) -> None:
+    """Register what the operator named at the start; what is registered already costs a look.
+
+    Raises:
+        StartFailed: An adapter cannot be registered; the line names it.
+    """
+    for one in adapters:
+        try:
+            with operator_folder(one.source, settings) as folder:
+                registry.register(
+                    one.name, folder, base.signature, source=one.source, replace=True
+                )
+        except AdapterError as error:
+            raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None
