@@ -83,7 +83,7 @@ class TaskHead:
 
 
 class LanguageModelHead:
-    """The base's own language-model head, or an adapter's copy of parts of it, for filled masks.
+    """The base's own language-model head, for filled masks.
 
     Its adapted layers follow the batch that is active when it is called.
     """
@@ -111,13 +111,13 @@ class Heads:
     def __init__(self, base: LoadedBase, capacity: int) -> None:
         self._base = base
         self._capacity = capacity
-        self._kept: OrderedDict[str, TaskHead | LanguageModelHead] = OrderedDict()
+        self._kept: OrderedDict[str, TaskHead] = OrderedDict()
         self._skeletons: dict[tuple[Task, int], Any] = {}
         self._own: LanguageModelHead | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(head.nbytes for head in self._kept.values() if isinstance(head, TaskHead))
+        return sum(head.nbytes for head in self._kept.values())
 
     def task_head(self, version: str, weights: AdapterWeights) -> TaskHead:
         """The head of one adapter version.
@@ -129,38 +129,36 @@ class Heads:
             UnsupportedOption: The family has no class for the task.
         """
         found = self._kept.get(version)
-        if not isinstance(found, TaskHead):
-            found = self._build(weights)
-            self._keep(version, found)
+        if found is None:
+            found = self._kept[version] = self._build(weights)
+            while len(self._kept) > self._capacity:
+                self._kept.popitem(last=False)
         self._kept.move_to_end(version)
         return found
 
-    def language_model_head(
-        self, version: str | None, weights: AdapterWeights | None
-    ) -> LanguageModelHead:
-        """The base's head, with the modules in place of its own that the adapter brings, if any.
+    def language_model_head(self) -> LanguageModelHead:
+        """The base's own language-model head.
 
         Raises:
-            UnmatchedTensors, ShapeMismatch: What the adapter brings does not fit.
+            UnsupportedOption: The base is a bare backbone.
         """
-        if version is None or weights is None or not weights.head:
-            if self._own is None:
-                self._own = self._language_model({})
-            return self._own
-        found = self._kept.get(version)
-        if not isinstance(found, LanguageModelHead):
-            found = self._language_model(weights.head)
-            self._keep(version, found)
-        self._kept.move_to_end(version)
-        return found
+        if self._own is None:
+            model = self._base.model
+            if model.base_model is model:
+                raise UnsupportedOption(
+                    "The base has no language-model head.",
+                    found=type(model).__name__,
+                    expected="a base with a masked-language-model head",
+                )
+            # The same modules under another backbone: the tables of the copy are its own.
+            shell = copy.copy(model)
+            stub = _Stub()
+            shell.__dict__["_modules"] = {**model._modules, model.base_model_prefix: stub}
+            self._own = LanguageModelHead(shell, stub)
+        return self._own
 
     def forget(self, version: str) -> None:
         self._kept.pop(version, None)
-
-    def _keep(self, version: str, head: TaskHead | LanguageModelHead) -> None:
-        self._kept[version] = head
-        while len(self._kept) > self._capacity:
-            self._kept.popitem(last=False)
 
     def _build(self, weights: AdapterWeights) -> TaskHead:
         base = self._base
@@ -170,16 +168,13 @@ class Heads:
         module = copy.deepcopy(skeleton)
         prefix = module.base_model_prefix
         stub: _Stub = getattr(module, prefix)
-        brings_pooler = any(name.startswith(f"{prefix}.pooler.") for name in weights.head)
-        if not brings_pooler:
-            if stub.pooler is not None and getattr(base.backbone, "pooler", None) is None:
-                raise MissingTensors(
-                    "The adapter's head reads a pooler that neither it nor the base has.",
-                    found="no pooler weights",
-                    expected=f"{prefix}.pooler in the base's checkpoint or among modules_to_save",
-                    fix='Train with "pooler" in modules_to_save, or serve a base that has one.',
-                )
-            stub.pooler = None
+        if stub.pooled and getattr(base.backbone, "pooler", None) is None:
+            raise MissingTensors(
+                "The adapter's head reads a pooler that the base does not have.",
+                found=f"no {prefix}.pooler in the base's checkpoint",
+                expected="a base with a pooler",
+                fix="Serve a base whose checkpoint holds its pooler.",
+            )
         tensors = {
             name: tensor.detach().to(base.device, torch.float32)
             for name, tensor in weights.head.items()
@@ -201,63 +196,42 @@ class Heads:
             with torch.device("meta"):
                 found = _without_padding_rows(task_class, config)
             backbone = getattr(found, found.base_model_prefix)
-            pooler = getattr(backbone, "pooler", None)
-            setattr(found, found.base_model_prefix, _Stub(pooler))
+            pooled = getattr(backbone, "pooler", None) is not None
+            setattr(found, found.base_model_prefix, _Stub(pooled))
             found.requires_grad_(False)
             found.eval()
             self._skeletons[task, labels] = found
         return found
 
-    def _language_model(self, tensors: Any) -> LanguageModelHead:
-        model = self._base.model
-        prefix = model.base_model_prefix
-        if model.base_model is model:
-            raise UnsupportedOption(
-                "The base has no language-model head.",
-                found=type(model).__name__,
-                expected="a base with a masked-language-model head",
-            )
-        stub = _Stub(None)
-        shell = _shallow(model)
-        shell._modules[prefix] = stub
-        modules: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            modules.setdefault(path, {})[leaf] = tensor
-        for path, own in modules.items():
-            _replace(shell, path, own, self._base)
-        return LanguageModelHead(shell, stub)
-
 
 class _Stub(nn.Module):
     """Answers like a backbone, with what was computed already.
 
-    ``pooler`` is an adapter's own, trained and saved with it.
+    ``pooled`` says whether the head expects what the backbone's pooler makes.
     """
 
-    def __init__(self, pooler: nn.Module | None) -> None:
+    def __init__(self, pooled: bool = False) -> None:
         super().__init__()
-        self.pooler = pooler
+        self.pooled = pooled
         self._hidden: torch.Tensor | None = None
-        self._pooled: torch.Tensor | None = None
+        self._vectors: torch.Tensor | None = None
 
     def answering(self, hidden: torch.Tensor, pooled: torch.Tensor | None) -> _Stub:
-        self._hidden, self._pooled = hidden, pooled
+        self._hidden, self._vectors = hidden, pooled
         return self
 
     def __enter__(self) -> None:
         return
 
     def __exit__(self, *_: object) -> None:
-        self._hidden = self._pooled = None
+        self._hidden = self._vectors = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
         assert self._hidden is not None
-        pooled = self._pooled if self.pooler is None else self.pooler(self._hidden)
         return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=self._hidden, pooler_output=pooled
+            last_hidden_state=self._hidden, pooler_output=self._vectors
         )
 
 
@@ -308,7 +282,6 @@ def _label_names(weights: AdapterWeights) -> tuple[str, ...]:
 def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     wanted = dict(module.state_dict())
     unknown = sorted(set(tensors) - set(wanted))
-    # PEFT names more heads to save than any one family has; absent ones leave no tensors.
     if unknown:
         raise UnmatchedTensors(
             "The adapter has tensors that are no part of its head.",
@@ -335,59 +308,3 @@ def _check_shape(name: str, tensor: torch.Tensor, wanted: torch.Tensor) -> None:
             found=str(tuple(tensor.shape)),
             expected=str(tuple(wanted.shape)),
         )
-
-
-def _replace(shell: Any, path: str, tensors: dict[str, torch.Tensor], base: LoadedBase) -> None:
-    """Put an adapter's own module at ``path`` of a shell; the base's modules stay untouched."""
-    parent = shell
-    steps = path.split(".")
-    for step in steps[:-1]:
-        child = parent._modules.get(step)
-        if child is None:
-            raise _unmatched(path, shell)
-        parent._modules[step] = _shallow(child)
-        parent = parent._modules[step]
-    own = parent._modules.get(steps[-1])
-    if own is None:
-        raise _unmatched(path, shell)
-    for leaf, tensor in tensors.items():
-        if own._parameters.get(leaf) is None:
-            raise _unmatched(f"{path}.{leaf}", shell)
-        _check_shape(f"{path}.{leaf}", tensor, own._parameters[leaf])
-    moved = {leaf: tensor.detach().to(base.device, base.dtype) for leaf, tensor in tensors.items()}
-    if hasattr(own, "layer_signature"):
-        bias = moved.get("bias", own._parameters.get("bias"))
-        parent._modules[steps[-1]] = _Dense(moved.get("weight", own._parameters["weight"]), bias)
-        return
-    copied = _shallow(own)
-    for leaf, tensor in moved.items():
-        copied._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    parent._modules[steps[-1]] = copied
-
-
-class _Dense(nn.Module):
-    """A linear layer that an adapter saved whole."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-def _shallow(module: Any) -> Any:
-    """A module with the same parameters and children, whose tables can be changed apart."""
-    copied = copy.copy(module)
-    for table in ("_parameters", "_buffers", "_modules"):
-        copied.__dict__[table] = dict(module.__dict__[table])
-    return copied
-
-
-def _unmatched(path: str, shell: Any) -> UnmatchedTensors:
-    return UnmatchedTensors(
-        "The adapter has tensors that are no part of the base's language-model head.",
-        found=path,
-        expected=f"a module of {type(shell).__name__}",
-    )

@@ -183,9 +183,7 @@ def _answer(record: AdapterRecord, known: Known) -> dict[str, Any]:
         created=record.created.isoformat(),
         residency=known.residency.get(record.version, "disk"),
         requests=requests,
-        last_used=None
-        if last_used is None
-        else datetime.fromtimestamp(last_used, UTC).isoformat(),
+        last_used=None if last_used is None else datetime.fromtimestamp(last_used, UTC).isoformat(),
         notes=list(record.notes),
     ).model_dump()
 

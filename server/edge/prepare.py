@@ -11,6 +11,7 @@ from typing import Final
 from adapters.errors import AdapterError
 from adapters.registry import Registry
 from server.edge.service import Base, base_task
+from server.edge.sources import operator_folder
 from server.edge.supervise import StartFailed
 from server.settings import AdapterSource, Settings
 
@@ -87,8 +88,6 @@ def register(
     for one in adapters:
         try:
             with operator_folder(one.source, settings) as folder:
-                registry.register(
-                    one.name, folder, base.signature, source=one.source, replace=True
-                )
+                registry.register(one.name, folder, base.signature, source=one.source, replace=True)
         except AdapterError as error:
             raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None
