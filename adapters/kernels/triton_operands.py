@@ -283,10 +283,14 @@ def check_operands(
     factors: FactorTable,
     layer: int,
     *,
+    tiles: torch.device,
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> None:
-    """Raise ShapeMismatch unless a call of the fused kernel has operands that belong together."""
+    """Raise ShapeMismatch unless a call of the fused kernel has operands that belong together.
+
+    The arguments are those of ``hira_linear``; ``tiles`` is where the batch's tiles are.
+    """
     out_features, in_features = weight.shape
     if x.dim() != 2 or x.shape[1] != in_features or x.stride(1) != 1 or x.dtype != factors.dtype:
         raise ShapeMismatch(
@@ -312,11 +316,12 @@ def check_operands(
             found=f"{tuple(out.shape)}, strides {out.stride()}",
             expected=f"contiguous ({len(x)}, {out_features})",
         )
-    others = [weight.packed, factors.addresses, *(t for t in (bias, out) if t is not None)]
-    if any(other.device != x.device for other in others):
+    tensors = (weight.packed, factors.addresses, bias, out)
+    devices = {tiles, *(tensor.device for tensor in tensors if tensor is not None)}
+    if devices != {x.device}:
         raise ShapeMismatch(
             "The operands are on several devices.",
-            found=", ".join(sorted({str(other.device) for other in others})),
+            found=", ".join(sorted(map(str, devices))),
             expected=str(x.device),
         )
 

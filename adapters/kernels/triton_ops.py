@@ -114,7 +114,7 @@ def _decode(
         scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, block, inside, NESTED, OUTER)
         low = low * scale[:, None]
     else:
-        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, at // BLOCK, mask, NESTED, OUTER)
+        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, at * 2 // BLOCK, mask, NESTED, OUTER)
         high = high * scale
         low = low * scale
     return high, low
@@ -319,7 +319,7 @@ def hira_linear(
     layer, and no memory but y and ``[splits, few rows, out]`` in float32.
 
     Args:
-        x: ``[rows, in]``, bfloat16 or float16, features contiguous.
+        x: ``[rows, in]``, bfloat16 or float16, features contiguous, on the current CUDA device.
         weight: W0 ``[out, in]``.
         factors: Factors of x's dtype, by slot; a slot without any in this layer is as the base.
         layer: The index of this layer in ``factors``.
@@ -337,7 +337,7 @@ def hira_linear(
         ShapeMismatch: Shapes, types or devices that do not belong together. In all three cases
             nothing was written.
     """
-    check_operands(x, weight, factors, layer, bias=bias, out=out)
+    check_operands(x, weight, factors, layer, tiles=batch.device, bias=bias, out=out)
     batch.segments.check_covers(x.shape[0])
     launches = batch.launches(factors, layer)
     out_features, in_features = weight.shape

@@ -69,7 +69,8 @@ class BatchTiles:
 
     def __init__(self, segments: Segments, device: torch.device | str) -> None:
         self.segments = segments
-        self.device = torch.device(device)
+        # With its index: "cuda" alone would differ from the device of any tensor.
+        self.device = torch.empty(0, device=device).device
         rows: dict[int, list[torch.Tensor]] = {}
         for part in segments.parts:
             span = torch.arange(part.start, part.stop, dtype=torch.int32)

@@ -163,11 +163,11 @@ def write_classifier_card(
         ],
     )
     labels = ", ".join(f"{index} `{label}`" for index, label in enumerate(recipe.labels))
-    html = (
-        "\nIn training a review keeps its HTML line breaks or loses them, by chance."
-        if recipe.html
-        else ""
-    )
+    notes = ""
+    if recipe.window_tokens < CONTEXT_TOKENS:
+        notes += f"\nOf a longer text each pass saw a stretch of {recipe.window_tokens} tokens."
+    if recipe.html:
+        notes += "\nA review kept its HTML line breaks or lost them, by chance."
     body = f"""\
 ## What it does
 {recipe.summary} Labels: {labels}; `config.json` names them.
@@ -176,7 +176,7 @@ Longer texts are cut after {CONTEXT_TOKENS} tokens.
 
 ## What it was trained on
 {recipe.sources}; {recipe.epochs} passes in batches of {recipe.batch_rows}, step size
-{recipe.learning_rate:g}.{html}
+{recipe.learning_rate:g}.{notes}
 
 ## What was measured
 On {recipe.held_out}, which no training step saw; adapter loaded from this folder onto the 4-bit

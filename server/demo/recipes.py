@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from server.demo import corpora
 from server.demo.corpora import LabelledTexts
+from server.demo.vocabulary import CONTEXT_TOKENS
 
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,6 +34,7 @@ class ClassifierRecipe(Recipe):
     test: Callable[[Path], LabelledTexts]
     epochs: int
     batch_rows: int
+    window_tokens: int = CONTEXT_TOKENS
     html: bool = False
 
 
@@ -50,7 +52,7 @@ RECIPES: Final[tuple[ClassifierRecipe | WriterRecipe, ...]] = (
         name="hira-imdb",
         method="hira",
         rank=16,
-        learning_rate=4e-3,
+        learning_rate=2e-2,
         summary="Says whether a film review is positive or negative.",
         sources="IMDB reviews (Maas et al. 2011), 8,000 rows of the official training part",
         held_out="IMDB, 2,000 rows of the official test part",
@@ -59,45 +61,46 @@ RECIPES: Final[tuple[ClassifierRecipe | WriterRecipe, ...]] = (
         test=corpora.imdb_test,
         epochs=2,
         batch_rows=16,
+        window_tokens=256,
         html=True,
     ),
     ClassifierRecipe(
         name="hira-sst2",
         method="hira",
         rank=8,
-        learning_rate=4e-3,
+        learning_rate=2e-2,
         summary="Says whether a sentence about a film is positive or negative.",
         sources="SST-2 (Socher et al. 2013), 55,438 rows of the training part",
         held_out="SST-2, the development part",
         labels=corpora.SENTIMENT_LABELS,
         train=corpora.sst2_train,
         test=corpora.sst2_test,
-        epochs=3,
-        batch_rows=64,
+        epochs=2,
+        batch_rows=256,
     ),
     WriterRecipe(
         name="hira-shakespeare",
         method="hira",
         rank=16,
-        learning_rate=4e-3,
+        learning_rate=2e-2,
         summary="Continues a text as a play by Shakespeare.",
         sources="tiny Shakespeare, the first nine tenths",
         held_out="tiny Shakespeare, the last tenth",
         train=corpora.shakespeare_train,
         test=corpora.shakespeare_test,
-        steps=300,
+        steps=200,
     ),
     WriterRecipe(
         name="hira-wiki",
         method="hira",
         rank=8,
-        learning_rate=4e-3,
+        learning_rate=2e-2,
         summary="Continues a text as an encyclopedia article.",
         sources="a prefix of WikiText-103 (Merity et al. 2016), nine tenths of its articles",
         held_out="the last tenth of the same articles",
         train=corpora.wiki_train,
         test=corpora.wiki_test,
-        steps=300,
+        steps=200,
     ),
     ClassifierRecipe(
         name="lora-agnews",
@@ -110,8 +113,8 @@ RECIPES: Final[tuple[ClassifierRecipe | WriterRecipe, ...]] = (
         labels=corpora.TOPIC_LABELS,
         train=corpora.agnews_train,
         test=corpora.agnews_test,
-        epochs=4,
-        batch_rows=32,
+        epochs=3,
+        batch_rows=64,
     ),
 )
 

@@ -127,7 +127,10 @@ def save_adapter(model: PeftModel, out_dir: Path) -> None:
 
 
 class _ClassifierBatches:
-    """Shuffled batches of texts of similar length, padded on the right to a multiple of 16."""
+    """Shuffled batches of texts of similar length, padded on the right to a multiple of 16.
+
+    Of a text longer than the recipe's window each pass sees another stretch, chosen by chance.
+    """
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class _ClassifierBatches:
         batch_rows = self._recipe.batch_rows
         for _ in range(self._recipe.epochs):
             variant = self._random.integers(len(self._variants), size=len(self._labels))
-            ids = [self._variants[v][row] for row, v in enumerate(variant)]
+            ids = [self._stretch(self._variants[v][row]) for row, v in enumerate(variant)]
             noise = self._random.uniform(0.8, 1.25, size=len(ids))
             by_length = np.argsort([len(row) * f for row, f in zip(ids, noise, strict=True)])
             batches = [
@@ -167,9 +170,14 @@ class _ClassifierBatches:
 
     @staticmethod
     def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-        encoded = tokenizer(list(texts), truncation=True, max_length=CONTEXT_TOKENS)
-        ids: list[list[int]] = encoded["input_ids"]
+        ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
         return ids
+
+    def _stretch(self, ids: list[int]) -> list[int]:
+        """Return the opening token and at most a window of what follows it."""
+        body_tokens = self._recipe.window_tokens - 1
+        start = int(self._random.integers(1, max(1, len(ids) - body_tokens) + 1))
+        return [ids[0], *ids[start : start + body_tokens]]
 
     def _padded(self, rows: list[list[int]]) -> Tensor:
         width = -(-max(map(len, rows)) // 16) * 16

@@ -120,7 +120,7 @@ class Admin:
         return Response(status_code=204)
 
     async def _register(self, wish: Wish, folder: Path, source: str) -> Response:
-        if wish.name == BASE_LABEL or wish.name == self.service.base.name:
+        if wish.name in {BASE_LABEL, self.service.base.name}:
             raise Refusal.because(
                 "invalid_name",
                 "This name belongs to the base model.",

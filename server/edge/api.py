@@ -27,6 +27,22 @@ ENGINE: Final = "server.engine:Engine.build"
 SETUP_FAILED: Final = 3  # exit status of a worker whose engine could not be built
 
 
+class StepLike(Protocol):
+    """The latest forward, for the metrics."""
+
+    @property
+    def lane(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def adapters(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
 class EngineLike(Protocol):
     """What the loop needs of an engine; `server.engine.Engine` is the real one."""
 
@@ -36,11 +52,16 @@ class EngineLike(Protocol):
 
     def has_work(self) -> bool: ...
 
-    def wait(self, timeout: float) -> Any: ...
+    def wait(self, timeout: float) -> None: ...
+
+    def wake(self) -> None: ...
+
+    @property
+    def last_step(self) -> StepLike | None: ...
 
     def snapshot(self) -> Any: ...
 
-    def close(self) -> None: ...
+    def close(self) -> list[Event]: ...
 
 
 class HiraAPI(LitAPI):

@@ -32,8 +32,8 @@ from starlette.responses import Response
 
 from server.edge.api import HiraAPI
 from server.edge.middleware import BodyRefused, Gate, error_response
-from server.edge.service import Service
 from server.edge.routes import Endpoint
+from server.edge.service import Service
 from server.edge.spec import HiraSpec
 from server.errors import Fault, Refusal
 
@@ -164,9 +164,11 @@ class HiraServer(LitServer):
         await service.dispatcher.start(number, self._get_request_queue(self.spec.api_path))
         ending = asyncio.Event()
         receiving = asyncio.create_task(self._receive(number, ending), name="responses")
+        following = asyncio.create_task(service.follow_registry(), name="registry")
         try:
             yield
         finally:
+            following.cancel()
             await service.dispatcher.stop()
             ending.set()
             receiving.cancel()

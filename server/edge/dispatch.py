@@ -174,6 +174,11 @@ class Dispatcher:
             return "worker_lost" if self._lost else "starting"
         return "ready"
 
+    @property
+    def epoch(self) -> str | None:
+        """Which worker is there; None when none is ready."""
+        return self._epoch
+
     def silent_s(self) -> float:
         """How long ago the worker last wrote its state."""
         state = read_state(self.run_dir)

@@ -21,4 +21,6 @@ def configure(level: str, *, access: bool) -> None:
     theirs.handlers.clear()
     theirs.propagate = True
     theirs.setLevel(max(logging.WARNING, root.level))
+    # It warns of kernels that this server does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("server.access").setLevel(logging.INFO if access else logging.CRITICAL)

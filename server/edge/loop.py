@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # A worker killed while it waits in the queue leaves a wait behind in the queue's process, which
 # swallows the next request. No worker is back within this time, and none is sent before that.
 READ_S: Final = 0.2
-IDLE_S: Final = 0.05
+IDLE_S: Final = 0.25
 BEAT_S: Final = 1.0
 ENGINE_FAILED: Final = 70
 
@@ -92,7 +92,7 @@ class _Pump:
         self.snapshot: dict[str, Any] = {}
 
     def run(self) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: self.ending.set())
+        signal.signal(signal.SIGTERM, self._on_term)
         self._look()
         self._beat()
         threads = [
@@ -113,39 +113,44 @@ class _Pump:
             # The engine fails single requests itself; after this its state is not known.
             logger.exception("The engine failed; the worker ends and is started anew")
             os._exit(ENGINE_FAILED)
+        self.outbox.put(self.engine.close())
         self.outbox.put(None)
         threads[1].join(timeout=2.0)
-        self.engine.close()
+
+    def _on_term(self, number: int, frame: object) -> None:
+        self.ending.set()
+        self.engine.wake()
 
     def _pump(self) -> None:
-        engine, looked = self.engine, 0.0
-        while True:
-            busy = engine.has_work()
-            if not busy and self.ending.is_set() and self.inbox.empty():
-                return
-            self._take(wait_s=0.0 if busy else IDLE_S)
+        engine, looked, seen = self.engine, time.monotonic(), self.engine.last_step
+        while not (self.ending.is_set() and self._is_idle()):
+            self._take()
             if engine.has_work():
-                self.step_began = began = time.monotonic()
+                self.step_began = time.monotonic()
                 events = engine.step()
                 self.step_began = 0.0
                 if events:
                     self.outbox.put(events)
-                elif time.monotonic() - began < 1e-3:
-                    engine.wait(IDLE_S / 10)  # all that waits, waits for an adapter
+                step = engine.last_step
+                if step is not None and step is not seen:
+                    seen = step
+                    self.metrics.step(
+                        step.lane, rows=step.rows, adapters=step.adapters, seconds=step.seconds
+                    )
+            else:
+                engine.wait(IDLE_S)
             if time.monotonic() - looked > BEAT_S:
                 looked = time.monotonic()
                 self._look()
 
-    def _take(self, wait_s: float) -> None:
-        """Hand over what has arrived; with nothing to do, wait for it."""
-        try:
-            self.engine.submit(
-                self.inbox.get(timeout=wait_s) if wait_s else self.inbox.get_nowait()
-            )
-            while True:
-                self.engine.submit(self.inbox.get_nowait())
-        except queue.Empty:
-            return
+    def _is_idle(self) -> bool:
+        self._look()
+        return self.inbox.empty() and not any(self.snapshot.get("queue_depth", {}).values())
+
+    def _take(self) -> None:
+        """Hand over what has arrived."""
+        while not self.inbox.empty():
+            self.engine.submit(self.inbox.get())
 
     def _look(self) -> None:
         """On the engine's thread: what it says of itself, for readiness and the gauges."""
@@ -164,6 +169,7 @@ class _Pump:
             if isinstance(envelope, Requests) and envelope.epoch == self.epoch:
                 for message in envelope.messages:
                     self.inbox.put(message)
+                self.engine.wake()
 
     def _write(self) -> None:
         while (events := self.outbox.get()) is not None:

@@ -244,7 +244,9 @@ async def _stream(
                     yield _token(index, held)
                 index, held, last = index + 1, event, event
             elif isinstance(event, GenerateResult):
-                yield _end(index, held, last, event, prefix, seed)
+                yield _end(
+                    index, held or last, event, new=held is not None, prefix=prefix, seed=seed
+                )
                 return
             elif isinstance(event, Failure):
                 if held is not None:
@@ -275,19 +277,21 @@ def _token(index: int, event: TokenEvent) -> bytes:
 
 def _end(
     index: int,
-    held: TokenEvent | None,
-    last: TokenEvent | None,
+    shown: TokenEvent | None,
     result: GenerateResult,
+    *,
+    new: bool,
     prefix: str,
     seed: int | None,
 ) -> bytes:
-    shown = held or last
+    """The last event: the last token, unless it went out before, with the whole text."""
+    text = shown.text if shown is not None and new else ""
     return sse(
         {
             "index": index,
             "token": {
                 "id": shown.token_id if shown else 0,
-                "text": (held.text if held else "") + result.tail,
+                "text": text + result.tail,
                 "logprob": shown.logprob if shown else 0.0,
                 "special": bool(shown and shown.special and not result.tail),
             },

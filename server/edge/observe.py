@@ -9,9 +9,9 @@ from fastapi import Request, Response
 from starlette.responses import JSONResponse
 
 from server.edge.dispatch import STALE_S
+from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.wire import WorkerState, read_state
-from server.edge.routes import Endpoint
 from server.metrics import Live, exposition
 from server.schemas import Health
 

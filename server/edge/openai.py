@@ -76,7 +76,9 @@ class OpenAI:
             echoed,
             body.logprobs is not None,
         )
-        return await self._generate(request, body, target, prompts, wanted, shape)
+        return await self._generate(
+            request, body, target, prompts=prompts, wanted=wanted, shape=shape
+        )
 
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Continue a conversation, written out with the base's chat template."""
@@ -97,7 +99,9 @@ class OpenAI:
         shape = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model, bool(body.logprobs)
         )
-        return await self._generate(request, body, target, [prompt], wanted, shape)
+        return await self._generate(
+            request, body, target, prompts=[prompt], wanted=wanted, shape=shape
+        )
 
     async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
         """Turn texts into vectors of length 1."""
@@ -143,6 +147,7 @@ class OpenAI:
         request: Request,
         body: Sampling,
         target: Target,
+        *,
         prompts: Sequence[tuple[int, ...]],
         wanted: int,
         shape: Format,

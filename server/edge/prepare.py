@@ -1,4 +1,4 @@
-"""What the main process does before anything listens: reads the base's shape, registers adapters."""
+"""Before anything listens, in the main process: the base's shape, the adapters of the start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 from adapters.errors import AdapterError
 from adapters.registry import Registry
 from server.edge.service import Base, base_task
-from server.edge.sources import operator_folder
+from server.edge.sources import sources_of
 from server.edge.supervise import StartFailed
 from server.settings import AdapterSource, Settings
 
@@ -85,9 +85,10 @@ def register(
     Raises:
         StartFailed: An adapter cannot be registered; the line names it.
     """
+    sources = sources_of(settings)
     for one in adapters:
         try:
-            with operator_folder(one.source, settings) as folder:
+            with sources.fetch(one.source, trusted=True) as folder:
                 registry.register(one.name, folder, base.signature, source=one.source, replace=True)
         except AdapterError as error:
             raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None

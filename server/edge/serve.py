@@ -128,5 +128,6 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise StartFailed(
-                f"port {port} on {host} cannot be used: {error.strerror}; choose another with --port"
+                f"port {port} on {host} cannot be used: {error.strerror}; "
+                "choose another with --port"
             ) from None

@@ -23,6 +23,7 @@ from server.messages import (
     Event,
     Failure,
     GenerateResult,
+    Pin,
     Request,
     Task,
     TokenEvent,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+REGISTRY_S: Final = 1.0
 LONG_CHARACTERS: Final = 8192  # texts longer than this are tokenized off the event loop
 # What may change while the server runs.
 RELOADABLE: Final = (
@@ -159,6 +161,21 @@ class Service:
         self.settings = self.settings.model_copy(update=changed)
         self.dispatcher.bounds = bounds_of(self.settings)
         self.keys = self._keyring()
+
+    async def follow_registry(self) -> None:
+        """Tell the worker what is pinned: when it comes up, and when any process has changed it."""
+        told: object = None
+        while True:
+            epoch = self.dispatcher.epoch
+            try:
+                now = (epoch, await self.in_thread(self.registry.pinned_versions))
+            except Exception:  # the registry may be locked or gone for a while: try again
+                logger.exception("The registry cannot be read")
+            else:
+                if epoch is not None and now != told:
+                    self.dispatcher.tell(Pin(now[1]))
+                    told = now
+            await asyncio.sleep(REGISTRY_S)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run something slow off the event loop, on threads of its own."""

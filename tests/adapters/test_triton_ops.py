@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import SegmentMismatch, ShapeMismatch, SlotNotResident
@@ -153,6 +153,7 @@ SHAPES = [
     max_examples=30,
     deadline=None,
     derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # an interpreted failure takes minutes to shrink
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
@@ -306,7 +307,14 @@ def test_wrong_calls_are_refused_before_anything_is_written(ops: ModuleType) -> 
     table.clear(2)
     x = torch.randn(4, 128).to(torch.bfloat16)
     out = torch.full((4, 32), 7.0)
-    good: dict[str, Any] = {"x": x, "layer": 0, "runs": [(1, 4)], "bias": None, "out": out}
+    good: dict[str, Any] = {
+        "x": x,
+        "layer": 0,
+        "runs": [(1, 4)],
+        "bias": None,
+        "out": out,
+        "tiles": CPU,
+    }
     wrong: list[tuple[type[Exception], dict[str, Any]]] = [
         (SegmentMismatch, {"runs": [(1, 3)]}),
         (SegmentMismatch, {"runs": [(1, 5)]}),
@@ -322,6 +330,7 @@ def test_wrong_calls_are_refused_before_anything_is_written(ops: ModuleType) -> 
         (ShapeMismatch, {"bias": torch.zeros(31)}),
         (ShapeMismatch, {"out": out[:3]}),
         (ShapeMismatch, {"x": x.to("meta")}),
+        (ShapeMismatch, {"tiles": torch.device("meta")}),
     ]
     for expected, change in wrong:
         call = good | change
@@ -331,7 +340,7 @@ def test_wrong_calls_are_refused_before_anything_is_written(ops: ModuleType) -> 
                 layer.weight,
                 table,
                 call["layer"],
-                BatchTiles(from_runs(call["runs"]), CPU),
+                BatchTiles(from_runs(call["runs"]), call["tiles"]),
                 bias=call["bias"],
                 out=call["out"],
             )

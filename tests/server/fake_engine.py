@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from server.messages import (
@@ -29,12 +31,22 @@ from server.options import EngineOptions
 SLOW_S = 0.02  # a generated token
 
 
+@dataclass(frozen=True)
+class Step:
+    lane: str
+    rows: int
+    adapters: int
+    seconds: float
+
+
 class FakeEngine:
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
         self.encodes: deque[EncodeRequest] = deque()
         self.running: dict[str, tuple[GenerateRequest, list[GeneratedToken]]] = {}
         self.cancelled = 0
+        self.woken = threading.Event()
+        self.last_step: Step | None = None
 
     def submit(self, message: Message) -> None:
         match message:
@@ -49,10 +61,16 @@ class FakeEngine:
         return bool(self.encodes or self.running)
 
     def wait(self, timeout: float) -> None:
-        time.sleep(timeout)
+        self.woken.wait(timeout)
+        self.woken.clear()
+
+    def wake(self) -> None:
+        self.woken.set()
 
     def step(self) -> list[Event]:
         events: list[Event] = []
+        lane = "encode" if self.encodes else "generate"
+        self.last_step = Step(lane, len(self.encodes) + len(self.running), 1, SLOW_S)
         while self.encodes:
             request = self.encodes.popleft()
             events.append(self._encode(request))
@@ -69,8 +87,8 @@ class FakeEngine:
             "adapters": {"cancelled": self.cancelled},
         }
 
-    def close(self) -> None:
-        return
+    def close(self) -> list[Event]:
+        return []
 
     def _encode(self, request: EncodeRequest) -> Event:
         if request.top_k == 666:

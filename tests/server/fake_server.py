@@ -36,6 +36,9 @@ class FakeRegistry:
     def close(self) -> None:
         return
 
+    def pinned_versions(self) -> tuple[str, ...]:
+        return ()
+
     def resolve(self, name: str) -> Record:
         from adapters.errors import AdapterNotFound
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -158,7 +158,9 @@ def running(
             one.kill()
 
 
-def hira(folder: Path, *arguments: str, wait: bool = True, **settings: object):  # type: ignore[no-untyped-def]
+def hira(
+    folder: Path, *arguments: str, wait: bool = True, **settings: object
+) -> AbstractContextManager[Live]:
     """`hira serve` itself."""
     command = ["-c", "from server.cli import main; main()", "serve", *arguments]
     return running(folder, command, wait=wait, **settings)
@@ -170,6 +172,6 @@ def fake(
     *,
     wait: bool = True,
     **settings: object,
-):  # type: ignore[no-untyped-def]
+) -> AbstractContextManager[Live]:
     """The server around the fake engine."""
     return running(folder, ["-m", "tests.server.fake_server", engine], wait=wait, **settings)

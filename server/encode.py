@@ -1,0 +1,320 @@
+"""The lane for classification, token classification, question answering, filled masks, embeddings.
+
+Each input of a request is a row. ``step`` takes one batch of rows of similar length from the
+scheduler, whatever their adapters and tasks, runs the backbone once, gives each adapter's rows to
+its own head and answers the requests whose rows are all done. A fault in one adapter fails only
+what was asked of that adapter. One thread owns a lane.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters import segments
+from adapters.errors import SlotNotResident
+from server import encode_failures as failures
+from server.base_model import LoadedBase
+from server.encode_read import Group, Reader
+from server.messages import EncodedInput, EncodeRequest, EncodeResult, Event, Task
+from server.options import EngineOptions
+from server.scheduler import Batch, Depth, Key, Row, Scheduler
+from server.text import Text
+
+if TYPE_CHECKING:
+    from adapters.residency import Residency
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeFigures:
+    """How the lane stands; counters count since it was made."""
+
+    waiting: Depth
+    steps: int
+    rows: int
+    tokens: int
+    padded_tokens: int
+    last_rows: int  # of the latest batch
+    last_adapters: int  # distinct adapters in it, the base not counted
+    last_seconds: float  # that it took
+    head_bytes: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request of which not all rows are done."""
+
+    request: EncodeRequest
+    arrived: float
+    outputs: dict[int, Any] = field(default_factory=dict)
+    began: float | None = None
+    compute_s: float = 0.0
+
+
+class EncodeLane:
+    """Encoding over one adapted model.
+
+    Every request that is submitted ends with exactly one terminal event, unless it is cancelled:
+    then nobody waits and none is sent.
+
+    Args:
+        base: The loaded base.
+        text: Its tokenizer and limits.
+        residency: Brings adapters to the device and says in which slot they are.
+        options: ``max_batch_tokens``, ``max_batch_rows`` and ``slots`` are read.
+    """
+
+    def __init__(
+        self, base: LoadedBase, text: Text, residency: Residency, options: EngineOptions
+    ) -> None:
+        self._base = base
+        self._text = text
+        self._residency = residency
+        self._scheduler = Scheduler(options.max_batch_tokens, options.max_batch_rows)
+        self._reader = Reader(base, text, heads_kept=options.slots)
+        self._pending: dict[str, _Pending] = {}
+        self._outbox: list[Event] = []
+        known = inspect.signature(base.backbone.forward).parameters
+        self._takes_type_ids = "token_type_ids" in known
+        self._constant: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+        self._figures = EncodeFigures(self._scheduler.depth(), 0, 0, 0, 0, 0, 0, 0.0, 0)
+
+    def submit(self, request: EncodeRequest) -> None:
+        """Queue a request. What it can never be given is answered by the next step.
+
+        Raises:
+            ValueError: A request of this id is here already.
+        """
+        if request.id in self._pending:
+            raise ValueError(f"A request with the id {request.id!r} is already here.")
+        refusal = failures.refusal(request, self._text)
+        if refusal is not None:
+            self._outbox.append(refusal)
+            return
+        lengths = [len(item.token_ids) for item in request.inputs]
+        self._pending[request.id] = _Pending(request, request.submitted or time.time())
+        self._scheduler.submit(request.id, request.version, lengths, request.deadline)
+        if request.version is not None:
+            self._residency.prefetch(request.version)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request; False if it is not here."""
+        self._scheduler.cancel(request_id)
+        return self._pending.pop(request_id, None) is not None
+
+    def has_work(self) -> bool:
+        """Whether a step could do something now. Requests that wait for an adapter to load do not
+        count until it is there, or until ``next_deadline``."""
+        deadline = self._scheduler.next_deadline()
+        return bool(
+            self._outbox
+            or (deadline is not None and deadline <= time.time())
+            or any(
+                key is None or self._residency.state(key) != "loading"
+                for key in self._scheduler.waiting()
+            )
+        )
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a request that is here, as ``time.time()`` counts."""
+        return self._scheduler.next_deadline()
+
+    def depth(self) -> int:
+        """Requests that wait."""
+        return len(self._pending)
+
+    def figures(self) -> EncodeFigures:
+        return self._figures
+
+    def step(self) -> list[Event]:
+        """Expire, fail what cannot be loaded, run one batch; returns what happened, in order."""
+        events, self._outbox = self._outbox, []
+        self._expire(events)
+        self._drop_failed(events)
+        batch, slots = self._next_batch()
+        if batch is not None:
+            try:
+                self._run(batch, slots, events)
+            finally:
+                self._residency.release([key for key in batch.keys if key is not None])
+        return events
+
+    def close(self) -> list[Event]:
+        """End every request that is still here with a failure."""
+        events, self._outbox = self._outbox, []
+        for request_id in list(self._pending):
+            self.cancel(request_id)
+            events.append(failures.stopping(request_id))
+        return events
+
+    # Before a forward
+
+    def _expire(self, events: list[Event]) -> None:
+        now = time.time()
+        for request_id in self._scheduler.expire(now):
+            pending = self._pending.pop(request_id)
+            late_s = now - (pending.request.deadline or now)
+            events.append(failures.too_late(request_id, late_s))
+
+    def _drop_failed(self, events: list[Event]) -> None:
+        for key in self._scheduler.waiting():
+            if key is None or self._residency.state(key) != "failed":
+                continue
+            error = self._residency.error(key)
+            for request_id in self._scheduler.drop(key):
+                del self._pending[request_id]
+                events.append(failures.not_loaded(request_id, error))
+
+    def _next_batch(self) -> tuple[Batch | None, dict[Key, int]]:
+        """A batch whose adapters are held in their slots until they are released."""
+        slots: dict[Key, int] = {None: segments.BASE_SLOT}
+
+        def is_ready(key: Key) -> bool:
+            if key is None:
+                return True
+            try:
+                slots[key] = self._residency.lease([key])[key]
+            except SlotNotResident:
+                if self._residency.state(key) == "absent":
+                    self._residency.prefetch(key)
+                return False
+            return True
+
+        batch = self._scheduler.next_batch(is_ready)
+        used = set(batch.keys) if batch is not None else set()
+        self._residency.release([k for k in slots if k is not None and k not in used])
+        return batch, slots
+
+    # The forward and what follows
+
+    def _run(self, batch: Batch, slots: dict[Key, int], events: list[Event]) -> None:
+        began = time.time()
+        clock = time.perf_counter()
+        outputs = self._forward(batch.rows, slots)
+        seconds = time.perf_counter() - clock
+        before = self._figures
+        self._figures = EncodeFigures(
+            waiting=self._scheduler.depth(),
+            steps=before.steps + 1,
+            rows=before.rows + len(batch.rows),
+            tokens=before.tokens + batch.tokens,
+            padded_tokens=before.padded_tokens + batch.padded_tokens,
+            last_rows=len(batch.rows),
+            last_adapters=sum(key is not None for key in batch.keys),
+            last_seconds=seconds,
+            head_bytes=self._reader.head_bytes,
+        )
+        for request_id in dict.fromkeys(row.request for row in batch.rows):
+            pending = self._pending[request_id]
+            pending.began = pending.began or began
+            pending.compute_s += seconds
+        for row, output in zip(batch.rows, outputs, strict=True):
+            self._settle(row, output, events)
+
+    def _settle(self, row: Row, output: Any, events: list[Event]) -> None:
+        pending = self._pending.get(row.request)
+        if pending is None:
+            return  # another row of the request has failed it
+        request = pending.request
+        if isinstance(output, Exception):
+            self.cancel(request.id)
+            events.append(failures.broken(request, output))
+            return
+        pending.outputs[row.index] = output
+        if len(pending.outputs) < len(request.inputs):
+            return
+        del self._pending[request.id]
+        assert pending.began is not None
+        events.append(
+            EncodeResult(
+                id=request.id,
+                outputs=tuple(pending.outputs[index] for index in range(len(request.inputs))),
+                version=request.version,
+                prompt_tokens=request.tokens,
+                queue_ms=max(0.0, pending.began - pending.arrived) * 1000,
+                compute_ms=pending.compute_s * 1000,
+            )
+        )
+
+    def _forward(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
+        """An output, or the exception that took its place, for each row."""
+        try:
+            with torch.inference_mode():
+                return self._answer(rows, slots)
+        except Exception as error:
+            keys = dict.fromkeys(row.key for row in rows)
+            no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if len(keys) > 1:
+                # One adapter alone may be at fault; rows of one adapter are neighbours.
+                log.warning("A batch of %d adapters failed; each is run alone", len(keys))
+                parts = [[row for row in rows if row.key == key] for key in keys]
+            elif no_memory and len(rows) > 1:
+                half = len(rows) // 2
+                parts = [list(rows[:half]), list(rows[half:])]
+            else:
+                log.exception("Encoding %d rows of version %s failed", len(rows), rows[0].key)
+                return [error.with_traceback(None)] * len(rows)
+            del error
+        return [output for part in parts for output in self._forward(part, slots)]
+
+    def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
+        items = [self._pending[row.request].request.inputs[row.index] for row in rows]
+        row_slots = [slots[row.key] for row in rows]
+        ids, mask = self._pad(items)
+        more = dict(self._constant)
+        if self._takes_type_ids and any(item.type_ids for item in items):
+            more["token_type_ids"] = _padded(
+                [item.type_ids or (0,) * len(item.token_ids) for item in items], 0, ids.device
+            )
+        sequences = segments.from_rows(row_slots)
+        with self._base.adapted.batch(sequences.repeat(ids.shape[1]), sequences):
+            out = self._base.backbone(input_ids=ids, attention_mask=mask, **more)
+        groups: dict[tuple[Key, Task], list[int]] = {}
+        for index, row in enumerate(rows):
+            task = self._pending[row.request].request.task
+            groups.setdefault((row.key, task), []).append(index)
+        outputs: list[Any] = [None] * len(rows)
+        for (key, task), indices in groups.items():
+            pooled = getattr(out, "pooler_output", None)
+            group = Group(
+                version=key,
+                task=task,
+                slot=slots[key],
+                requests=[self._pending[rows[index].request].request for index in indices],
+                items=[items[index] for index in indices],
+                hidden=out.last_hidden_state[indices],
+                pooled=None if pooled is None else pooled[indices],
+                ids=ids[indices],
+                mask=mask[indices],
+            )
+            answers: Sequence[Any]
+            try:
+                weights = None if key is None else self._residency.weights(key)
+                answers = self._reader.read(group, weights)
+            except Exception as error:
+                if not failures.is_expected(error):
+                    log.exception("The head of version %s failed", key)
+                answers = [error.with_traceback(None)] * len(indices)
+            for index, answer in zip(indices, answers, strict=True):
+                outputs[index] = answer
+        return outputs
+
+    def _pad(self, items: Sequence[EncodedInput]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask ``[n, T]``, padded on the right."""
+        device = self._base.device
+        ids = _padded([item.token_ids for item in items], self._text.pad_id, device)
+        mask = _padded([(1,) * len(item.token_ids) for item in items], 0, device)
+        return ids, mask
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)

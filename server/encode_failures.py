@@ -1,0 +1,144 @@
+"""How a request to encode can fail, in the words and codes that its client gets."""
+
+from __future__ import annotations
+
+from adapters.errors import AdapterError
+from server.messages import EncodeRequest, Failure, Task
+from server.postprocess import NotFinite
+from server.text import SPAN_TASKS, Text
+
+_NEEDS_ADAPTER: frozenset[Task] = frozenset(
+    {"text-classification", "token-classification", "question-answering"}
+)
+_UNSERVED: frozenset[Task] = frozenset({"text-generation", "image-classification"})
+
+
+class TaskMismatch(Exception):
+    """The adapter (None: the bare base) does another task than the one asked for."""
+
+    def __init__(self, asked: Task, does: Task | None) -> None:
+        super().__init__(f"asked for {asked}, does {does}")
+        self.asked = asked
+        self.does = does
+
+
+def refusal(request: EncodeRequest, text: Text) -> Failure | None:
+    """Why a request can never run, or None."""
+    if request.task in _UNSERVED or (request.version is None and request.task in _NEEDS_ADAPTER):
+        return _mismatch(request, None)
+    if not request.inputs:
+        return _invalid(request, "There is nothing to encode.", "no inputs", "at least one")
+    for index, item in enumerate(request.inputs):
+        ids = item.token_ids
+        if not ids:
+            return _invalid(request, f"Input {index} is empty.", "no tokens", "at least one token")
+        if len(ids) > text.max_tokens:
+            return Failure(
+                request.id,
+                "input_too_long",
+                f"Input {index} is too long.",
+                found=f"{len(ids)} tokens",
+                expected=f"at most {text.max_tokens} tokens",
+                fix="Shorten it or ask for truncation.",
+            )
+        if min(ids) < 0 or (text.vocab_size is not None and max(ids) >= text.vocab_size):
+            return _invalid(
+                request,
+                f"Input {index} holds a token that the base does not have.",
+                f"token ids from {min(ids)} to {max(ids)}",
+                f"0 to {(text.vocab_size or 0) - 1}",
+            )
+        if request.task in SPAN_TASKS and (
+            item.text is None or item.offsets is None or len(item.offsets) != len(ids)
+        ):
+            return _invalid(
+                request,
+                f"Input {index} comes without what spans are made of.",
+                "no text, or offsets for other tokens",
+                "the text and an offset for each token",
+            )
+        if item.type_ids is not None and len(item.type_ids) != len(ids):
+            return _invalid(
+                request,
+                f"Input {index} has types for other tokens.",
+                f"{len(item.type_ids)} types, {len(ids)} tokens",
+                "a type for each token",
+            )
+        if request.task == "fill-mask" and (text.mask_id is None or text.mask_id not in ids):
+            return _invalid(
+                request, f"Input {index} has nothing to fill.", "no mask token", "a mask token"
+            )
+    return None
+
+
+def too_late(request_id: str, late_s: float) -> Failure:
+    """The deadline passed before all of the request's rows had run."""
+    return Failure(
+        request_id,
+        "deadline_exceeded",
+        "The deadline passed while the request was waiting.",
+        found=f"{late_s * 1000:.0f} ms late",
+    )
+
+
+def not_loaded(request_id: str, error: Exception | None) -> Failure:
+    """The adapter version could not be brought to the device."""
+    if isinstance(error, AdapterError):
+        return Failure(
+            request_id, error.code, error.message, error.found, error.expected, error.fix
+        )
+    return Failure(
+        request_id,
+        "adapter_failed",
+        "The adapter could not be loaded.",
+        found=f"{type(error).__name__}: {error}" if error is not None else None,
+    )
+
+
+def broken(request: EncodeRequest, error: Exception) -> Failure:
+    """The forward of the request's adapter, its head, or what follows them, raised."""
+    match error:
+        case TaskMismatch():
+            return _mismatch(request, error.does)
+        case AdapterError():
+            return not_loaded(request.id, error)
+        case NotFinite():
+            return Failure(
+                request.id,
+                "internal",
+                "The model's output is not finite.",
+                found="NaN or infinity",
+                fix="Check the adapter: its factors overflow with this base.",
+            )
+        case _:
+            return Failure(
+                request.id,
+                "internal",
+                "The forward pass of this request failed.",
+                found=f"{type(error).__name__}: {error}",
+            )
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether the error says all there is to say, so that no stack trace is needed."""
+    return isinstance(error, TaskMismatch | AdapterError | NotFinite)
+
+
+def stopping(request_id: str) -> Failure:
+    return Failure(request_id, "draining", "The server is stopping.")
+
+
+def _mismatch(request: EncodeRequest, does: Task | None) -> Failure:
+    who = f"The adapter {request.adapter}" if request.version is not None else "The bare base"
+    return Failure(
+        request.id,
+        "task_mismatch",
+        f"{who} does not do {request.task}.",
+        found=does,
+        expected=request.task,
+        fix="Name an adapter for this task, or call the endpoint of the adapter's task.",
+    )
+
+
+def _invalid(request: EncodeRequest, message: str, found: str, expected: str) -> Failure:
+    return Failure(request.id, "invalid_input", message, found=found, expected=expected)

@@ -1,0 +1,155 @@
+"""From the backbone's hidden states to the answers of one adapter's rows for one task.
+
+Chooses the head and the way to read its logits; what a head computes is in ``server.heads``, what a
+client sees in ``server.postprocess``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters import segments
+from server import postprocess
+from server.base_model import LoadedBase
+from server.encode_failures import TaskMismatch
+from server.heads import HEADED, Heads
+from server.messages import EncodedInput, EncodeRequest, Task
+from server.text import Text
+
+if TYPE_CHECKING:
+    from adapters.checkpoint import AdapterWeights
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one batch that belong to one adapter (None: the bare base) and one task.
+
+    Args:
+        hidden: ``[n, T, H]``.
+        pooled: ``[n, H]``, where the base has a pooler.
+        ids, mask: ``[n, T]``, padded on the right.
+    """
+
+    version: str | None
+    task: Task
+    slot: int
+    requests: Sequence[EncodeRequest]
+    items: Sequence[EncodedInput]
+    hidden: torch.Tensor
+    pooled: torch.Tensor | None
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def each(self, answer: Callable[[int], Any]) -> list[Any]:
+        """The answer, or the NotFinite that took its place, for each row."""
+        found: list[Any] = []
+        for index in range(len(self.items)):
+            try:
+                found.append(answer(index))
+            except postprocess.NotFinite as error:
+                found.append(error)
+        return found
+
+
+class Reader:
+    """Reads groups of rows; keeps the heads of the adapters used last.
+
+    Args:
+        base: The loaded base.
+        text: Its tokenizer.
+        heads_kept: How many heads.
+    """
+
+    def __init__(self, base: LoadedBase, text: Text, *, heads_kept: int) -> None:
+        self._base = base
+        self._text = text
+        self._heads = Heads(base, heads_kept)
+        self._pooling: postprocess.Pooling = "last" if _is_decoder(base.config) else "mean"
+
+    @property
+    def head_bytes(self) -> int:
+        return self._heads.nbytes
+
+    def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+        """An answer, or an exception of that row's own, for each row of the group.
+
+        Embeddings are of whatever the adapter was trained for: by default the mean over the tokens
+        for encoders, the last token for decoders (the only one that has read the whole text).
+
+        Raises:
+            TaskMismatch: The adapter, or the bare base, does something else.
+            AdapterError: The head is wrong.
+        """
+        if group.task == "feature-extraction":
+            return group.each(lambda index: self._embed(group, index))
+        if weights is not None and weights.task != group.task:
+            raise TaskMismatch(group.task, weights.task)
+        if group.task == "fill-mask":
+            return self._fill_masks(group)
+        if weights is None or group.version is None or group.task not in HEADED:
+            raise TaskMismatch(group.task, None)
+        head = self._heads.task_head(group.version, weights)
+        logits = head(group.hidden, group.pooled, group.ids, group.mask).cpu()
+        if group.task == "text-classification":
+            return group.each(
+                lambda index: postprocess.classify(
+                    logits[index],
+                    head.labels,
+                    head.problem_type,
+                    top_k=group.requests[index].top_k,
+                    apply=group.requests[index].options.get("function_to_apply"),
+                )
+            )
+        if group.task == "question-answering":
+            return group.each(
+                lambda index: postprocess.answers(
+                    logits[index], group.items[index], top_k=group.requests[index].top_k
+                )
+            )
+        return group.each(
+            lambda index: postprocess.entities(
+                logits[index],
+                group.items[index],
+                head.labels,
+                self._text,
+                strategy=group.requests[index].options.get("aggregation_strategy", "simple"),
+                ignored=group.requests[index].options.get("ignore_labels", ("O",)),
+            )[: group.requests[index].top_k]
+        )
+
+    def _embed(self, group: Group, index: int) -> tuple[float, ...]:
+        options = group.requests[index].options
+        return postprocess.embed(
+            group.hidden[index, : len(group.items[index].token_ids)],
+            pooling=options.get("pooling", self._pooling),
+            normalize=options.get("normalize", True),
+        )
+
+    def _fill_masks(self, group: Group) -> list[Any]:
+        head = self._heads.language_model_head()
+        is_mask = (group.ids == self._text.mask_id) & (group.mask == 1)
+        counts: list[int] = is_mask.sum(1).tolist()
+        # The head's own layers may be adapted, too; it sees the masks alone.
+        with self._base.adapted.batch(segments.from_runs([(group.slot, sum(counts))])):
+            logits = head(group.hidden[is_mask].unsqueeze(0))[0].cpu()
+        parts: Sequence[torch.Tensor] = torch.split(logits, counts)
+        return group.each(
+            lambda index: postprocess.fill(
+                parts[index], group.items[index], self._text, top_k=group.requests[index].top_k
+            )
+        )
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether its tokens see only those before them."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+    )
+
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return causal is not None and MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None) is None

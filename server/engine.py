@@ -1,0 +1,371 @@
+"""The engine: one base, its adapters and two lanes on one device; usable without any HTTP.
+
+``submit`` takes messages, ``step`` runs at most one forward of one lane and returns what happened.
+Loading adapters goes on beside it, in the residency's thread. One thread calls everything here but
+``wake``.
+
+    engine = Engine.build(options)
+    result = engine.encode(["A fine film."], version=version, task="text-classification")
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapters.checkpoint import AdapterWeights, load_adapter
+from adapters.errors import UnsupportedOption
+from adapters.residency import Residency
+from adapters.store import Store
+from server.base_model import LoadedBase, load_base
+from server.encode import EncodeFigures, EncodeLane
+from server.engine_state import EngineSnapshot, StepFigures, cuda_bytes
+from server.generate import GenerateFigures, GenerateLane
+from server.messages import (
+    TERMINAL,
+    Cancel,
+    EncodeRequest,
+    EncodeResult,
+    Event,
+    Failure,
+    GenerateRequest,
+    GenerateResult,
+    Message,
+    Pin,
+    Preload,
+    Request,
+    SamplingOptions,
+    Task,
+)
+from server.options import EngineOptions
+from server.text import Text, TextInput
+
+log = logging.getLogger(__name__)
+
+_NO_HEADS: frozenset[Task] = frozenset({"fill-mask", "text-generation", "feature-extraction"})
+
+
+class EngineFailure(Exception):
+    """A request made through ``encode`` or ``generate`` failed; ``failure`` says how."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.code}: {failure.message}")
+        self.failure = failure
+
+
+@dataclass(slots=True)
+class _Parts:
+    base: LoadedBase
+    text: Text
+    residency: Residency
+    encode: EncodeLane
+    generate: GenerateLane | None
+    base_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """See the module. Made by ``build``."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
+        self._wake = threading.Event()
+        self._outbox: list[Event] = []
+        self._turn_is_encode = True
+        self._ids = itertools.count()
+        self._last: StepFigures | None = None
+        parts.residency.on_ready(lambda version: self.wake())
+
+    @classmethod
+    def build(cls, options: EngineOptions) -> Engine:
+        """Load the base and start; takes seconds to minutes.
+
+        Raises:
+            BaseModelError: The base cannot be served.
+            TokenizerError: It has no usable tokenizer.
+        """
+        base = load_base(options)
+        signature = base.adapted.signature
+        most = signature.max_length
+        text = Text.load(
+            base.folder,
+            max_tokens=min(most, options.max_input_tokens or most),
+            vocab_size=signature.vocab_size or None,
+            pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
+        )
+        store = Store(options.store_dir)
+
+        def load(version: str) -> AdapterWeights:
+            weights = load_adapter(store.path(version), signature)
+            if weights.head and weights.task in _NO_HEADS:
+                raise UnsupportedOption(
+                    f"The adapter does {weights.task} and saved modules whole.",
+                    found=", ".join(sorted(weights.head)[:3]),
+                    expected="factors only: the base's own modules are shared by all adapters",
+                    fix="Target those modules with HiRA or LoRA in place of modules_to_save.",
+                )
+            return weights
+
+        residency = Residency(
+            base.adapted,
+            load,
+            slots=options.slots,
+            device_bytes=options.device_bytes,
+            host_bytes=options.host_bytes,
+            folded_bytes=options.folded_bytes,
+            dtype=base.dtype,
+        )
+        linear, other = base.adapted.base_bytes()
+        return cls(
+            _Parts(
+                base=base,
+                text=text,
+                residency=residency,
+                encode=EncodeLane(base, text, residency, options),
+                generate=GenerateLane(base.adapted, text.tokenizer, residency, options)
+                if base.generates
+                else None,
+                base_bytes={"linear": linear, "other": other},
+            )
+        )
+
+    @property
+    def base(self) -> LoadedBase:
+        return self._parts.base
+
+    @property
+    def text(self) -> Text:
+        return self._parts.text
+
+    @property
+    def residency(self) -> Residency:
+        return self._parts.residency
+
+    @property
+    def last_step(self) -> StepFigures | None:
+        """The latest step that ran a forward."""
+        return self._last
+
+    def submit(self, message: Message) -> None:
+        """Take a message; what comes of it is in the events of later steps.
+
+        Raises:
+            ValueError: A request of this id is here already.
+        """
+        match message:
+            case EncodeRequest():
+                self._parts.encode.submit(message)
+            case GenerateRequest():
+                if self._parts.generate is None:
+                    self._outbox.append(_cannot_generate(message, self.base))
+                else:
+                    self._parts.generate.submit(message)
+            case Cancel():
+                self._outbox = [one for one in self._outbox if one.id != message.id]
+                if not self._parts.encode.cancel(message.id) and self._parts.generate is not None:
+                    self._parts.generate.cancel(message.id)
+            case Preload():
+                self._parts.residency.prefetch(message.version)
+            case Pin():
+                self._parts.residency.set_pinned(message.versions)
+
+    def step(self) -> list[Event]:
+        """Run at most one forward, of the lane whose turn it is; [] when there is nothing to do."""
+        events, self._outbox = self._outbox, []
+        encode, generate = self._parts.encode, self._parts.generate
+        can_encode = encode.has_work()
+        can_generate = generate is not None and generate.has_work()
+        if not can_encode and not can_generate:
+            return events
+        encodes = can_encode and (self._turn_is_encode or not can_generate)
+        self._turn_is_encode = not encodes
+        if encodes:
+            before = encode.figures().steps
+            events += encode.step()
+            self._note_encode(encode.figures(), before)
+        elif generate is not None:
+            steps, clock = generate.figures().steps, time.perf_counter()
+            events += generate.step()
+            self._note_generate(generate.figures(), steps, time.perf_counter() - clock)
+        return events
+
+    def has_work(self) -> bool:
+        """Whether a step could do something now, rather than wait for an adapter to load."""
+        generate = self._parts.generate
+        return bool(
+            self._outbox
+            or self._parts.encode.has_work()
+            or (generate is not None and generate.has_work())
+        )
+
+    def wait(self, timeout: float) -> None:
+        """Return when an adapter has been loaded or has failed, ``wake`` is called, a deadline
+        passes, or after ``timeout`` seconds; at once if one came since the last wait."""
+        lanes = (self._parts.encode, self._parts.generate)
+        deadlines = [lane.next_deadline() for lane in lanes if lane is not None]
+        now = time.time()
+        until = [max(0.0, one - now) for one in deadlines if one is not None]
+        self._wake.wait(min([timeout, *until]))
+        self._wake.clear()
+
+    def wake(self) -> None:
+        """End a ``wait``; from any thread."""
+        self._wake.set()
+
+    def snapshot(self) -> EngineSnapshot:
+        parts = self._parts
+        known = parts.residency.snapshot()
+        generate = parts.generate.figures() if parts.generate is not None else None
+        encode = parts.encode.figures()
+        depth = {"encode": parts.encode.depth()}
+        blocks: dict[str, int] = {}
+        totals = {"load": known.loads, "eviction": known.evictions, "failure": known.failures}
+        if generate is not None:
+            depth["generate"] = generate.waiting + generate.running
+            blocks = {
+                "used": generate.kv_blocks_used,
+                "cached": generate.kv_blocks_cached,
+                "free": generate.kv_blocks_total
+                - generate.kv_blocks_used
+                - generate.kv_blocks_cached,
+            }
+        return EngineSnapshot(
+            queue_depth=depth,
+            base_bytes=parts.base_bytes,
+            adapter_bytes={
+                "device": known.device_bytes,
+                "host": known.host_bytes,
+                "folded": known.folded_bytes,
+                "heads": encode.head_bytes,
+            },
+            adapters={
+                **Counter(known.tiers.values()),
+                "slots": known.slots,
+                "slots_used": known.slots_used,
+            },
+            kv_blocks=blocks,
+            cuda_bytes=cuda_bytes(parts.base.device),
+            totals=totals,
+            residency=dict(known.tiers),
+            pinned=known.pinned,
+            device=str(parts.base.device),
+            dtype=str(parts.base.dtype).removeprefix("torch."),
+        )
+
+    def close(self) -> list[Event]:
+        """Fail every request that is still here and stop the loader."""
+        events, self._outbox = self._outbox, []
+        events += self._parts.encode.close()
+        if self._parts.generate is not None:
+            events += self._parts.generate.close()
+        self._parts.residency.close()
+        return events
+
+    # For tests and notebooks: a request at a time, without a loop of one's own.
+
+    def encode(
+        self,
+        texts: Sequence[TextInput],
+        *,
+        task: Task,
+        version: str | None = None,
+        top_k: int | None = None,
+        truncation: bool = False,
+        **options: Any,
+    ) -> EncodeResult:
+        """Encode some texts and wait for the answer.
+
+        Raises:
+            TextError: A text that the model cannot take.
+            EngineFailure: The request failed.
+        """
+        result = self.run(
+            EncodeRequest(
+                id=f"local-{next(self._ids)}",
+                task=task,
+                adapter=version,
+                version=version,
+                inputs=self.text.encode(texts, task, truncation=truncation),
+                top_k=top_k,
+                options=options,
+                submitted=time.time(),
+            )
+        )
+        assert isinstance(result, EncodeResult)
+        return result
+
+    def generate(
+        self, prompt: str, *, version: str | None = None, **sampling: Any
+    ) -> GenerateResult:
+        """Continue a prompt and wait for the whole answer.
+
+        Args:
+            sampling: Fields of ``SamplingOptions``.
+
+        Raises:
+            TextError: A prompt that the model cannot take.
+            EngineFailure: The request failed.
+        """
+        chosen = SamplingOptions(**sampling)
+        ids = self.text.encode_prompt(prompt, max_new_tokens=chosen.max_new_tokens)
+        result = self.run(
+            GenerateRequest(
+                id=f"local-{next(self._ids)}",
+                adapter=version,
+                version=version,
+                token_ids=ids,
+                sampling=chosen,
+                submitted=time.time(),
+            )
+        )
+        assert isinstance(result, GenerateResult)
+        return result
+
+    def run(self, request: Request) -> EncodeResult | GenerateResult:
+        """Submit one request and step until it is answered; events of others are dropped.
+
+        Raises:
+            EngineFailure: The request failed.
+        """
+        self.submit(request)
+        while True:
+            if not self.has_work():
+                self.wait(1.0)
+            for event in self.step():
+                if event.id != request.id or not isinstance(event, TERMINAL):
+                    continue
+                if isinstance(event, Failure):
+                    raise EngineFailure(event)
+                return event
+
+    def _note_encode(self, figures: EncodeFigures, steps_before: int) -> None:
+        if figures.steps > steps_before:
+            self._last = StepFigures(
+                "encode", figures.last_rows, figures.last_adapters, figures.last_seconds
+            )
+
+    def _note_generate(self, figures: GenerateFigures, steps_before: int, seconds: float) -> None:
+        if figures.steps > steps_before:
+            self._last = StepFigures("generate", figures.last_rows, figures.last_adapters, seconds)
+
+
+def _cannot_generate(request: GenerateRequest, base: LoadedBase) -> Failure:
+    return Failure(
+        request.id,
+        "task_mismatch",
+        "This base does not generate text.",
+        found=base.adapted.signature.architecture,
+        expected="a causal language model",
+        fix="Call /predict or /embed.",
+    )
+
+
+def _one_id(value: Any) -> int | None:
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return value if isinstance(value, int) else None

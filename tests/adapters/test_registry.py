@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, InvalidName
+from adapters.migrations import STATE, SchemaTooNew
+from adapters.registry import Registry, check_name
+from adapters.signature import BaseSignature
+from adapters.store import Store
+from tests.adapters.folders import change_config, hira_folder, small_base
+from tests.adapters.registry_crash import crash_once
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseSignature:
+    return small_base()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("registry")
+    return [hira_folder(root / str(seed), seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry.sqlite", Store(tmp_path / "store"))
+
+
+def again(registry: Registry) -> Registry:
+    """Another registry on the same files, as another process has."""
+    return Registry(registry.url, registry.store)
+
+
+def test_a_registered_name_survives(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    record, created = registry.register("a", folders[0], base, source="here", pinned=True)
+    assert created
+    assert again(registry).resolve("a") == record
+    assert record.task == "text-classification"
+    assert record.ranks == (4, 4)
+    assert record.targets == ("q_lin", "v_lin")
+    assert record.created.tzinfo is not None
+    assert registry.pinned_versions() == (record.version,)
+
+
+def test_registering_the_same_again_changes_nothing(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    first, _ = registry.register("a", folders[0], base, source="here")
+    generation = registry.generation()
+    second, created = registry.register("a", folders[0], base, source="there")
+    assert (second, created) == (first, False)
+    assert registry.generation() == generation
+
+
+def test_a_name_moves_only_with_replace(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    first, _ = registry.register("a", folders[0], base, source="x")
+    with pytest.raises(AdapterExists):
+        registry.register("a", folders[1], base, source="x")
+    assert registry.resolve("a") == first
+    second, created = registry.register("a", folders[1], base, source="x", replace=True)
+    assert created
+    assert registry.resolve("a").version == second.version != first.version
+    assert registry.store.has(first.version)  # requests under way may still need it
+
+
+def test_a_wrong_adapter_changes_nothing(
+    registry: Registry, base: BaseSignature, folders: list[Path], tmp_path: Path
+) -> None:
+    registry.register("a", folders[0], base, source="x")
+    before = registry.generation(), registry.store.versions()
+    bad = change_config(shutil.copytree(folders[1], tmp_path / "bad"), use_dora=True)
+    with pytest.raises(AdapterError):
+        registry.register("a", bad, base, source="x", replace=True)
+    assert (registry.generation(), registry.store.versions()) == before
+
+
+@pytest.mark.parametrize("name", ["", "A", "-a", ".a", "a/b", "..", "a" * 65, "a b", "ä", "a\n"])
+def test_names_that_are_not_allowed(name: str) -> None:
+    with pytest.raises(InvalidName):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a" * 64, "hira-imdb", "a.b_c-d"])
+def test_names_that_are_allowed(name: str) -> None:
+    check_name(name)
+
+
+def test_what_another_process_commits_is_seen_at_once(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    other = again(registry)
+    with pytest.raises(AdapterNotFound):
+        other.resolve("a")
+    for folder in folders:
+        record, _ = registry.register("a", folder, base, source="x", replace=True)
+        assert other.resolve("a") == record
+        assert registry.resolve("a") == record
+    other.remove("a")
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("a")
+
+
+def test_names_are_listed_by_page(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    for name in ("b-2", "a-1", "b-1", "b-3"):
+        registry.register(name, folders[0], base, source="x")
+    records, total = registry.list(prefix="b-", offset=1, limit=1)
+    assert [record.name for record in records] == ["b-2"]
+    assert total == 3
+
+
+def test_pins_change_and_removal_of_the_unknown_is_an_error(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    registry.register("a", folders[0], base, source="x")
+    assert registry.update("a", pinned=True).pinned
+    assert registry.resolve("a").pinned
+    with pytest.raises(AdapterNotFound):
+        registry.update("b", pinned=True)
+    with pytest.raises(AdapterNotFound):
+        registry.remove("b")
+
+
+def test_garbage_is_what_nobody_names_or_uses(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    versions = [
+        registry.register(f"a{index}", folder, base, source="x")[0].version
+        for index, folder in enumerate(folders)
+    ]
+    registry.register("also", folders[0], base, source="x")
+    for index in range(3):
+        registry.remove(f"a{index}")
+    assert registry.collect_garbage() == []  # within the grace
+    assert registry.collect_garbage({versions[1]}, grace_s=0) == [versions[2]]
+    assert registry.store.versions() == {versions[0], versions[1]}
+    assert registry.resolve("also").version == versions[0]
+
+
+def test_start_up_reports_names_without_bytes_and_collects_orphans(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    lost, _ = registry.register("lost", folders[0], base, source="x")
+    registry.register("kept", folders[1], base, source="x")
+    orphan = registry.store.add(folders[2])
+    registry.store.remove(lost.version)
+    assert again(registry).check() == ["lost"]
+    assert not registry.store.has(orphan)
+
+
+def test_of_two_at_once_one_wins(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    outcomes: list[str] = []
+    barrier = threading.Barrier(2)
+
+    def register(folder: Path) -> None:
+        barrier.wait()
+        try:
+            registry.register("a", folder, base, source="x")
+        except AdapterExists:
+            outcomes.append("exists")
+        else:
+            outcomes.append("created")
+
+    threads = [threading.Thread(target=register, args=(folder,)) for folder in folders[:2]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["created", "exists"]
+
+
+def test_a_locked_database_is_waited_for(
+    registry: Registry, base: BaseSignature, folders: list[Path], tmp_path: Path
+) -> None:
+    holder = sqlite3.connect(
+        tmp_path / "registry.sqlite", isolation_level=None, check_same_thread=False
+    )
+    holder.execute("BEGIN IMMEDIATE")
+
+    def let_go() -> None:
+        holder.execute("ROLLBACK")
+        holder.close()
+
+    timer = threading.Timer(0.5, let_go)
+    timer.start()
+    assert registry.register("a", folders[0], base, source="x")[1]
+    timer.join()
+
+
+def test_a_later_schema_is_not_touched(registry: Registry) -> None:
+    with sa.create_engine(registry.url).begin() as connection:
+        connection.execute(sa.update(STATE).values(schema_version=99))
+    with pytest.raises(SchemaTooNew, match="99"):
+        again(registry)
+
+
+def _resolve_in_child(registry: Registry, answers: object) -> None:
+    registry.reopen()
+    answers.put(registry.resolve("a").version)  # type: ignore[attr-defined]
+    registry.close()
+
+
+def test_a_forked_child_has_connections_of_its_own(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    version = registry.register("a", folders[0], base, source="x")[0].version
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_resolve_in_child, args=(registry, answers))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert answers.get() == version
+    assert registry.resolve("a").version == version
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_kill_at_any_moment_loses_nothing_acknowledged(
+    tmp_path: Path, folders: list[Path], seed: int
+) -> None:
+    assert crash_once(tmp_path / "crash", folders, seed) == []
