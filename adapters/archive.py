@@ -6,6 +6,8 @@ Every member is looked at before any is written. What the files hold is checked 
 
 from __future__ import annotations
 
+import gzip
+import io
 import stat
 import tarfile
 import zipfile
@@ -24,6 +26,8 @@ WANTED = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE)
 MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink
 _CHUNK_BYTES = 1 << 20
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack without bound
+_GZIP_START = b"\x1f\x8b"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -37,7 +41,9 @@ class _Member:
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
-    """Take the files of an adapter out of a zip or tar archive, compressed or not.
+    """Take the files of an adapter out of a zip, tar or tar.gz archive.
+
+    Memory stays within a few ``_CHUNK_BYTES``, whatever the archive claims or unpacks to.
 
     Args:
         archive: On disk.
@@ -55,9 +61,9 @@ def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
         AdapterFaults: Several of these.
     """
     with _opened(archive) as opened:
-        members = _members(opened)
-        chosen = _chosen(members, packed_bytes=archive.stat().st_size, max_bytes=max_bytes)
-        left = max_bytes
+        limit = min(max_bytes, max(archive.stat().st_size, 4096) * MAX_RATIO)
+        chosen = _chosen(_members(opened, limit))
+        left = limit
         for name, member in chosen.items():
             left -= _extract(opened, member, target / name, left)
     return target
@@ -68,14 +74,22 @@ def is_archive(name: str) -> bool:
     return name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))
 
 
-def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> list[_Member]:
+def _members(opened: zipfile.ZipFile | tarfile.TarFile, max_bytes: int) -> list[_Member]:
     members: list[_Member] = []
+    total = 0
     for handle in opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened:
         if len(members) == MAX_MEMBERS:
             raise UploadTooLarge(
                 "The archive has too many members.", expected=f"at most {MAX_MEMBERS}"
             )
         members.append(_described(handle))
+        total += max(members[-1].nbytes, 0)
+        if total > max_bytes:  # before the next header is looked for behind all these bytes
+            raise UploadTooLarge(
+                "The archive unpacks to too much.",
+                found=f"more than {total} bytes",
+                expected=f"at most {max_bytes} bytes, {MAX_RATIO} times the archive or the limit",
+            )
     return members
 
 
@@ -92,17 +106,10 @@ def _described(handle: zipfile.ZipInfo | tarfile.TarInfo) -> _Member:
     )
 
 
-def _chosen(members: list[_Member], *, packed_bytes: int, max_bytes: int) -> dict[str, _Member]:
+def _chosen(members: list[_Member]) -> dict[str, _Member]:
     faults = [fault for member in members if (fault := _danger(member)) is not None]
     if faults:
         raise faults[0] if len(faults) == 1 else AdapterFaults(faults[:8])
-    total = sum(member.nbytes for member in members)
-    if total > min(max_bytes, max(packed_bytes, 4096) * MAX_RATIO):
-        raise UploadTooLarge(
-            "The archive unpacks to too much.",
-            found=f"{total} bytes from {packed_bytes}",
-            expected=f"at most {max_bytes} bytes, and {MAX_RATIO} times the archive",
-        )
     configs = [PurePosixPath(m.name) for m in members if PurePosixPath(m.name).name == CONFIG_FILE]
     folders = {path.parent for path in configs if len(path.parts) <= 2}
     if len(folders) != 1:
@@ -136,6 +143,14 @@ def _danger(member: _Member) -> UnsafeFormat | None:
             expected="files and folders; no links, devices or pipes",
             fix="Pack the files themselves.",
         )
+    if isinstance(member.handle, zipfile.ZipInfo) and member.handle.compress_type not in (
+        _ZIP_METHODS
+    ):
+        return UnsafeFormat(
+            "A member of the archive is packed by a method that is not read.",
+            found=f"{shown}, method {member.handle.compress_type}",
+            expected="stored or deflated",
+        )
     if path.name.startswith("adapter_model") and path.suffix in _PICKLES:
         return UnsafeFormat(
             "The adapter is a pickle, which can run code when it is read.",
@@ -163,18 +178,53 @@ def _extract(
     return written
 
 
+class _Bounded(io.RawIOBase):
+    """A file that refuses to read much at once: an archive's own lists are read whole otherwise."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= _CHUNK_BYTES:
+            raise UploadTooLarge(
+                "The archive's list of members is too long.",
+                found=f"{size} bytes in one piece",
+                expected=f"at most {_CHUNK_BYTES}",
+            )
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+
 @contextmanager
 def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as unzipped:
-                yield unzipped
-        else:
-            with tarfile.open(archive, "r:*") as untarred:
+        with archive.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(_Bounded(file)) as unzipped:
+                    yield unzipped
+                return
+            file.seek(0)
+            packed = file.read(2) == _GZIP_START
+            file.seek(0)
+            with (
+                gzip.GzipFile(fileobj=file) if packed else file as plain,
+                tarfile.TarFile(fileobj=_Bounded(plain)) as untarred,
+            ):
                 yield untarred
     except (
-        *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError),
-        *(NotImplementedError, RuntimeError, ValueError, UnicodeError),
+        *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError),
+        *(NotImplementedError, RuntimeError, ValueError, OverflowError),
     ) as cause:
         raise CorruptFile(
             "The archive cannot be read.",

@@ -10,6 +10,9 @@ Which class is loaded, by the first entry of ``architectures`` in the config:
     XModel                                      the bare backbone
     any other head, or none named               the bare backbone; the checkpoint's head is left
                                                 out, because heads come with adapters
+
+A bare backbone stands under the name that it has in the family's task classes (``bert``, ``model``),
+so its layers have the paths that adapters made on those classes know.
 """
 
 from __future__ import annotations
@@ -230,7 +233,36 @@ def _model_class(config: Any) -> type[Any]:
             expected="a text encoder or decoder of transformers",
         )
     chosen: type[Any] = found
-    return chosen
+    return chosen if name_is_headed(chosen.__name__) else _under_its_name(chosen)
+
+
+def name_is_headed(architecture: str) -> bool:
+    """Whether a class of this name has a language-model head."""
+    return architecture.endswith(_LANGUAGE_MODELS)
+
+
+def _under_its_name(backbone_class: type[Any]) -> type[Any]:
+    """A model that is nothing but the backbone, as the child that task classes have it as."""
+    prefix = backbone_class.base_model_prefix
+    if not prefix:
+        return backbone_class
+
+    def __init__(self: Any, config: Any) -> None:  # noqa: N807
+        super(bare, self).__init__(config)
+        setattr(self, prefix, backbone_class(config))
+        self.post_init()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, prefix)(*args, **kwargs)
+
+    family = next(base for base in backbone_class.__mro__[1:] if hasattr(base, "from_pretrained"))
+    bare: Any = type(
+        backbone_class.__name__,
+        (family,),
+        {"__init__": __init__, "forward": forward, "__module__": backbone_class.__module__},
+    )
+    result: type[Any] = bare
+    return result
 
 
 def _with_pooler(model_class: type[Any], config: Any, names: frozenset[str]) -> type[Any]:

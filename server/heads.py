@@ -17,6 +17,7 @@ from torch import nn
 
 from adapters.errors import MissingTensors, ShapeMismatch, UnmatchedTensors, UnsupportedOption
 from server.base_model import LoadedBase
+from server.base_plan import name_is_headed
 from server.messages import Task
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Heads:
         """
         if self._own is None:
             model = self._base.model
-            if model.base_model is model:
+            if not name_is_headed(type(model).__name__):
                 raise UnsupportedOption(
                     "The base has no language-model head.",
                     found=type(model).__name__,

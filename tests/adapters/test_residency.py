@@ -18,12 +18,7 @@ from adapters.inject import AdaptedModel, inject
 from adapters.packing import pack
 from adapters.residency import Residency
 from adapters.segments import from_rows
-from tests.adapters.tiny_models import (
-    FakeFactors,
-    FakeWeights,
-    build,
-    random_factors,
-)
+from tests.adapters.tiny_models import FakeFactors, FakeWeights, build, random_factors
 
 WIDTH = 16
 # One layer, rank 2, float32: A and B of 2 x 16 numbers each.
@@ -322,11 +317,8 @@ def test_resident_adapter_costs_its_tensors_in_the_compute_dtype() -> None:
     assert tensors <= packed.nbytes <= 1.05 * tensors
     on_device = packed.to_device(torch.device("cpu"))
     assert packed.host_nbytes(in_slot=True) == 0
-    buffers = {
-        tensor.untyped_storage().data_ptr()
-        for entry in (*on_device.values(), *packed.weights.factors.values())
-        for tensor in (entry.a, entry.b)
-    }
+    entries: list[Any] = [*on_device.values(), *packed.weights.factors.values()]
+    buffers = {t.untyped_storage().data_ptr() for entry in entries for t in (entry.a, entry.b)}
     assert len(buffers) == 1
     for path, entry in on_device.items():
         assert torch.equal(entry.a, factors[path].a.bfloat16())
@@ -403,4 +395,3 @@ def _check_slots_hold_their_versions(made: Residency, disk: Disk, held: Mapping[
     for version, slot in held.items():
         expected = weights_of(version, disk.adapted).factors["0"].a
         assert torch.equal(slots[slot].a, expected), version
-    assert made.snapshot().slots == made._tiers.slots

@@ -1,19 +1,21 @@
 """A server in its real processes around the fake engine: quick to start, for faults and limits.
 
-Run as a program by `tests.server.live`; the registry is a dictionary, the tokenizer the demo's.
+Run as a program by `tests.server.live`; the registry is a dictionary, a token is a character.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from server import demo, metrics
+from server import metrics
+from server.messages import EncodedInput, Task
 from server.settings import load_settings
+from server.text import InvalidInput, Text, TextInput
 
 
 @dataclass
@@ -50,6 +52,31 @@ class FakeRegistry:
         return list(self.records.values()), len(self.records)
 
 
+class Characters(Text):
+    """A tokenizer without transformers."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.vocab_size = None
+
+    def encode(
+        self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
+    ) -> tuple[EncodedInput, ...]:
+        if any(not one for one in texts):
+            raise InvalidInput("An input is empty.")
+        return tuple(EncodedInput(tuple(map(ord, "".join(one)))) for one in texts)
+
+    def encode_prompt(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 0,
+        truncation: bool = False,
+        special_tokens: bool = True,
+    ) -> tuple[int, ...]:
+        return tuple(map(ord, prompt))
+
+
 def main(engine: str) -> None:
     settings = load_settings({})
     settings.run_dir.mkdir(parents=True)
@@ -58,18 +85,17 @@ def main(engine: str) -> None:
     from server.edge.run import run_service
     from server.edge.service import Base, Service
     from server.edge.supervise import StartFailed
-    from server.text import Text
 
     logs.configure(settings.log_level, access=settings.access_log)
     nothing: Any = None
-    text = Text.load(Path(demo.BASE_DIR), max_tokens=256)
+    text = Characters(256)
     base = Base(
-        "fake-base",
-        "text-generation",
-        nothing,
-        text,
-        text,
-        time.time(),
+        name="fake-base",
+        task="text-generation",
+        signature=nothing,
+        inputs=text,
+        prompts=text,
+        created=time.time(),
     )
     registry: Any = FakeRegistry()
     service = Service(settings, base, registry, lambda: load_settings({}))
