@@ -185,13 +185,14 @@ class _Bounded(io.RawIOBase):
         self._file = file
 
     def read(self, size: int = -1, /) -> bytes:
-        if not 0 <= size <= _CHUNK_BYTES:
+        content = self._file.read(_CHUNK_BYTES + 1 if size < 0 else min(size, _CHUNK_BYTES + 1))
+        if len(content) > _CHUNK_BYTES:
             raise UploadTooLarge(
                 "The archive's list of members is too long.",
-                found=f"{size} bytes in one piece",
+                found=f"more than {_CHUNK_BYTES} bytes in one piece",
                 expected=f"at most {_CHUNK_BYTES}",
             )
-        return self._file.read(size)
+        return content
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         return self._file.seek(offset, whence)
