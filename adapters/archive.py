@@ -13,10 +13,10 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from adapters.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
@@ -27,6 +27,7 @@ MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink
 _CHUNK_BYTES = 1 << 20
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack without bound
+_ENCRYPTED = 0x1
 _GZIP_START = b"\x1f\x8b"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -54,7 +55,8 @@ def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
         ``target``.
 
     Raises:
-        UnsafeFormat: A member would leave the archive, or is a link, device or pickle.
+        UnsafeFormat: A member would leave the archive, is a link, device or pickle, or is packed
+            in a way that is not read.
         UploadTooLarge: Too many members, or too many bytes.
         CorruptFile: It is no such archive, or it is damaged.
         MissingTensors: It holds no adapter.
@@ -90,7 +92,22 @@ def _members(opened: zipfile.ZipFile | tarfile.TarFile, max_bytes: int) -> list[
                 found=f"more than {total} bytes",
                 expected=f"at most {max_bytes} bytes, {MAX_RATIO} times the archive or the limit",
             )
+    if isinstance(opened, tarfile.TarFile):
+        _check_end(opened)
     return members
+
+
+def _check_end(opened: tarfile.TarFile) -> None:
+    """Tell the end of an archive from damage: tarfile takes a broken header for the end too."""
+    assert opened.fileobj is not None
+    opened.fileobj.seek(opened.offset)
+    if opened.fileobj.read(_CHUNK_BYTES)[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+        raise CorruptFile(
+            "The archive is damaged, or ends too early.",
+            found=f"no end mark at byte {opened.offset}",
+            expected="a block of zeros after the last member",
+            fix="Pack or upload it again.",
+        )
 
 
 def _described(handle: zipfile.ZipInfo | tarfile.TarInfo) -> _Member:
@@ -143,13 +160,13 @@ def _danger(member: _Member) -> UnsafeFormat | None:
             expected="files and folders; no links, devices or pipes",
             fix="Pack the files themselves.",
         )
-    if isinstance(member.handle, zipfile.ZipInfo) and member.handle.compress_type not in (
-        _ZIP_METHODS
+    if isinstance(member.handle, zipfile.ZipInfo) and (
+        member.handle.compress_type not in _ZIP_METHODS or member.handle.flag_bits & _ENCRYPTED
     ):
         return UnsafeFormat(
-            "A member of the archive is packed by a method that is not read.",
+            "A member of the archive is encrypted, or packed by a method that is not read.",
             found=f"{shown}, method {member.handle.compress_type}",
-            expected="stored or deflated",
+            expected="stored or deflated, without a password",
         )
     if path.name.startswith("adapter_model") and path.suffix in _PICKLES:
         return UnsafeFormat(
@@ -219,8 +236,8 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
             packed = file.read(2) == _GZIP_START
             file.seek(0)
             with (
-                gzip.GzipFile(fileobj=file) if packed else file as plain,
-                tarfile.TarFile(fileobj=_Bounded(plain)) as untarred,
+                gzip.GzipFile(fileobj=file) if packed else nullcontext(file) as plain,
+                tarfile.TarFile(fileobj=_Bounded(cast("IO[bytes]", plain))) as untarred,
             ):
                 yield untarred
     except (

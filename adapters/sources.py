@@ -7,14 +7,15 @@ are first copied, without following links, to a folder that no one else writes t
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from adapters.archive import WANTED
 from adapters.errors import SourceForbidden, SourceUnavailable, StoreFull, UploadTooLarge
@@ -84,6 +85,10 @@ class Sources:
                     )
                 else:
                     self._from_folder(Path(source), target, trusted=trusted)
+            except (ValueError, RuntimeError) as error:  # a NUL in the path, links in a circle
+                raise SourceUnavailable(
+                    "The source has no readable address.", found=f"{source[:200]!r}: {error}"[:300]
+                ) from error
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise StoreFull("The disk is full.", fix="Free disk space.") from error
@@ -138,13 +143,16 @@ class Sources:
         with os.fdopen(handle, "rb") as reader:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise SourceForbidden("A file of the source is not a plain file.", found=name)
-            written = 0
-            with target.open("xb") as writer:
-                while chunk := reader.read(_CHUNK_BYTES):
-                    written += len(chunk)
-                    if written > left:
-                        raise self._too_large(name)
-                    writer.write(chunk)
+            return self._copy(reader, target, left)
+
+    def _copy(self, reader: IO[bytes], target: Path, left: int) -> int:
+        written = 0
+        with target.open("xb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                written += len(chunk)
+                if written > left:
+                    raise self._too_large(target.name)
+                writer.write(chunk)
         return written
 
     def _too_large(self, name: str) -> UploadTooLarge:
@@ -159,19 +167,25 @@ class Sources:
         if not allowed or found is None:
             raise _forbidden(source, "hf://org/repo@revision", "HIRA_ALLOW_HUB=true")
         try:
+            import httpx
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HfHubHTTPError
         except ImportError as cause:
             raise _no_extra("hub", "huggingface_hub") from cause
         folder = found["folder"] or ""
-        if ".." in folder.split("/"):
-            raise _forbidden(source, "hf://org/repo@revision", "HIRA_ALLOW_HUB=true")
+        if folder and not all(part.strip(".") for part in folder.split("/")):
+            raise _forbidden(source, "hf://org/repo/folder@revision", "HIRA_ALLOW_HUB=true")
         patterns = [f"{folder}/{name}" if folder else name for name in _COPIED]
         try:
-            snapshot = snapshot_download(
-                found["repo"], revision=found["rev"], allow_patterns=patterns
+            planned = snapshot_download(
+                found["repo"], revision=found["rev"], allow_patterns=patterns, dry_run=True
             )
-        except (HfHubHTTPError, ValueError) as cause:
+            if sum(file.file_size or 0 for file in planned) > self.max_bytes:
+                raise self._too_large(source[:200])
+            # The commit that was measured, whatever the revision means by now.
+            revision = planned[0].commit_hash if planned else found["rev"]
+            snapshot = snapshot_download(found["repo"], revision=revision, allow_patterns=patterns)
+        except (HfHubHTTPError, ValueError, httpx.HTTPError) as cause:
             raise SourceUnavailable(
                 "The hub did not give the adapter.", found=str(cause)[:200]
             ) from cause
@@ -179,10 +193,8 @@ class Sources:
         for name in _COPIED:
             path = Path(snapshot) / folder / name
             if path.is_file():  # a link into the hub's own cache
-                left -= path.stat().st_size
-                if left < 0:
-                    raise self._too_large(name)
-                shutil.copyfile(path, target / name)
+                with path.open("rb") as reader:
+                    left -= self._copy(reader, target / name, left)
 
     def _from_s3(self, source: str, target: Path, *, allowed: bool) -> None:
         if not allowed:
@@ -190,20 +202,21 @@ class Sources:
         try:
             import fsspec
 
+            faults = importlib.import_module("botocore.exceptions")
             files = fsspec.filesystem("s3")
         except ImportError as cause:
             raise _no_extra("s3", "s3fs") from cause
         left = self.max_bytes
         for name in _COPIED:
-            place = f"{source.rstrip('/')}/{name}"
             try:
-                size = files.size(place)
-                left -= size or 0
-                if left < 0:
-                    raise self._too_large(name)
-                files.get_file(place, str(target / name))
+                with files.open(f"{source.rstrip('/')}/{name}", "rb") as reader:
+                    left -= self._copy(reader, target / name, left)
             except FileNotFoundError:
                 continue
+            except (faults.BotoCoreError, faults.ClientError) as cause:
+                raise SourceUnavailable(
+                    "The object store did not give the adapter.", found=str(cause)[:200]
+                ) from cause
 
 
 def _forbidden(source: str, form: str, setting: str) -> SourceForbidden:

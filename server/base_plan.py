@@ -11,8 +11,8 @@ Which class is loaded, by the first entry of ``architectures`` in the config:
     any other head, or none named               the bare backbone; the checkpoint's head is left
                                                 out, because heads come with adapters
 
-A bare backbone stands under the name that it has in the family's task classes (``bert``, ``model``),
-so its layers have the paths that adapters made on those classes know.
+A bare backbone stands under the name that it has in the family's task classes (``bert``,
+``model``), so its layers have the paths that adapters made on those classes know.
 """
 
 from __future__ import annotations

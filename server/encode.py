@@ -262,7 +262,6 @@ class EncodeLane:
             else:
                 log.exception("Encoding %d rows of version %s failed", len(rows), rows[0].key)
                 return [error.with_traceback(None)] * len(rows)
-            del error
         return [output for part in parts for output in self._forward(part, slots)]
 
     def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:

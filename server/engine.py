@@ -79,7 +79,7 @@ class Engine:
         self._turn_is_encode = True
         self._ids = itertools.count()
         self._last: StepFigures | None = None
-        parts.residency.on_ready(lambda version: self.wake())
+        parts.residency.on_ready(self._settled)
 
     @classmethod
     def build(cls, options: EngineOptions) -> Engine:
@@ -243,11 +243,9 @@ class Engine:
                 "folded": known.folded_bytes,
                 "heads": encode.head_bytes,
             },
-            adapters={
-                **Counter(known.tiers.values()),
-                "slots": known.slots,
-                "slots_used": known.slots_used,
-            },
+            adapters=Counter(known.tiers.values()),
+            slots=known.slots,
+            slots_used=known.slots_used,
             kv_blocks=blocks,
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
@@ -342,6 +340,13 @@ class Engine:
                 if isinstance(event, Failure):
                     raise EngineFailure(event)
                 return event
+
+    def _settled(self, version: str) -> None:
+        """In the loader's thread: a version is ready, or has failed."""
+        error = self._parts.residency.error(version)
+        if error is not None:
+            log.warning("Adapter version %s could not be loaded: %s", version, error)
+        self.wake()
 
     def _note_encode(self, figures: EncodeFigures, steps_before: int) -> None:
         if figures.steps > steps_before:

@@ -26,7 +26,8 @@ class EngineSnapshot:
         queue_depth: Requests that wait or run, by lane.
         base_bytes: Of the base, by part.
         adapter_bytes: Of adapters, by tier.
-        adapters: Versions, by tier; slots in all and used.
+        adapters: Versions, by tier.
+        slots, slots_used: Places on the device.
         kv_blocks: Of the generate lane, by state.
         cuda_bytes: Of the device, by kind; empty on the CPU.
         totals: Counters since the start.
@@ -42,6 +43,8 @@ class EngineSnapshot:
     kv_blocks: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
     totals: Mapping[str, int]
+    slots: int
+    slots_used: int
     residency: Mapping[str, str]
     pinned: tuple[str, ...]
     device: str

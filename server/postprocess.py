@@ -155,7 +155,7 @@ def entities(
             continue
         found.append(
             {
-                "ids": [item.token_ids[index]],
+                "pieces": [text.piece(item.token_ids[index], item.text[start:end])],
                 "start": start,
                 "end": end,
                 "index": index,
@@ -163,7 +163,7 @@ def entities(
             }
         )
     if strategy in _WORD_STRATEGIES:
-        found = [_agree(word, strategy) for word in _words(found, item.text)]
+        found = [_agree(word, strategy, text) for word in _words(found, item.text)]
     for one in found:
         best = int(one["scores"].argmax())
         one["entity"] = labels[best]
@@ -174,7 +174,7 @@ def entities(
                 "entity": one["entity"],
                 "score": one["score"],
                 "index": one["index"],
-                "word": text.words(one["ids"]),
+                "word": one["pieces"][0],
                 "start": one["start"],
                 "end": one["end"],
             }
@@ -242,14 +242,14 @@ def _words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, A
     return words
 
 
-def _agree(word: Sequence[dict[str, Any]], strategy: str) -> dict[str, Any]:
+def _agree(word: Sequence[dict[str, Any]], strategy: str, text: Text) -> dict[str, Any]:
     choose: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "first": lambda rows: rows[0],
         "average": lambda rows: rows.mean(0),
         "max": lambda rows: rows[int(rows.amax(-1).argmax())],
     }
     return {
-        "ids": [token for one in word for token in one["ids"]],
+        "pieces": [text.join([piece for one in word for piece in one["pieces"]])],
         "start": word[0]["start"],
         "end": word[-1]["end"],
         "index": word[0]["index"],
@@ -261,7 +261,7 @@ def _join(group: Sequence[dict[str, Any]], text: Text) -> dict[str, Any]:
     return {
         "entity_group": _bare(group[0]["entity"]),
         "score": sum(one["score"] for one in group) / len(group),
-        "word": text.words([token for one in group for token in one["ids"]]),
+        "word": text.join([piece for one in group for piece in one["pieces"]]),
         "start": group[0]["start"],
         "end": group[-1]["end"],
     }

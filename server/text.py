@@ -284,10 +284,15 @@ class Text:
             text = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return str(text)
 
-    def words(self, token_ids: Sequence[int]) -> str:
-        """Tokens joined as the tokenizer joins its own pieces, special ones kept."""
-        tokens = self.tokenizer.convert_ids_to_tokens(list(token_ids))
-        return str(self.tokenizer.convert_tokens_to_string(tokens))
+    def piece(self, token_id: int, shown: str) -> str:
+        """A token as the vocabulary spells it; ``shown``, its text, where it is an unknown one."""
+        if token_id == self.tokenizer.unk_token_id:
+            return shown
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+    def join(self, pieces: Sequence[str]) -> str:
+        """Pieces joined to readable text as the tokenizer joins its own."""
+        return str(self.tokenizer.convert_tokens_to_string(list(pieces)))
 
     def _tokenize(
         self, first: str, second: str | None, truncation: bool, index: int

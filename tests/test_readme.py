@@ -78,7 +78,7 @@ def test_the_adapter_of_the_readme_can_be_served(live: Live, tmp_path: Path) -> 
     key = (live.folder / "admin.key").read_text().strip()
     command = [
         *(sys.executable, "-c", "from server.cli import main; main()"),
-        *("adapters", "add", "my-adapter", "my-adapter", "--url", live.url, "--admin-key", key),
+        *("adapters", "add", "my-adapter", "my-adapter", "--url", live.url, "--key", key),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=tmp_path, check=True, timeout=60, env=environment)

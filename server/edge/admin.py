@@ -17,10 +17,10 @@ from typing import Any, Final
 from fastapi import Path as PathParameter
 from fastapi import Query, Request, Response
 from pydantic import ValidationError
-from starlette.responses import JSONResponse
 
 from adapters.errors import AdapterError, StoreFull
 from adapters.registry import AdapterRecord
+from server.edge.middleware import Json
 from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.sources import fetched, unpacked
@@ -88,7 +88,7 @@ class Admin:
             lambda: self.service.registry.list(offset=offset, limit=limit, prefix=prefix)
         )
         known = await self._known()
-        return JSONResponse(
+        return Json(
             {
                 "adapters": [_answer(one, known) for one in records],
                 "total": total,
@@ -100,7 +100,7 @@ class Admin:
     async def show(self, request: Request, name: str = Name) -> Response:
         """Show one adapter."""
         record = self.service.record(name, "name")
-        return JSONResponse(_answer(record, await self._known()))
+        return Json(_answer(record, await self._known()))
 
     async def change(self, request: Request, body: PatchRequest, name: str = Name) -> Response:
         """Pin or unpin an adapter, or bring it to the device."""
@@ -112,7 +112,7 @@ class Admin:
             )
         if body.preload or pinned:
             self.service.dispatcher.tell(Preload(record.version))
-        return JSONResponse(_answer(record, await self._known()))
+        return Json(_answer(record, await self._known()))
 
     async def remove(self, request: Request, name: str = Name) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
@@ -140,7 +140,7 @@ class Admin:
         )
         if wish.preload or wish.pinned:
             self.service.dispatcher.tell(Preload(record.version))
-        return JSONResponse(
+        return Json(
             _answer(record, await self._known()),
             201 if created else 200,
             headers={"Location": f"/admin/adapters/{record.name}"},

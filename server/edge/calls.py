@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.edge.dispatch import Dispatcher, Ticket
-from server.edge.middleware import Exchange
+from server.edge.middleware import Exchange, Json
 from server.edge.service import Service, Target
 from server.errors import Refusal
 from server.messages import (
@@ -257,5 +257,5 @@ class EventStream(StreamingResponse):
             self._generations.close()
 
 
-def json_response(content: object, headers: Mapping[str, str]) -> JSONResponse:
-    return JSONResponse(content, headers=dict(headers))
+def json_response(content: object, headers: Mapping[str, str]) -> Json:
+    return Json(content, headers=dict(headers))

@@ -7,12 +7,13 @@ endpoints and cost a task per request.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -56,14 +57,22 @@ class BodyRefused(HTTPException):
         self.refusal = refusal
 
 
+class Json(JSONResponse):
+    """JSON in UTF-8, also of text that came as a lone surrogate and cannot be written so."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
+
+
 def error_response(scope: Scope, refusal: Refusal) -> Response:
     """The refusal in the shape that the path calls for."""
     exchange = scope.get("hira")
     if isinstance(exchange, Exchange):
         exchange.refused = refusal.code
     if str(scope.get("path", "")).startswith("/v1/"):
-        return JSONResponse(refusal.openai(), refusal.status, headers=refusal.all_headers())
-    return JSONResponse(
+        return Json(refusal.openai(), refusal.status, headers=refusal.all_headers())
+    return Json(
         refusal.problem(),
         refusal.status,
         headers=refusal.all_headers(),

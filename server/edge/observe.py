@@ -6,9 +6,9 @@ import os
 from typing import Any, Final
 
 from fastapi import Request, Response
-from starlette.responses import JSONResponse
 
 from server.edge.dispatch import STALE_S
+from server.edge.middleware import Json
 from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.wire import WorkerState, read_state
@@ -32,7 +32,7 @@ class Observe:
     async def index(self, request: Request) -> Response:
         """What this is and where to go on."""
         base = self.service.base
-        return JSONResponse(
+        return Json(
             {
                 "name": "hira-server",
                 "version": self.version,
@@ -46,14 +46,14 @@ class Observe:
 
     async def live(self, request: Request) -> Response:
         """200 while this process answers at all."""
-        return JSONResponse({"status": "live"})
+        return Json({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
         """200 when inference requests would be admitted now, else 503 and why."""
         status, detail = self.readiness()
         if status == "ready":
-            return JSONResponse({"status": status})
-        return JSONResponse({"status": status, "detail": detail}, 503, headers={"Retry-After": "1"})
+            return Json({"status": status})
+        return Json({"status": status, "detail": detail}, 503, headers={"Retry-After": "1"})
 
     def readiness(self) -> tuple[str, str | None]:
         status = self.service.dispatcher.status

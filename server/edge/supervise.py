@@ -113,8 +113,8 @@ class Supervisor:
             if time.monotonic() >= self._restart_at:
                 self._restart()
             return
+        self._look_for_ready(worker)  # also of a dead one: it may have been ready in between
         if worker.is_alive():
-            self._look_for_ready(worker)
             return
         forget_dead(worker.pid)
         reason = self._why(worker)

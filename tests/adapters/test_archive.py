@@ -94,7 +94,7 @@ def test_the_files_of_an_adapter_are_taken_and_no_others(
         "checkpoint-1/adapter_config.json": b"{}",
         "README.md": b"#",
     }
-    files = {f"{folder}{name}": content for name, content in (ADAPTER | extra).items()}
+    files = {f"{folder}{name}": content for name, content in {**ADAPTER, **extra}.items()}
     if folder == "my-adapter/":
         files["other.txt"] = b"beside"
     else:
@@ -298,8 +298,9 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path, target: Path) -> None:
             place = raw.find(mark, place + 1)
     path.write_bytes(raw)
     fault = refused(path, target)
-    assert isinstance(fault, CorruptFile)
-    assert "encrypted" in str(fault.found)
+    assert isinstance(fault, AdapterFaults)
+    assert fault.code == "unsafe_format"
+    assert "encrypted" in fault.message
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tgz"])
@@ -308,12 +309,21 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(
 ) -> None:
     archive = pack(kind, tmp_path, {**ADAPTER, "README.md": os.urandom(700)})
     raw = archive.read_bytes()
-    end = len(raw) if kind != "tar" else raw.rindex(b"ustar") + 255 + 700
-    for length in range(0, end, max(1, end // 60)):
+    # Behind the last member a tar only has its end mark and padding.
+    end = len(raw) if kind != "tar" else -(-len(raw.rstrip(b"\0")) // 512) * 512
+    for length in sorted({*range(0, end, end // 60), *range(512, end, 512), end - 1}):
         archive.write_bytes(raw[:length])
         assert isinstance(refused(archive, target), CorruptFile | MissingTensors)
         for left in target.iterdir():
             left.unlink()
+
+
+def test_a_damaged_header_in_a_tar_is_not_taken_for_its_end(tmp_path: Path, target: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", {**ADAPTER, "config.json": b"{}"})
+    raw = bytearray(path.read_bytes())
+    raw[raw.rindex(b"config.json")] ^= 1
+    path.write_bytes(raw)
+    assert isinstance(refused(path, target), CorruptFile)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"\x1f\x8b", b"not an archive at all" * 100])

@@ -25,7 +25,7 @@ from server.messages import (
     SamplingOptions,
 )
 from tests.server import tiny_bases
-from tests.server.tiny_bases import Reference
+from tests.server.tiny_bases import Reference, assert_close
 
 LABELS = {"mood": ("bad", "fine", "great"), "topics": ("art", "war"), "names": ("O", "B-X", "I-X")}
 
@@ -60,7 +60,7 @@ def drain(engine: Engine, seconds: float = 20.0) -> list[Event]:
     """Step until nothing waits."""
     events: list[Event] = []
     until = time.monotonic() + seconds
-    while engine.has_work() or sum(engine.snapshot().queue_depth.values()):
+    while engine.has_work() or any(engine.snapshot().queue_depth.values()):
         assert time.monotonic() < until, "the engine did not come to an end"
         if not engine.has_work():
             engine.wait(0.05)
@@ -80,7 +80,9 @@ def outputs(event: Event) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module", params=["distilbert", "bert"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
     root = tmp_path_factory.mktemp(request.param)
     base, store = tiny_bases.base_folder(root, request.param), root / "store"
     made = {
@@ -150,7 +152,6 @@ def test_mixed_batch_equals_each_row_alone_and_dense_float64(world: World) -> No
     for request in requests:
         for index, item in enumerate(request.inputs):
             got = outputs(mixed[request.id])[index]
-            alone = world.request(request.adapter, [], request.task, options=request.options)
             alone = EncodeRequest(
                 "alone", request.task, request.adapter, request.version, (item,),
                 options=request.options,
@@ -173,10 +174,7 @@ def expected(request: EncodeRequest, item: Any, reference: Reference) -> Any:
         return tuple(vector.tolist())
     logits = reference(item.token_ids).logits[0]
     labels = LABELS[str(request.adapter)]
-    if request.adapter == "topics":
-        scores = logits.sigmoid()
-    else:
-        scores = logits.softmax(-1)
+    scores = logits.sigmoid() if request.adapter == "topics" else logits.softmax(-1)
     if request.task == "text-classification":
         pairs = sorted(zip(scores.tolist(), labels, strict=True), reverse=True)
         return tuple({"label": label, "score": score} for score, label in pairs)
@@ -185,19 +183,6 @@ def expected(request: EncodeRequest, item: Any, reference: Reference) -> Any:
         for row, span in zip(scores, item.offsets, strict=True)
         if span[0] != span[1]
     )
-
-
-def assert_close(got: Any, wanted: Any, tolerance: float = 2e-5) -> None:
-    assert len(got) == len(wanted)
-    for one, other in zip(got, wanted, strict=True):
-        if isinstance(other, float):
-            assert one == pytest.approx(other, abs=tolerance)
-            continue
-        for key, value in other.items():
-            if isinstance(value, float):
-                assert one[key] == pytest.approx(value, abs=tolerance), (one, other)
-            else:
-                assert one[key] == value, (one, other)
 
 
 def test_adapters_answer_differently_from_each_other_and_the_base(world: World) -> None:
@@ -387,9 +372,7 @@ def test_a_decoder_generates_and_classifies_in_turns(tmp_path: Path) -> None:
     for index, item in enumerate(inputs):
         engine.submit(EncodeRequest(f"e{index}", kind, "mood", version, (item,) * 40))
     sampling = SamplingOptions(max_new_tokens=6, ignore_eos=True)
-    engine.submit(
-        GenerateRequest("g", None, None, engine.text.encode_prompt("a film"), sampling)
-    )
+    engine.submit(GenerateRequest("g", None, None, engine.text.encode_prompt("a film"), sampling))
     lanes = []
     ended: list[Event] = []
     while engine.has_work():

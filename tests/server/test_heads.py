@@ -26,11 +26,11 @@ COMBINATIONS = [
 ]
 
 
-def made(root: Path, kind: str, task: str) -> tuple[LoadedBase, AdapterWeights, Path]:
+def made(root: Path, kind: str, task: str) -> tuple[LoadedBase, AdapterWeights]:
     base = tiny_bases.base_folder(root, kind)
     folder = tiny_bases.adapter(root / "adapter", base, task, labels=("x", "y", "z"))
     loaded = load_base(tiny_bases.options(base, root))
-    return loaded, load_adapter(folder, loaded.adapted.signature), folder
+    return loaded, load_adapter(folder, loaded.adapted.signature)
 
 
 def padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +44,7 @@ def padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_head_equals_the_task_class_on_each_row_alone(
     tmp_path: Path, kind: str, task: str
 ) -> None:
-    base, weights, folder = made(tmp_path, kind, task)
+    base, weights = made(tmp_path, kind, task)
     head = Heads(base, 4).task_head("v", weights)
     lengths = [7, 1, 12, 4]
     ids, mask = padded(lengths)
@@ -54,9 +54,7 @@ def test_a_head_equals_the_task_class_on_each_row_alone(
     # The adapter's head on the bare backbone: the factors are not installed here.
     _, factory = tiny_bases.TASK_TYPES[task]
     more = {} if task == "question-answering" else {"num_labels": 3}
-    whole: Any = factory.from_pretrained(
-        tmp_path / kind, dtype=torch.float32, **more
-    ).eval()
+    whole: Any = factory.from_pretrained(tmp_path / kind, dtype=torch.float32, **more).eval()
     missing, unexpected = whole.load_state_dict(dict(weights.head), strict=False)
     assert not unexpected
     assert len(missing) < len(whole.state_dict())
@@ -74,7 +72,7 @@ def test_a_head_equals_the_task_class_on_each_row_alone(
 
 
 def test_a_decoder_without_a_padding_id_reads_the_last_token(tmp_path: Path) -> None:
-    base, weights, _ = made(tmp_path, "llama", "text-classification")
+    base, weights = made(tmp_path, "llama", "text-classification")
     base.config.pad_token_id = None
     head = Heads(base, 4).task_head("v", weights)
     hidden = torch.randn(2, 5, 64)
@@ -85,7 +83,7 @@ def test_a_decoder_without_a_padding_id_reads_the_last_token(tmp_path: Path) -> 
 
 
 def test_each_adapter_keeps_its_own_head_and_those_used_last_stay(tmp_path: Path) -> None:
-    base, weights, _ = made(tmp_path, "distilbert", "text-classification")
+    base, weights = made(tmp_path, "distilbert", "text-classification")
     heads = Heads(base, 2)
     first = heads.task_head("1", weights)
     doubled = {name: 2 * tensor for name, tensor in weights.head.items()}
@@ -102,7 +100,7 @@ def test_each_adapter_keeps_its_own_head_and_those_used_last_stay(tmp_path: Path
 
 
 def test_a_head_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
-    base, weights, _ = made(tmp_path, "distilbert", "text-classification")
+    base, weights = made(tmp_path, "distilbert", "text-classification")
 
     def refused(kind: type[AdapterError], head: dict[str, torch.Tensor]) -> str:
         with pytest.raises(kind) as caught:
@@ -118,6 +116,6 @@ def test_a_head_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_head_that_needs_a_pooler_is_refused_on_a_base_without_one(tmp_path: Path) -> None:
-    base, weights, _ = made(tmp_path, "bert-without-pooler", "text-classification")
+    base, weights = made(tmp_path, "bert-without-pooler", "text-classification")
     with pytest.raises(MissingTensors, match="pooler"):
         Heads(base, 4).task_head("v", weights)

@@ -215,6 +215,18 @@ def test_bad_requests(live: Live, path: str, body: Any, status: int, code: str, 
     assert problem["status"] == status
 
 
+def test_lone_surrogates_are_refused_wherever_they_come(live: Live) -> None:
+    headers = {"Content-Type": "application/json"}
+    for path, raw, status in (
+        ("/predict?adapter=mood", rb'{"inputs": "\ud800"}', 422),
+        ("/predict", rb'{"inputs": "x", "adapter": "\ud800"}', 404),
+        ("/v1/completions", rb'{"model": "\ud800", "prompt": "x"}', 404),
+        ("/generate", rb'{"inputs": "x", "parameters": {"stop": ["\ud800"]}}', 200),
+    ):
+        answer = live.client.post(path, content=raw, headers=headers)
+        assert answer.status_code == status, answer.text
+
+
 def test_chat_without_a_template_is_a_clear_400(live: Live) -> None:
     body = {"model": "teller", "messages": [{"role": "user", "content": "hello"}]}
     answer = post(live, "/v1/chat/completions", body)

@@ -49,11 +49,17 @@ def test_every_row_is_served_once_within_the_limits(
         )
         adapters = [key for key in batch.keys if key is not None]
         assert most_adapters is None or len(adapters) <= most_adapters
-        runs = [row.key for i, row in enumerate(batch.rows) if i == 0 or row.key != batch.rows[i - 1].key]
+        runs = [
+            row.key
+            for i, row in enumerate(batch.rows)
+            if i == 0 or row.key != batch.rows[i - 1].key
+        ]
         assert len(runs) == len(set(runs)), "rows of one adapter are neighbours"
         served.update((row.request, row.index) for row in batch.rows)
     assert served == Counter(
-        (str(number), index) for number, (_, rows) in enumerate(wanted) for index in range(len(rows))
+        (str(number), index)
+        for number, (_, rows) in enumerate(wanted)
+        for index in range(len(rows))
     )
     depth = scheduler.depth()
     assert (depth.requests, depth.rows, depth.tokens, depth.adapters) == (0, 0, 0, 0)
@@ -140,14 +146,18 @@ def test_cancel_forgets_exactly_one_request(
     assert served == {str(number) for number in range(len(wanted))} - {str(victim)}
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(0, 100)), min_size=1, max_size=20), st.floats(0, 100))
+@given(
+    st.lists(st.one_of(st.none(), st.floats(0, 100)), min_size=1, max_size=20), st.floats(0, 100)
+)
 def test_expire_returns_what_is_due_and_keeps_the_rest(
     deadlines: list[float | None], now: float
 ) -> None:
     scheduler = Scheduler(100, 4)
     for number, deadline in enumerate(deadlines):
         scheduler.submit(str(number), "a", [3], deadline)
-    due = {str(n) for n, deadline in enumerate(deadlines) if deadline is not None and deadline <= now}
+    due = {
+        str(n) for n, deadline in enumerate(deadlines) if deadline is not None and deadline <= now
+    }
     assert set(scheduler.expire(now)) == due
     assert scheduler.expire(now) == []
     left = {row.request for batch in batches(scheduler) for row in batch.rows}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -233,3 +234,17 @@ def texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
         picks = torch.randint(0, len(words), (length,), generator=generator).tolist()
         made.append(" ".join(words[pick] for pick in picks))
     return made
+
+
+def assert_close(got: Any, wanted: Any, tolerance: float = 2e-5) -> None:
+    """Equal values, and floats to within the tolerance; keys that ``wanted`` lacks are free."""
+    assert len(got) == len(wanted)
+    for one, other in zip(got, wanted, strict=True):
+        if isinstance(other, float):
+            assert one == pytest.approx(other, abs=tolerance)
+            continue
+        for key, value in other.items():
+            if isinstance(value, float):
+                assert one[key] == pytest.approx(value, abs=tolerance), (one, other)
+            else:
+                assert one[key] == value, (one, other)

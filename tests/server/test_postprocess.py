@@ -1,0 +1,162 @@
+"""Logits to answers, against the pipelines of transformers on the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    pipeline,
+)
+
+from server.messages import EncodedInput
+from server.postprocess import ANSWER_TOKENS, NotFinite, answers, classify, embed, entities, fill
+from server.text import Text
+from tests.server import tiny_bases
+
+LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
+SENTENCES = ["ann in paris is very finely good", "a dull film by ann, in goodly paris", "word7"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bases.base_folder(tmp_path_factory.mktemp("base"), "distilbert")
+
+
+@pytest.fixture(scope="module")
+def text(base: Path) -> Text:
+    return Text.load(base, max_tokens=48, vocab_size=tiny_bases.VOCABULARY)
+
+
+def loaded(factory: Any, base: Path, **more: Any) -> Any:
+    torch.manual_seed(1)
+    model = factory.from_pretrained(base, dtype=torch.float32, **more).eval()
+    if hasattr(model, "classifier"):
+        torch.nn.init.normal_(model.classifier.weight, std=0.6)
+    return model
+
+
+def logits_of(model: Any, item: EncodedInput) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([item.token_ids])).logits[0]
+    return logits
+
+
+def same(got: Any, wanted: Any) -> None:
+    assert len(got) == len(wanted), (got, wanted)
+    for one, other in zip(got, wanted, strict=True):
+        for key, value in other.items():
+            if key == "score":
+                assert one[key] == pytest.approx(float(value), abs=1e-5)
+            else:
+                assert one[key] == value, (one, other)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "count"),
+    [
+        (None, 3),
+        (None, 1),
+        ("single_label_classification", 4),
+        ("multi_label_classification", 3),
+        ("regression", 1),
+        ("regression", 2),
+    ],
+)
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_classification_equals_the_pipeline(
+    base: Path, text: Text, problem_type: str | None, count: int, top_k: int | None
+) -> None:
+    names = tuple(f"L{index}" for index in range(count))
+    model = loaded(AutoModelForSequenceClassification, base, num_labels=count,
+                   id2label=dict(enumerate(names)), problem_type=problem_type)  # fmt: skip
+    reference = pipeline("text-classification", model=model, tokenizer=text.tokenizer)
+    for sentence in SENTENCES:
+        (item,) = text.encode([sentence], "text-classification")
+        got = classify(logits_of(model, item), names, problem_type, top_k=top_k)
+        same(got, reference([sentence], top_k=top_k)[0])
+
+
+@pytest.mark.parametrize("apply", ["none", "sigmoid", "softmax"])
+def test_a_client_can_choose_how_logits_become_scores(apply: Any) -> None:
+    logits = torch.tensor([1.0, -2.0])
+    wanted = {"none": logits, "sigmoid": logits.sigmoid(), "softmax": logits.softmax(0)}[apply]
+    got = classify(logits, ("a", "b"), "regression", apply=apply)
+    assert [one["score"] for one in got] == pytest.approx(wanted.tolist())
+
+
+@pytest.mark.parametrize("strategy", ["none", "simple", "first", "average", "max"])
+@pytest.mark.parametrize("ignored", [["O"], [], ["X"]])
+def test_entities_equal_the_pipeline(
+    base: Path, text: Text, strategy: str, ignored: list[str]
+) -> None:
+    model = loaded(AutoModelForTokenClassification, base, num_labels=len(LABELS),
+                   id2label=dict(enumerate(LABELS)))  # fmt: skip
+    reference = pipeline("token-classification", model=model, tokenizer=text.tokenizer,
+                         aggregation_strategy=strategy, ignore_labels=ignored)  # fmt: skip
+    found = 0
+    for sentence in SENTENCES:
+        (item,) = text.encode([sentence], "token-classification")
+        got = entities(
+            logits_of(model, item), item, LABELS, text, strategy=strategy, ignored=ignored
+        )
+        same(got, reference(sentence))
+        found += len(got)
+    assert found
+
+
+@pytest.mark.parametrize("sentence", ["a [MASK] film", "a [MASK] film by [MASK]"])
+def test_filled_masks_equal_the_pipeline(base: Path, text: Text, sentence: str) -> None:
+    model = loaded(AutoModelForMaskedLM, base)
+    reference = pipeline("fill-mask", model=model, tokenizer=text.tokenizer)(sentence, top_k=4)
+    (item,) = text.encode([sentence], "fill-mask")
+    places = [i for i, token in enumerate(item.token_ids) if token == text.mask_id]
+    got = fill(logits_of(model, item)[places], item, text, top_k=4)
+    if len(places) == 1:
+        same(got, reference)
+        return
+    for one, other in zip(got, reference, strict=True):
+        same(one, other)
+
+
+def test_an_answer_is_the_best_short_span_of_the_context(text: Text) -> None:
+    item = text.encode([("in paris", "a very good film by ann in paris")], "question-answering")[0]
+    assert item.offsets is not None
+    assert item.text is not None
+    torch.manual_seed(0)
+    logits = torch.randn(len(item.token_ids), 2) * 3
+    inside = [i for i, (start, end) in enumerate(item.offsets) if end > start]
+    chances = logits[inside].softmax(0)
+    best = max(
+        (float(chances[i, 0] * chances[j, 1]), i, j)
+        for i in range(len(inside))
+        for j in range(i, min(i + ANSWER_TOKENS, len(inside)))
+    )
+    (got,) = answers(logits, item)
+    start, end = item.offsets[inside[best[1]]][0], item.offsets[inside[best[2]]][1]
+    assert (got["start"], got["end"], got["answer"]) == (start, end, item.text[start:end])
+    assert got["score"] == pytest.approx(best[0])
+    assert len(answers(logits, item, top_k=3)) == 3
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_an_embedding_pools_what_it_says(pooling: Any) -> None:
+    hidden = torch.randn(5, 8)
+    wanted = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[4]}[pooling]
+    assert embed(hidden, pooling=pooling, normalize=False) == pytest.approx(wanted.tolist())
+    unit = torch.tensor(embed(hidden, pooling=pooling))
+    assert float(unit.norm()) == pytest.approx(1.0)
+    assert float(unit @ wanted) == pytest.approx(float(wanted.norm()), rel=1e-5)
+
+
+def test_what_is_not_finite_is_never_an_answer(text: Text) -> None:
+    bad = torch.tensor([1.0, float("nan")])
+    with pytest.raises(NotFinite):
+        classify(bad, ("a", "b"), None)
+    with pytest.raises(NotFinite):
+        embed(torch.full((2, 2), float("inf")), pooling="mean")
