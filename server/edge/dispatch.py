@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 TICK_S: Final = 0.25
-STALE_S: Final = 10.0  # a worker that has not written its state for so long is not ready
+STALE_S: Final = 5.0  # a worker that has not written its state for so long is not ready
 RATE_WINDOW_S: Final = 10.0
 RATE_SAMPLES: Final = 8192
 RETRY_MAX_S: Final = 60

@@ -26,6 +26,9 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 LOOK_S: Final = 0.25
 HEALTHY_S: Final = 60.0  # a worker that ran so long starts afresh with its pauses
 PAUSE_MAX_S: Final = 60.0
+# A process killed while it waits in LitServe's response queue leaves that wait behind in the queue's
+# process: for the rest of its second it swallows what was meant for the successor.
+HTTP_PAUSE_S: Final = 1.2
 TRIES: Final = 8  # starts in a row that never became ready
 
 
@@ -62,6 +65,7 @@ class Supervisor:
         self._worker_started = time.monotonic()
         self._failed_starts = 0
         self._restart_at: float | None = None
+        self._http_restart_at: dict[int, float] = {}
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
 
@@ -100,10 +104,14 @@ class Supervisor:
             return  # a full pipe wakes as well
 
     def _sleep(self, http: Mapping[int, ForkProcess]) -> None:
-        dead_already = self._restart_at is not None
-        workers = [] if dead_already else [one.sentinel for one in self.server.inference_workers]
-        sentinels = [*workers, *(child.sentinel for child in http.values()), self._wake_read]
-        timeout = LOOK_S if not self._was_ready or dead_already else 1.0
+        waiting = self._restart_at is not None or bool(self._http_restart_at)
+        alive = [one for one in self.server.inference_workers if self._restart_at is None]
+        sentinels = [
+            *(one.sentinel for one in alive),
+            *(one.sentinel for at, one in http.items() if at not in self._http_restart_at),
+            self._wake_read,
+        ]
+        timeout = LOOK_S if waiting or not self._was_ready else 1.0
         if self._wake_read in wait(sentinels, timeout=timeout):
             os.read(self._wake_read, 4096)
 
@@ -171,16 +179,20 @@ class Supervisor:
         return f"exit status {code}"
 
     def _check_http(self, http: dict[int, ForkProcess]) -> None:
+        now = time.monotonic()
         for number, child in list(http.items()):
             if child.is_alive() or self._stop_signals:
                 continue
-            assert child.pid is not None
-            forget_dead(child.pid)
-            logger.error("HTTP process %d died (status %s); restarting", number, child.exitcode)
-            self.load.set(number, requests=0, tokens=0)
-            assert self.server.start_http is not None
-            time.sleep(0.2)  # no faster than this, whatever kills it
-            http[number] = self.server.start_http(number)
+            if number not in self._http_restart_at:
+                assert child.pid is not None
+                forget_dead(child.pid)
+                logger.error("HTTP process %d died (status %s)", number, child.exitcode)
+                self.load.set(number, requests=0, tokens=0)
+                self._http_restart_at[number] = now + HTTP_PAUSE_S
+            elif now >= self._http_restart_at[number]:
+                del self._http_restart_at[number]
+                assert self.server.start_http is not None
+                http[number] = self.server.start_http(number)
 
     def _check_queues(self) -> None:
         if not self.server.queues.is_alive():

@@ -188,6 +188,22 @@ def test_more_adapters_than_slots_all_get_their_answers(tmp_path: Path) -> None:
     lane.residency.close()
 
 
+def test_adapters_that_found_no_place_in_a_batch_are_not_held(tmp_path: Path) -> None:
+    tasks = {f"a{index}": "text-classification" for index in range(3)}
+    lane = Lane(tmp_path, "distilbert", tasks, max_batch_rows=1)
+    for name in tasks:
+        lane.lane.submit(lane.request(name, name, "text-classification", ["a fine film"]))
+    until = time.monotonic() + 10
+    while any(lane.residency.state(name) != "ready" for name in tasks):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    for left in (2, 1, 0):
+        assert len(lane.lane.step()) == 1
+        assert lane.lane.depth() == left
+        assert not any(entry.leases for entry in lane.residency._tiers.entries.values())
+    lane.residency.close()
+
+
 def test_a_batch_too_large_for_the_memory_is_halved(
     shared: Lane, monkeypatch: pytest.MonkeyPatch
 ) -> None:

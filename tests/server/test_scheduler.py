@@ -125,6 +125,23 @@ def test_an_adapter_that_is_not_ready_delays_nobody_and_gains_no_claim() -> None
     assert scheduler.next_batch(lambda key: False) is None
 
 
+def test_an_adapter_that_was_idle_gains_no_credit() -> None:
+    scheduler = Scheduler(40, 4)
+    for number in range(60):
+        scheduler.submit(f"a{number}", "a", [10])
+        scheduler.submit(f"b{number}", "b", [10])
+    for _ in range(10):
+        scheduler.next_batch(all_ready)
+    for number in range(60):
+        scheduler.submit(f"late{number}", "late", [10])
+    counts: Counter[Key] = Counter()
+    for _ in range(6):
+        batch = scheduler.next_batch(all_ready)
+        assert batch is not None
+        counts.update(row.key for row in batch.rows)
+    assert max(counts.values()) - min(counts.values()) <= 4, "no more than one batch apart"
+
+
 def test_rows_of_one_adapter_and_length_run_in_the_order_of_their_arrival() -> None:
     scheduler = Scheduler(100, 3)
     for number in range(10):
