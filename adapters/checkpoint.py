@@ -289,6 +289,15 @@ class _Layout:
                     fix="Save the adapter again, or correct target_modules.",
                 )
             )
+        if task not in HEADED and self.saved:
+            found.append(
+                UnsupportedOption(
+                    f"Saved modules have no use in {task}.",
+                    found=_some([key.name for key, _ in self.saved]),
+                    expected="none, because the base's own head answers",
+                    fix="Set task_type to the task of the saved head, or train without it.",
+                )
+            )
         if task in HEADED and not self.saved:
             found.append(
                 MissingTensors(

@@ -1,4 +1,4 @@
-"""Adapters made on the spot for the demo base: random factors, and a head where the task has one."""
+"""Adapters made on the spot for the demo base: random factors, and a head where it is needed."""
 
 from __future__ import annotations
 
