@@ -23,10 +23,7 @@ _MAX_KINDS = 10  # 2^10 sets of targets at most
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 _ROBERTA = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}
 KNOWN: Final[Mapping[tuple[str, ...], tuple[str, Mapping[str, Any]]]] = {
-    (
-        "distilbert-base-uncased",
-        "distilbert-base-uncased-finetuned-sst-2-english",
-    ): ("distilbert", {}),
+    ("distilbert-base-uncased",): ("distilbert", {}),
     ("distilbert-base-cased",): ("distilbert", {"vocab_size": 28_996}),
     ("distilbert-base-multilingual-cased",): ("distilbert", {"vocab_size": 119_547}),
     ("bert-base-uncased",): ("bert", {}),

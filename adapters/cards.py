@@ -56,7 +56,9 @@ class CardClaims:
 _FRONT: Final = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 _NUMBER = r"(\d[\d,_]*)\b(?!\.\d|\s*[MBK]\b)"
 _PATTERNS: Final = {
-    "base": re.compile(r"^\W*base[ _]model:\s*(?:\n\s*-\s*)?[\"'\[]*([\w./-]+)", re.I | re.M),
+    "base": re.compile(
+        r"^\W*base[ _]model:[ \t]*(?:\n\s*-[ \t]*)?[\"'\[]*([\w./][\w./-]*)", re.I | re.M
+    ),
     "method": re.compile(r"^\W*method:\s*(.+)$", re.I | re.M),
     "rank": re.compile(r"\brank\s*(?:\(r\))?\s*[:=]\s*(\d{1,6})\b", re.I),
     "r": re.compile(r"\br\s*=\s*(\d{1,6})\b"),
@@ -149,9 +151,9 @@ def explain(claims: CardClaims) -> tuple[tuple[Fit, ...], Fit | None, tuple[Find
 
 
 # How target_modules are mostly chosen, most common first.
-_Q, _K, _V = (
-    re.compile(rf"(?:{letter}|{word})(?:_lin|_proj)?")
-    for letter, word in (("q", "query"), ("k", "key"), ("v", "value"))
+_ROLES: Final = tuple(
+    (word[0], re.compile(rf"(?:{word[0]}|{word})(?:_lin|_proj)?"))
+    for word in ("query", "key", "value")
 )
 
 
@@ -159,8 +161,7 @@ def _habit(fit: Fit) -> int:
     """How unusual a set of targets is: q and v; q, k and v; the whole attention; everything."""
     ends = [kind.rsplit(".", 1)[-1] for kind in fit.kinds]
     roles = "".join(
-        next((role for role, names in zip("qkv", (_Q, _K, _V)) if names.fullmatch(end)), "o")
-        for end in ends
+        next((role for role, names in _ROLES if names.fullmatch(end)), "o") for end in ends
     )
     spelled = "".join(sorted(roles))
     if ends == ["c_attn"]:
@@ -288,7 +289,8 @@ def _about_factors(claims: CardClaims, found: list[Fit], best: Fit) -> Iterator[
             (fit for fit in same if fit.rank == claims.rank), key=lambda fit: _distance(fit, claims)
         )
         proof += f"; r = {claims.rank} would take {', '.join(with_it.targets)}"
-    yield Finding("contradiction", "rank", f"r = {claims.rank}", proof)
+    where = f" on {targets}" if wanted == best.kinds else ""
+    yield Finding("contradiction", "rank", f"r = {claims.rank}{where}", proof)
 
 
 def _about_class(claims: CardClaims, found: list[Fit], best: Fit) -> Iterator[Finding]:

@@ -14,8 +14,9 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from adapters.archive import WANTED
 from adapters.errors import SourceForbidden, SourceUnavailable, StoreFull, UploadTooLarge
@@ -167,25 +168,29 @@ class Sources:
         if not allowed or found is None:
             raise _forbidden(source, "hf://org/repo@revision", "HIRA_ALLOW_HUB=true")
         try:
-            import httpx
             from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HfHubHTTPError
+            from huggingface_hub.errors import (
+                DryRunError,
+                HTTPError,  # type: ignore[attr-defined]  # of the client that the hub uses
+            )
         except ImportError as cause:
             raise _no_extra("hub", "huggingface_hub") from cause
         folder = found["folder"] or ""
         if folder and not all(part.strip(".") for part in folder.split("/")):
             raise _forbidden(source, "hf://org/repo/folder@revision", "HIRA_ALLOW_HUB=true")
         patterns = [f"{folder}/{name}" if folder else name for name in _COPIED]
+        get: Any = partial(snapshot_download, found["repo"], allow_patterns=patterns)
         try:
-            planned = snapshot_download(
-                found["repo"], revision=found["rev"], allow_patterns=patterns, dry_run=True
-            )
-            if sum(file.file_size or 0 for file in planned) > self.max_bytes:
-                raise self._too_large(source[:200])
-            # The commit that was measured, whatever the revision means by now.
-            revision = planned[0].commit_hash if planned else found["rev"]
-            snapshot = snapshot_download(found["repo"], revision=revision, allow_patterns=patterns)
-        except (HfHubHTTPError, ValueError, httpx.HTTPError) as cause:
+            try:
+                planned = get(revision=found["rev"], dry_run=True)
+            except DryRunError:  # the hub is out of reach: what is in its cache has to do
+                snapshot = get(revision=found["rev"], local_files_only=True)
+            else:
+                if sum(file.file_size or 0 for file in planned) > self.max_bytes:
+                    raise self._too_large(source[:200])
+                # The commit that was measured, whatever the revision means by now.
+                snapshot = get(revision=planned[0].commit_hash if planned else found["rev"])
+        except (HTTPError, ValueError) as cause:
             raise SourceUnavailable(
                 "The hub did not give the adapter.", found=str(cause)[:200]
             ) from cause

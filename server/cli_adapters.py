@@ -21,6 +21,7 @@ from server.cli_client import (
     fail,
     print_json,
     reach,
+    show_table,
 )
 
 app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
@@ -50,7 +51,7 @@ def list_adapters(
         print_json(rows)
         return
     columns = ("name", "method", "task", "ranks", "bytes", "residency", "pinned", "requests")
-    _table(columns, [[_cell(name, row[name]) for name in columns] for row in rows])
+    show_table(columns, [[_cell(name, row[name]) for name in columns] for row in rows])
 
 
 @app.command()
@@ -178,21 +179,7 @@ def _print_record(row: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(row)
         return
-    _table(("field", "value"), [[name, _cell(name, value)] for name, value in row.items()])
-
-
-def _table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
-    if not sys.stdout.isatty():
-        for row in [list(columns), *rows]:
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, header_style="bold", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    show_table(("field", "value"), [[name, _cell(name, value)] for name, value in row.items()])
 
 
 def _cell(name: str, value: Any) -> str:

@@ -138,6 +138,21 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def show_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    """A table on a terminal; columns apart by tabs for other programs."""
+    if not sys.stdout.isatty():
+        for row in [list(columns), *rows]:
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, header_style="bold", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def fail(text: str) -> NoReturn:
     print(f"hira: {text}", file=sys.stderr)
     raise SystemExit(1)

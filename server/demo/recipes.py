@@ -75,7 +75,7 @@ RECIPES: Final[tuple[ClassifierRecipe | WriterRecipe, ...]] = (
         labels=corpora.SENTIMENT_LABELS,
         train=corpora.sst2_train,
         test=corpora.sst2_test,
-        epochs=2,
+        epochs=1,
         batch_rows=256,
     ),
     WriterRecipe(
@@ -113,7 +113,7 @@ RECIPES: Final[tuple[ClassifierRecipe | WriterRecipe, ...]] = (
         labels=corpora.TOPIC_LABELS,
         train=corpora.agnews_train,
         test=corpora.agnews_test,
-        epochs=3,
+        epochs=2,
         batch_rows=64,
     ),
 )

@@ -50,6 +50,10 @@ _bearer = HTTPBearer(auto_error=False)
 class HttpServer(uvicorn.Server):
     """uvicorn in a child: ends by SIGTERM from the main process, not by Ctrl-C of the terminal."""
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until it can end in order
+        super().run(sockets)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         signal.signal(signal.SIGTERM, self.handle_exit)
@@ -85,7 +89,7 @@ class HiraServer(LitServer):
             restart_workers=True,
             middlewares=[(Gate, {"service": service})],
         )
-        self.uvicorn_graceful_timeout = JOIN_S
+        self.uvicorn_graceful_timeout = service.settings.drain_s + JOIN_S
         self.app.title, self.app.version, self.app.description = TITLE, version, DESCRIPTION
         self.app.add_exception_handler(Refusal, _on_refusal)
         self.app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -131,7 +135,9 @@ class HiraServer(LitServer):
                 app,
                 port=port,
                 log_level=log_level,
-                timeout_graceful_shutdown=int(END_S),
+                # Its requests have ended when the main process sends SIGTERM. Systemd sends it to
+                # all at once: then they have the same bound.
+                timeout_graceful_shutdown=int(self.service.settings.drain_s + END_S),
                 **kwargs,
             )
             child = multiprocessing.get_context("fork").Process(

@@ -27,7 +27,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def bind_forked_children() -> None:
-    """From now on every process that this one forks dies with it and starts with clean signals.
+    """From now on every process that this one forks dies with it and heeds no signal.
 
     Covers the queue server of multiprocessing and LitServe's HTTP processes; a spawned worker calls
     `die_with_parent` itself.
@@ -36,10 +36,10 @@ def bind_forked_children() -> None:
 
     def in_child() -> None:
         if os.getppid() == parent:  # not the children of children
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            # A terminal sends Ctrl-C to all of us; the main process decides when the others end.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # A terminal sends Ctrl-C, and systemd SIGTERM, to all of us at once; the main process
+            # decides when the others end. The HTTP processes take SIGTERM up again.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
             die_with_parent(parent)
 
     os.register_at_fork(after_in_child=in_child)

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 from litserve.loops import LitLoop
@@ -155,7 +155,12 @@ class _Pump:
     def _look(self) -> None:
         """On the engine's thread: what it says of itself, for readiness and the gauges."""
         snapshot = self.engine.snapshot()
-        self.snapshot = asdict(snapshot) if is_dataclass(snapshot) else dict(snapshot)  # type: ignore[arg-type]
+        # Not asdict: it takes Counters apart wrongly.
+        self.snapshot = (
+            {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+            if is_dataclass(snapshot)
+            else dict(snapshot)
+        )
 
     def _read(self) -> None:
         while True:
@@ -194,7 +199,10 @@ class _Pump:
 
     def _keep_beating(self) -> None:
         while not self.ending.wait(BEAT_S):
-            self._beat()
+            try:
+                self._beat()
+            except Exception:  # a full disk must not end the beat for good
+                logger.exception("The worker's state could not be written")
 
     def _beat(self) -> None:
         began = self.step_began

@@ -26,8 +26,8 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 LOOK_S: Final = 0.25
 HEALTHY_S: Final = 60.0  # a worker that ran so long starts afresh with its pauses
 PAUSE_MAX_S: Final = 60.0
-# A process killed while it waits in LitServe's response queue leaves that wait behind in the queue's
-# process: for the rest of its second it swallows what was meant for the successor.
+# A process killed while it waits in LitServe's response queue leaves that wait behind in the
+# queue's process: for the rest of its second it swallows what was meant for the successor.
 HTTP_PAUSE_S: Final = 1.2
 TRIES: Final = 8  # starts in a row that never became ready
 

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,7 +90,8 @@ def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
 
 
 def write_state(run_dir: Path, state: WorkerState) -> None:
-    replace_text(state_path(run_dir, state.worker), json.dumps(asdict(state)))
+    told = {field.name: getattr(state, field.name) for field in fields(state)}
+    replace_text(state_path(run_dir, state.worker), json.dumps(told))
 
 
 def read_state(run_dir: Path, worker: int = 0) -> WorkerState | None:

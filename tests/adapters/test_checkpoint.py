@@ -214,9 +214,7 @@ def test_layers_of_the_base_saved_whole_are_refused(folder: Path, base: BaseSign
         load_adapter(folder, base)
 
 
-def test_a_head_that_the_task_has_no_use_for_is_refused(
-    folder: Path, base: BaseSignature
-) -> None:
+def test_a_head_that_the_task_has_no_use_for_is_refused(folder: Path, base: BaseSignature) -> None:
     change_config(folder, task_type="FEATURE_EXTRACTION")
     with pytest.raises(UnsupportedOption, match="no use"):
         load_adapter(folder, base)

@@ -236,11 +236,14 @@ class Hub:
         self.snapshot = snapshot
         self.calls: list[dict[str, Any]] = []
         self.fault: Exception | None = None
+        self.dry_fault: Exception | None = None
 
     def __call__(self, repo: str, **options: Any) -> Any:
         self.calls.append({"repo": repo, **options})
         if self.fault is not None:
             raise self.fault
+        if options.get("dry_run") and self.dry_fault is not None:
+            raise self.dry_fault
         if options.get("dry_run"):
             files = [path for path in self.snapshot.rglob("*") if path.is_file()]
             return [
@@ -313,6 +316,14 @@ def test_too_much_on_the_hub_is_refused_before_it_is_downloaded(tmp_path: Path, 
     small = Sources(tmp_path / "staging", allow_hub=True, max_bytes=100)
     assert isinstance(refused(small, "hf://org/repo"), UploadTooLarge)
     assert [call.get("dry_run") for call in hub.calls] == [True]
+
+
+def test_without_the_hub_its_cache_is_read(remote: Sources, hub: Hub) -> None:
+    from huggingface_hub.errors import DryRunError
+
+    hub.dry_fault = DryRunError("no connection")
+    assert read(remote, "hf://org/repo@main") == ADAPTER
+    assert hub.calls[-1]["local_files_only"] is True
 
 
 @pytest.mark.parametrize("fault", [OSError("offline"), ValueError("bad repo id")])

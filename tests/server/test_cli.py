@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from server.cli import app
 from server.settings import Settings
 from tests.server.live import ROOT, environment
+from tests.server.made import make_adapter
 
 runner = CliRunner()
 
@@ -231,6 +233,32 @@ def test_generate_prints_words_as_they_come(answering: Any) -> None:
     body = "".join(f"data:{json.dumps(one)}\n\n" for one in events)
     answering({"POST /generate_stream": httpx.Response(200, text=body)})
     assert runner.invoke(app, ["generate", "x"]).output == " a b\n"
+
+
+def test_inspect_believes_the_tensors(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "mood", seed=1, labels=("BAD", "GOOD"), rank=4)
+    fine = runner.invoke(app, ["inspect", str(folder)])
+    assert fine.exit_code == 0, fine.output
+    assert "rank by target\tq_proj 4, v_proj 4" in fine.output
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    wrong = runner.invoke(app, ["inspect", str(folder), "--json"])
+    assert wrong.exit_code == 1
+    (finding,) = [
+        one for one in json.loads(wrong.output)["findings"] if one["severity"] == "contradiction"
+    ]
+    assert (finding["subject"], finding["proof"]) == ("rank", "r = 4")
+
+
+def test_inspect_reads_archives_and_says_what_it_cannot_read(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "mood", seed=1, labels=("BAD", "GOOD"))
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    assert runner.invoke(app, ["inspect", packed]).exit_code == 0
+    (tmp_path / "broken.zip").write_bytes(b"PK no archive")
+    broken = runner.invoke(app, ["inspect", str(tmp_path / "broken.zip")])
+    assert broken.exit_code == 1
+    assert broken.stderr.startswith("hira: corrupt_file: ")
+    assert "neither" in runner.invoke(app, ["inspect", str(tmp_path / "nowhere")]).stderr
 
 
 def test_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:

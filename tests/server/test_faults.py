@@ -224,6 +224,36 @@ def test_term_drains_then_ends_well_with_nothing_left(tmp_path: Path) -> None:
         wait_for(lambda: live.left_over() == [], 2)
 
 
+def test_term_to_all_processes_at_once_drains_too(tmp_path: Path) -> None:
+    with fake(tmp_path / "data") as live, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generate, live, 120)
+        wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
+        live.processes()
+        os.killpg(live.child.pid, signal.SIGTERM)
+        assert running.result().status_code == 200
+        assert live.child.wait(15) == 0
+        wait_for(lambda: live.left_over() == [], 2)
+
+
+def test_hangup_reads_the_settings_again(tmp_path: Path) -> None:
+    config = tmp_path / "hira.toml"
+    config.write_text("max_inputs = 2\n")
+    body = {"inputs": ["a", "b", "c"]}
+    path = "/predict?adapter=imdb"
+    with fake(tmp_path / "data", config=config, api_processes=2) as live:
+        assert live.client.post(path, json=body).status_code == 422
+        config.write_text('max_inputs = 3\n[api_keys]\napp = "a-new-key"\n')
+        live.child.send_signal(signal.SIGHUP)
+        wait_for(lambda: live.client.post(path, json=body).status_code == 401)
+        right = {"Authorization": "Bearer a-new-key"}
+        for _ in range(10):
+            assert httpx.post(live.url + path, json=body, headers=right).status_code == 200
+        config.write_text("nonsense = 1\n")
+        live.child.send_signal(signal.SIGHUP)
+        wait_for(lambda: "nonsense" in live.log.read_text())
+        assert httpx.post(live.url + path, json=body, headers=right).status_code == 200
+
+
 def test_drain_has_a_bound(tmp_path: Path) -> None:
     with fake(tmp_path / "data", drain_s=0.5) as live:
         answers: list[httpx.Response] = []

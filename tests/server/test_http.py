@@ -395,6 +395,8 @@ def test_openapi_document_has_every_call_with_its_shapes(live: Live) -> None:
 
 
 def test_killed_worker_comes_back_with_its_adapters(live: Live) -> None:
+    pinned = {"pinned": True}
+    live.client.patch("/admin/adapters/topic", json=pinned, headers=live.admin)
     before = post(live, "/predict?adapter=mood", {"inputs": "a fine day"}).json()
     body = {"inputs": "Once", "parameters": {"max_new_tokens": 400, "ignore_eos_token": True}}
     with ThreadPoolExecutor(4) as pool:
@@ -408,6 +410,12 @@ def test_killed_worker_comes_back_with_its_adapters(live: Live) -> None:
         assert time.monotonic() - killed < 2.0
     live.wait_ready(60)
     assert post(live, "/predict?adapter=mood", {"inputs": "a fine day"}).json() == before
+    until = time.monotonic() + 10
+    record: dict[str, Any] = {}
+    while record.get("residency") != "device":
+        assert time.monotonic() < until, "the pinned adapter was not brought back"
+        record = live.client.get("/admin/adapters/topic", headers=live.admin).json()
+        time.sleep(0.1)
 
 
 def test_end_leaves_nothing(live: Live) -> None:

@@ -45,9 +45,7 @@ Level detect() {
     const unsigned wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
     if ((b & wanted) != wanted) return kAbsent;
     const bool has_tiles = (d & (1u << 22)) && (d & (1u << 24)) && (low & 0x60000) == 0x60000;
-    unsigned a1, b1, c1, d1;
-    __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
-    if (!(a1 & (1u << 5))) return kAbsent;  // AVX512-BF16
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return kAbsent;  // AVX512-BF16
     const long request_permission = 0x1023, tile_state = 18;
     if (has_tiles && syscall(SYS_arch_prctl, request_permission, tile_state) == 0) return kAmx;
     return kAvx512;
@@ -700,18 +698,10 @@ void plan(Shared& s) {
     s.tiles = int64_t(s.split.size());
 }
 
-}  // namespace
-
-// Run a call. Returns 0; or the bytes of scratch it needs, aligned to 64, and nothing is written
-// then; or -1 where this processor cannot.
-HIRA_API int64_t hira_modulated_linear(const HiraCall* call) {
+int64_t run(const HiraCall& c, Level level) {
     Shared s;
-    s.call = call;
-    const HiraCall& c = *call;
-    const int32_t best = hira_level();
-    s.level = Level(c.level && c.level < best ? c.level : best);
-    if (s.level == kAbsent || c.in % 64 || c.in == 0 || c.threads < 1) return -1;
-    if (c.levels && (c.block < 64 || c.block % 64 || c.in % c.block)) return -1;
+    s.call = &c;
+    s.level = level;
     s.steps = c.in / kStep;
     plan(s);
     s.strips = ceil_div(c.out, kStrip);
@@ -740,10 +730,25 @@ HIRA_API int64_t hira_modulated_linear(const HiraCall* call) {
     return 0;
 }
 
+}  // namespace
+
 #pragma GCC pop_options
 
 #else
 
-HIRA_API int64_t hira_modulated_linear(const HiraCall*) { return -1; }
+namespace {
+int64_t run(const HiraCall&, Level) { return -1; }
+}  // namespace
 
 #endif
+
+// Run a call. Returns 0; or the bytes of scratch it needs, aligned to 64, and nothing is written
+// then; or -1 where this processor, or the shape, is not served.
+HIRA_API int64_t hira_modulated_linear(const HiraCall* call) {
+    const HiraCall& c = *call;
+    const int32_t best = hira_level();
+    const Level level = Level(c.level && c.level < best ? c.level : best);
+    if (level == kAbsent || c.in % 64 || c.in == 0 || c.threads < 1) return -1;
+    if (c.levels && (c.block < 64 || c.block % 64 || c.in % c.block)) return -1;
+    return run(c, level);
+}
