@@ -315,11 +315,9 @@ def counted(names: tuple[str, ...], head: str) -> Counted | None:
         return None
     signature = describe(model, names[0])
     prefix = signature.prefix
-    backbone = getattr(model, prefix) if prefix else model
-    inside = {id(parameter) for parameter in backbone.parameters()}
     beside = (
         {
-            name: sum(p.numel() for p in child.parameters() if id(p) not in inside)
+            name: sum(p.numel() for p in child.parameters())
             for name, child in model.named_children()
             if name != prefix
         }

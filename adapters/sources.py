@@ -141,9 +141,10 @@ class Sources:
                 expected="plain files",
                 fix="Copy the file itself into the folder.",
             ) from error
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)  # fdopen would refuse a folder too, and leave it open
+            raise SourceForbidden("A file of the source is not a plain file.", found=name)
         with os.fdopen(handle, "rb") as reader:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise SourceForbidden("A file of the source is not a plain file.", found=name)
             return self._copy(reader, target, left)
 
     def _copy(self, reader: IO[bytes], target: Path, left: int) -> int:
@@ -168,11 +169,9 @@ class Sources:
         if not allowed or found is None:
             raise _forbidden(source, "hf://org/repo@revision", "HIRA_ALLOW_HUB=true")
         try:
+            from httpx2 import HTTPError
             from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import (
-                DryRunError,
-                HTTPError,  # type: ignore[attr-defined]  # of the client that the hub uses
-            )
+            from huggingface_hub.errors import DryRunError
         except ImportError as cause:
             raise _no_extra("hub", "huggingface_hub") from cause
         folder = found["folder"] or ""

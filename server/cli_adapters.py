@@ -189,6 +189,9 @@ def _cell(name: str, value: Any) -> str:
         return f"{value / (1 << 20):.2f} MiB"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if name == "ranks" and isinstance(value, list) and value:
+        low, high = min(value), max(value)
+        return str(low) if low == high else f"{low} to {high}"
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):

@@ -216,8 +216,10 @@ class LiveCollector:
             ("hira_kv_blocks", "Blocks of the KV cache.", "state", live.kv_blocks),
             ("hira_cuda_bytes", "Memory of the CUDA device.", "kind", live.cuda_bytes),
             ("hira_admitted", "Requests and tokens admitted now.", "kind", live.running),
-            ("hira_process_resident_bytes", "Resident memory.", "role",
+            ("hira_process_resident_bytes", "Resident memory, shared pages in each.", "role",
              resident_bytes(live.processes)),
+            ("hira_process_private_bytes", "Memory that no other process shares.", "role",
+             resident_bytes(live.processes, private=True)),
         )  # fmt: skip
         for name, text, label, values in rows:
             gauge = GaugeMetricFamily(name, text, labels=[label])
@@ -236,14 +238,21 @@ class LiveCollector:
         )
 
 
-def resident_bytes(processes: Mapping[str, int]) -> dict[str, float]:
-    """Resident memory by role; processes that are gone are left out."""
+def resident_bytes(processes: Mapping[str, int], *, private: bool = False) -> dict[str, float]:
+    """Memory by role; processes that are gone are left out.
+
+    Args:
+        processes: Process id by role.
+        private: Only what no other process shares: HTTP processes are forks of the main one, and
+            resident memory counts the pages that they have in common once for each.
+    """
     import psutil
 
     found = {}
     for role, pid in processes.items():
         try:
-            found[role] = float(psutil.Process(pid).memory_info().rss)
+            one = psutil.Process(pid)
+            found[role] = float(one.memory_full_info().uss if private else one.memory_info().rss)
         except psutil.Error:
             continue
     return found

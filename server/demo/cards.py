@@ -163,6 +163,7 @@ def write_classifier_card(
         ],
     )
     labels = ", ".join(f"{index} `{label}`" for index, label in enumerate(recipe.labels))
+    passes = "1 pass" if recipe.epochs == 1 else f"{recipe.epochs} passes"
     notes = ""
     if recipe.window_tokens < CONTEXT_TOKENS:
         notes += f"\nOf a longer text each pass saw a stretch of {recipe.window_tokens} tokens."
@@ -175,7 +176,7 @@ The answer is read from the last token by the head `score`, which is saved with 
 Longer texts are cut after {CONTEXT_TOKENS} tokens.
 
 ## What it was trained on
-{recipe.sources}; {recipe.epochs} passes in batches of {recipe.batch_rows}, step size
+{recipe.sources}; {passes} in batches of {recipe.batch_rows}, step size
 {recipe.learning_rate:g}.{notes}
 
 ## What was measured

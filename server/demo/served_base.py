@@ -56,7 +56,8 @@ def nf4_round_trip(weight: Tensor) -> Tensor:
         compress_statistics=True,
         quant_type="nf4",
     )
-    return dequantize_4bit(packed, state)
+    dense: Tensor = dequantize_4bit(packed, state)
+    return dense
 
 
 def _through_four_bits(model: PreTrainedModel) -> PreTrainedModel:

@@ -219,11 +219,12 @@ def _optimize(
     model: PeftModel, recipe: Recipe, steps: int, losses: Iterator[Tensor], console: Console
 ) -> None:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if "score" not in name]},
+        {"params": [p for name, p in named if "score" in name], "lr": _HEAD_LEARNING_RATE},
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for name, p in named if "score" not in name]},
-            {"params": [p for name, p in named if "score" in name], "lr": _HEAD_LEARNING_RATE},
-        ],
+        groups,
         lr=recipe.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=0.01,

@@ -124,7 +124,7 @@ class Service:
         )
         self.metrics: HttpMetrics | None = None
         self.started = time.time()
-        self._reload = reload
+        self.read_settings = reload
         self._settings_age = 0
         self.keys = self._keyring()
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
@@ -153,7 +153,7 @@ class Service:
             return
         self._settings_age = age
         try:
-            fresh = self._reload()
+            fresh = self.read_settings()
         except SettingsFault as fault:
             logger.error("The settings were not reloaded: %s", fault)
             return

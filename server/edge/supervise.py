@@ -19,6 +19,7 @@ from server.edge.app import HiraServer
 from server.edge.shared import Phase
 from server.edge.wire import fault_path, read_state, state_path
 from server.metrics import forget_dead
+from server.settings import SettingsFault
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,7 @@ class Supervisor:
             self._check_queues()
             if self._reload:
                 self._reload = False
-                logger.warning("SIGHUP: the settings are read again")
-                self.load.settings_changed()
+                self._try_reload()
             self._upkeep()
             self._sleep(http)
         self._drain()
@@ -193,6 +193,16 @@ class Supervisor:
                 del self._http_restart_at[number]
                 assert self.server.start_http is not None
                 http[number] = self.server.start_http(number)
+
+    def _try_reload(self) -> None:
+        """Read the settings here first: the HTTP processes only hear of those that are right."""
+        try:
+            self.server.service.read_settings()
+        except SettingsFault as fault:
+            logger.error("SIGHUP: the settings stay as they were: %s", fault)
+            return
+        logger.warning("SIGHUP: the settings were read again")
+        self.load.settings_changed()
 
     def _check_queues(self) -> None:
         if not self.server.queues.is_alive():

@@ -161,7 +161,7 @@ def test_adapters_list_reads_every_page(answering: Any) -> None:
         "imdb",
         "hira",
         "text-classification",
-        "4, 8",
+        "4 to 8",
         "1.00 MiB",
         "device",
         "yes",

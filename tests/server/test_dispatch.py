@@ -6,6 +6,7 @@ import asyncio
 import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -50,9 +51,12 @@ class Wire:
 
     def __init__(self) -> None:
         self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.open = threading.Event()
+        self.open.set()
 
     def put(self, item: Any) -> None:
         self.items.put(item)
+        assert self.open.wait(10)
 
     async def messages(self) -> tuple[Any, ...]:
         item = await asyncio.to_thread(self.items.get, True, 5.0)
@@ -192,6 +196,28 @@ def test_next_worker_is_taken_up_and_gets_nothing_of_the_last(
                 scene.dispatcher.append([Events("first", (result(old.request.id),)), "OK"])
                 scene.say(result(ticket.request.id, "fresh"))
                 assert await ticket.next() == result(ticket.request.id, "fresh")
+            second.kill()
+
+    play(tmp_path, worker, scenario)
+
+
+def test_what_was_not_sent_before_a_death_is_never_sent(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.wire.open.clear()  # the queue is slow: what follows waits in the dispatcher
+        with ExitStack() as stack:
+            first = stack.enter_context(scene.dispatcher.admit(encode_request()))
+            assert await scene.wire.messages() == (first.request,)
+            waiting = stack.enter_context(scene.dispatcher.admit(encode_request()))
+            scene.worker.kill()
+            assert isinstance(await waiting.next(), Failure)
+        sleep = "import time; time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", sleep]) as second:
+            scene.dispatcher.append([WorkerReady("second", second.pid), "OK"])
+            with scene.dispatcher.admit(encode_request()) as fresh:
+                scene.wire.open.set()
+                assert await scene.wire.messages() == (fresh.request,)
             second.kill()
 
     play(tmp_path, worker, scenario)

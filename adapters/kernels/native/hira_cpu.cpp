@@ -389,19 +389,71 @@ struct Amx {
         if (N > 3) _tile_stored(3, sums + 3 * kTile, 64);
     }
 
-    // product: B A of one tile of outputs and one step of inputs, even and odd.
-    static void product(uint8_t* to, const uint8_t* b, const uint8_t* a, int64_t rank_steps) {
-        _tile_zero(6);
-        _tile_zero(7);
-        for (int64_t r = 0; r < rank_steps; ++r) {
-            _tile_loadd(3, b + r * kTile, 64);
-            _tile_loadd(4, a + 2 * r * kTile, 64);
-            _tile_loadd(5, a + (2 * r + 1) * kTile, 64);
-            _tile_dpbf16ps(6, 3, 4);
-            _tile_dpbf16ps(7, 3, 5);
+    // B A of one tile of outputs and one step of inputs, even and odd: into tiles 4, 5 or 6, 7.
+    template <bool kOdd>
+    static void product(const uint8_t* b, const uint8_t* a, int64_t rank_steps, bool same_a) {
+        if (kOdd) {
+            _tile_zero(6);
+            _tile_zero(7);
+        } else {
+            _tile_zero(4);
+            _tile_zero(5);
         }
-        _tile_stored(6, to, 64);
-        _tile_stored(7, to + kTile, 64);
+        for (int64_t r = 0; r < rank_steps; ++r) {
+            if (!same_a || rank_steps > 1) {
+                _tile_loadd(2, a + 2 * r * kTile, 64);
+                _tile_loadd(3, a + (2 * r + 1) * kTile, 64);
+            }
+            if (kOdd) {
+                _tile_loadd(1, b + r * kTile, 64);
+                _tile_dpbf16ps(6, 1, 2);
+                _tile_dpbf16ps(7, 1, 3);
+            } else {
+                _tile_loadd(0, b + r * kTile, 64);
+                _tile_dpbf16ps(4, 0, 2);
+                _tile_dpbf16ps(5, 0, 3);
+            }
+        }
+    }
+
+    // folded[o][s] = W0 ⊙ (1 + B A), for `tiles` tiles of outputs and `steps` of inputs. Three tiles
+    // are under way at once: one multiplied, one stored, one modulated; else they would wait for
+    // each other's latency.
+    static void fold(uint8_t* folded, const uint8_t* w, int64_t pitch, uint8_t* scratch,
+                     const uint8_t* b, const uint8_t* a, int64_t rank_steps, int64_t tiles,
+                     int64_t steps) {
+        const int64_t count = tiles * steps, b_pitch = rank_steps * kTile, a_pitch = 2 * b_pitch;
+        int64_t o = 0, s = 0;                // of the product that starts next
+        int64_t done_o = 0, done_s = 0;      // of the tile to modulate next
+        const auto modulate_next = [&](const uint8_t* product) __attribute__((always_inline)) {
+            modulate(folded + (done_o * kDepth + done_s) * kTile,
+                     w + done_o * pitch + done_s * kTile, product);
+            if (++done_o == tiles) done_o = 0, ++done_s;
+        };
+        const auto step = [&] __attribute__((always_inline)) {
+            if (++o == tiles) o = 0, ++s;
+        };
+        product<false>(b, a, rank_steps, false);
+        step();
+        for (int64_t i = 0; i < count; i += 2) {
+            if (i + 1 < count) {
+                product<true>(b + o * b_pitch, a + s * a_pitch, rank_steps, o != 0);
+                step();
+            }
+            if (i) modulate_next(scratch + 2 * kTile);
+            _tile_stored(4, scratch, 64);
+            _tile_stored(5, scratch + kTile, 64);
+            if (i + 2 < count) {
+                product<false>(b + o * b_pitch, a + s * a_pitch, rank_steps, o != 0);
+                step();
+            }
+            modulate_next(scratch);
+            if (i + 1 < count) {
+                _tile_stored(6, scratch + 2 * kTile, 64);
+                _tile_stored(7, scratch + 3 * kTile, 64);
+            }
+        }
+        if (count % 2 == 0) modulate_next(scratch + 2 * kTile);
     }
 };
 
@@ -436,10 +488,18 @@ struct Avx512 {
                            fresh && s == 0);
     }
 
-    static void product(uint8_t* to, const uint8_t* b, const uint8_t* a, int64_t rank_steps) {
-        for (int64_t r = 0; r < rank_steps; ++r)
-            for (int half = 0; half < 2; ++half)
-                accumulate(to + half * kTile, b + r * kTile, a + (2 * r + half) * kTile, r == 0);
+    static void fold(uint8_t* folded, const uint8_t* w, int64_t pitch, uint8_t* scratch,
+                     const uint8_t* b, const uint8_t* a, int64_t rank_steps, int64_t tiles,
+                     int64_t steps) {
+        for (int64_t s = 0; s < steps; ++s) {
+            for (int64_t o = 0; o < tiles; ++o) {
+                for (int64_t r = 0; r < rank_steps; ++r)
+                    for (int64_t half = 0; half < 2; ++half)
+                        accumulate(scratch + half * kTile, b + (o * rank_steps + r) * kTile,
+                                   a + ((s * rank_steps + r) * 2 + half) * kTile, r == 0);
+                modulate(folded + (o * kDepth + s) * kTile, w + o * pitch + s * kTile, scratch);
+            }
+        }
     }
 };
 
@@ -574,19 +634,7 @@ void run_group(const Shared& s, int64_t group, uint8_t* own) {
                     const uint8_t* a = s.panel_base + s.panels[chunk.panel].offset +
                                        depth * rank_steps * 2 * kTile;
                     const uint8_t* b = factor + strip * 4 * rank_steps * kTile;
-                    const int64_t count = steps * tiles;
-                    // The next product is under way while this one is multiplied with W0.
-                    Unit::product(product, b, a, rank_steps);
-                    for (int64_t i = 0; i < count; ++i) {
-                        const int64_t next = i + 1;
-                        if (next < count)
-                            Unit::product(product + next % 2 * 2 * kTile,
-                                          b + next % tiles * rank_steps * kTile,
-                                          a + next / tiles * rank_steps * 2 * kTile, rank_steps);
-                        const int64_t o = i % tiles, step = i / tiles;
-                        modulate(folded + (o * kDepth + step) * kTile, w + o * pitch + step * kTile,
-                                 product + i % 2 * 2 * kTile);
-                    }
+                    Unit::fold(folded, w, pitch, product, b, a, rank_steps, tiles, steps);
                     w = folded;
                     w_pitch = kDepth * kTile;
                 }
