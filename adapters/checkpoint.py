@@ -7,6 +7,7 @@ together. Nothing is written, and what a tensor proves goes before what the conf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,6 +235,12 @@ class _Layout:
             )
         elif not self.config.saves(key.path):
             self._unmatched.append(entry.name)
+        elif any(key.name == other.name for other, _ in self.saved):
+            self._faults.append(
+                CorruptFile(
+                    f"Two tensors claim to be {key.name}.", found=entry.name, expected="one"
+                )
+            )
         else:
             self.saved.append((key, entry))
 
@@ -279,6 +286,7 @@ class _Layout:
             )
         for path, pair in self.pairs.items():
             found += _pair_faults(self.base.layers[path], pair, self.config.method)
+            found += self._scale_faults(path, pair)
         missing = [path for path in self._expected(task) if path not in self.pairs]
         if missing:
             found.append(
@@ -308,6 +316,18 @@ class _Layout:
                 )
             )
         return found
+
+    def _scale_faults(self, path: str, pair: Mapping[str, TensorEntry]) -> Iterator[AdapterError]:
+        """LoRA's answer depends on the rank that alpha is divided by, so claim and proof agree."""
+        shape = pair["A"].shape if "A" in pair else ()
+        claimed = self.config.claimed_rank(self.spelled[path])
+        if self.config.method == "lora" and shape and shape[0] != claimed:
+            yield ShapeMismatch(
+                f"The rank of {path} is not the one that the configuration scales by.",
+                found=f"rank {shape[0]} in the tensors",
+                expected=f"rank {claimed}, as r and rank_pattern say",
+                fix="Correct r or rank_pattern in adapter_config.json.",
+            )
 
     def _expected(self, task: Task) -> Iterator[str]:
         """Paths of this base that the configuration targets."""
@@ -388,7 +408,7 @@ def _some(names: list[str]) -> str:
 
 
 def _read_small(folder: Path, name: str, *, optional: bool = False) -> bytes:
-    if optional and not (folder / name).exists():
+    if optional and not os.path.lexists(folder / name):
         return b"{}"
     with open_regular(folder / name) as file:
         return file.read(MAX_JSON_BYTES + 1)

@@ -83,9 +83,10 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise CorruptFile(
             f"{path.name} cannot be read.", found=cause.strerror, expected="a regular file"
         ) from cause
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptFile(f"{path.name} is not a regular file.", expected="a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CorruptFile(f"{path.name} is not a regular file.", expected="a regular file")
         yield file
 
 

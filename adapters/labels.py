@@ -91,9 +91,9 @@ def read_task_config(raw: bytes) -> TaskConfig:
     if problem_type is not None and problem_type not in _PROBLEM_TYPES:
         raise _malformed("problem_type", problem_type, "one of " + ", ".join(_PROBLEM_TYPES))
     return TaskConfig(
-        model_type=_text(content.get("model_type")),
-        architecture=_text(architectures[0])
-        if isinstance(architectures, list) and architectures
+        model_type=_text(content, "model_type"),
+        architecture=architectures[0]
+        if isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
         else None,
         names=_names(content),
         problem_type=problem_type,
@@ -113,8 +113,13 @@ def _names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
     if not raw or set(raw) != keys:
         raise _malformed("id2label", raw, 'an object with the keys "0", "1", ...')
     names = tuple(raw[str(index)] for index in range(len(raw)))
-    if not all(isinstance(name, str) and len(name) <= _MAX_LABEL_CHARACTERS for name in names):
-        raise _malformed("id2label", raw, "short strings")
+    if not all(
+        isinstance(name, str) and 0 < len(name) <= _MAX_LABEL_CHARACTERS and name.isprintable()
+        for name in names
+    ):
+        raise _malformed("id2label", raw, "short printable strings")
+    if len(set(names)) != len(names):
+        raise _malformed("id2label", raw, "another name for each label")
     return names
 
 
@@ -122,8 +127,11 @@ def _default_names(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{index}" for index in range(count))
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+def _text(content: Mapping[str, Any], name: str) -> str | None:
+    value = content.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _malformed(name, value, "a string")
+    return value or None
 
 
 def _wrong(count: int, expected: int) -> ShapeMismatch:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from adapters.checkpoint import load_adapter
+from adapters.checkpoint import AdapterWeights, load_adapter
 from adapters.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -80,6 +80,7 @@ class Registry:
         source: str,
         replace: bool = False,
         pinned: bool = False,
+        check: Callable[[AdapterWeights], None] | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Check the adapter in ``folder``, store its bytes, and put ``name`` on it.
 
@@ -92,6 +93,7 @@ class Registry:
             source: For the record.
             replace: Whether ``name`` may move from another version to this one.
             pinned: Keep it on the device.
+            check: Raises what else may be wrong with an adapter, such as its head.
 
         Returns:
             The record, and whether anything was created or moved. Both are durable.
@@ -104,6 +106,8 @@ class Registry:
         """
         check_name(name)
         weights = load_adapter(folder, base)
+        if check is not None:
+            check(weights)
         version = self.store.add(folder)
         record = record_of(name, version, weights, source=source, pinned=pinned)
         with self._transaction() as connection:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
-from adapters.errors import AdapterNotFound, CorruptFile, StoreFull
+from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
 from adapters.header import open_regular, read_header
 from adapters.strict_json import MAX_JSON_BYTES, strict_json
 
@@ -87,7 +87,7 @@ class Store:
             AdapterNotFound: There is no such version in this store.
         """
         folder = self._versions / version
-        if not _VERSION.fullmatch(version) or not folder.is_dir():
+        if not self.has(version):
             raise AdapterNotFound(
                 "The bytes of this version are not in the store.",
                 found=version[:80],
@@ -97,11 +97,17 @@ class Store:
         return folder
 
     def has(self, version: str) -> bool:
-        return bool(_VERSION.fullmatch(version)) and (self._versions / version).is_dir()
+        """Whether the bytes of ``version`` are here: every file that an adapter must have."""
+        folder = self._versions / version
+        return bool(_VERSION.fullmatch(version)) and all(
+            (folder / name).is_file() for name in _REQUIRED
+        )
 
     def versions(self) -> set[str]:
         """Every version whose bytes are here."""
-        return {entry.name for entry in os.scandir(self._versions) if entry.is_dir()}
+        return {
+            entry.name for entry in os.scandir(self._versions) if _VERSION.fullmatch(entry.name)
+        }
 
     def nbytes(self) -> int:
         """Bytes of all entries."""
@@ -138,15 +144,18 @@ class Store:
     def damaged(self) -> Iterator[str]:
         """Versions whose content is not what their name says; reads every byte."""
         for version in sorted(self.versions()):
-            try:
-                sound = version_of(self._versions / version) == version
-            except CorruptFile:
-                sound = False
-            if not sound:
+            if not self.is_sound(version):
                 yield version
 
+    def is_sound(self, version: str) -> bool:
+        """Whether the content of an entry is what its name says; reads every byte of it."""
+        try:
+            return version_of(self._versions / version) == version
+        except AdapterError:
+            return False
+
     def _check_room(self, folder: Path) -> None:
-        if self.max_bytes is None:
+        if self.max_bytes is None or self.has(version_of(folder)):
             return
         needed = sum((folder / name).stat().st_size for name in _present(folder))
         used = self.nbytes()
@@ -165,7 +174,11 @@ class Store:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            os.utime(folder)  # the same content is there already
+            if self.is_sound(version):
+                os.utime(folder)  # the same content is there already
+            else:
+                self.remove(version)
+                os.rename(staged, folder)
         _sync_folder(self._versions)
 
 

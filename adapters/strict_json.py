@@ -37,6 +37,8 @@ def strict_json(raw: bytes, name: str, limit_bytes: int = MAX_JSON_BYTES) -> dic
         content = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
+        if rb"\ud" in raw.lower():  # half a character could be written nowhere again
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as cause:
         raise CorruptFile(
             f"{name} is not valid JSON.",

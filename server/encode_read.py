@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
+from adapters.tasks import HEADED
 from server import postprocess
 from server.base_model import LoadedBase
 from server.encode_failures import TaskMismatch
-from server.heads import HEADED, Heads
+from server.heads import Heads
 from server.messages import EncodedInput, EncodeRequest, Task
 from server.text import Text
 

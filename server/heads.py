@@ -13,12 +13,12 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from adapters.errors import MissingTensors, ShapeMismatch, UnmatchedTensors, UnsupportedOption
+from adapters.errors import UnsupportedOption
 from server.base_model import LoadedBase
 from server.base_plan import name_is_headed
 from server.messages import Task
+from server.skeletons import Skeletons, Stub
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights
@@ -43,7 +43,7 @@ class TaskHead:
     def __init__(
         self,
         module: Any,
-        stub: _Stub,
+        stub: Stub,
         pad_id: int,
         labels: tuple[str, ...],
         problem_type: str | None,
@@ -89,7 +89,7 @@ class LanguageModelHead:
     Its adapted layers follow the batch that is active when it is called.
     """
 
-    def __init__(self, module: Any, stub: _Stub) -> None:
+    def __init__(self, module: Any, stub: Stub) -> None:
         self._module = module
         self._stub = stub
 
@@ -113,7 +113,11 @@ class Heads:
         self._base = base
         self._capacity = capacity
         self._kept: OrderedDict[str, TaskHead] = OrderedDict()
-        self._skeletons: dict[tuple[Task, int], Any] = {}
+        self._skeletons = Skeletons(
+            base.config,
+            base.adapted.signature.vocab_size,
+            has_pooler=getattr(base.backbone, "pooler", None) is not None,
+        )
         self._own: LanguageModelHead | None = None
 
     @property
@@ -153,7 +157,7 @@ class Heads:
                 )
             # The same modules under another backbone: the tables of the copy are its own.
             shell = copy.copy(model)
-            stub = _Stub()
+            stub = Stub()
             shell.__dict__["_modules"] = {**model._modules, model.base_model_prefix: stub}
             self._own = LanguageModelHead(shell, stub)
         return self._own
@@ -162,150 +166,15 @@ class Heads:
         self._kept.pop(version, None)
 
     def _build(self, weights: AdapterWeights) -> TaskHead:
-        base = self._base
-        labels = _label_names(weights)
-        count = 2 if weights.task == "question-answering" else len(labels)
-        skeleton = self._skeleton(weights.task, count)
-        module = copy.deepcopy(skeleton)
-        prefix = module.base_model_prefix
-        stub: _Stub = getattr(module, prefix)
-        if stub.pooled and getattr(base.backbone, "pooler", None) is None:
-            raise MissingTensors(
-                "The adapter's head reads a pooler that the base does not have.",
-                found=f"no {prefix}.pooler in the base's checkpoint",
-                expected="a base with a pooler",
-                fix="Serve a base whose checkpoint holds its pooler.",
-            )
+        self._skeletons.check(weights)
+        module = copy.deepcopy(self._skeletons.of(weights))
         tensors = {
-            name: tensor.detach().to(base.device, torch.float32)
+            name: tensor.detach().to(self._base.device, torch.float32)
             for name, tensor in weights.head.items()
         }
-        _fill(module, tensors)
+        module.load_state_dict(tensors, strict=True, assign=True)
+        named = weights.labels is not None and weights.task != "question-answering"
+        labels = weights.labels.names if named and weights.labels is not None else ()
         problem = weights.labels.problem_type if weights.labels is not None else None
+        stub: Stub = getattr(module, module.base_model_prefix)
         return TaskHead(module, stub, int(module.config.pad_token_id), labels, problem)
-
-    def _skeleton(self, task: Task, labels: int) -> Any:
-        found = self._skeletons.get((task, labels))
-        if found is None:
-            base = self._base
-            config = copy.deepcopy(base.config)
-            config.num_labels = labels
-            if getattr(config, "pad_token_id", None) is None:
-                # An id that no token has: the last token is then the last that is not padding.
-                config.pad_token_id = base.adapted.signature.vocab_size
-            task_class = _task_class(config, task)
-            with torch.device("meta"):
-                found = _without_padding_rows(task_class, config)
-            backbone = getattr(found, found.base_model_prefix)
-            pooled = getattr(backbone, "pooler", None) is not None
-            setattr(found, found.base_model_prefix, _Stub(pooled))
-            found.requires_grad_(False)
-            found.eval()
-            self._skeletons[task, labels] = found
-        return found
-
-
-class _Stub(nn.Module):
-    """Answers like a backbone, with what was computed already.
-
-    ``pooled`` says whether the head expects what the backbone's pooler makes.
-    """
-
-    def __init__(self, pooled: bool = False) -> None:
-        super().__init__()
-        self.pooled = pooled
-        self._hidden: torch.Tensor | None = None
-        self._vectors: torch.Tensor | None = None
-
-    def answering(self, hidden: torch.Tensor, pooled: torch.Tensor | None) -> _Stub:
-        self._hidden, self._vectors = hidden, pooled
-        return self
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, *_: object) -> None:
-        self._hidden = self._vectors = None
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-
-        assert self._hidden is not None
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=self._hidden, pooler_output=self._vectors
-        )
-
-
-def _task_class(config: Any, task: Task) -> type[Any]:
-    from transformers.models.auto import modeling_auto as auto
-
-    mappings = {
-        "text-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    }
-    found = mappings[task].get(type(config), None) if task in mappings else None
-    if found is None:
-        raise UnsupportedOption(
-            f"This base has no head for {task}.",
-            found=str(config.model_type),
-            expected="a family for which transformers has such a class",
-        )
-    chosen: type[Any] = found[0] if isinstance(found, tuple) else found
-    return chosen
-
-
-def _without_padding_rows(task_class: type[Any], config: Any) -> Any:
-    """Build the class; its backbone is thrown away, so its padding row may be any that exists."""
-    sentinel = config.pad_token_id
-    config.pad_token_id = min(sentinel, config.vocab_size - 1)
-    built = task_class(config)
-    built.config.pad_token_id = sentinel
-    return built
-
-
-def _label_names(weights: AdapterWeights) -> tuple[str, ...]:
-    if weights.task == "question-answering":
-        return ()
-    if weights.labels is not None:
-        return weights.labels.names
-    last = [tensor for name, tensor in weights.head.items() if name.endswith(".weight")][-1:]
-    if not last:
-        raise MissingTensors(
-            f"The adapter does {weights.task} and has no head.",
-            found="no saved modules",
-            expected="the tensors of its head",
-            fix='Train with the head in "modules_to_save".',
-        )
-    return tuple(f"LABEL_{index}" for index in range(last[0].shape[0]))
-
-
-def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    wanted = dict(module.state_dict())
-    unknown = sorted(set(tensors) - set(wanted))
-    if unknown:
-        raise UnmatchedTensors(
-            "The adapter has tensors that are no part of its head.",
-            found=", ".join(unknown[:3]),
-            expected=", ".join(sorted(wanted)[:6]),
-        )
-    missing = sorted(set(wanted) - set(tensors))
-    if missing:
-        raise MissingTensors(
-            "The adapter lacks tensors of its head.",
-            found=", ".join(sorted(tensors)[:6]) or "no saved modules",
-            expected=", ".join(missing[:3]),
-            fix='Train with all parts of the head in "modules_to_save".',
-        )
-    for name, tensor in tensors.items():
-        _check_shape(name, tensor, wanted[name])
-    module.load_state_dict(tensors, strict=True, assign=True)
-
-
-def _check_shape(name: str, tensor: torch.Tensor, wanted: torch.Tensor) -> None:
-    if tensor.shape != wanted.shape:
-        raise ShapeMismatch(
-            f"The head's {name} has another shape.",
-            found=str(tuple(tensor.shape)),
-            expected=str(tuple(wanted.shape)),
-        )

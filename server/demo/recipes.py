@@ -117,8 +117,3 @@ RECIPES: Final[tuple[ClassifierRecipe | WriterRecipe, ...]] = (
         batch_rows=64,
     ),
 )
-
-
-def recipe_named(name: str) -> ClassifierRecipe | WriterRecipe:
-    """Return the recipe of that name, or raise KeyError."""
-    return {recipe.name: recipe for recipe in RECIPES}[name]

@@ -3,7 +3,8 @@
     python -m server.demo.train base --data DIR            train and measure the base
     python -m server.demo.train adapter NAME --data DIR    train and measure one adapter on it
     python -m server.demo.train all --data DIR             the base, then every adapter
-    python -m server.demo.train measure --data DIR         score what is there and rewrite the cards
+    python -m server.demo.train measure NAME --data DIR    score one of them (or base, or all) again
+                                                           and rewrite its card
 
 DIR is a folder laid out as `server.demo.corpora` says. Every run is seeded.
 """
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 
 from server.demo import ADAPTERS_DIR, BASE_DIR, cards, corpora, scores
-from server.demo.recipes import RECIPES, ClassifierRecipe, WriterRecipe, recipe_named
+from server.demo.recipes import RECIPES, ClassifierRecipe, WriterRecipe
 from server.demo.train_adapters import train_adapter
 from server.demo.train_base import BASE_STEPS, BATCH_TOKENS, train_base
 
@@ -29,13 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     console = Console()
-    if options.command in ("base", "all"):
-        train_base(options.data, options.base, seed=options.seed, console=console)
-    if options.command in ("base", "all", "measure"):
+    name = getattr(options, "name", options.command)
+    if name in ("base", "all"):
+        if options.command != "measure":
+            train_base(options.data, options.base, seed=options.seed, console=console)
         _measure_base(options.data, options.base, console)
-    if options.command == "base":
-        return
-    for recipe in _chosen(options):
+    for recipe in RECIPES:
+        if name not in (recipe.name, "all"):
+            continue
         folder = options.adapters / recipe.name
         if options.command != "measure":
             train_adapter(
@@ -62,15 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Make the embedded demo, or measure it again.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("base", parents=[shared], help="train and measure the base")
+    names = [recipe.name for recipe in RECIPES]
     adapter = commands.add_parser("adapter", parents=[shared], help="train and measure one adapter")
-    adapter.add_argument("name", choices=[recipe.name for recipe in RECIPES])
+    adapter.add_argument("name", choices=names)
     commands.add_parser("all", parents=[shared], help="the base, then every adapter")
-    commands.add_parser("measure", parents=[shared], help="score what is there, rewrite the cards")
+    measure = commands.add_parser(
+        "measure", parents=[shared], help="score again, rewrite the cards"
+    )
+    measure.add_argument("name", choices=["base", *names, "all"])
     return parser
-
-
-def _chosen(options: argparse.Namespace) -> tuple[ClassifierRecipe | WriterRecipe, ...]:
-    return (recipe_named(options.name),) if options.command == "adapter" else RECIPES
 
 
 def _measure_base(corpora_root: Path, base_dir: Path, console: Console) -> None:

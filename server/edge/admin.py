@@ -136,6 +136,7 @@ class Admin:
                 source=source,
                 replace=wish.replace,
                 pinned=wish.pinned,
+                check=self.service.base.check_head,
             )
         )
         if wish.preload or wish.pinned:

@@ -57,24 +57,30 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
     import torch
 
     from server.base_model import BaseModelError, signature_of
-    from server.base_plan import base_folder
+    from server.base_plan import plan_base
+    from server.skeletons import Skeletons
     from server.text import Text, TokenizerError
 
     torch.set_num_threads(1)
     options = settings.engine_options(place)
     try:
         signature = replace(signature_of(options), name=name)
-        folder = base_folder(options)
+        plan = plan_base(options)
         limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
         vocabulary = signature.vocab_size or None
-        inputs = Text.load(folder, max_tokens=limit, vocab_size=vocabulary)
-        prompts = Text.load(folder, max_tokens=signature.max_length, vocab_size=vocabulary)
+        inputs = Text.load(plan.folder, max_tokens=limit, vocab_size=vocabulary)
+        prompts = Text.load(plan.folder, max_tokens=signature.max_length, vocab_size=vocabulary)
     except (BaseModelError, TokenizerError) as error:
         raise StartFailed(" ".join(str(error).split())) from None
     return Base(
         name=name,
         task=base_task(signature.architecture),
         signature=signature,
+        check_head=Skeletons(
+            plan.config,
+            signature.vocab_size,
+            has_pooler=any("pooler" in path.split(".") for path in signature.layers),
+        ).check,
         inputs=inputs,
         prompts=prompts,
         created=time.time(),
@@ -93,6 +99,13 @@ def register(
     for one in adapters:
         try:
             with sources.fetch(one.source, trusted=True) as folder:
-                registry.register(one.name, folder, base.signature, source=one.source, replace=True)
+                registry.register(
+                    one.name,
+                    folder,
+                    base.signature,
+                    source=one.source,
+                    replace=True,
+                    check=base.check_head,
+                )
         except AdapterError as error:
             raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None

@@ -33,6 +33,7 @@ from server.settings import Settings, SettingsFault
 from server.text import Text, TextError
 
 if TYPE_CHECKING:
+    from adapters.checkpoint import AdapterWeights
     from adapters.registry import AdapterRecord, Registry
     from adapters.signature import BaseSignature
 
@@ -65,6 +66,7 @@ class Base:
     name: str
     task: Task  # what the bare base does
     signature: BaseSignature
+    check_head: Callable[[AdapterWeights], None]  # raises what is wrong with a task head
     inputs: Text  # tokenizer, limited to what one input may have
     prompts: Text  # the same, limited to the base's context
     created: float

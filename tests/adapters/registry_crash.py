@@ -50,7 +50,15 @@ def crash_once(root: Path, folders: list[Path], seed: int) -> list[str]:
         bytes that nobody names. Empty when all is well.
     """
     root.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", __name__, "work", str(root), str(seed), *map(str, folders)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.adapters.registry_crash",
+        "work",
+        str(root),
+        str(seed),
+        *map(str, folders),
+    ]
     rng = random.Random(seed)
     with (root / "log").open("w+") as log:
         child = subprocess.Popen(command, stdout=log, cwd=Path(__file__).parents[2])

@@ -235,6 +235,39 @@ def test_a_folder_without_files_is_refused(tmp_path: Path, base: BaseSignature) 
         load_adapter(tmp_path, base)
 
 
+def test_two_tensors_for_one_place_are_refused(folder: Path, base: BaseSignature) -> None:
+    name = "base_model.model.classifier.modules_to_save.default.weight"
+    change_tensors(folder, {name: torch.zeros(2, 64)})
+    with pytest.raises(CorruptFile, match="Two tensors"):
+        load_adapter(folder, base)
+
+
+def test_a_lora_rank_that_the_scale_contradicts_is_refused(
+    tmp_path: Path, base: BaseSignature
+) -> None:
+    folder = change_config(lora_folder(tmp_path / "adapter"), r=8)
+    with pytest.raises(AdapterFaults) as caught:
+        load_adapter(folder, base)
+    assert caught.value.code == "shape_mismatch"
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["a", ""], ["a", "b\nc"], ["a", 3]])
+def test_labels_that_are_no_names_are_refused(
+    folder: Path, base: BaseSignature, names: list[object]
+) -> None:
+    labels = {str(index): name for index, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps({"id2label": labels}))
+    with pytest.raises(CorruptFile, match="id2label"):
+        load_adapter(folder, base)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(folder: Path, base: BaseSignature) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(CorruptFile, match="regular"):
+        load_adapter(folder, base)
+
+
 def test_a_pipe_in_place_of_tensors_does_not_hang(folder: Path, base: BaseSignature) -> None:
     (folder / TENSOR_FILE).unlink()
     os.mkfifo(folder / TENSOR_FILE)

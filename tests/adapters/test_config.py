@@ -56,7 +56,17 @@ def test_other_methods_are_refused(peft_type: object) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"[]", b"{", b'{"r": NaN}', b'{"r": 1, "r": 2}', b"\xff", b"[" * 100_000, b'"x"'],
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"r": NaN}',
+        b'{"r": 1, "r": 2}',
+        b"\xff",
+        b"[" * 100_000,
+        b'"x"',
+        b'{"x": "\\ud800"}',
+    ],
 )
 def test_what_is_not_a_plain_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(CorruptFile):

@@ -99,6 +99,26 @@ def test_the_size_limit_is_kept(tmp_path: Path, adapter: Path) -> None:
     assert store.nbytes() == size
 
 
+def test_what_is_stored_already_needs_no_room(tmp_path: Path, adapter: Path) -> None:
+    size = sum(path.stat().st_size for path in adapter.iterdir())
+    store = Store(tmp_path / "store", max_bytes=size)
+    assert store.add(adapter) == store.add(adapter)
+
+
+@pytest.mark.parametrize("missing", [CONFIG_FILE, TENSOR_FILE, None])
+def test_a_damaged_entry_is_mended_by_adding_it_again(
+    store: Store, adapter: Path, missing: str | None
+) -> None:
+    version = store.add(adapter)
+    if missing is not None:
+        (store.path(version) / missing).unlink()
+        assert not store.has(version)
+    else:
+        (store.path(version) / TENSOR_FILE).write_bytes(b"")
+    assert store.add(adapter) == version
+    assert list(store.damaged()) == []
+
+
 def test_removal_waits_for_the_grace(store: Store, adapter: Path) -> None:
     version = store.add(adapter)
     assert not store.remove(version, idle_s=60)

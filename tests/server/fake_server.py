@@ -93,6 +93,7 @@ def main(engine: str) -> None:
         name="fake-base",
         task="text-generation",
         signature=nothing,
+        check_head=nothing,
         inputs=text,
         prompts=text,
         created=time.time(),
