@@ -71,8 +71,18 @@ def test_two_generation_adapters_differ(live: Live) -> None:
 
 
 @pytest.mark.http
+def test_the_openai_client_streams(live: Live) -> None:
+    (block,) = (one for one in blocks("python") if "OpenAI" in one)
+    script = block.replace("http://127.0.0.1:8000", live.url)
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert found.stdout.strip()
+
+
+@pytest.mark.http
 def test_the_adapter_of_the_readme_can_be_served(live: Live, tmp_path: Path) -> None:
-    (block,) = blocks("python")
+    (block,) = (one for one in blocks("python") if "get_peft_model" in one)
     script = block.replace("server/demo/base", str(BASE_DIR))
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
     key = (live.folder / "admin.key").read_text().strip()
