@@ -168,12 +168,10 @@ class Sources:
         found = _HUB.fullmatch(source)
         if not allowed or found is None:
             raise _forbidden(source, "hf://org/repo@revision", "HIRA_ALLOW_HUB=true")
-        try:
-            from httpx2 import HTTPError
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import DryRunError
-        except ImportError as cause:
-            raise _no_extra("hub", "huggingface_hub") from cause
+        from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import DryRunError
+
         folder = found["folder"] or ""
         if folder and not all(part.strip(".") for part in folder.split("/")):
             raise _forbidden(source, "hf://org/repo/folder@revision", "HIRA_ALLOW_HUB=true")
@@ -209,7 +207,9 @@ class Sources:
             faults = importlib.import_module("botocore.exceptions")
             files = fsspec.filesystem("s3")
         except ImportError as cause:
-            raise _no_extra("s3", "s3fs") from cause
+            raise SourceUnavailable(
+                "This server is installed without s3fs.", fix="pip install 'hira-server[s3]'"
+            ) from cause
         left = self.max_bytes
         for name in _COPIED:
             try:
@@ -229,10 +229,4 @@ def _forbidden(source: str, form: str, setting: str) -> SourceForbidden:
         found=source[:200],
         expected=f"{form}, where the operator allows it",
         fix=f"Start the server with {setting}, or upload the files.",
-    )
-
-
-def _no_extra(extra: str, package: str) -> SourceUnavailable:
-    return SourceUnavailable(
-        f"This server is installed without {package}.", fix=f"pip install 'hira-server[{extra}]'"
     )

@@ -221,13 +221,9 @@ def test_remote_sources_are_off_until_allowed(
     assert setting in str(fault.fix)
 
 
-@pytest.mark.parametrize("source", ["hf://org/repo", "s3://bucket/folder"])
-def test_a_missing_extra_is_named(
-    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    fault = refused(Sources(tmp_path / "staging", allow_hub=True, allow_s3=True), source)
+    fault = refused(Sources(tmp_path / "staging", allow_s3=True), "s3://bucket/folder")
     assert isinstance(fault, SourceUnavailable)
     assert "pip install" in str(fault.fix)
 
