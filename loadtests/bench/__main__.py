@@ -1,0 +1,46 @@
+"""Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
+[http] [--quick] [--json FILE]`. Without a name it runs all of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from loadtests.bench import peers
+from loadtests.bench.timing import Report, machine, print_machine
+
+BENCHES = ("modulation", "generation", "http")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="BENCH", help=", ".join(BENCHES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few rounds: shows that it works, measures little"
+    )
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(BENCHES))
+    if unknown:
+        parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    peers.quiet()
+    began = time.monotonic()
+    report = Report(machine(), options.quick)
+    print_machine(report.machine)
+    for name in BENCHES:
+        if not options.names or name in options.names:
+            importlib.import_module(f"loadtests.bench.{name}").bench(report)
+    print(f"\n{time.monotonic() - began:.0f} s in all")
+    if options.quick:
+        print("quick run: too few rounds for conclusions")
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""The real server in its own processes, on the base and adapters of ``generation``.
+
+Clients and server share the machine's cores, which the engine alone has for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from loadtests.bench.generation import (
+    ADAPTERS,
+    NEW_TOKENS,
+    PROMPTS,
+    Alone,
+    built,
+    generate_all,
+    made,
+)
+from loadtests.bench.live import Connection, Server, running
+from loadtests.bench.timing import THREADS, Budget, Figure, Report, percentile, ratio_of
+from server.messages import TERMINAL, EncodeRequest, Failure
+
+_ZERO_S = 60.0
+_SHORT_ANSWER = 16  # of a request of the flood
+_FLOOD_CLIENTS = 64
+_LEAVING_CLIENTS = 200
+_PREDICT_CLIENTS = 64
+_TEXT = (
+    "Not as good as the book, but the acting carries it a long way, and the last half hour is "
+    "as funny as anything this year."
+)
+_ids = itertools.count()
+
+
+@dataclass
+class Streams:
+    """What streaming clients saw."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    firsts: list[float] = field(default_factory=list)
+
+
+def bench(report: Report) -> None:
+    """All four parts, on one server."""
+    torch.set_num_threads(THREADS)
+    with (
+        made() as folders,
+        built(folders) as alone,
+        running(folders.base, (*folders.generators, *folders.classifiers)) as server,
+    ):
+        _streaming(report, server, alone)
+        _flood(report, server)
+        _disconnects(report, server)
+        _predictions(report, server, alone)
+
+
+def _streaming(report: Report, server: Server, alone: Alone) -> None:
+    report.section(f"HTTP: {ADAPTERS} streaming clients on {ADAPTERS} adapters")
+    budget = Budget(0.0, 1, 1) if report.quick else Budget(30.0, 5, 10)
+    generate_all(alone)
+    asyncio.run(_stream_all(server.port, NEW_TOKENS))
+    inside, outside, ratios, firsts = [], [], [], []
+    tokens = ADAPTERS * NEW_TOKENS
+    for _ in budget.rounds():
+        began = time.perf_counter()
+        generate_all(alone)
+        inside.append(tokens / (time.perf_counter() - began))
+        seen = asyncio.run(_stream_all(server.port, NEW_TOKENS))
+        if seen.tokens != tokens:
+            raise SystemExit(f"{seen.tokens} tokens were streamed, {tokens} asked for")
+        outside.append(tokens / seen.seconds)
+        firsts += seen.firsts
+        ratios.append(outside[-1] / inside[-1])
+
+    def add(what: str, value: Any, **more: Any) -> None:
+        report.add(Figure("http", f"{ADAPTERS} streams", what, value, **more))
+
+    add("engine without HTTP", statistics.median(inside), unit="tokens/s")
+    add("through HTTP", statistics.median(outside), unit="tokens/s")
+    add("HTTP against engine", ratio_of(ratios, max(outside) / max(inside)), at_least=0.85)
+    note = f"{len(firsts)} requests"
+    add("time to first token, p50", percentile(firsts, 0.5) * 1e3, unit="ms", note=note)
+    add("time to first token, p99", percentile(firsts, 0.99) * 1e3, unit="ms", note=note)
+
+
+async def _stream_all(port: int, new_tokens: int) -> Streams:
+    """One stream on each adapter, all at once; connections are open before."""
+    connections = [await Connection.open(port) for _ in range(ADAPTERS)]
+    seen = Streams()
+
+    async def client(number: int) -> None:
+        began = time.perf_counter()
+        count = 0
+        async for piece in connections[number].post(*_streamed(number, new_tokens)):
+            found = piece.count(b'"token":')
+            if found and not count:
+                seen.firsts.append(time.perf_counter() - began)
+            count += found
+        seen.tokens += count
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(ADAPTERS)))
+    seen.seconds = time.perf_counter() - began
+    for connection in connections:
+        await connection.close()
+    return seen
+
+
+def _flood(report: Report, server: Server) -> None:
+    report.section(f"HTTP: one adapter with {_FLOOD_CLIENTS} clients, another with one")
+    count = 4 if report.quick else 100
+    idle, flooded, answered = asyncio.run(_flooded(server.port, count))
+    case = f"{_FLOOD_CLIENTS} clients against 1"
+
+    def add(what: str, value: float, **more: Any) -> None:
+        report.add(Figure("http", case, what, value, **more))
+
+    for name, found in (("idle", idle), ("flooded", flooded)):
+        note = f"p50 {percentile(found, 0.5) * 1e3:.0f} ms, {len(found)} requests"
+        if name == "flooded":
+            note += f"; the flood had {answered} answers"
+        add(f"p99 {name}", percentile(found, 0.99) * 1e3, unit="ms", note=note)
+    add("p99 flooded / p99 idle", percentile(flooded, 0.99) / percentile(idle, 0.99), at_most=3.0)
+
+
+async def _flooded(port: int, count: int) -> tuple[list[float], list[float], int]:
+    """Seconds of the single client's requests, without and with the flood."""
+    single = await Connection.open(port)
+    path, body = _asked(1, _SHORT_ANSWER)
+
+    async def series() -> list[float]:
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            await single.ask(path, body)
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    await single.ask(path, body)
+    idle = await series()
+    answered = 0
+    over = asyncio.Event()
+
+    async def client(connection: Connection) -> None:
+        nonlocal answered
+        while not over.is_set():
+            await connection.ask(*_asked(0, _SHORT_ANSWER))
+            answered += 1
+
+    crowd = [await Connection.open(port) for _ in range(_FLOOD_CLIENTS)]
+    tasks = [asyncio.create_task(client(connection)) for connection in crowd]
+    while answered < _FLOOD_CLIENTS:  # until it flows
+        await asyncio.sleep(0.05)
+        _raise_if_failed(tasks)
+    flooded = await series()
+    over.set()
+    await asyncio.gather(*tasks)
+    for connection in (*crowd, single):
+        await connection.close()
+    return idle, flooded, answered
+
+
+def _disconnects(report: Report, server: Server) -> None:
+    report.section(f"HTTP: {_LEAVING_CLIENTS} clients disconnect mid-stream")
+    asyncio.run(_leave(report, server))
+
+
+async def _leave(report: Report, server: Server) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def gauges() -> tuple[float, float]:
+        return await loop.run_in_executor(None, server.gauges)
+
+    before = await gauges()
+    connections = [await Connection.open(server.port) for _ in range(_LEAVING_CLIENTS)]
+    started: set[int] = set()
+    leave = asyncio.Event()
+
+    async def client(number: int) -> None:
+        connection = connections[number]
+        pieces = connection.post(*_streamed(number % ADAPTERS, 256))
+        try:
+            async for piece in pieces:
+                if b'"token":' in piece:
+                    started.add(number)
+        except (asyncio.IncompleteReadError, OSError, ValueError):
+            if not leave.is_set():
+                raise
+
+    tasks = [asyncio.create_task(client(number)) for number in range(_LEAVING_CLIENTS)]
+    limit = time.monotonic() + _ZERO_S
+    peak = before
+    # The gauges are at most two seconds old: let them see the crowd.
+    while time.monotonic() < limit and (len(started) < 40 or peak[0] < _LEAVING_CLIENTS / 2):
+        _raise_if_failed(tasks)
+        peak = max(peak, await gauges())
+        await asyncio.sleep(0.1)
+    streaming, finished = len(started), sum(task.done() for task in tasks)
+    leave.set()
+    for connection in connections:
+        connection.abort()
+    began = time.monotonic()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    now = await gauges()
+    while now != (0.0, 0.0) and time.monotonic() - began < _ZERO_S:
+        await asyncio.sleep(0.05)
+        now = await gauges()
+    seconds = time.monotonic() - began
+    case = f"{_LEAVING_CLIENTS} clients leave"
+
+    def add(what: str, value: float, unit: str, **more: Any) -> None:
+        report.add(Figure("http", case, what, value, unit, **more))
+
+    note = f"{streaming} had tokens, the others waited; {finished} were done already"
+    add("active sequences before they leave", peak[0], "requests", note=note)
+    add("used KV blocks before they leave", peak[1], "blocks")
+    add("active sequences afterwards", now[0], "requests", at_most=0.0)
+    add("used KV blocks afterwards", now[1], "blocks", at_most=0.0)
+    add("until both are zero", seconds, "s", note="as /metrics shows it, which lags 1 to 2 s")
+
+
+def _predictions(report: Report, server: Server, alone: Alone) -> None:
+    report.section(f"HTTP: /predict, {ADAPTERS} classifiers, {_PREDICT_CLIENTS} requests at a time")
+    budget = Budget(0.0, 1, 1) if report.quick else Budget(25.0, 3, 10)
+    count = 64 if report.quick else 512
+    _encode_all(alone, 2 * ADAPTERS)
+    asyncio.run(_predict_all(server.port, 2 * ADAPTERS))
+    inside, outside = [], []
+    for _ in budget.rounds():
+        inside.append(count / _encode_all(alone, count))
+        outside.append(count / asyncio.run(_predict_all(server.port, count)))
+    ratios = [a / b for a, b in zip(outside, inside, strict=True)]
+
+    def add(what: str, value: Any, **more: Any) -> None:
+        report.add(Figure("http", "/predict at saturation", what, value, **more))
+
+    add("engine without HTTP", statistics.median(inside), unit="texts/s")
+    add("through HTTP", statistics.median(outside), unit="texts/s")
+    add("HTTP against engine", ratio_of(ratios, max(outside) / max(inside)))
+
+
+def _encode_all(alone: Alone, count: int) -> float:
+    """Seconds for ``count`` texts, with as many under way as the HTTP clients have."""
+    engine, versions = alone.engine, alone.classifiers
+    inputs = engine.text.encode([_TEXT], "text-classification")
+    left = count
+    waiting: set[str] = set()
+    began = time.perf_counter()
+    while left or waiting:
+        while left and len(waiting) < _PREDICT_CLIENTS:
+            version = versions[left % len(versions)]
+            request = EncodeRequest(
+                id=f"bench-{next(_ids)}",
+                task="text-classification",
+                adapter=version,
+                version=version,
+                inputs=inputs,
+                submitted=time.time(),
+            )
+            engine.submit(request)
+            waiting.add(request.id)
+            left -= 1
+        if not engine.has_work():
+            engine.wait(1.0)
+        for event in engine.step():
+            if isinstance(event, Failure):
+                raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
+            if isinstance(event, TERMINAL):
+                waiting.discard(event.id)
+    return time.perf_counter() - began
+
+
+async def _predict_all(port: int, count: int) -> float:
+    """Seconds for ``count`` texts by a fixed number of clients."""
+    connections = [await Connection.open(port) for _ in range(_PREDICT_CLIENTS)]
+    numbers = iter(range(count))
+
+    async def client(connection: Connection) -> None:
+        for number in numbers:
+            path = f"/predict?adapter=cls-{number % ADAPTERS}"
+            await connection.ask(path, {"inputs": _TEXT})
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(connection) for connection in connections))
+    seconds = time.perf_counter() - began
+    for connection in connections:
+        await connection.close()
+    return seconds
+
+
+def _streamed(number: int, new_tokens: int) -> tuple[str, Any]:
+    path = f"/generate_stream?adapter=gen-{number}"
+    return path, _body(number, new_tokens)
+
+
+def _asked(number: int, new_tokens: int) -> tuple[str, Any]:
+    return f"/generate?adapter=gen-{number}", _body(number, new_tokens)
+
+
+def _body(number: int, new_tokens: int) -> Any:
+    parameters = {"max_new_tokens": new_tokens, "ignore_eos_token": True}
+    return {"inputs": PROMPTS[number], "parameters": parameters}
+
+
+def _raise_if_failed(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        if task.done() and task.exception() is not None:
+            task.result()

@@ -1,0 +1,237 @@
+"""Times sides in turn, so that a slow moment of the machine falls on all of them.
+
+A ratio is the median of the ratios of single rounds, with its quartiles as the spread. The best
+time of each side is kept beside it: it is what the machine does when nothing else runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+_SHORTEST_SAMPLE_S = 0.05
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "litserve")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long to measure one case."""
+
+    seconds: float
+    fewest_rounds: int
+    most_rounds: int
+
+    def rounds(self) -> Iterator[int]:
+        """Numbers of rounds, until the time is used or there are enough."""
+        began = time.perf_counter()
+        for number in range(self.most_rounds):
+            if number >= self.fewest_rounds and time.perf_counter() - began > self.seconds:
+                return
+            yield number
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A median with its quartiles, over ``rounds`` rounds; ``best`` is of the best times."""
+
+    median: float
+    low: float
+    high: float
+    best: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Seconds a call, by side, one per round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def best(self, side: str) -> float:
+        return min(self.seconds[side])
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.seconds[side])
+
+    def speed(self, side: str, against: str) -> Ratio:
+        """How many times as fast ``side`` is as ``against``."""
+        pairs = zip(self.seconds[side], self.seconds[against], strict=True)
+        return ratio_of([other / own for own, other in pairs], self.best(against) / self.best(side))
+
+    def latency(self, side: str, against: str) -> Ratio:
+        """How many times the time of ``against`` ``side`` takes."""
+        return self.speed(against, side)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One line of the report: a ratio, or a plain value, and what it should be."""
+
+    bench: str
+    case: str
+    what: str
+    value: float | Ratio
+    unit: str = "x"
+    at_least: float | None = None
+    at_most: float | None = None
+    note: str = ""
+
+    @property
+    def number(self) -> float:
+        return self.value.median if isinstance(self.value, Ratio) else self.value
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether it is what it should be; None where nothing is asked of it."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        enough = self.at_least is None or self.number >= self.at_least
+        return enough and (self.at_most is None or self.number <= self.at_most)
+
+
+@dataclass(slots=True)
+class Report:
+    """Prints figures as they come and keeps them for the JSON file."""
+
+    machine: Mapping[str, Any]
+    quick: bool
+    figures: list[Figure] = field(default_factory=list)
+
+    def section(self, title: str) -> None:
+        print(f"\n{title}\n{'-' * len(title)}", flush=True)
+
+    def add(self, figure: Figure) -> None:
+        self.figures.append(figure)
+        print(_line(figure), flush=True)
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{**asdict(one), "reached": one.reached} for one in self.figures]
+        return {"machine": dict(self.machine), "quick": self.quick, "figures": rows}
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], budget: Budget) -> Samples:
+    """Time every side once a round; which one begins changes from round to round.
+
+    A side that takes less than a twentieth of a second is called several times for one sample.
+    """
+    repeats: dict[str, int] = {}
+    for name, side in sides.items():
+        seconds = _timed(side, 1)
+        if seconds < _SHORTEST_SAMPLE_S:  # that was the warm-up
+            seconds = _timed(side, 1)
+        repeats[name] = max(1, math.ceil(_SHORTEST_SAMPLE_S / seconds))
+    names = list(sides)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with _no_collection():
+        for number in budget.rounds():
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                found[name].append(_timed(sides[name], repeats[name]))
+    return Samples(found)
+
+
+def ratio_of(values: Sequence[float], best: float | None = None) -> Ratio:
+    """The median of ``values`` with their quartiles."""
+    low, high = min(values), max(values)
+    if len(values) > 3:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    middle = statistics.median(values)
+    return Ratio(middle, low, high, middle if best is None else best, len(values))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of all values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    import torch
+
+    from adapters.kernels import native_ops
+
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": [round(one, 2) for one in os.getloadavg()],
+        "threads": THREADS,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "bf16": {
+            "avx512": torch.cpu._is_avx512_bf16_supported(),
+            "amx": torch.cpu._is_amx_tile_supported(),
+        },
+        "compiled kernel": native_ops.available(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in (*_PACKAGES, "kernels")},
+    }
+
+
+def print_machine(known: Mapping[str, Any]) -> None:
+    for name, value in known.items():
+        inner = value.items() if isinstance(value, Mapping) else None
+        text = ", ".join(f"{a} {b}" for a, b in inner) if inner is not None else str(value)
+        print(f"{name:<16} {text}")
+    if known["load"][0] > 0.5:
+        print("note: the machine was not idle at the start; ratios may suffer from it")
+
+
+def _timed(side: Callable[[], object], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        side()
+    return (time.perf_counter() - began) / repeats
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _line(figure: Figure) -> str:
+    value = figure.value
+    if isinstance(value, Ratio):
+        shown = f"{value.median:8.3g} {figure.unit:<9}"
+        spread = f"[{value.low:.3g} .. {value.high:.3g}], n = {value.rounds}"
+    else:
+        shown, spread = f"{value:8.4g} {figure.unit:<9}", ""
+    goal = ""
+    if figure.at_least is not None:
+        goal = f">= {figure.at_least:g}"
+    elif figure.at_most is not None:
+        goal = f"<= {figure.at_most:g}"
+    verdict = {None: "", True: "reached", False: "MISSED"}[figure.reached]
+    line = f"{figure.case:<34}{figure.what:<34}{shown}{spread:<27}{goal:<8}{verdict:<8}"
+    return f"{line}{figure.note}".rstrip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
