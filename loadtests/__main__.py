@@ -9,18 +9,12 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import httpx
-
-START_TIMEOUT_S = 120
-STOP_TIMEOUT_S = 60
+from loadtests.servers import start_server
 
 
 def main() -> int:
@@ -33,12 +27,12 @@ def main() -> int:
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hira-loadtest-") as folder:
-        url, server = start_server(Path(folder), options.dtype, options.results)
+        server = start_server(Path(folder), options.dtype, options.results)
         try:
-            wait_until_ready(url, server)
-            locust = run_locust(url, Path(folder), options)
+            server.wait_until_ready()
+            locust = run_locust(server.url, Path(folder), options)
         finally:
-            stopped = stop_server(server)
+            stopped = server.stop()
     faults = read_faults(options.results)
     print_table(options.results)
     if locust != 0:
@@ -48,36 +42,6 @@ def main() -> int:
     for fault in faults:
         print(f"FAULT: {fault}", file=sys.stderr)
     return 1 if faults else 0
-
-
-def start_server(data_dir: Path, dtype: str, results: Path) -> tuple[str, subprocess.Popen[bytes]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("hira")),
-        "serve",
-        "--host=127.0.0.1",
-        f"--port={port}",
-        f"--dtype={dtype}",
-        f"--data-dir={data_dir}",
-    ]
-    log = (results / "server.log").open("wb")
-    return f"http://127.0.0.1:{port}", subprocess.Popen(command, stdout=log, stderr=log)
-
-
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    limit = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < limit:
-        if server.poll() is not None:
-            raise SystemExit(f"the server ended with status {server.returncode} while starting")
-        try:
-            if httpx.get(f"{url}/health/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.2)
-    raise SystemExit(f"the server was not ready after {START_TIMEOUT_S} s")
 
 
 def run_locust(url: str, data_dir: Path, options: argparse.Namespace) -> int:
@@ -98,15 +62,6 @@ def run_locust(url: str, data_dir: Path, options: argparse.Namespace) -> int:
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     return subprocess.run(command, env=environment, check=False).returncode
-
-
-def stop_server(server: subprocess.Popen[bytes]) -> int:
-    server.send_signal(signal.SIGTERM)
-    try:
-        return server.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        return server.wait()
 
 
 def read_faults(results: Path) -> list[str]:
