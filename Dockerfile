@@ -5,10 +5,12 @@ ARG EXTRAS=s3
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/hira
 WORKDIR /src
+# A compiler for the CPU kernel; it stays behind in this stage.
+RUN apt-get update && apt-get install -y --no-install-recommends g++
 # Torch alone first: a layer of its own that changes only with its pin.
 COPY constraints.txt ./
 RUN /opt/hira/bin/pip install "$(grep '^torch==' constraints.txt)" --extra-index-url "$TORCH_INDEX"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY adapters adapters
 COPY server server
 RUN /opt/hira/bin/pip install -c constraints.txt ".[$EXTRAS]"

@@ -10,8 +10,30 @@ from __future__ import annotations
 from collections import OrderedDict
 from math import prod
 from threading import Lock
+from typing import Protocol
 
 import torch
+
+
+class FoldedWeights(Protocol):
+    """Where folded weights are kept between calls; ``FoldedCache``, or a test's."""
+
+    def has(self, slot: int, layer: str) -> bool:
+        """Whether ``get`` would find it."""
+
+    def get(self, slot: int, layer: str) -> torch.Tensor | None:
+        """The folded weight ``[out, in]``, or None; counts as a use."""
+
+    def reserve(
+        self, slot: int, layer: str, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Room for one, for the caller to fill at once; None if it is not worth its bytes."""
+
+    def discard(self, slot: int, layer: str) -> None:
+        """Drop one, if it is there."""
+
+    def forget(self, slot: int) -> None:
+        """Drop everything of ``slot``."""
 
 
 class FoldedCache:
@@ -67,6 +89,11 @@ class FoldedCache:
             self._kept[slot, layer] = weight
             self._nbytes += need
         return weight
+
+    def discard(self, slot: int, layer: str) -> None:
+        """Drop one, if it is there."""
+        with self._lock:
+            self._drop((slot, layer))
 
     def forget(self, slot: int) -> None:
         """Drop everything of ``slot``."""

@@ -109,8 +109,11 @@ def _names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
         if type(count) is not int or not 1 <= count <= 100_000:
             raise _malformed("num_labels", count, "a positive integer")
         return _default_names(count)
-    keys = {str(index) for index in range(len(raw))} if isinstance(raw, dict) else set()
-    if not raw or set(raw) != keys:
+    if (
+        not isinstance(raw, dict)
+        or not raw
+        or set(raw) != {str(index) for index in range(len(raw))}
+    ):
         raise _malformed("id2label", raw, 'an object with the keys "0", "1", ...')
     names = tuple(raw[str(index)] for index in range(len(raw)))
     if not all(

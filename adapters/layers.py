@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Module):
             weight = self.quantized
             if weight.kind == "dense":
                 return F.linear(x, weight.dequantize(dtype=weight.stored.dtype), bias)
-            return F.linear(x, modulator.base_weight(weight, x.dtype), bias)
+            return modulator.base_linear(x, weight, bias)
         path = self.layer_signature.path
         segments = plan.of_rows(x.shape[:-1], path, self.is_output)
         rows = x.reshape(-1, self.in_features)

@@ -5,6 +5,7 @@
     fold      y = x (W0 + W0 ⊙ BA)ᵀ + b                       W0 dequantized once per call
     expand    base + Σ_k b_k ⊙ (W0 (a_k ⊙ x))                 few rows; all of them in one matmul
     cached    fold, with the folded weight kept between calls
+    native    all of these in one pass over W0, by the compiled CPU kernel, in bfloat16
     reference float64, as the equations are written
 
 The arithmetic is in ``adapters.kernels``; layers and residency bring weights, factors and cache.
@@ -14,99 +15,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
-from adapters.folded import FoldedCache
-from adapters.kernels import reference, torch_ops
+from adapters.folded import FoldedCache, FoldedWeights
+from adapters.kernels import native_ops, reference, torch_ops
 from adapters.plan import Plan
 from adapters.quant import QuantizedWeight
-from adapters.segments import Segment, Segments
-from adapters.signature import Method
+from adapters.segments import BASE_SLOT, Segment, Segments, from_runs
+from adapters.slot_factors import SlotFactors
+from adapters.workspace import Workspace
 
-Strategy = Literal["auto", "fold", "expand", "cached", "reference"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "fold", "expand", "cached", "reference")
+__all__ = [
+    "STRATEGIES",
+    "FoldedWeights",
+    "Modulator",
+    "SlotFactors",
+    "Strategy",
+    "Workspace",
+    "modulated_linear",
+]
+
+Strategy = Literal["auto", "fold", "expand", "cached", "native", "reference"]
+STRATEGIES: tuple[Strategy, ...] = ("auto", "fold", "expand", "cached", "native", "reference")
 
 # Expanded rows (row x rank) of one matmul: bounds the buffers of the expand strategy.
 _EXPANDED_ROWS_LIMIT = 4096
 # Up to this many expanded rows of a segment, expanding beats folding; see the cost model.
 _EXPAND_ROWS_PER_SEGMENT = 64
 
-
-@dataclass(frozen=True, slots=True)
-class SlotFactors:
-    """What one adapter brings to one layer, on the device, in the compute dtype.
-
-    Args:
-        method: ``hira`` or ``lora``.
-        a: ``[r, in]``; of a convolution ``[r, in, *kernel]``; of an embedding ``[r, embeddings]``.
-        b: ``[out, r]``; of a convolution ``[out, r, 1, ...]``.
-        scale: LoRA's s; 1 for HiRA.
-        bias: ``[out]``, which replaces the layer's own, or None.
-    """
-
-    method: Method
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float = 1.0
-    bias: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def to(self, dtype: torch.dtype) -> SlotFactors:
-        """The same factors in ``dtype``; itself when they are."""
-        if self.a.dtype == dtype:
-            return self
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, a=self.a.to(dtype), b=self.b.to(dtype), bias=bias)
-
-
-class FoldedWeights(Protocol):
-    """Where folded weights are kept between calls; ``adapters.folded`` has the real one."""
-
-    def has(self, slot: int, layer: str) -> bool:
-        """Whether ``get`` would find it."""
-
-    def get(self, slot: int, layer: str) -> torch.Tensor | None:
-        """The folded weight ``[out, in]``, or None; counts as a use."""
-
-    def reserve(
-        self, slot: int, layer: str, shape: tuple[int, int], dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        """Room for one, for the caller to fill at once; None if it is not worth its bytes."""
-
-    def forget(self, slot: int) -> None:
-        """Drop everything of ``slot``."""
-
-
-class Workspace:
-    """Buffers that every layer of a model reuses, each as large as its largest use so far."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(flat.nbytes for flat in self._flat.values())
-
-    def take(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """A contiguous buffer of ``shape``; what it held under ``name`` is gone."""
-        count = 1
-        for size in shape:
-            count *= size
-        key = (name, dtype, device)
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < count:
-            with torch.inference_mode(False):  # else it could not be written outside that mode
-                flat = self._flat[key] = torch.empty(count, dtype=dtype, device=device)
-        return flat[:count].view(shape)
+# Up to this many rows of a bare base layer the compiled kernel beats dequantizing and a matmul.
+_NATIVE_BASE_ROWS = 768
 
 
 class Modulator:
@@ -120,6 +63,7 @@ class Modulator:
         self.workspace = Workspace()
         self.folded: FoldedWeights = FoldedCache(0, torch.device("cpu"))
         self.plan: Plan | None = None
+        self._bounds: tuple[Segments, bytes] = (Segments(()), b"")  # of the latest native call
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
@@ -135,6 +79,35 @@ class Modulator:
         if weight.is_ready(dtype):
             return weight.dequantize(dtype=dtype)
         return weight.dequantize(self.workspace.take("w0", weight.shape, dtype, weight.device))
+
+    def base_linear(
+        self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x W0ᵀ + bias, by the faster of the compiled kernel and torch: ``[..., out]``."""
+        if weight.kind in ("nf4", "fp4") and self.runs_native(x, bias):
+            rows = x.reshape(-1, x.shape[-1])
+            if 0 < rows.shape[0] <= _NATIVE_BASE_ROWS:
+                every = from_runs([(BASE_SLOT, rows.shape[0])])
+                y = _run_native(rows, weight, {}, every, bias, modulator=self)
+                if y is not None:
+                    return y.view(*x.shape[:-1], weight.shape[0])
+        return F.linear(x, self.base_weight(weight, x.dtype), bias)
+
+    def bounds_of(self, segments: Segments) -> bytes:
+        """``native_ops.pack_bounds``, made once for the many layers of a forward."""
+        if self._bounds[0] is not segments:
+            self._bounds = (segments, native_ops.pack_bounds(segments))
+        return self._bounds[1]
+
+    def runs_native(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether the compiled kernel is wanted, there, and takes these rows."""
+        return (
+            self.strategy in ("auto", "native")
+            and x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and native_ops.available()
+            and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
+        )
 
     def linear(
         self,
@@ -183,6 +156,10 @@ def modulated_linear(
     segments.check_covers(x.shape[0])
     if modulator.strategy == "reference":
         return _reference(x, weight, slots, segments, bias)
+    if segments.parts and modulator.runs_native(x, bias):
+        done = _run_native(x, weight, slots, segments, bias, modulator=modulator)
+        if done is not None:
+            return done
     work = [
         _assign(part, slots, dtype=x.dtype, bias=bias, modulator=modulator, layer=layer)
         for part in segments.parts
@@ -196,6 +173,60 @@ def modulated_linear(
             rows = slice(item.part.start, item.part.stop)
             folded = _folded(item, base, modulator, layer)
             torch_ops.linear_into(y[rows], x[rows], folded, item.bias)
+    return y
+
+
+def _run_native(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    slots: Mapping[int, SlotFactors],
+    segments: Segments,
+    bias: torch.Tensor | None,
+    *,
+    modulator: Modulator,
+) -> torch.Tensor | None:
+    """The call by the compiled kernel; None, and nothing is written, where it cannot do all of it.
+
+    LoRA's rows are base rows to it; their two thin products are added afterwards.
+    """
+    out_features, in_features = weight.shape
+    if in_features % native_ops.INPUTS_MULTIPLE:
+        return None
+    records = []
+    lora: list[tuple[Segment, SlotFactors]] = []
+    for part in segments.parts:
+        factors = slots.get(part.slot)
+        if factors is None:
+            records.append(native_ops.BASE_RECORD)
+            continue
+        if not factors.native_record:
+            return None
+        records.append(factors.native_record)
+        if factors.method == "lora":
+            lora.append((part, factors))
+    stored, kind, block = weight.stored, weight.kind, weight.block
+    if not native_ops.takes_weight(kind, weight.shape, block):
+        stored, kind, block = modulator.base_weight(weight, x.dtype), "dense", 0
+        if not stored.is_contiguous():
+            return None
+    workspace, device = modulator.workspace, x.device
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], out_features)
+    native_ops.linear_into(
+        y,
+        x,
+        stored=stored,
+        scales=weight.scales,
+        kind=kind,
+        block=block,
+        bias=bias,
+        bounds=modulator.bounds_of(segments),
+        records=b"".join(records),
+        scratch=lambda count: workspace.whole("native", count, torch.uint8, device),
+    )
+    for part, factors in lora:
+        rows = slice(part.start, part.stop)
+        torch_ops.add_lora(y[rows], x[rows], factors.a, factors.b, factors.scale)
     return y
 
 
@@ -329,7 +360,12 @@ def _folded(item: _Work, base: _Base, modulator: Modulator, layer: str) -> torch
         room = modulator.folded.reserve(slot, layer, shape, base.dtype)
     if room is None:
         room = modulator.workspace.take("folded", shape, base.dtype, w0.device)
-    torch_ops.fold_into(room, w0, item.factors.a, item.factors.b)
+    try:
+        torch_ops.fold_into(room, w0, item.factors.a, item.factors.b)
+    except BaseException:
+        # What was reserved holds nothing yet; a later call must not find it.
+        modulator.folded.discard(slot, layer)
+        raise
     return room
 
 

@@ -39,7 +39,7 @@ from adapters.records import (
     write,
 )
 from adapters.signature import BaseSignature
-from adapters.store import Store
+from adapters.store import Store, version_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 GRACE_S = 300.0  # bytes that no row names any more are kept this long for requests under way
@@ -108,6 +108,11 @@ class Registry:
         weights = load_adapter(folder, base)
         if check is not None:
             check(weights)
+        if not replace:
+            with self._reading() as connection:
+                taken = read_one(connection, name)
+            if taken is not None:  # else nothing is hashed twice
+                _check_free(name, taken, version_of(folder))
         version = self.store.add(folder)
         record = record_of(name, version, weights, source=source, pinned=pinned)
         with self._transaction() as connection:
@@ -117,13 +122,8 @@ class Registry:
                     set_pinned(connection, name, pinned=True)
                     present = with_pin(present, pinned=True)
                 return present, False
-            if present is not None and not replace:
-                raise AdapterExists(
-                    f"The name {name} is taken by another version.",
-                    found=present.version,
-                    expected=version,
-                    fix="Set replace to true, or choose another name.",
-                )
+            if not replace:
+                _check_free(name, present, version)
             self.store.touch(version)  # or the collector could take it before the row is there
             try:
                 write(connection, record, update=present is not None)
@@ -311,6 +311,17 @@ def check_name(name: str) -> None:
             found=repr(name[:80]),
             expected="1 to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit",
             fix="Choose another name.",
+        )
+
+
+def _check_free(name: str, present: AdapterRecord | None, version: str) -> None:
+    """Raise AdapterExists when the name is on another version."""
+    if present is not None and present.version != version:
+        raise AdapterExists(
+            f"The name {name} is taken by another version.",
+            found=present.version,
+            expected=version,
+            fix="Set replace to true, or choose another name.",
         )
 
 

@@ -1,8 +1,9 @@
 """Which adapters are where: on disk, in host memory, in a slot of the device; and moving them.
 
 One thread of its own loads, checks and places adapters, so a cold adapter delays only its own
-requests. A version in use (leased) or pinned never leaves its slot. More versions than slots queue.
-A version that nobody asks for costs nothing here: disk is the registry's business.
+requests. A version in use (leased) or pinned never leaves its slot; pins that would leave others no
+room are not kept (``Tiers.divide_pins``). More versions than slots queue. A version that nobody
+asks for costs nothing here: disk is the registry's business.
 
 On the CPU, host and device memory are the same: a version's factors exist once, in the compute
 dtype, whether it has a slot or waits for the next request in the host tier.
@@ -23,7 +24,7 @@ from adapters.errors import SlotNotResident
 from adapters.folded import FoldedCache
 from adapters.inject import AdaptedModel
 from adapters.packing import pack
-from adapters.tiers import Entry, ResidencySnapshot, State, Tiers
+from adapters.tiers import PINNED_QUARTERS, Entry, ResidencySnapshot, State, Tiers
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights
@@ -75,6 +76,7 @@ class Residency:
         self._wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
         self._callbacks: list[Callable[[str], None]] = []
         self._loads = self._failures = 0
+        self._pins_reported: list[str] = []
         self._changed = Condition()
         self._closed = False
         self._thread = Thread(target=self._run, name="adapter-loader", daemon=True)
@@ -109,26 +111,45 @@ class Residency:
             SlotNotResident: Not all of them are ready; none is held then.
         """
         with self._changed:
-            held: dict[str, int] = {}
+            held = self._slots_of(versions)
             for version in versions:
+                if version in held:
+                    continue
                 entry = self._tiers.entries.get(version)
-                if entry is None or entry.slot is None or entry.state != "ready":
-                    raise SlotNotResident(
-                        "An adapter is not in a slot.",
-                        found=f"{version}: {'absent' if entry is None else entry.state}",
-                        expected="ready",
-                        fix="Prefetch it and wait until it is ready.",
-                    )
-                held[version] = entry.slot
+                raise SlotNotResident(
+                    "An adapter is not in a slot.",
+                    found=f"{version}: {'absent' if entry is None else entry.state}",
+                    expected="ready",
+                    fix="Prefetch it and wait until it is ready.",
+                )
             for version in held:
-                entry = self._tiers.entries[version]
-                entry.leases += 1
-                entry.kept_until = 0.0
-                self._tiers.entries.move_to_end(version)
+                self._tiers.entries[version].leases += 1
+            self._use(held)
             return held
 
+    def hold(self, versions: Collection[str]) -> dict[str, int]:
+        """Lease those of ``versions`` that are ready, without a use of any: to choose among them.
+
+        ``release`` all of them as after ``lease``; ``use`` those that are chosen.
+
+        Returns:
+            Their slots.
+        """
+        with self._changed:
+            held = self._slots_of(versions)
+            for version in held:
+                self._tiers.entries[version].leases += 1
+            return held
+
+    def use(self, versions: Collection[str]) -> None:
+        """Count a use of each of ``versions``, which are held."""
+        with self._changed:
+            self._use(versions)
+
     def release(self, versions: Collection[str]) -> None:
-        """Give back what ``lease`` held, version by version."""
+        """Give back what ``lease`` or ``hold`` held, version by version."""
+        if not versions:
+            return
         with self._changed:
             for version in dict.fromkeys(versions):
                 entry = self._tiers.entries[version]
@@ -139,11 +160,16 @@ class Residency:
             self._changed.notify_all()
 
     def set_pinned(self, versions: Collection[str]) -> None:
-        """These versions, and no others, may not leave their slots; those absent are fetched."""
+        """These versions, and no others, may not leave their slots; those absent are fetched.
+
+        As far as there is room: the first of them, up to all slots but one and three quarters of
+        the bytes. The others are served as if they were not pinned.
+        """
         with self._changed:
             self._tiers.pinned = tuple(dict.fromkeys(versions))
-            for version in self._tiers.pinned:
+            for version in self._tiers.pinned[: self._tiers.most_pins]:
                 self._want(version)
+            self._report_pins()
             self._changed.notify_all()
 
     def drop(self, version: str) -> None:
@@ -178,6 +204,7 @@ class Residency:
     def snapshot(self) -> ResidencySnapshot:
         """Where every known version is, and the bytes of each tier."""
         with self._changed:
+            held, excess = self._tiers.divide_pins()
             return ResidencySnapshot(
                 tiers={version: entry.tier for version, entry in self._tiers.entries.items()},
                 device_bytes=self._tiers.device_used(),
@@ -188,7 +215,8 @@ class Residency:
                 folded_capacity_bytes=self._folded.budget_bytes,
                 slots_used=self._tiers.slots - len(self._tiers.free),
                 slots=self._tiers.slots,
-                pinned=self._tiers.pinned,
+                pinned=tuple(held),
+                pins_without_room=tuple(excess),
                 loads=self._loads,
                 evictions=self._tiers.evictions,
                 failures=self._failures,
@@ -241,11 +269,11 @@ class Residency:
             packed = self._tiers.entries[version].packed
             if packed is None:
                 continue  # it is still being read; those behind it may go first
-            obstacle = self._tiers.obstacle(version, packed.nbytes)
+            obstacle = self._tiers.obstacle(packed.nbytes)
             if obstacle is not None:
                 settled += self._fail(version, obstacle)
                 continue
-            if not self._tiers.make_room(packed.nbytes):
+            if not self._tiers.make_room(version, packed.nbytes):
                 break
             try:
                 factors = packed.to_device(self._device)
@@ -263,6 +291,7 @@ class Residency:
             settled.append(version)
         if settled:
             self._tiers.trim_host(self._wanted)
+            self._report_pins()
         return settled
 
     def _next_to_load(self) -> str | None:
@@ -293,6 +322,35 @@ class Residency:
                 _log.exception("a residency callback failed for %s", version)
 
     # All below: with the lock held.
+
+    def _slots_of(self, versions: Collection[str]) -> dict[str, int]:
+        """Of those that are ready."""
+        found = {version: self._tiers.entries.get(version) for version in versions}
+        return {
+            version: entry.slot
+            for version, entry in found.items()
+            if entry is not None and entry.slot is not None and entry.state == "ready"
+        }
+
+    def _use(self, versions: Collection[str]) -> None:
+        for version in versions:
+            self._tiers.entries[version].kept_until = 0.0
+            self._tiers.entries.move_to_end(version)
+
+    def _report_pins(self) -> None:
+        """Log pins that there is no room for, once."""
+        excess = self._tiers.divide_pins()[1]
+        if excess and excess != self._pins_reported:
+            _log.warning(
+                "There is no room to pin %d of %d pinned versions (%s); they are served unpinned. "
+                "Pins take at most %d slots and %d bytes.",
+                len(excess),
+                len(self._tiers.pinned),
+                ", ".join(excess[:3]),
+                self._tiers.most_pins,
+                self._tiers.device_bytes * PINNED_QUARTERS // 4,
+            )
+        self._pins_reported = excess
 
     def _want(self, version: str) -> None:
         entry = self._tiers.entries.get(version)

@@ -19,6 +19,8 @@ from adapters.packing import PackedAdapter
 State = Literal["absent", "loading", "ready", "failed"]
 Tier = Literal["device", "host", "loading", "failed"]
 
+PINNED_QUARTERS = 3  # of the device bytes that pinned versions may take
+
 
 @dataclass(frozen=True, slots=True)
 class ResidencySnapshot:
@@ -32,6 +34,7 @@ class ResidencySnapshot:
         device_capacity_bytes, host_capacity_bytes, folded_capacity_bytes: The budgets.
         slots_used, slots: Slots with an adapter, and all of them.
         pinned: Versions that may not leave.
+        pins_without_room: Asked to be pinned, but more than pins may take: served as any other.
         loads, evictions, failures: Since the start.
     """
 
@@ -45,6 +48,7 @@ class ResidencySnapshot:
     slots_used: int
     slots: int
     pinned: tuple[str, ...]
+    pins_without_room: tuple[str, ...]
     loads: int
     evictions: int
     failures: int
@@ -100,46 +104,71 @@ class Tiers:
         self.host_bytes = host_bytes
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self.free = list(range(slots, 0, -1))
-        self.pinned: tuple[str, ...] = ()
+        self.pinned: tuple[str, ...] = ()  # as asked for; see divide_pins
         self.evictions = 0
         self._adapted = adapted
 
-    def obstacle(self, version: str, need: int) -> Exception | None:
-        """Why ``version`` can never have a slot as things are, or None."""
-        stay = [
-            entry.packed.nbytes
-            for name, entry in self.entries.items()
-            if name in self.pinned and name != version and entry.slot and entry.packed
-        ]
-        if len(stay) < self.slots and sum(stay) + need <= self.device_bytes:
+    @property
+    def most_pins(self) -> int:
+        """Slots that pinned versions may take: one is always left to the others."""
+        return self.slots - 1
+
+    def divide_pins(self, version: str | None = None, need: int = 0) -> tuple[list[str], list[str]]:
+        """Which pinned versions may not leave, and which there is no room to pin.
+
+        Pins take all slots but one and three quarters of the bytes at most, those named first
+        before the others, and give way to a ``version`` whose ``need`` bytes could not be had
+        otherwise: whatever is pinned, any other adapter can be served.
+        """
+        held: list[str] = []
+        excess: list[str] = []
+        left, beside = self.device_bytes * PINNED_QUARTERS // 4, self.device_bytes - need
+        for name in self.pinned:
+            if len(held) >= self.most_pins:
+                excess.append(name)
+                continue
+            entry = self.entries.get(name)
+            if entry is None or entry.state not in ("loading", "ready"):
+                continue
+            size = 0 if entry.packed is None else entry.packed.nbytes
+            if size > left or (name != version and size > beside):
+                excess.append(name)
+                continue
+            held.append(name)
+            left -= size
+            beside -= 0 if name == version else size
+        return held, excess
+
+    def obstacle(self, need: int) -> Exception | None:
+        """Why ``need`` bytes can never be in a slot, or None."""
+        if need <= self.device_bytes:
             return None
         return StoreFull(
-            "The adapter does not fit beside the pinned ones." if stay
-            else "The adapter is larger than the memory for adapters.",
-            found=f"{need} bytes, {len(stay)} pinned adapters of {sum(stay)} bytes",
-            expected=f"{self.device_bytes} bytes and {self.slots} slots in all",
-            fix="Pin fewer adapters, or allow more slots or memory.",
-        )  # fmt: skip
+            "The adapter is larger than the memory for adapters.",
+            found=f"{need} bytes",
+            expected=f"at most {self.device_bytes} bytes",
+            fix="Allow more memory for adapters on the device, or use a smaller rank.",
+        )
 
-    def make_room(self, need: int) -> bool:
-        """Free a slot and ``need`` bytes, oldest use first; if it cannot, do nothing: False."""
+    def make_room(self, version: str, need: int) -> bool:
+        """Free a slot and ``need`` bytes for ``version``, oldest use first; if it cannot, do
+        nothing: False."""
         now = time.monotonic()
+        pinned = frozenset(self.divide_pins(version, need)[0])
         free, used = len(self.free), self.device_used()
         leave: list[str] = []
-        for version, entry in self.entries.items():
+        for name, entry in self.entries.items():
             if free and used + need <= self.device_bytes:
                 break
-            if entry.slot is None or entry.leases or entry.kept_until > now:
-                continue
-            if version in self.pinned:
+            if entry.slot is None or entry.leases or entry.kept_until > now or name in pinned:
                 continue
             assert entry.packed is not None
-            leave.append(version)
+            leave.append(name)
             free, used = free + 1, used - entry.packed.nbytes
         if not free or used + need > self.device_bytes:
             return False
-        for version in leave:
-            self.leave_slot(self.entries[version])
+        for name in leave:
+            self.leave_slot(self.entries[name])
             self.evictions += 1
         return True
 

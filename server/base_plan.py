@@ -32,6 +32,10 @@ _SINGLE = "model.safetensors"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 
+PAGE_TOKENS = 16  # of the KV cache
+# The first pages of the cache are never given to a sequence; see transformers' CacheAllocator.
+TRASH_BLOCKS = 2
+
 
 class BaseModelError(Exception):
     """A base model that cannot be served; the start ends with it.
@@ -102,7 +106,35 @@ def plan_base(options: EngineOptions) -> BasePlan:
         )
     names = _tensor_names(folder)
     model_class = _model_class(config)
+    _check_kv_bytes(config, model_class, options)
     return BasePlan(folder, config, _with_pooler(model_class, config, names), quantized)
+
+
+def kv_too_small(given: int, least: int) -> BaseModelError:
+    """The budget of keys and values does not hold a single block of tokens."""
+    return BaseModelError(
+        "The KV cache is too small for this base.",
+        found=f"{given} bytes",
+        expected=f"at least {least} bytes",
+        fix="Give more with --kv-bytes, such as 256MiB.",
+    )
+
+
+def _check_kv_bytes(config: Any, model_class: type[Any], options: EngineOptions) -> None:
+    """Refuse at once what no cache can be made of; the cache itself knows its size exactly."""
+    if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not heads or not layers or not width:
+        return
+    head_width = getattr(text, "head_dim", None) or width // heads
+    heads = getattr(text, "num_key_value_heads", None) or heads
+    number = 4 if options.dtype == "fp32" else 2
+    least = (TRASH_BLOCKS + 1) * PAGE_TOKENS * layers * 2 * heads * head_width * number
+    if options.kv_bytes < least:
+        raise kv_too_small(options.kv_bytes, least)
 
 
 def base_folder(options: EngineOptions) -> Path:

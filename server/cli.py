@@ -35,6 +35,23 @@ cli_client.add_to(app)
 cli_inspect.add_to(app)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(package_version())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Serve many HiRA and LoRA adapters on one 4-bit base model."""
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

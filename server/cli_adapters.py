@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -58,7 +59,7 @@ def list_adapters(
 def show(name: Name, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
     """Show one adapter."""
     with reach(url, admin_key(key)) as client:
-        row = ask(client, "GET", f"/admin/adapters/{name}").json()
+        row = ask(client, "GET", _path(name)).json()
     _print_record(row, as_json)
 
 
@@ -103,7 +104,7 @@ def add(
 def remove(name: Name, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Remove an adapter; requests that run finish."""
     with reach(url, admin_key(key)) as client:
-        ask(client, "DELETE", f"/admin/adapters/{name}")
+        ask(client, "DELETE", _path(name))
 
 
 @app.command()
@@ -116,8 +117,12 @@ def pin(
 ) -> None:
     """Keep an adapter on the device, or let it go again."""
     with reach(url, admin_key(key)) as client:
-        answer = ask(client, "PATCH", f"/admin/adapters/{name}", json={"pinned": not off})
+        answer = ask(client, "PATCH", _path(name), json={"pinned": not off})
     _print_record(answer.json(), as_json)
+
+
+def _path(name: str) -> str:
+    return f"/admin/adapters/{quote(name, safe='')}"
 
 
 def _files(path: Path) -> list[Path]:

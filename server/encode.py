@@ -12,13 +12,12 @@ import inspect
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adapters import segments
-from adapters.errors import SlotNotResident
 from server import encode_failures as failures
 from server.base_model import LoadedBase
 from server.encode_read import Group, Reader
@@ -134,6 +133,18 @@ class EncodeLane:
     def figures(self) -> EncodeFigures:
         return self._figures
 
+    def versions(self) -> set[str]:
+        """Versions that requests wait for."""
+        return {key for key in self._scheduler.waiting() if key is not None}
+
+    def headed(self) -> set[str]:
+        """Versions whose head is kept."""
+        return self._reader.headed()
+
+    def forget_head(self, version: str) -> None:
+        self._reader.forget(version)
+        self._figures = replace(self._figures, head_bytes=self._reader.head_bytes)
+
     def step(self) -> list[Event]:
         """Expire, fail what cannot be loaded, run one batch; returns what happened, in order."""
         events, self._outbox = self._outbox, []
@@ -175,22 +186,17 @@ class EncodeLane:
 
     def _next_batch(self) -> tuple[Batch | None, dict[Key, int]]:
         """A batch whose adapters are held in their slots until they are released."""
+        waiting = [key for key in self._scheduler.waiting() if key is not None]
+        held = self._residency.hold(waiting)  # while the batch is made, none of them leaves
+        for key in waiting:
+            if key not in held and self._residency.state(key) == "absent":
+                self._residency.prefetch(key)
         slots: dict[Key, int] = {None: segments.BASE_SLOT}
-
-        def is_ready(key: Key) -> bool:
-            if key is None:
-                return True
-            try:
-                slots[key] = self._residency.lease([key])[key]
-            except SlotNotResident:
-                if self._residency.state(key) == "absent":
-                    self._residency.prefetch(key)
-                return False
-            return True
-
-        batch = self._scheduler.next_batch(is_ready)
-        used = set(batch.keys) if batch is not None else set()
-        self._residency.release([k for k in slots if k is not None and k not in used])
+        slots.update(held)
+        batch = self._scheduler.next_batch(slots.__contains__)
+        chosen = [key for key in batch.keys if key is not None] if batch is not None else []
+        self._residency.use(chosen)
+        self._residency.release(held.keys() - chosen)
         return batch, slots
 
     # The forward and what follows

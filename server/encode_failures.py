@@ -103,13 +103,7 @@ def broken(request: EncodeRequest, error: Exception) -> Failure:
         case AdapterError():
             return not_loaded(request.id, error)
         case NotFinite():
-            return Failure(
-                request.id,
-                "internal",
-                "The model's output is not finite.",
-                found="NaN or infinity",
-                fix="Check the adapter: its factors overflow with this base.",
-            )
+            return not_finite(request.id, request.version, "NaN or infinity")
         case _:
             return Failure(
                 request.id,
@@ -117,6 +111,26 @@ def broken(request: EncodeRequest, error: Exception) -> Failure:
                 "The forward pass of this request failed.",
                 found=f"{type(error).__name__}: {error}",
             )
+
+
+def not_finite(request_id: str, version: str | None, found: str) -> Failure:
+    """The output is NaN or infinite: the adapter's fault, or the base's where there is none."""
+    if version is None:
+        return Failure(
+            request_id,
+            "internal",
+            "The base's output is not finite.",
+            found=found,
+            fix="Serve the base in a dtype of wider range: --dtype bf16 or fp32.",
+        )
+    return Failure(
+        request_id,
+        "adapter_failed",
+        "The adapter's output is not finite.",
+        found=found,
+        expected="finite numbers",
+        fix="Check the adapter: its factors overflow with this base.",
+    )
 
 
 def is_expected(error: Exception) -> bool:

@@ -75,6 +75,13 @@ class Reader:
     def head_bytes(self) -> int:
         return self._heads.nbytes
 
+    def headed(self) -> set[str]:
+        """Versions whose head is kept."""
+        return self._heads.versions()
+
+    def forget(self, version: str) -> None:
+        self._heads.forget(version)
+
     def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
         """An answer, or an exception of that row's own, for each row of the group.
 

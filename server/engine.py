@@ -25,7 +25,7 @@ from adapters.residency import Residency
 from adapters.store import Store
 from server.base_model import LoadedBase, load_base
 from server.encode import EncodeFigures, EncodeLane
-from server.engine_state import EngineSnapshot, StepFigures, cuda_bytes
+from server.engine_state import EngineSnapshot, Names, StepFigures, cuda_bytes
 from server.generate import GenerateFigures, GenerateLane
 from server.messages import (
     TERMINAL,
@@ -79,6 +79,7 @@ class Engine:
         self._turn_is_encode = True
         self._ids = itertools.count()
         self._last: StepFigures | None = None
+        self._names = Names()
         parts.residency.on_ready(self._settled)
 
     @classmethod
@@ -157,6 +158,8 @@ class Engine:
         Raises:
             ValueError: A request of this id is here already.
         """
+        if isinstance(message, EncodeRequest | GenerateRequest) and message.version is not None:
+            self._names.ask(message.version)
         match message:
             case EncodeRequest():
                 self._parts.encode.submit(message)
@@ -170,12 +173,18 @@ class Engine:
                 if not self._parts.encode.cancel(message.id) and self._parts.generate is not None:
                     self._parts.generate.cancel(message.id)
             case Preload():
+                self._names.ask(message.version)
                 self._parts.residency.prefetch(message.version)
             case Pin():
                 self._parts.residency.set_pinned(message.versions)
+                if message.named is not None:
+                    self._names.named = frozenset((*message.named, *message.versions))
+                    self._tidy()
 
     def step(self) -> list[Event]:
         """Run at most one forward, of the lane whose turn it is; [] when there is nothing to do."""
+        if self._names.is_due():
+            self._tidy()
         events, self._outbox = self._outbox, []
         encode, generate = self._parts.encode, self._parts.generate
         can_encode = encode.has_work()
@@ -206,6 +215,8 @@ class Engine:
     def wait(self, timeout: float) -> None:
         """Return when an adapter has been loaded or has failed, ``wake`` is called, a deadline
         passes, or after ``timeout`` seconds; at once if one came since the last wait."""
+        if self._names.is_due():
+            self._tidy()
         lanes = (self._parts.encode, self._parts.generate)
         deadlines = [lane.next_deadline() for lane in lanes if lane is not None]
         now = time.time()
@@ -251,6 +262,7 @@ class Engine:
             totals=totals,
             residency=dict(known.tiers),
             pinned=known.pinned,
+            pins_without_room=known.pins_without_room,
             device=str(parts.base.device),
             dtype=str(parts.base.dtype).removeprefix("torch."),
         )
@@ -347,6 +359,15 @@ class Engine:
         if error is not None:
             log.warning("Adapter version %s could not be loaded: %s", version, error)
         self.wake()
+
+    def _tidy(self) -> None:
+        """Let go of what is in memory of versions that nobody names or asks for any more."""
+        encode, generate = self._parts.encode, self._parts.generate
+        known = {*self._parts.residency.snapshot().tiers, *encode.headed()}
+        needed = encode.versions() | (generate.versions() if generate is not None else set())
+        for version in self._names.unnamed(known - needed):
+            self._parts.residency.drop(version)
+            encode.forget_head(version)
 
     def _note_encode(self, figures: EncodeFigures, steps_before: int) -> None:
         if figures.steps > steps_before:

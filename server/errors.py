@@ -37,6 +37,7 @@ TABLE: Final[Mapping[str, Row]] = {
     "invalid_input": Row(422, "An input cannot be given to the model"),
     "input_too_long": Row(413, "The input is too long"),
     "body_too_large": Row(413, "The body is too large"),
+    "request_too_large": Row(413, "The request can never fit"),
     "body_too_slow": Row(408, "The body came too slowly"),
     "not_found": Row(404, "No such page"),
     "method_not_allowed": Row(405, "The method is not allowed"),

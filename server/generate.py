@@ -80,7 +80,7 @@ class GenerateLane:
             ``allow_prefix_sharing`` are read.
 
     Raises:
-        ValueError: ``kv_bytes`` does not hold a single block.
+        BaseModelError: ``kv_bytes`` does not hold a single block.
     """
 
     def __init__(
@@ -172,6 +172,11 @@ class GenerateLane:
     def depth(self) -> int:
         """Requests that wait."""
         return len(self._queue)
+
+    def versions(self) -> set[str]:
+        """Versions of requests that wait or run."""
+        known = {*self._queue.versions, *self._per_version}
+        return {version for version in known if version is not None}
 
     def figures(self) -> GenerateFigures:
         return GenerateFigures(

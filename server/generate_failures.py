@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adapters.errors import AdapterError
+from server import encode_failures
 from server.messages import Failure, GenerateRequest
 
 
@@ -68,13 +69,7 @@ def not_loaded(request: GenerateRequest, error: Exception | None) -> Failure:
 
 def not_finite(request: GenerateRequest) -> Failure:
     """The logits were NaN or infinite; others in the batch are not touched by it."""
-    return Failure(
-        request.id,
-        "internal",
-        "The model's output is not finite.",
-        found="NaN or infinity in the logits",
-        fix="Check the adapter: its factors overflow with this base.",
-    )
+    return encode_failures.not_finite(request.id, request.version, "NaN or infinity in the logits")
 
 
 def broken(request: GenerateRequest, error: Exception) -> Failure:

@@ -162,6 +162,10 @@ class Heads:
             self._own = LanguageModelHead(shell, stub)
         return self._own
 
+    def versions(self) -> set[str]:
+        """Those whose head is kept."""
+        return set(self._kept)
+
     def forget(self, version: str) -> None:
         self._kept.pop(version, None)
 

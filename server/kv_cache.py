@@ -28,9 +28,8 @@ from transformers.generation.continuous_batching.utils import (
     find_num_key_value_heads,
 )
 
-PAGE_TOKENS = 16
-# The first pages of the cache are never given to a sequence; see transformers' CacheAllocator.
-TRASH_BLOCKS = 2
+from server.base_plan import PAGE_TOKENS, TRASH_BLOCKS, kv_too_small
+
 MAX_ROOTS = 1 << 16
 
 
@@ -45,7 +44,7 @@ class KVCache:
         share_prefixes: Let sequences of one adapter version share the pages of a common prefix.
 
     Raises:
-        ValueError: the budget does not hold a single block.
+        BaseModelError: the budget does not hold a single block.
     """
 
     def __init__(
@@ -71,10 +70,7 @@ class KVCache:
             max_sequences * -(-context_tokens // PAGE_TOKENS),
         )
         if blocks < 1:
-            raise ValueError(
-                f"A KV cache of {budget_bytes} bytes is too small for this base: "
-                f"it takes at least {(TRASH_BLOCKS + 1) * self.block_bytes} bytes."
-            )
+            raise kv_too_small(budget_bytes, (TRASH_BLOCKS + 1) * self.block_bytes)
         self.paged = PagedAttentionCache(
             config=config,
             continuous_batching_config=ContinuousBatchingConfig(

@@ -108,9 +108,14 @@ class Preload:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Keep these versions, and no others, on the device whatever is asked for."""
+    """Keep these versions, and no others, on the device whatever is asked for.
+
+    ``named`` are all versions that a name is on: what is in memory of others is let go as soon as
+    no request needs it. None: nothing is known of names.
+    """
 
     versions: tuple[str, ...]
+    named: tuple[str, ...] | None = None
 
 
 Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, model_validator
 
+# As JSON writes them: "5" is no number, and true is no 1.
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
 Strategy = Literal["none", "simple", "first", "average", "max"]
@@ -33,10 +37,10 @@ class Answer(BaseModel):
 class PredictParameters(Body):
     """How to read the inputs and how much to answer; what a task has no use for is refused."""
 
-    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = Field(
+    top_k: Annotated[Whole, Field(ge=1, le=MAX_TOP_K)] | None = Field(
         default=None, description="Labels or words per input; all labels and 5 words by default."
     )
-    truncation: bool = Field(default=False, description="Cut inputs that are too long.")
+    truncation: Flag = Field(default=False, description="Cut inputs that are too long.")
     aggregation_strategy: Strategy | None = Field(
         default=None, description="Token classification: how tokens become entities."
     )
@@ -60,8 +64,8 @@ class PredictRequest(Body):
 
 
 class EmbedParameters(Body):
-    truncation: bool = False
-    normalize: bool = Field(default=True, description="Scale every vector to length 1.")
+    truncation: Flag = False
+    normalize: Flag = Field(default=True, description="Scale every vector to length 1.")
     pooling: Literal["mean", "cls", "last"] | None = Field(
         default=None, description="By default: mean for encoders, last token for decoders."
     )
@@ -76,35 +80,35 @@ class EmbedRequest(Body):
 class GenerateParameters(Body):
     """text-generation-inference's parameters; those without effect here only take their neutral."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 20
-    do_sample: bool = False
-    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    max_new_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] = 20
+    do_sample: Flag = False
+    temperature: Annotated[Number, Field(gt=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=0, le=MAX_TOP_K)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
         Field(max_length=MAX_STOPS),
     ] = []
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    details: bool = False
-    return_full_text: bool = False
-    truncate: Annotated[int, Field(ge=1)] | None = Field(
+    seed: Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None = None
+    details: Flag = False
+    return_full_text: Flag = False
+    truncate: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="Keep this many tokens at the end of the prompt."
     )
-    truncation: bool = Field(
+    truncation: Flag = Field(
         default=False, description="Cut the start of a prompt that is too long."
     )
-    ignore_eos_token: bool = False
+    ignore_eos_token: Flag = False
     adapter_id: AdapterName | None = Field(
         default=None, description="Another place for the adapter."
     )
-    best_of: Literal[1] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
     watermark: Literal[False] = False
     decoder_input_details: Literal[False] = False
-    top_n_tokens: Literal[0] | None = None
-    typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
+    typical_p: Annotated[Number, Field(ge=1, le=1)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     grammar: None = None
 
     @property
@@ -119,7 +123,7 @@ class GenerateRequestBody(Body):
     inputs: str = Field(examples=["Once upon a time"])
     parameters: GenerateParameters = GenerateParameters()
     adapter: AdapterName | None = None
-    stream: bool = Field(default=False, description="/generate answers as /generate_stream would.")
+    stream: Flag = Field(default=False, description="/generate answers as /generate_stream would.")
 
 
 class Label(Answer):

@@ -110,6 +110,7 @@ class EmbeddingRequest(Known):
     model: str
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = "float"
+    truncation: bool | None = Field(default=False, description="Cut inputs that are too long.")
     user: str | None = None
 
 

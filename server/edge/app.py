@@ -160,6 +160,18 @@ class HiraServer(LitServer):
         self.supervise(uvicorn_workers)
         self._shutdown_event.set()
 
+    def _perform_graceful_shutdown(
+        self,
+        manager: Any,
+        uvicorn_workers: dict[int, ForkProcess],
+        shutdown_reason: str = "normal",
+    ) -> None:
+        """Ask all HTTP processes to end at once; LitServe asks one after the other, and waits."""
+        for child in uvicorn_workers.values():
+            if child.is_alive():
+                child.terminate()
+        super()._perform_graceful_shutdown(manager, uvicorn_workers, shutdown_reason)
+
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Life of one HTTP process."""

@@ -13,9 +13,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.edge.dispatch import Dispatcher, Ticket
+from server.edge.dispatch import Dispatcher
 from server.edge.middleware import Exchange, Json
 from server.edge.service import Service, Target
+from server.edge.tickets import Ticket
 from server.errors import Refusal
 from server.messages import (
     TERMINAL,
@@ -126,8 +127,9 @@ class Generations:
     """Several prompts being continued for one HTTP call; a context that frees what is left.
 
     Args:
-        prompts: Token ids of each.
-        sampling: Of each.
+        prompts: Token ids and sampling of each.
+        stream: Whether tokens are told one by one.
+        field: Where the body has the prompts, for an error.
     """
 
     def __init__(
@@ -138,24 +140,29 @@ class Generations:
         prompts: Sequence[tuple[tuple[int, ...], SamplingOptions]],
         *,
         stream: bool,
+        field: str = "inputs",
     ) -> None:
         self._request = request
         self._service = service
         self._stack = ExitStack()
         self.tickets: list[Ticket] = []
         deadline = service.deadline(request.headers.get("x-timeout-seconds"))
+        messages: list[Request] = [
+            GenerateRequest(
+                id="",
+                adapter=target.adapter,
+                version=target.version,
+                token_ids=token_ids,
+                sampling=sampling,
+                stream=stream,
+                submitted=time.time(),
+                deadline=deadline,
+            )
+            for token_ids, sampling in prompts
+        ]
+        service.dispatcher.check_fits(messages, field)
         try:
-            for token_ids, sampling in prompts:
-                message: Request = GenerateRequest(
-                    id="",
-                    adapter=target.adapter,
-                    version=target.version,
-                    token_ids=token_ids,
-                    sampling=sampling,
-                    stream=stream,
-                    submitted=time.time(),
-                    deadline=deadline,
-                )
+            for message in messages:
                 admitted = service.dispatcher.admit(message)
                 self.tickets.append(self._stack.enter_context(admitted))
         except BaseException:

@@ -16,13 +16,14 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from server.edge.shared import Phase, SharedLoad
+from server.edge.tickets import Bounds, RequestQueue, Ticket
 from server.edge.wire import (
     Events,
     Requests,
@@ -32,7 +33,6 @@ from server.edge.wire import (
 )
 from server.errors import Refusal
 from server.messages import (
-    TERMINAL,
     Cancel,
     Event,
     Failure,
@@ -50,57 +50,11 @@ RATE_SAMPLES: Final = 8192
 RETRY_MAX_S: Final = 60
 SEND_AT_ONCE: Final = 256
 REQUESTS_UID: Final = "requests"
-
-
-class RequestQueue(Protocol):
-    """LitServe's request queue, as far as it is used here."""
-
-    def put(self, item: Any) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What may be admitted at once, over all HTTP processes."""
-
-    requests: int
-    tokens: int
-    adapter_requests: int
-
-    def share(self, processes: int) -> int:
-        """One process's part of the bound per adapter, which is not counted across them."""
-        return max(1, math.ceil(self.adapter_requests / processes))
-
-
-class Ticket:
-    """One admitted request: its events arrive here, in order, the last one terminal."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.ended = False
-        self._events: deque[Event] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: Event) -> None:
-        if self.ended:
-            return
-        self.ended = isinstance(event, TERMINAL)
-        self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def next(self) -> Event:
-        """Wait for the next event."""
-        while not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._events.popleft()
-
-    def next_if_there(self) -> Event | None:
-        """The next event if it has come already: a step's events come together."""
-        return self._events.popleft() if self._events else None
+WHY_NOT: Final = {
+    "draining": "The server is stopping and takes no new requests.",
+    "starting": "The base model is still being loaded.",
+    "worker_lost": "The inference worker is being restarted.",
+}
 
 
 class Dispatcher:
@@ -216,6 +170,33 @@ class Dispatcher:
                 self.cancel(ticket)
             self._release(ticket)
 
+    def check_fits(self, requests: Sequence[Request], field: str) -> None:
+        """Refuse requests of one call that could not run together on an idle server either.
+
+        Args:
+            requests: All of one call, for one adapter.
+            field: Of the body, for the error.
+
+        Raises:
+            Refusal: request_too_large.
+        """
+        most = min(self.bounds.requests, self.bounds.share(self.processes))
+        tokens = sum(request.tokens for request in requests)
+        if len(requests) > most:
+            found, expected = f"{len(requests)} generations", f"at most {most}"
+        elif len(requests) > 1 and tokens > self.bounds.tokens:
+            found, expected = f"{tokens} tokens", f"at most {self.bounds.tokens}"
+        else:
+            return
+        raise Refusal.because(
+            "request_too_large",
+            "The request asks for more than the server ever runs at once.",
+            found=found,
+            expected=expected,
+            fix="Send several smaller requests.",
+            field=field,
+        )
+
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits any more: tell the worker, and end the ticket."""
         if not ticket.ended:
@@ -271,8 +252,10 @@ class Dispatcher:
             logger.error("An unknown envelope from the worker: %r", type(envelope))
 
     def fail_all(self, code: str, message: str, fix: str | None = None) -> None:
-        """End every request that runs with the same failure."""
+        """End every request that runs with the same failure, and its work where a worker lives."""
         for ticket in list(self._tickets.values()):
+            if self._epoch is not None and not ticket.ended:
+                self._post(Cancel(ticket.request.id))
             self._deliver(ticket, Failure(ticket.request.id, code, message, fix=fix))
 
     # Inside
@@ -280,12 +263,7 @@ class Dispatcher:
     def _check(self, request: Request) -> None:
         status = self.status
         if status != "ready":
-            detail = {
-                "draining": "The server is stopping and takes no new requests.",
-                "starting": "The base model is still being loaded.",
-                "worker_lost": "The inference worker is being restarted.",
-            }[status]
-            raise Refusal.because(status, detail, fix="Try again in a few seconds.")
+            raise Refusal.because(status, WHY_NOT[status], fix="Try again in a few seconds.")
         if request.deadline is not None and request.deadline <= time.time():
             raise Refusal.because("deadline_exceeded", "The deadline passed before admission.")
         waiting, tokens = self.load.requests(), self.load.tokens()
@@ -380,12 +358,14 @@ class Dispatcher:
 
     def _send(self, requests: RequestQueue) -> None:
         """Thread: move messages to LitServe's queue, as many at once as are there."""
-        while (first := self._outbox.get()) is not None:
+        ending = False
+        while not ending and (first := self._outbox.get()) is not None:
             batch = [first]
             while len(batch) < SEND_AT_ONCE and not self._outbox.empty():
                 more = self._outbox.get()
                 if more is None:
-                    return
+                    ending = True  # after what came before it
+                    break
                 batch.append(more)
             epoch = self._epoch
             messages = tuple(message for meant_for, message in batch if meant_for == epoch)

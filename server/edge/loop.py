@@ -28,6 +28,7 @@ from server.edge.wire import (
     WorkerReady,
     WorkerState,
     http_process_of,
+    stopping_path,
     write_state,
 )
 from server.messages import Event, Message
@@ -123,7 +124,7 @@ class _Pump:
 
     def _pump(self) -> None:
         engine, looked, seen = self.engine, time.monotonic(), self.engine.last_step
-        while not (self.ending.is_set() and self._is_idle()):
+        while not (self.ending.is_set() and (self._is_over() or self._is_idle())):
             self._take()
             if engine.has_work():
                 self.step_began = time.monotonic()
@@ -142,6 +143,10 @@ class _Pump:
             if time.monotonic() - looked > BEAT_S:
                 looked = time.monotonic()
                 self._look()
+
+    def _is_over(self) -> bool:
+        """Whether the bound of the drain has passed: what still runs has been answered already."""
+        return stopping_path(self.run_dir).exists()
 
     def _is_idle(self) -> bool:
         self._look()

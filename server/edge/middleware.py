@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -111,6 +112,9 @@ class Gate:
             await self.app(scope, _bounded(receive, limit, _patience(scope)), finish)
         except Refusal as refusal:
             await error_response(scope, refusal)(scope, receive, finish)
+        except ClientDisconnect:
+            # In the middle of its own body: nobody is there to answer.
+            logger.debug("request %s: the client left", exchange.request_id)
         except Exception:
             logger.exception("request %s failed", exchange.request_id)
             if exchange.status:

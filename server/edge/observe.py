@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 
-from server.edge.dispatch import STALE_S
+from server.edge.dispatch import STALE_S, WHY_NOT
 from server.edge.middleware import Json
 from server.edge.routes import Endpoint
 from server.edge.service import Service
@@ -58,7 +58,7 @@ class Observe:
     def readiness(self) -> tuple[str, str | None]:
         status = self.service.dispatcher.status
         if status != "ready":
-            return status, None
+            return status, WHY_NOT[status]
         state = read_state(self.service.settings.run_dir)
         silent_s = self.service.dispatcher.silent_s()
         if silent_s > STALE_S:

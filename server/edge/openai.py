@@ -26,7 +26,6 @@ from server.edge.openai_format import ChatFormat, CompletionFormat, Format, stre
 from server.edge.service import Service, Target
 from server.errors import Refusal
 from server.messages import EncodedInput, GenerateResult, SamplingOptions
-from server.metrics import BASE_LABEL
 from server.schemas_openai import (
     ChatRequest,
     CompletionRequest,
@@ -37,6 +36,7 @@ from server.schemas_openai import (
 
 DEFAULT_CHAT_TOKENS = 256
 MAX_MODELS = 10_000
+SEEDS = 1 << 63
 
 
 class OpenAI:
@@ -58,15 +58,16 @@ class OpenAI:
     async def model(self, request: Request, model: str) -> Response:
         """One of them."""
         base = self.service.base
-        if self._is_base(model):
+        if self.service.is_base(model):
             return json_response(self._model(base.name, base.created, None), {})
         record = self.service.record(model, "model")
         return json_response(self._model(record.name, record.created.timestamp(), base.name), {})
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Continue one or more prompts."""
-        target = self._target(request, body, "generate")
+        target = self._target(request, body, "/v1/completions")
         wanted = body.max_tokens or 16
+        check_new_tokens(wanted, self.service, "max_tokens")
         prompts = await self._prompts(body.prompt, wanted)
         echoed = self._echoed(body, prompts) if body.echo else None
         shape = CompletionFormat(
@@ -77,19 +78,23 @@ class OpenAI:
             body.logprobs is not None,
         )
         return await self._generate(
-            request, body, target, prompts=prompts, wanted=wanted, shape=shape
+            request, body, target, prompts=prompts, wanted=wanted, shape=shape, field="prompt"
         )
 
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Continue a conversation, written out with the base's chat template."""
-        target = self._target(request, body, "generate")
+        target = self._target(request, body, "/v1/chat/completions")
         text = self.service.base.prompts
         messages = [message.plain() for message in body.messages]
         asked = body.max_completion_tokens or body.max_tokens
+        if asked is not None:
+            limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            check_new_tokens(asked, self.service, limit)
         # Without a limit: what is left of the context, so that a long conversation is not refused.
         prompt = await self.service.tokenize(
             sum(len(message["content"]) for message in messages),
             lambda: text.encode_chat(messages, max_new_tokens=asked or 1),
+            "messages",
         )
         wanted = asked or min(
             DEFAULT_CHAT_TOKENS,
@@ -100,23 +105,29 @@ class OpenAI:
             f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model, bool(body.logprobs)
         )
         return await self._generate(
-            request, body, target, prompts=[prompt], wanted=wanted, shape=shape
+            request, body, target, prompts=[prompt], wanted=wanted, shape=shape, field="messages"
         )
 
     async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
         """Turn texts into vectors of length 1."""
-        target = self._target(request, body, "embed")
+        target = self._target(request, body, "/v1/embeddings")
         given = body.input
         service = self.service
+        truncation = bool(body.truncation)
         if isinstance(given, str) or (given and isinstance(given[0], str)):
             texts = [given] if isinstance(given, str) else [str(one) for one in given]
             check_inputs(len(texts), service, "input")
             inputs = await service.tokenize(
                 sum(map(len, texts)),
-                lambda: service.base.inputs.encode(texts, "feature-extraction"),
+                lambda: service.base.inputs.encode(
+                    texts, "feature-extraction", truncation=truncation
+                ),
+                "input",
             )
         else:
-            inputs = tuple(EncodedInput(ids) for ids in self._token_lists(given, "input", room=0))
+            most = service.base.inputs.max_tokens
+            lists = self._token_lists(given, "input", None if truncation else most)
+            inputs = tuple(EncodedInput(ids[:most]) for ids in lists)
         result = await encode(
             request,
             service,
@@ -151,8 +162,8 @@ class OpenAI:
         prompts: Sequence[tuple[int, ...]],
         wanted: int,
         shape: Format,
+        field: str,
     ) -> Response:
-        check_new_tokens(wanted, self.service, "max_tokens")
         copies = body.n or 1
         check_inputs(len(prompts) * copies, self.service, "n")
         each = [
@@ -161,7 +172,9 @@ class OpenAI:
             for copy in range(copies)
         ]
         stream = bool(body.stream)
-        generations = Generations(request, self.service, target, each, stream=stream)
+        # What asks for too much: the prompts, or the answers to each.
+        asks = "n" if copies > 1 else field
+        generations = Generations(request, self.service, target, each, stream=stream, field=asks)
         if not stream:
             results = await generations.results()
             return json_response(
@@ -191,16 +204,11 @@ class OpenAI:
                 field=name,
             )
         model = str(getattr(body, "model", ""))
-        tasks = EMBED_TASKS if verb == "embed" else GENERATE_TASKS
-        if not self._is_base(model):
-            target = self.service.adapter_target(model, tasks, f"/v1/{verb}", field="model")
-        else:
-            target = self.service.target((), tasks, f"/{verb}")
+        tasks = EMBED_TASKS if isinstance(body, EmbeddingRequest) else GENERATE_TASKS
+        names = (model, *request.query_params.getlist("adapter"))
+        target = self.service.target(names, tasks, verb, "model")
         exchange_of(request).adapter = target.adapter
         return target
-
-    def _is_base(self, model: str) -> bool:
-        return model in {self.service.base.name, BASE_LABEL}
 
     def _model(self, name: str, created: float, parent: str | None) -> dict[str, Any]:
         return {
@@ -221,19 +229,29 @@ class OpenAI:
         elif prompt and isinstance(prompt[0], str):
             texts = [str(one) for one in prompt]
         else:
-            return self._token_lists(prompt, "prompt", room=wanted)
+            most = text.max_tokens
+            return self._token_lists(prompt, "prompt", most, room=wanted)
         check_inputs(len(texts), self.service, "prompt")
         return await self.service.tokenize(
             sum(map(len, texts)),
             lambda: [text.encode_prompt(one, max_new_tokens=wanted) for one in texts],
+            "prompt",
         )
 
-    def _token_lists(self, given: Any, field: str, *, room: int) -> list[tuple[int, ...]]:
-        """Prompts that come as token ids: one list, or a list of lists."""
+    def _token_lists(
+        self, given: Any, field: str, most: int | None, *, room: int = 0
+    ) -> list[tuple[int, ...]]:
+        """Prompts that come as token ids: one list, or a list of lists.
+
+        Args:
+            given: As the body has them.
+            field: Where the body has them.
+            most: Tokens that each may have, with ``room``; None for any number.
+            room: Tokens to be added.
+        """
         lists = [given] if given and isinstance(given[0], int) else list(given)
         check_inputs(len(lists), self.service, field)
-        text = self.service.base.prompts
-        vocabulary = text.vocab_size or 1 << 62
+        vocabulary = self.service.base.prompts.vocab_size or 1 << 62
         for ids in lists:
             if not ids or not all(0 <= one < vocabulary for one in ids):
                 raise Refusal.because(
@@ -242,12 +260,12 @@ class OpenAI:
                     expected=f"ids from 0 to {vocabulary - 1}",
                     field=field,
                 )
-            if len(ids) + room > text.max_tokens:
+            if most is not None and len(ids) + room > most:
                 raise Refusal.because(
                     "input_too_long",
                     "The prompt and the tokens asked for do not fit the context.",
                     found=f"{len(ids)} + {room} tokens",
-                    expected=f"at most {text.max_tokens}",
+                    expected=f"at most {most}",
                     field=field,
                 )
         return [tuple(ids) for ids in lists]
@@ -274,7 +292,7 @@ class OpenAI:
             repetition_penalty=body.repetition_penalty or 1.0,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             # Copies of one prompt must differ, and do so in the same way every time.
-            seed=None if body.seed is None else abs(body.seed + copy),
+            seed=None if body.seed is None else (body.seed % SEEDS + copy) % SEEDS,
             logprobs=logprobs,
             ignore_eos=body.ignore_eos,
         )

@@ -13,6 +13,7 @@ from adapters.registry import Registry
 from server.edge.service import Base, base_task
 from server.edge.sources import sources_of
 from server.edge.supervise import StartFailed
+from server.metrics import BASE_LABEL
 from server.settings import AdapterSource, Settings
 
 DEMO_NAME: Final = "hira-demo-base"
@@ -97,6 +98,11 @@ def register(
     """
     sources = sources_of(settings)
     for one in adapters:
+        if one.name in {base.name, BASE_LABEL}:
+            raise StartFailed(
+                f"adapter {one.name}: this name means the base model; choose another, "
+                "or another --base-name"
+            )
         try:
             with sources.fetch(one.source, trusted=True) as folder:
                 registry.register(

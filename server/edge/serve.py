@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from adapters.database import RegistryUnusable, database_faults
 from adapters.registry import Registry
 from adapters.store import Store
 from server import metrics
@@ -61,8 +62,12 @@ def serve(
         store = Store(
             settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
         )
-        registry = Registry(settings.database, store)
-        registry.check()
+        try:
+            with database_faults(settings.database):
+                registry = Registry(settings.database, store)
+                registry.check()
+        except RegistryUnusable as error:
+            raise StartFailed(str(error)) from None
         prepare.register(registry, base, adapters, settings)
         service = Service(settings, base, registry, reload)
         registry.close()  # what is forked from here on must open its own

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from adapters.errors import AdapterError
-from server.edge.dispatch import Bounds, Dispatcher
+from server.edge.dispatch import Dispatcher
 from server.edge.keys import Keyring, admin_key
 from server.edge.shared import SharedLoad
+from server.edge.tickets import Bounds
 from server.errors import Fault, Refusal
 from server.messages import (
     Event,
@@ -165,17 +166,18 @@ class Service:
         self.keys = self._keyring()
 
     async def follow_registry(self) -> None:
-        """Tell the worker what is pinned: when it comes up, and when any process has changed it."""
+        """Tell the worker which versions are pinned and which have a name: when it comes up, and
+        when any process has changed it."""
         told: object = None
         while True:
             epoch = self.dispatcher.epoch
             try:
-                now = (epoch, await self.in_thread(self.registry.pinned_versions))
+                now = (epoch, await self.in_thread(self._known_versions))
             except Exception:  # the registry may be locked or gone for a while: try again
                 logger.exception("The registry cannot be read")
             else:
                 if epoch is not None and now != told:
-                    self.dispatcher.tell(Pin(now[1]))
+                    self.dispatcher.tell(now[1])
                     told = now
             await asyncio.sleep(REGISTRY_S)
 
@@ -183,8 +185,13 @@ class Service:
         """Run something slow off the event loop, on threads of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
-    async def tokenize(self, characters: int, work: Callable[[], T]) -> T:
+    async def tokenize(self, characters: int, work: Callable[[], T], field: str = "inputs") -> T:
         """Run the tokenizer: at once for short texts, off the event loop for long ones.
+
+        Args:
+            characters: How long the texts are in all.
+            work: What to run.
+            field: Where the body has the texts, for an error.
 
         Raises:
             Refusal: In the tokenizer's words.
@@ -194,9 +201,7 @@ class Service:
                 return work()
             return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
         except TextError as error:
-            fault = Fault(
-                error.code, error.message, error.found, error.expected, error.fix, "inputs"
-            )
+            fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
             raise Refusal((fault,)) from None
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
@@ -211,18 +216,31 @@ class Service:
             fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
             raise Refusal((fault,)) from None
 
-    def target(self, names: Sequence[str | None], tasks: Collection[Task], verb: str) -> Target:
-        """Resolve the adapter that a native call names, in its query or its body.
+    def is_base(self, name: str) -> bool:
+        """Whether a name means the bare base."""
+        return name in {self.base.name, BASE_LABEL}
+
+    def target(
+        self,
+        names: Sequence[str | None],
+        tasks: Collection[Task],
+        verb: str,
+        field: str = "adapter",
+    ) -> Target:
+        """Resolve the adapter that a call names, in its query or its body.
 
         Args:
-            names: Everything that names one; at most one distinct name may be among them.
+            names: Everything that names one; at most one distinct name may be among them. The
+                base's own name means the bare base.
             tasks: What the endpoint can do.
             verb: The endpoint, for the error.
+            field: Where it is named, for the error.
 
         Raises:
             Refusal: adapter_conflict, adapter_required, adapter_not_found or task_mismatch.
         """
-        distinct = sorted({name for name in names if name is not None})
+        given = {name for name in names if name is not None}
+        distinct = sorted({self.base.name if self.is_base(name) else name for name in given})
         if len(distinct) > 1:
             raise Refusal.because(
                 "adapter_conflict",
@@ -230,15 +248,13 @@ class Service:
                 found=" and ".join(distinct),
                 expected="one adapter",
                 fix="Name it once, in the query or in the body.",
-                field="adapter",
+                field=field,
             )
-        if not distinct:
-            return self._bare_base(tasks, verb)
-        return self.adapter_target(distinct[0], tasks, verb)
+        if not distinct or self.is_base(distinct[0]):
+            return self._bare_base(tasks, verb, field)
+        return self.adapter_target(distinct[0], tasks, field)
 
-    def adapter_target(
-        self, name: str, tasks: Collection[Task], verb: str, field: str = "adapter"
-    ) -> Target:
+    def adapter_target(self, name: str, tasks: Collection[Task], field: str = "adapter") -> Target:
         """Resolve one adapter for an endpoint.
 
         Raises:
@@ -281,23 +297,31 @@ class Service:
                 )
         return time.time() + seconds
 
-    def _bare_base(self, tasks: Collection[Task], verb: str) -> Target:
-        if verb == "/embed":
+    def _bare_base(self, tasks: Collection[Task], verb: str, field: str) -> Target:
+        if verb in {"/embed", "/v1/embeddings"}:
             return Target(None, None, "feature-extraction")
         if self.base.task not in tasks:
             raise Refusal.because(
                 "adapter_required",
                 f"{verb} needs an adapter on this base.",
                 found="no adapter",
-                expected="?adapter=NAME, or adapter in the body",
+                expected=(
+                    "?adapter=NAME, or adapter in the body"
+                    if field == "adapter"
+                    else f"an adapter's name in {field}"
+                ),
                 fix="GET /v1/models lists the adapters.",
-                field="adapter",
+                field=field,
             )
         return Target(None, None, self.base.task)
 
     def _keyring(self) -> Keyring:
         key, _ = admin_key(self.settings.admin_key, self.settings.data_dir)
         return Keyring(key, self.settings.api_keys)
+
+    def _known_versions(self) -> Pin:
+        pinned = self.registry.pinned_versions()
+        return Pin(pinned, named=tuple(sorted(self.registry.versions())))
 
     def _count(self, request: Request, event: Event) -> None:
         """Metrics of what comes back, as it comes back."""

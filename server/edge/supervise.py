@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from server.edge.app import HiraServer
 from server.edge.shared import Phase
-from server.edge.wire import fault_path, read_state, state_path
+from server.edge.wire import fault_path, read_state, state_path, stopping_path
 from server.metrics import forget_dead
 from server.settings import SettingsFault
 
@@ -219,3 +219,4 @@ class Supervisor:
         self.load.phase = Phase.STOPPING
         if self.load.requests():
             time.sleep(0.6)  # the dispatchers see it within a tick and answer
+        stopping_path(self.settings.run_dir).touch()

@@ -52,8 +52,8 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
     try:
         await service.in_thread(lambda: folder.mkdir(parents=True, mode=0o700))
         parts = _Parts(folder)
-        parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
         try:
+            parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
             async for chunk in request.stream():
                 if chunk:
                     await service.in_thread(lambda chunk=chunk: parser.write(chunk))  # type: ignore[misc]

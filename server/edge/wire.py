@@ -76,6 +76,11 @@ def fault_path(run_dir: Path, worker: int) -> Path:
     return run_dir / f"worker-{worker}.fault"
 
 
+def stopping_path(run_dir: Path) -> Path:
+    """There once running requests have been ended: a worker told to end leaves the rest undone."""
+    return run_dir / "stopping"
+
+
 def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
     """Write a whole file so that readers see the old one or the new one, never a half."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -261,6 +261,15 @@ def test_labels_that_are_no_names_are_refused(
         load_adapter(folder, base)
 
 
+@pytest.mark.parametrize("labels", [1e308, 3, [], [{}], [["a"]], {}, {"1": "a"}, "ab", True])
+def test_labels_of_the_wrong_type_are_refused(
+    folder: Path, base: BaseSignature, labels: object
+) -> None:
+    (folder / "config.json").write_text(json.dumps({"id2label": labels}))
+    with pytest.raises(CorruptFile, match="id2label"):
+        load_adapter(folder, base)
+
+
 def test_a_folder_in_place_of_a_file_is_refused(folder: Path, base: BaseSignature) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()

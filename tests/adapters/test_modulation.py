@@ -304,3 +304,25 @@ def test_rows_of_no_table_are_refused(lead: Lead) -> None:
     sequences = from_rows([1, 0, 2])
     with pytest.raises(SegmentMismatch):
         Plan(sequences.repeat(4), sequences, from_rows([1, 2])).of_rows(lead, "layer")
+
+
+def test_a_fold_that_failed_is_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = QuantizedWeight.from_dense(torch.randn(64, 64, generator=generator), "nf4")
+    slots = {1: random_slot((64, 64), 4, generator)}
+    x = torch.randn(40, 64, generator=generator)
+    segments = from_runs([(1, 40)])
+    made = modulator("cached")
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory for the fold")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_ops, "fold_into", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            modulated_linear(x, weight, slots, segments, modulator=made, layer="l")
+    assert not made.folded.has(1, "l")
+    y = modulated_linear(x, weight, slots, segments, modulator=made, layer="l")
+    torch.testing.assert_close(
+        y.double(), truth(x, weight, slots, segments, None), rtol=1e-4, atol=1e-4
+    )

@@ -75,6 +75,16 @@ def test_a_name_moves_only_with_replace(
     assert registry.store.has(first.version)  # requests under way may still need it
 
 
+def test_a_name_that_is_taken_leaves_no_bytes(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    registry.register("a", folders[0], base, source="x")
+    before = registry.store.versions()
+    with pytest.raises(AdapterExists):
+        registry.register("a", folders[1], base, source="x")
+    assert registry.store.versions() == before
+
+
 def test_a_wrong_adapter_changes_nothing(
     registry: Registry, base: BaseSignature, folders: list[Path], tmp_path: Path
 ) -> None:

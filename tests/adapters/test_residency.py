@@ -177,15 +177,60 @@ def test_pinned_version_stays_and_is_fetched_unasked() -> None:
         assert made.state("p") == "absent"
 
 
-def test_version_that_pins_leave_no_room_for_fails_with_a_remedy() -> None:
-    with residency(slots=1) as (made, _):
-        made.set_pinned(["p"])
-        until(lambda: made.state("p") == "ready")
-        fetch(made, "a")
-        assert made.state("a") == "failed"
-        error = made.error("a")
-        assert isinstance(error, StoreFull)
-        assert error.fix
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_pins_beyond_the_slots_leave_one_to_the_others(
+    slots: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    pins = ["p", "q", "r"]
+    with residency(slots=slots) as (made, _):
+        made.set_pinned(pins)
+        for turn in range(2):
+            for version in (*pins, f"a{turn}", f"b{turn}"):
+                fetch(made, version)
+                assert made.state(version) == "ready"
+        snapshot = made.snapshot()
+        assert snapshot.pinned == tuple(pins[: slots - 1])
+        assert snapshot.pins_without_room == tuple(pins[slots - 1 :])
+        assert all(snapshot.tiers[version] == "device" for version in snapshot.pinned)
+        assert caplog.text.count("no room to pin") == 1
+
+
+def test_pins_beyond_their_bytes_leave_a_quarter_to_the_others() -> None:
+    pins = ["p", "q", "r", "s"]
+    with residency(slots=8, device_bytes=4 * ONE) as (made, _):
+        made.set_pinned(pins)
+        for version in (*pins, "a", "b"):
+            fetch(made, version)
+            assert made.state(version) == "ready"
+        until(lambda: made.snapshot().pinned == ("p", "q", "r"))
+        assert made.state("a") == "absent"
+        assert all(made.state(version) == "ready" for version in "pqr")
+
+
+def test_pins_give_way_to_a_version_that_fits_in_no_other_way() -> None:
+    with residency(slots=4, device_bytes=4 * ONE) as (made, disk):
+        disk.ranks["big"] = 6  # three of four units
+        made.set_pinned(["p", "q", "r"])
+        until(lambda: all(made.state(version) == "ready" for version in "pqr"))
+        fetch(made, "big")
+        assert made.state("big") == "ready"
+        assert made.state("p") == "ready"
+        fetch(made, "q", "r")
+        assert [made.state(version) for version in "pqr"] == ["ready"] * 3
+
+
+def test_held_version_stays_but_is_not_used() -> None:
+    with residency(slots=2, host_bytes=0) as (made, _):
+        fetch(made, "a", "b")
+        held = made.hold(["a", "b", "missing"])
+        assert set(held) == {"a", "b"}
+        made.prefetch("c")
+        time.sleep(0.05)
+        assert made.state("c") == "loading"
+        made.use(["a"])
+        made.release(held)
+        until(lambda: made.state("c") == "ready")
+        assert (made.state("a"), made.state("b")) == ("ready", "absent")
 
 
 def test_version_larger_than_the_device_fails_and_others_go_on() -> None:

@@ -29,6 +29,7 @@ from server.messages import (
 from server.options import EngineOptions
 
 SLOW_S = 0.02  # a generated token
+SLOW_SEED = 600  # generations with it are six times as slow
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class FakeEngine:
             events.append(self._encode(request))
         if self.running:
             time.sleep(SLOW_S)
+        if any(one.sampling.seed == SLOW_SEED for one, _ in self.running.values()):
+            time.sleep(5 * SLOW_S)
         for generation, tokens in list(self.running.values()):
             events += self._generate(generation, tokens)
         return events
@@ -132,8 +135,20 @@ class FakeEngine:
         return events
 
 
+class DeafEngine(FakeEngine):
+    """Never stops a generation before its end."""
+
+    def submit(self, message: Message) -> None:
+        if not isinstance(message, Cancel):
+            super().submit(message)
+
+
 def build(options: EngineOptions) -> FakeEngine:
     return FakeEngine(options)
+
+
+def build_deaf(options: EngineOptions) -> DeafEngine:
+    return DeafEngine(options)
 
 
 def build_broken(options: EngineOptions) -> FakeEngine:

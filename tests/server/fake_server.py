@@ -15,7 +15,7 @@ from typing import Any
 from server import metrics
 from server.messages import EncodedInput, Task
 from server.settings import load_settings
-from server.text import InvalidInput, Text, TextInput
+from server.text import InputTooLong, InvalidInput, Text, TextInput
 
 
 @dataclass
@@ -41,6 +41,9 @@ class FakeRegistry:
     def pinned_versions(self) -> tuple[str, ...]:
         return ()
 
+    def versions(self) -> set[str]:
+        return {record.version for record in self.records.values()}
+
     def resolve(self, name: str) -> Record:
         from adapters.errors import AdapterNotFound
 
@@ -64,7 +67,10 @@ class Characters(Text):
     ) -> tuple[EncodedInput, ...]:
         if any(not one for one in texts):
             raise InvalidInput("An input is empty.")
-        return tuple(EncodedInput(tuple(map(ord, "".join(one)))) for one in texts)
+        found = [tuple(map(ord, "".join(one))) for one in texts]
+        if not truncation and any(len(ids) > self.max_tokens for ids in found):
+            raise InputTooLong("An input is too long.")
+        return tuple(EncodedInput(ids[: self.max_tokens]) for ids in found)
 
     def encode_prompt(
         self,
@@ -74,6 +80,8 @@ class Characters(Text):
         truncation: bool = False,
         special_tokens: bool = True,
     ) -> tuple[int, ...]:
+        if len(prompt) + max_new_tokens > self.max_tokens:
+            raise InputTooLong("The prompt is too long.")
         return tuple(map(ord, prompt))
 
 

@@ -15,11 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from adapters.database import RegistryUnusable, database_faults
+from adapters.migrations import SchemaTooNew
 from server.cli import app
 from server.settings import Settings
-from tests.server.live import ROOT, environment
+from tests.server.live import ROOT, environment, free_port
 from tests.server.made import make_adapter
 
 runner = CliRunner()
@@ -127,6 +130,41 @@ def test_base_that_is_not_there_is_one_line_and_status_1(tmp_path: Path) -> None
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "nowhere" in line
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nonsense://me:hunter2@host/db", "nonsense://me:***@host/db cannot be used: "),
+        ("nonsense://host/db?password=hunter2", "nonsense://host/db cannot be used: "),
+        ("://hunter2", "registry_url is not a URL"),
+        ("sqlite:///broken.sqlite", "sqlite:///broken.sqlite cannot be used: "),
+    ],
+)
+def test_registry_that_cannot_be_used_is_one_line(url: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.sqlite").write_bytes(b"no database at all" * 100)
+    done = hira("serve", cwd=tmp_path, port=free_port(), registry_url=url)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert said in line
+    assert "hunter2" not in done.stderr + done.stdout
+
+
+def test_registry_of_a_later_release_is_one_line() -> None:
+    with (
+        pytest.raises(RegistryUnusable, match=r"d\.sqlite cannot be used: schema 9"),
+        database_faults("d.sqlite"),
+    ):
+        raise SchemaTooNew("schema 9")
+
+
+def test_database_that_tells_its_password_is_not_quoted() -> None:
+    url = "postgresql://me:p%40ss@host/db"
+    with pytest.raises(RegistryUnusable) as caught, database_faults(url):
+        raise sa.exc.OperationalError("select", {}, Exception(f"no host in {url} for p@ss"))
+    assert "ss@" not in str(caught.value).replace("***@", "")
+    assert "p@ss" not in str(caught.value)
+    assert "p%40ss" not in str(caught.value)
 
 
 def test_data_folder_in_use_is_one_line(tmp_path: Path) -> None:
@@ -266,6 +304,18 @@ def test_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("hira: no server answers at http://127.0.0.1:9")
+
+
+def test_names_are_written_as_one_part_of_a_path(answering: Any) -> None:
+    seen = answering({"DELETE /admin/adapters/a/b?c": httpx.Response(204)})
+    assert runner.invoke(app, ["adapters", "remove", "a/b?c"]).exit_code == 0
+    assert seen[0].url.raw_path == b"/admin/adapters/a%2Fb%3Fc"
+
+
+def test_version_is_an_option_and_a_command() -> None:
+    shown = runner.invoke(app, ["--version"])
+    assert shown.exit_code == 0
+    assert shown.output == runner.invoke(app, ["version"]).output != ""
 
 
 def test_module_runs_from_the_source_folder() -> None:

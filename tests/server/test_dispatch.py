@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.edge.dispatch import Bounds, Dispatcher
+from server.edge.dispatch import Dispatcher
 from server.edge.shared import Phase, SharedLoad
+from server.edge.tickets import Bounds
 from server.edge.wire import (
     Events,
     Requests,
@@ -343,8 +344,42 @@ def test_draining_refuses_new_requests_and_stopping_ends_the_rest(
             event = await ticket.next()
             assert isinstance(event, Failure)
             assert event.code == "draining"
+            sent = (*await scene.wire.messages(), *await scene.wire.messages())
+            assert sent == (ticket.request, Cancel(ticket.request.id))
 
     play(tmp_path, worker, scenario)
+
+
+def test_what_runs_at_the_end_is_cancelled(tmp_path: Path, worker: subprocess.Popen[bytes]) -> None:
+    async def scenario(scene: Scene) -> None:
+        with scene.dispatcher.admit(encode_request()) as ticket:
+            assert await scene.wire.messages() == (ticket.request,)
+            await scene.dispatcher.stop()
+            assert await scene.wire.messages() == (Cancel(ticket.request.id),)
+
+    play(tmp_path, worker, scenario)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "fits"),
+    [
+        (Bounds(3, 1000, 1000), True),
+        (Bounds(2, 1000, 1000), False),
+        (Bounds(1000, 1000, 2), False),
+        (Bounds(1000, 8, 1000), False),
+        (Bounds(1000, 9, 1000), True),
+    ],
+)
+def test_what_can_never_run_together_is_told_so(bounds: Bounds, fits: bool, tmp_path: Path) -> None:
+    dispatcher = Dispatcher(SharedLoad(1), bounds, 1, tmp_path)
+    one = encode_request(3)
+    dispatcher.check_fits([one], "prompt")
+    if fits:
+        dispatcher.check_fits([one] * 3, "prompt")
+        return
+    with pytest.raises(Refusal, match="request_too_large") as caught:
+        dispatcher.check_fits([one] * 3, "prompt")
+    assert (caught.value.status, caught.value.faults[0].field) == (413, "prompt")
 
 
 @settings(max_examples=60, deadline=None)

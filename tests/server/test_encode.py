@@ -127,8 +127,61 @@ def test_an_adapter_whose_numbers_overflow_fails_only_its_own_rows(shared: Lane)
     assert isinstance(events["base"], EncodeResult)
     failure = events["nan"]
     assert isinstance(failure, Failure)
-    assert failure.code == "internal"
+    assert failure.code == "adapter_failed"
     assert "finite" in failure.message
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_factors_that_overflow_at_run_time_are_the_adapters_fault(
+    tmp_path: Path, task: str
+) -> None:
+    lane = Lane(tmp_path, "distilbert", {"ok": "text-classification", "bad": "text-classification"})
+    weights = lane.weights["bad"]
+    factors = {path: replace(one, b=one.b * 1e30) for path, one in weights.factors.items()}
+    assert all(bool(torch.isfinite(one.b).all()) for one in factors.values())
+    lane.weights["bad"] = replace(weights, factors=factors)
+    for name in ("bad", "ok"):
+        lane.lane.submit(lane.request(name, name, task, ["a fine film"]))
+    events = lane.drain()
+    assert isinstance(events["ok"], EncodeResult)
+    failure = events["bad"]
+    assert isinstance(failure, Failure)
+    assert failure.code == "adapter_failed"
+    assert "finite" in failure.message
+    lane.residency.close()
+
+
+def test_a_base_whose_numbers_overflow_is_the_servers_fault(
+    shared: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shared.base.backbone.forward
+
+    def forward(**inputs: Any) -> Any:
+        out = real(**inputs)
+        out.last_hidden_state = out.last_hidden_state * float("inf")
+        return out
+
+    monkeypatch.setattr(shared.base.backbone, "forward", forward)
+    shared.lane.submit(shared.request("base", None, "feature-extraction", ["a film"]))
+    assert only(shared.drain()).code == "internal"
+
+
+def test_an_adapter_that_waits_for_its_turn_is_not_counted_as_used(tmp_path: Path) -> None:
+    names = ("a", "b", "c")
+    lane = Lane(
+        tmp_path, "distilbert", dict.fromkeys(names, "text-classification"), max_batch_rows=1
+    )
+    for name in names:
+        lane.lane.submit(lane.request(name, name, "text-classification", ["a fine film"]))
+    until = time.monotonic() + 10
+    while any(lane.residency.state(name) != "ready" for name in names):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    entries = lane.residency._tiers.entries
+    (first,) = (event.id for event in lane.lane.step())
+    assert [name for name in names if entries[name].kept_until == 0.0] == [first]
+    assert next(reversed(entries)) == first
+    lane.residency.close()
 
 
 def test_questions_are_answered_from_their_contexts(shared: Lane) -> None:

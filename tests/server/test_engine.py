@@ -6,11 +6,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from server.base_plan import BaseModelError, plan_base
+from server.edge.service import Service
 from server.engine import Engine, EngineFailure
 from server.messages import (
     TERMINAL,
@@ -21,10 +24,12 @@ from server.messages import (
     Failure,
     GenerateRequest,
     GenerateResult,
+    Pin,
     Preload,
     SamplingOptions,
 )
 from tests.server import tiny_bases
+from tests.server.fake_server import FakeRegistry
 from tests.server.tiny_bases import Reference, assert_close
 
 LABELS = {"mood": ("bad", "fine", "great"), "topics": ("art", "war"), "names": ("O", "B-X", "I-X")}
@@ -329,6 +334,90 @@ def test_a_request_waiting_for_a_slow_load_does_not_hold_up_others(world: World)
         assert set(by_id(world.drain())) == {"slow"}
     finally:
         residency._load = loads
+
+
+def until_tiers(engine: Engine, tiers: set[str]) -> None:
+    end = time.monotonic() + 10
+    while set(engine.snapshot().residency) != tiers:
+        assert time.monotonic() < end, engine.snapshot().residency
+        engine.wait(0.05)
+
+
+def test_a_version_that_lost_its_name_leaves_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = world.engine
+    monkeypatch.setattr(engine._names, "spare_s", 0.0)
+    monkeypatch.setattr(engine._names, "named", None)
+    preload(world)
+    for name, task in (("mood", "text"), ("topics", "text"), ("names", "token")):
+        kind: Any = f"{task}-classification"
+        engine.encode(["a film"], task=kind, version=world.versions[name])
+    before = engine.snapshot().adapter_bytes
+    named = (world.versions["mood"], world.versions["names"])
+    engine.submit(Pin(()))
+    assert set(world.versions.values()) <= set(engine.snapshot().residency), "nothing was said"
+
+    # It is asked for: it stays until that is answered.
+    engine.submit(world.request("topics", ["a film"], "text-classification", id="last"))
+    engine.submit(Pin((), named=named))
+    assert set(engine.snapshot().residency) == set(world.versions.values())
+    assert isinstance(by_id(world.drain())["last"], EncodeResult)
+    until_tiers(engine, set(named))
+    after = engine.snapshot().adapter_bytes
+    assert after["device"] < before["device"]
+    assert after["heads"] < before["heads"]
+    assert engine.snapshot().slots_used == 2
+
+    # A request that was admitted before the name went is answered, and leaves nothing behind.
+    engine.encode(["a film"], task="text-classification", version=world.versions["topics"])
+    until_tiers(engine, set(named))
+
+
+def test_a_version_asked_for_just_now_waits_for_its_name(world: World) -> None:
+    engine = world.engine
+    engine.submit(Preload(world.versions["mood"]))
+    engine.submit(Pin((), named=()))
+    assert world.versions["mood"] in engine.snapshot().residency
+    engine._names.named = None
+
+
+def test_the_worker_is_told_of_every_name() -> None:
+    service: Any = SimpleNamespace(registry=FakeRegistry())
+    assert Service._known_versions(service) == Pin((), named=("imdb-v1", "story-v1"))
+
+
+def test_a_generating_version_without_a_name_ends_its_answer(tmp_path: Path) -> None:
+    base, store = tiny_bases.base_folder(tmp_path, "llama"), tmp_path / "store"
+    folder = tiny_bases.adapter(tmp_path / "tale", base, "text-classification", seed=5)
+    version = tiny_bases.stored(store, folder)
+    engine = Engine.build(tiny_bases.options(base, store))
+    engine._names.spare_s = 0.0
+    sampling = SamplingOptions(max_new_tokens=6, ignore_eos=True)
+    ids = engine.text.encode_prompt("a film")
+    engine.submit(GenerateRequest("g", "tale", version, ids, sampling))
+    engine.submit(Pin((), named=()))
+    while not engine.has_work():
+        engine.wait(0.05)
+    engine.step()
+    engine.submit(Pin((), named=()))
+    assert set(engine.snapshot().residency) == {version}
+    assert isinstance(by_id(drain(engine))["g"], GenerateResult)
+    until_tiers(engine, set())
+    assert engine.snapshot().adapter_bytes["device"] == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+def test_a_cache_that_holds_nothing_is_refused_before_the_weights_are_read(
+    tmp_path: Path, dtype: str
+) -> None:
+    base = tiny_bases.base_folder(tmp_path, "llama")
+    with pytest.raises(BaseModelError, match="KV cache") as caught:
+        plan_base(tiny_bases.options(base, tmp_path, kv_bytes=10, dtype=dtype))
+    assert caught.value.found == "10 bytes"
+    assert caught.value.expected
+    assert "--kv-bytes" in str(caught.value.fix)
 
 
 def test_an_encoder_fills_masks_and_refuses_to_generate(world: World) -> None:

@@ -22,6 +22,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.server.fake_engine import SLOW_SEED
 from tests.server.live import Live, fake
 
 pytestmark = pytest.mark.http
@@ -215,7 +216,9 @@ def test_term_drains_then_ends_well_with_nothing_left(tmp_path: Path) -> None:
         live.processes()
         live.child.send_signal(signal.SIGTERM)
         wait_for(lambda: live.client.get("/health/ready").status_code == 503)
-        assert live.client.get("/health/ready").json()["status"] == "draining"
+        health = live.client.get("/health/ready").json()
+        assert health["status"] == "draining"
+        assert "stopping" in health["detail"]
         refused = predict(live)
         assert (refused.status_code, refused.json()["code"]) == (503, "draining")
         client.join(10)
@@ -265,6 +268,24 @@ def test_drain_has_a_bound(tmp_path: Path) -> None:
         assert time.monotonic() - began < 10
         client.join(5)
         assert (answers[0].status_code, answers[0].json()["code"]) == (503, "draining")
+        wait_for(lambda: live.left_over() == [], 2)
+
+
+@pytest.mark.parametrize("build", ["build", "build_deaf"])
+def test_work_that_outlives_the_drain_is_dropped_and_not_killed(tmp_path: Path, build: str) -> None:
+    engine = f"tests.server.fake_engine:{build}"
+    with fake(tmp_path / "data", engine, drain_s=0.5, api_processes=4) as live:
+        body = {"inputs": "hello", "parameters": {"max_new_tokens": 250, "seed": SLOW_SEED}}
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(live.client.post, "/generate?adapter=story", json=body)
+            wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
+            began = time.monotonic()
+            assert live.end() == 0
+            assert time.monotonic() - began < 8  # one generation alone would take 30 s
+            assert running.result().json()["code"] == "draining"
+        log = live.log.read_text()
+        assert "SIGKILL" not in log
+        assert "Forcibly" not in log
         wait_for(lambda: live.left_over() == [], 2)
 
 

@@ -15,6 +15,7 @@ from adapters.errors import CorruptFile
 from adapters.inject import inject
 from adapters.modulation import SlotFactors
 from adapters.segments import Segments
+from server.base_plan import BaseModelError
 from server.generate import GenerateLane
 from server.generate_batch import MIN_PREFILL_TOKENS
 from server.messages import Failure, GenerateResult, TokenEvent
@@ -462,10 +463,23 @@ def test_an_adapter_that_overflows_fails_alone() -> None:
     bad = stage.submit("b", [5, 6, 7], stream=True)
     good = stage.submit("a", [5, 6, 7])
     results = {e.id: e for e in terminals(stage.drain())}
-    assert results[bad].code == "internal"
+    assert results[bad].code == "adapter_failed"
+    assert "finite" in results[bad].message
     assert ids_of(results[good]) == ids_of(healthy)
     assert ids_of(stage.answer("a", [5, 6, 7])) == ids_of(healthy)
     assert nothing_is_held(stage)
+
+
+def test_a_base_that_overflows_is_the_servers_fault() -> None:
+    stage = Stage()
+    with torch.no_grad():
+        stage.adapted.model.lm_head.weight.fill_(float("nan"))
+    assert stage.answer(None, [5, 6, 7]).code == "internal"
+
+
+def test_a_cache_that_holds_nothing_is_refused_with_a_remedy() -> None:
+    with pytest.raises(BaseModelError, match=r"found: 10 bytes; expected: at least \d+ bytes; fix"):
+        Stage(kv_bytes=10)
 
 
 def test_a_base_that_goes_around_the_attention_interface_is_found_out(

@@ -10,7 +10,8 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from server import paged_attention as subject
-from server.kv_cache import PAGE_TOKENS, KVCache
+from server.base_plan import PAGE_TOKENS, BaseModelError
+from server.kv_cache import KVCache
 from server.paged_attention import PagedBatch, Span, paged_attention
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -189,7 +190,7 @@ def test_the_budget_bounds_the_memory() -> None:
     assert kv.paged.cache_tensor.numel() <= 10 * block + 5
     assert kv.blocks_total == 8
     assert kv.capacity_tokens == 8 * PAGE_TOKENS
-    with pytest.raises(ValueError, match="too small"):
+    with pytest.raises(BaseModelError, match="too small"):
         cache(budget_bytes=2 * block)
 
 

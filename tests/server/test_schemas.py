@@ -64,6 +64,32 @@ def test_generate_refuses_what_it_cannot_honour(parameters: dict[str, Any]) -> N
         GenerateRequestBody.model_validate({"inputs": "a", "parameters": parameters})
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"top_k": True},
+        {"max_new_tokens": "5"},
+        {"max_new_tokens": 5.0},
+        {"temperature": "1"},
+        {"temperature": True},
+        {"seed": "1"},
+        {"do_sample": 1},
+        {"details": "yes"},
+        {"best_of": True},
+    ],
+)
+def test_numbers_and_booleans_are_those_of_json(parameters: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        GenerateRequestBody.model_validate({"inputs": "a", "parameters": parameters})
+    (name,) = parameters
+    assert {one["loc"][:2] for one in caught.value.errors()} == {("parameters", name)}
+
+
+def test_a_whole_number_is_a_number() -> None:
+    parameters = GenerateParameters.model_validate({"temperature": 1, "top_p": 1, "best_of": 1})
+    assert parameters.temperature == 1.0
+
+
 def test_sampling_parameters_switch_sampling_on() -> None:
     assert not GenerateParameters().samples
     assert GenerateParameters(temperature=0.5).samples

@@ -81,11 +81,9 @@ struct HiraCall {
     const float* scales;         // one a block of 4-bit weights
     const float* levels;         // 16 values of the 4-bit codes; null: stored is bfloat16
     const uint16_t* bias;        // [out] or null
-    const int64_t* bounds;       // segments + 1 row numbers
-    const HiraFactors* factors;  // one a segment
     int64_t segments;
-    int64_t out, in;             // in: a multiple of 64
-    int64_t block;               // weights a scale: a multiple of 64 that divides in
+    int64_t out, in;             // in: a multiple of 32
+    int64_t block;               // weights a scale: a multiple of 32
     int64_t how;                 // 0: the faster for each segment; 1: fold; 2: expand
     int64_t threads;
     uint8_t* scratch;
@@ -106,7 +104,7 @@ constexpr int64_t kTile = 1024;        // bytes
 constexpr int64_t kStep = 32;          // inputs of a weight tile
 constexpr int64_t kStrip = 64;         // outputs that one tile of rows is multiplied with: 4 tiles
 constexpr int64_t kDepth = 8;          // steps between two visits of the accumulators: 256 inputs
-constexpr int64_t kChunkTiles = 32;    // row tiles whose accumulators live at once
+constexpr int64_t kChunkTiles = 16;    // row tiles whose sums live at once
 constexpr int64_t kGroupBytes = 768 << 10;  // decoded weights that a thread keeps in its L2
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -138,6 +136,8 @@ struct Panel {
 
 struct Shared {
     const HiraCall* call;
+    const int64_t* bounds;
+    const HiraFactors* factors;
     std::vector<Row> rows;        // 16 a tile
     std::vector<uint8_t> split;   // a tile: even inputs before odd ones, as folded weights have them
     std::vector<ThinRow> thin;
@@ -234,6 +234,7 @@ void pack_rows(uint8_t* to, const Row* rows, bool split, int64_t steps) {
                 continue;
             }
             r[i] = _mm512_loadu_si512(rows[i].x + step * kStep);
+            _mm_prefetch(reinterpret_cast<const char*>(rows[i].x + (step + 4) * kStep), _MM_HINT_T0);
             if (rows[i].a != nullptr) {
                 const __m512i a = _mm512_loadu_si512(rows[i].a + step * kStep);
                 r[i] = _mm512_permutexvar_epi16(
@@ -290,9 +291,14 @@ void pack_factor(uint8_t* to, const HiraFactors& f, int64_t first, int64_t outpu
     }
 }
 
+// The 16 levels times a scale, rounded, in both halves: bit 4 of an index is noise then.
+inline __m512i scaled_levels(__m512 levels, float scale) {
+    const __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(scale));
+    return halves_of(scaled, scaled);
+}
+
 // W0 of `outputs` rows from `first` on to weight tiles, in natural order, zeros beyond its end.
 void decode(uint8_t* to, const HiraCall& c, int64_t first, int64_t outputs, int64_t steps) {
-    const int64_t blocks = c.block ? c.in / c.block : 0;
     const __m512 levels = c.levels ? _mm512_loadu_ps(c.levels) : _mm512_setzero_ps();
     for (int64_t o = 0; o < outputs; ++o) {
         uint8_t* line = to + o / 16 * steps * kTile + o % 16 * 64;
@@ -305,20 +311,21 @@ void decode(uint8_t* to, const HiraCall& c, int64_t first, int64_t outputs, int6
                 _mm512_store_si512(line + s * kTile, _mm512_loadu_si512(from + s * kStep));
         } else {
             const uint8_t* from = static_cast<const uint8_t*>(c.stored) + (first + o) * c.in / 2;
-            const float* scales = c.scales + (first + o) * blocks;
-            for (int64_t s = 0; s < steps; s += 2) {
-                // 16 levels times the scale, rounded, in both halves: bit 4 of an index is noise.
-                const __m512 scaled =
-                    _mm512_mul_ps(levels, _mm512_set1_ps(scales[s * kStep / c.block]));
-                const __m512i table = halves_of(scaled, scaled);
-                for (int64_t half = 0; half < 2; ++half) {
-                    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(
-                        reinterpret_cast<const __m128i*>(from + (s + half) * 16)));
-                    const __m512i index = _mm512_or_si512(
-                        _mm512_srli_epi32(codes, 4), _mm512_slli_epi32(codes, 16));
-                    _mm512_store_si512(
-                        line + (s + half) * kTile, _mm512_permutexvar_epi16(index, table));
+            // Blocks run on from row to row; a step lies in one of them.
+            const float* scale = c.scales + (first + o) * c.in / c.block;
+            int64_t left = c.block - (first + o) * c.in % c.block;
+            __m512i table = scaled_levels(levels, *scale);
+            for (int64_t s = 0; s < steps; ++s) {
+                if (left == 0) {
+                    table = scaled_levels(levels, *++scale);
+                    left = c.block;
                 }
+                left -= kStep;
+                const __m512i codes = _mm512_cvtepu8_epi32(
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + s * 16)));
+                const __m512i index =
+                    _mm512_or_si512(_mm512_srli_epi32(codes, 4), _mm512_slli_epi32(codes, 16));
+                _mm512_store_si512(line + s * kTile, _mm512_permutexvar_epi16(index, table));
             }
         }
     }
@@ -342,11 +349,13 @@ inline void modulate(uint8_t* to, const uint8_t* w0, const uint8_t* product) {
 // Tile arithmetic on AMX registers.
 struct Amx {
     static void begin() {
-        alignas(64) uint8_t config[64] = {1};
-        for (int t = 0; t < 8; ++t) {
-            config[16 + 2 * t] = 64;
-            config[48 + t] = 16;
-        }
+        // Constant: the compiler takes only the first bytes of it for an input of the instruction.
+        alignas(64) static const uint8_t config[64] = {
+            1,  0,                                                           // palette, start
+            0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,                 // reserved
+            64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,          // bytes a line
+            0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,
+            16, 16, 16, 16, 16, 16, 16, 16};                                 // lines
         _tile_loadconfig(config);
     }
     static void end() { _tile_release(); }
@@ -538,20 +547,27 @@ void write_rows(const HiraCall& c, const uint8_t* sums, const uint16_t* bias, in
     }
 }
 
-// Thin rows: their own sums, what their expanded rows contribute, the bias. `sums` is of the first
-// tile of the chunk and one tile of outputs; `pitch` bytes to the next row tile.
+// Whether thin rows are consecutive rows of the bare base with the layer's own bias.
+bool is_plain(const ThinRow* thin, int64_t rows) {
+    for (int64_t t = 0; t < rows; ++t)
+        if (thin[t].factors->a || thin[t].factors->bias || thin[t].row != thin->row + t)
+            return false;
+    return true;
+}
+
+// Up to 16 thin rows from `first` on: their own sums, what their expanded rows contribute, the bias.
+// `sums` is of the first tile of the chunk and one tile of outputs; `pitch` bytes to the next row
+// tile.
 void write_thin(const HiraCall& c, const uint8_t* sums, int64_t pitch, const ThinRow* thin,
-                int64_t rows, int64_t output) {
+                int64_t first, int64_t rows, int64_t output) {
     const __mmask16 mask = outputs_mask(c.out - output);
     const int64_t outputs = c.out - output < 16 ? c.out - output : 16;
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + first / 16 * pitch + 64 * i);
+    transpose(r);
     alignas(64) __m512i kept[16];
-    for (int64_t t = 0; t < rows; ++t) {
-        if (t % 16 == 0) {
-            __m512i r[16];
-            for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + t / 16 * pitch + 64 * i);
-            transpose(r);
-            for (int i = 0; i < 16; ++i) kept[i] = r[i];
-        }
+    for (int i = 0; i < 16; ++i) kept[i] = r[i];
+    for (int64_t t = first; t < first + rows; ++t) {
         const HiraFactors& f = *thin[t].factors;
         __m512 value = _mm512_castsi512_ps(kept[t % 16]);
         if (f.a != nullptr) {
@@ -560,6 +576,7 @@ void write_thin(const HiraCall& c, const uint8_t* sums, int64_t pitch, const Thi
             for (int64_t k = 0; k < f.rank;) {
                 const int64_t column = thin[t].column + k, lane = column % 16;
                 const int64_t count = f.rank - k < 16 - lane ? f.rank - k : 16 - lane;
+                // Other lanes are other rows', which may not be finite: never multiplied by zero.
                 const __mmask16 lanes = __mmask16(((1u << count) - 1) << lane);
                 const uint8_t* tile = sums + column / 16 * pitch;
                 const uint16_t* b = f.b + output * f.rank + k - lane;
@@ -568,12 +585,12 @@ void write_thin(const HiraCall& c, const uint8_t* sums, int64_t pitch, const Thi
                     for (int i = 0; i < 16; ++i)
                         terms[i] = _mm512_fmadd_ps(
                             widen(_mm256_maskz_loadu_epi16(lanes, b + i * f.rank)),
-                            _mm512_load_ps(tile + 64 * i), terms[i]);
+                            _mm512_maskz_load_ps(lanes, tile + 64 * i), terms[i]);
                 } else {
                     for (int64_t i = 0; i < outputs; ++i)
                         terms[i] = _mm512_fmadd_ps(
                             widen(_mm256_maskz_loadu_epi16(lanes, b + i * f.rank)),
-                            _mm512_load_ps(tile + 64 * i), terms[i]);
+                            _mm512_maskz_load_ps(lanes, tile + 64 * i), terms[i]);
                 }
                 k += count;
             }
@@ -643,18 +660,23 @@ void run_group(const Shared& s, int64_t group, uint8_t* own) {
                                    rows + tile * pitch + depth * kTile, steps, depth == 0);
             }
         }
-        for (int64_t o = 0; o < outputs / 16; ++o) {
-            const uint8_t* tile_sums = sums + o * kTile;
-            const int64_t tile_pitch = s.group * 4 * kTile;
-            if (!f) {
-                write_thin(c, tile_sums, tile_pitch, &s.thin[chunk.first_row], chunk.rows,
-                           first + 16 * o);
-                continue;
+        // By rows first: the two halves of a cache line of y are written one after the other.
+        const int64_t tile_pitch = s.group * 4 * kTile;
+        const uint16_t* bias = f && f->bias ? f->bias : c.bias;
+        for (int64_t row = 0; row < chunk.rows; row += 16) {
+            const int64_t count = chunk.rows - row < 16 ? chunk.rows - row : 16;
+            const ThinRow* thin = f ? nullptr : &s.thin[chunk.first_row + row];
+            const bool plain = thin && is_plain(thin, count);
+            for (int64_t o = 0; o < outputs / 16; ++o) {
+                const uint8_t* tile = sums + row / 16 * tile_pitch + o * kTile;
+                if (f)
+                    write_rows(c, tile, bias, chunk.first_row + row, count, first + 16 * o);
+                else if (plain)
+                    write_rows(c, tile, bias, thin->row, count, first + 16 * o);
+                else
+                    write_thin(c, sums + o * kTile, tile_pitch, &s.thin[chunk.first_row], row,
+                               count, first + 16 * o);
             }
-            const uint16_t* bias = f->bias ? f->bias : c.bias;
-            for (int64_t row = 0; row < chunk.rows; row += 16)
-                write_rows(c, tile_sums + row / 16 * tile_pitch, bias, chunk.first_row + row,
-                           chunk.rows - row < 16 ? chunk.rows - row : 16, first + 16 * o);
         }
     }
 }
@@ -678,12 +700,16 @@ void enter(void* shared) {
 
 // ---- planning -----------------------------------------------------------------------------------
 
-// Costs of one segment in cycles a step of one output tile (512 weights), as measured on AMX.
+// Nanoseconds a tile of W0, as measured with AMX at 3.5 GHz; only their ratios matter.
+constexpr double kMultiplyTile = 9.5;  // by one tile of rows
+constexpr double kFoldTile = 45;       // rank up to 32
+constexpr double kFoldRankStep = 16;   // each further 32
+
 bool expands(const HiraCall& c, const HiraFactors& f, int64_t rows) {
     if (c.how) return c.how == 2;
-    const double tile = 17;
-    const double expand = tile * double(rows * expanded_width(f.rank)) / 16 * 1.25;
-    const double fold = 50 + 32 * double(ceil_div(f.rank, kStep) - 1) + tile * double(ceil_div(rows, 16));
+    const double expand = kMultiplyTile * double(rows * expanded_width(f.rank)) / 16;
+    const double fold = kFoldTile + kFoldRankStep * double(ceil_div(f.rank, kStep) - 1) +
+                        kMultiplyTile * double(ceil_div(rows, 16));
     return expand < fold;
 }
 
@@ -716,8 +742,8 @@ void plan(Shared& s) {
         expanded = 0;
     };
     for (int64_t i = 0; i < c.segments; ++i) {
-        const HiraFactors& f = c.factors[i];
-        const int64_t start = c.bounds[i], stop = c.bounds[i + 1];
+        const HiraFactors& f = s.factors[i];
+        const int64_t start = s.bounds[i], stop = s.bounds[i + 1];
         if (f.a == nullptr || expands(c, f, stop - start)) {
             const int64_t width = f.a ? expanded_width(f.rank) : 0;
             for (int64_t row = start; row < stop; ++row) {
@@ -746,9 +772,11 @@ void plan(Shared& s) {
     s.tiles = int64_t(s.split.size());
 }
 
-int64_t run(const HiraCall& c, Level level) {
+int64_t run(const HiraCall& c, const int64_t* bounds, const HiraFactors* factors, Level level) {
     Shared s;
     s.call = &c;
+    s.bounds = bounds;
+    s.factors = factors;
     s.level = level;
     s.steps = c.in / kStep;
     plan(s);
@@ -785,18 +813,20 @@ int64_t run(const HiraCall& c, Level level) {
 #else
 
 namespace {
-int64_t run(const HiraCall&, Level) { return -1; }
+int64_t run(const HiraCall&, const int64_t*, const HiraFactors*, Level) { return -1; }
 }  // namespace
 
 #endif
 
-// Run a call. Returns 0; or the bytes of scratch it needs, aligned to 64, and nothing is written
-// then; or -1 where this processor, or the shape, is not served.
-HIRA_API int64_t hira_modulated_linear(const HiraCall* call) {
+// Run a call. bounds: segments + 1 row numbers; factors: one a segment. Returns 0; or the bytes of
+// scratch it needs, aligned to 64, and nothing is written then; or -1 where this processor, or the
+// shape, is not served.
+HIRA_API int64_t hira_modulated_linear(const HiraCall* call, const int64_t* bounds,
+                                       const HiraFactors* factors) {
     const HiraCall& c = *call;
     const int32_t best = hira_level();
     const Level level = Level(c.level && c.level < best ? c.level : best);
-    if (level == kAbsent || c.in % 64 || c.in == 0 || c.threads < 1) return -1;
-    if (c.levels && (c.block < 64 || c.block % 64 || c.in % c.block)) return -1;
-    return run(c, level);
+    if (level == kAbsent || c.in % 32 || c.in == 0 || c.threads < 1) return -1;
+    if (c.levels && (c.block < 32 || c.block % 32)) return -1;
+    return run(c, bounds, factors, level);
 }

@@ -1,0 +1,182 @@
+"""The compiled CPU kernel: all segments of one layer call in one pass over W0, in bfloat16.
+
+It is built at install where there is a compiler (``adapters/kernels/native``) and used where the
+processor has AMX-BF16 or AVX512-BF16; elsewhere ``available`` is False and torch does the work. It
+runs in the threads of torch's own OpenMP pool and allocates nothing of size: the caller lends it a
+scratch buffer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from adapters.kernels.nibbles import level_values
+from adapters.segments import Segments
+
+Level = Literal["best", "avx512"]
+How = Literal["auto", "fold", "expand"]
+
+_LEVELS: dict[Level, int] = {"best": 0, "avx512": 1}
+_HOWS: dict[How, int] = {"auto": 0, "fold": 1, "expand": 2}
+# As the structures of hira_cpu.cpp: every field is eight bytes.
+_CALL = struct.Struct("16q")
+_FACTORS = struct.Struct("4q")
+_ALIGNMENT_BYTES = 64
+INPUTS_MULTIPLE = 32
+
+BASE_RECORD = _FACTORS.pack(0, 0, 0, 0)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob("hira_cpu*.so")):
+        try:
+            library = ctypes.CDLL(str(path))
+            library.hira_level.restype = ctypes.c_int32
+            library.hira_modulated_linear.restype = ctypes.c_int64
+            library.hira_modulated_linear.argtypes = [ctypes.c_char_p] * 3
+        except (OSError, AttributeError):  # of another machine, or of another version
+            continue
+        return library
+    return None
+
+
+@lru_cache(maxsize=1)
+def _level() -> int:
+    library = _library()
+    return 0 if library is None else int(library.hira_level())
+
+
+@lru_cache(maxsize=1)
+def _parallel() -> int:
+    """The address of GOMP_parallel in the very runtime that torch uses, or 0: then one thread."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # A look-up in a library also searches those that it is linked with.
+        symbol = ctypes.CDLL(str(path)).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(symbol, ctypes.c_void_p).value or 0
+
+
+@lru_cache(maxsize=2)
+def _level_array(kind: Literal["nf4", "fp4"]) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * 16)(*level_values(kind))
+
+
+def available() -> bool:
+    """Whether the kernel is built and this processor can run it."""
+    return _level() > 0
+
+
+def takes_weight(kind: str, shape: tuple[int, int], block: int) -> bool:
+    """Whether a 4-bit weight of this shape can be read as it is stored."""
+    return (
+        kind in ("nf4", "fp4")
+        and shape[1] % INPUTS_MULTIPLE == 0
+        and block % INPUTS_MULTIPLE == 0
+        and block > 0
+    )
+
+
+def record(
+    a: torch.Tensor | None, b: torch.Tensor | None, bias: torch.Tensor | None
+) -> bytes | None:
+    """What the kernel reads of one adapter in one layer; valid while the tensors live.
+
+    Args:
+        a: ``[r, in]``, or None for rows that get the bare base.
+        b: ``[out, r]``, or None.
+        bias: ``[out]`` instead of the layer's own, or None.
+
+    Returns:
+        None where the kernel cannot read them: not bfloat16, not contiguous, not on the CPU.
+    """
+    for tensor in (a, b, bias):
+        if tensor is not None and not (
+            tensor.dtype == torch.bfloat16
+            and tensor.is_contiguous()
+            and tensor.device.type == "cpu"
+        ):
+            return None
+    own = 0 if bias is None else bias.data_ptr()
+    if a is None or b is None:
+        return _FACTORS.pack(0, 0, own, 0)
+    return _FACTORS.pack(a.data_ptr(), b.data_ptr(), own, a.shape[0])
+
+
+def pack_bounds(segments: Segments) -> bytes:
+    """Where segments start and end, as ``linear_into`` takes them."""
+    return struct.pack(f"{len(segments.parts) + 1}q", 0, *(part.stop for part in segments.parts))
+
+
+def linear_into(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    stored: torch.Tensor,
+    scales: torch.Tensor | None,
+    kind: Literal["nf4", "fp4", "int8", "dense"],
+    block: int,
+    bias: torch.Tensor | None,
+    bounds: bytes,
+    records: bytes,
+    scratch: Callable[[int], torch.Tensor],
+    how: How = "auto",
+    level: Level = "best",
+) -> None:
+    """y[rows of s] = x[rows of s] · (W0 ⊙ (1 + B_s A_s))ᵀ + bias for every segment s; writes ``y``.
+
+    W0 is rounded to bfloat16, as a dequantized weight is; W0 ⊙ (1 + BA), or A ⊙ x where a segment
+    has few rows, is rounded once more; sums are in float32.
+
+    Args:
+        y: bfloat16 ``[rows, out]``, contiguous.
+        x: bfloat16 ``[rows, in]``, contiguous; ``in`` a multiple of 32.
+        stored: As ``QuantizedWeight.stored``; dense: bfloat16 ``[out, in]``, contiguous.
+        scales: float32, one a block, of a 4-bit weight.
+        kind: How ``stored`` encodes W0; int8 is not read.
+        block: Weights a scale, of a 4-bit weight for which ``takes_weight`` holds.
+        bias: bfloat16 ``[out]`` or None.
+        bounds: Of ``pack_bounds``.
+        records: Of ``record``, one a segment, joined.
+        scratch: Gives a uint8 buffer of at least so many bytes, which is overwritten.
+        how: Forces how modulated segments are computed.
+        level: Forces a lesser instruction set than the processor has.
+
+    Raises:
+        ValueError: The kernel does not serve this shape; nothing is written.
+    """
+    library = _library()
+    assert library is not None
+    out_features, in_features = y.shape[1], x.shape[1]
+    scale_address = levels_address = 0
+    if kind != "dense":
+        assert scales is not None
+        assert kind != "int8"
+        scale_address = scales.data_ptr()
+        levels_address = ctypes.addressof(_level_array(kind))
+    buffer = scratch(_ALIGNMENT_BYTES)
+    parallel = _parallel()
+    threads = torch.get_num_threads() if parallel else 1
+    while True:
+        start = -(-buffer.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        call = _CALL.pack(
+            y.data_ptr(), x.data_ptr(), stored.data_ptr(), scale_address, levels_address,
+            0 if bias is None else bias.data_ptr(), len(records) // _FACTORS.size,
+            out_features, in_features, block, _HOWS[how], threads,
+            start, buffer.data_ptr() + buffer.numel() - start, parallel, _LEVELS[level],
+        )  # fmt: skip
+        needed = library.hira_modulated_linear(call, bounds, records)
+        if needed == 0:
+            return
+        if needed < 0:
+            raise ValueError(f"The compiled kernel does not serve {tuple(y.shape)} of {kind}.")
+        buffer = scratch(needed + _ALIGNMENT_BYTES)

@@ -1,0 +1,16 @@
+"""The one part that needs a compiler; without one, or on another processor, torch does its work."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            # A plain shared library that adapters/kernels/native_ops.py loads, not a module.
+            "adapters.kernels.hira_cpu",
+            sources=["adapters/kernels/native/hira_cpu.cpp"],
+            language="c++",
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w"],
+            optional=True,
+        )
+    ]
+)
