@@ -32,7 +32,7 @@ from adapters.labels import Labels, read_task_config
 from adapters.signature import BaseSignature, LayerSignature
 from adapters.strict_json import MAX_JSON_BYTES
 from adapters.tasks import HEADED, Task, task_of
-from adapters.tensor_keys import CopyKey, FactorKey, SavedKey, parse_key
+from adapters.tensor_keys import FactorKey, SavedKey, parse_key
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -147,8 +147,6 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensors: dict[str, torch.Tensor] = {}
         nonzero = 0
         for entry in entries.values():
-            if isinstance(parse_key(entry.name), CopyKey):
-                continue  # the base has its own
             tensor = read_tensor(file, entry)
             values = inspect_values(tensor, entry.name)
             if values.fault is not None:
@@ -190,7 +188,6 @@ class _Layout:
     base: BaseSignature
     pairs: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)  # base path → path in the file
-    copies: list[tuple[CopyKey, TensorEntry]] = field(default_factory=list)
     saved: list[tuple[SavedKey, TensorEntry]] = field(default_factory=list)
     _unmatched: list[str] = field(default_factory=list)
     _other_method: list[str] = field(default_factory=list)
@@ -200,8 +197,6 @@ class _Layout:
         key = parse_key(entry.name)
         if key is None:
             self._unmatched.append(entry.name)
-        elif isinstance(key, CopyKey):
-            self.copies.append((key, entry))
         elif isinstance(key, SavedKey):
             self._take_saved(key, entry)
         elif key.method != self.config.method:
@@ -262,7 +257,7 @@ class _Layout:
                     "HiRA code names its tensors lora_A and lora_B: rename them to hira_A, hira_B.",
                 )
             ]
-        found = [*self._faults, *self._copy_faults()]
+        found = [*self._faults]
         if self._unmatched and not self.pairs:
             found.append(
                 BaseMismatch(
@@ -322,22 +317,6 @@ class _Layout:
             )
         return found
 
-    def _copy_faults(self) -> Iterator[AdapterError]:
-        """A copy of the base's weight is no part of an adapter, but it must be of this base."""
-        for key, entry in self.copies:
-            layer = self.base.resolve(key.path)
-            if layer is None or layer.path not in self.pairs:
-                self._unmatched.append(entry.name)
-                continue
-            shape = layer.weight_shape if key.parameter == "weight" else (layer.out_features,)
-            if entry.shape != shape:
-                yield ShapeMismatch(
-                    f"The adapter was trained on another {layer.path}.",
-                    found=f"{entry.name} {entry.shape}",
-                    expected=f"{shape}, as in this base",
-                    fix="Train on this base as it is, without resizing its vocabulary.",
-                )
-
     def _scale_faults(self, path: str, pair: Mapping[str, TensorEntry]) -> Iterator[AdapterError]:
         """LoRA's answer depends on the rank that alpha is divided by, so claim and proof agree."""
         shape = pair["A"].shape if "A" in pair else ()
@@ -378,9 +357,6 @@ class _Layout:
                 f"the configuration claims rank {claimed} for {_some(paths)}, "
                 f"the tensors have rank {proven}"
             )
-        if self.copies:
-            paths = [key.path for key, _ in self.copies]
-            yield f"the file repeats weights of its base ({_some(paths)}); the server's own count"
         name = self.config.base_name
         if name is not None and Path(name).name != Path(self.base.name).name:
             yield f"the adapter names {name} as its base, this server calls it {self.base.name}"

@@ -17,7 +17,6 @@ _FACTOR = re.compile(
     r"(?P<path>.+)\.(?P<method>hira|lora)_(?P<embedding>embedding_)?(?P<side>[AB])"
     r"(?:\.default)?(?P<weight>\.weight)?"
 )
-_COPIED = ".base_layer"
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 
 
@@ -43,18 +42,7 @@ class SavedKey:
         return f"{self.path}.{self.parameter}"
 
 
-@dataclass(frozen=True, slots=True)
-class CopyKey:
-    """The base's own weight of an adapted layer, which PEFT writes beside the factors.
-
-    It does so, untrained, for ``embed_tokens`` and ``lm_head`` when they are targets.
-    """
-
-    path: str
-    parameter: str
-
-
-def parse_key(name: str) -> FactorKey | SavedKey | CopyKey | None:
+def parse_key(name: str) -> FactorKey | SavedKey | None:
     """What the tensor ``name`` is; None when it is nothing that an adapter has.
 
     Source: ``peft/utils/save_and_load.py``, ``get_peft_model_state_dict``.
@@ -75,6 +63,4 @@ def parse_key(name: str) -> FactorKey | SavedKey | CopyKey | None:
         part.startswith(("hira_", "lora_")) for part in (*path.split("."), parameter)
     ):
         return None
-    if path.endswith(_COPIED):
-        return CopyKey(path.removesuffix(_COPIED), parameter)
     return SavedKey(path, parameter)
