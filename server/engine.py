@@ -219,7 +219,7 @@ class Engine:
             self._tidy()
         lanes = (self._parts.encode, self._parts.generate)
         deadlines = [lane.next_deadline() for lane in lanes if lane is not None]
-        now = time.time()
+        now = time.monotonic()
         until = [max(0.0, one - now) for one in deadlines if one is not None]
         self._wake.wait(min([timeout, *until]))
         self._wake.clear()
@@ -303,7 +303,7 @@ class Engine:
                 inputs=self.text.encode(texts, task, truncation=truncation),
                 top_k=top_k,
                 options=options,
-                submitted=time.time(),
+                submitted=time.monotonic(),
             )
         )
         assert isinstance(result, EncodeResult)
@@ -330,7 +330,7 @@ class Engine:
                 version=version,
                 token_ids=ids,
                 sampling=chosen,
-                submitted=time.time(),
+                submitted=time.monotonic(),
             )
         )
         assert isinstance(result, GenerateResult)
