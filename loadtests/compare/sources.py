@@ -58,10 +58,10 @@ def test_rows(task: Task, root: Path) -> Rows:
 def _labelled(task: Task, root: Path, part: str) -> list[tuple[str, int]]:
     if task.source == "sst2":
         name = "dev" if part == "test" else "train"
-        lines = _text(root / "sst2" / f"{name}.tsv.gz").splitlines()
+        lines = _lines(root / "sst2" / f"{name}.tsv.gz")
         read = csv.reader(lines[1:], delimiter="\t", quoting=csv.QUOTE_NONE)
         return [(text, int(label)) for text, label in read]
-    lines = _text(root / "imdb" / f"{part}.jsonl.gz").splitlines()
+    lines = _lines(root / "imdb" / f"{part}.jsonl.gz")
     found = [json.loads(line) for line in lines]
     return [(row["text"].replace("<br />", " "), int(row["label"])) for row in found]
 
@@ -74,3 +74,8 @@ def _some(rows: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]:
 
 def _text(path: Path) -> str:
     return gzip.decompress(path.read_bytes()).decode("utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines: a review may hold other line ends of Unicode.
+    return _text(path).rstrip("\n").split("\n")
