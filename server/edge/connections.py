@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any, Final
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import PROBLEM_TYPE, Refusal
+
+# Anybody can send nonsense, or ask for another protocol: a line in the log for each of those would be
+# theirs to fill the disk with. They are counted.
+logger = logging.getLogger("uvicorn.error.connection")
+logger.setLevel(logging.ERROR)
 
 HEADERS_MAX: Final = 100
 SPARE_DESCRIPTORS: Final = 256  # for files, the database, queues and the threads' own
@@ -40,6 +47,19 @@ class ConnectionLimits:
     patience_s: float
 
 
+class _OneAtATime(FlowControl):
+    """Reads no further while a request that came too early waits its turn: uvicorn would take in
+    all that a client cares to send ahead."""
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if not self._waiting:
+            super().resume_reading()
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol within limits.
 
@@ -56,6 +76,7 @@ class Connection(HttpToolsProtocol):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = logger
         self._limits = limits
         self._count = count
         self._in_head = True
@@ -68,6 +89,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _OneAtATime(transport, self.pipeline)
         if len(self.connections) > self._limits.connections and not self._make_room():
             self._refuse(
                 Refusal.because(
@@ -132,9 +154,6 @@ class Connection(HttpToolsProtocol):
                 "malformed_request", "This is not an HTTP request.", expected="HTTP/1.1"
             )
         )
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Anybody can ask for another protocol; a line in the log for each would be a gift."""
 
     # Writing
 
