@@ -98,7 +98,7 @@ class EncodeLane:
             self._outbox.append(refusal)
             return
         lengths = [item.tokens for item in request.inputs]
-        self._pending[request.id] = _Pending(request, request.submitted or time.time())
+        self._pending[request.id] = _Pending(request, request.submitted or time.monotonic())
         self._scheduler.submit(request.id, request.version, lengths, request.deadline)
         if request.version is not None:
             self._residency.prefetch(request.version)
@@ -114,7 +114,7 @@ class EncodeLane:
         deadline = self._scheduler.next_deadline()
         return bool(
             self._outbox
-            or (deadline is not None and deadline <= time.time())
+            or (deadline is not None and deadline <= time.monotonic())
             or any(
                 key is None or self._residency.state(key) != "loading"
                 for key in self._scheduler.waiting()
@@ -122,7 +122,7 @@ class EncodeLane:
         )
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of a request that is here, as ``time.time()`` counts."""
+        """The earliest deadline of a request that is here, as ``time.monotonic()`` counts."""
         return self._scheduler.next_deadline()
 
     def depth(self) -> int:
@@ -168,7 +168,7 @@ class EncodeLane:
     # Before a forward
 
     def _expire(self, events: list[Event]) -> None:
-        now = time.time()
+        now = time.monotonic()
         for request_id in self._scheduler.expire(now):
             pending = self._pending.pop(request_id)
             late_s = now - (pending.request.deadline or now)
@@ -201,7 +201,7 @@ class EncodeLane:
     # The forward and what follows
 
     def _run(self, batch: Batch, slots: dict[Key, int], events: list[Event]) -> None:
-        began = time.time()
+        began = time.monotonic()
         clock = time.perf_counter()
         outputs = self._forward(batch.rows, slots)
         seconds = time.perf_counter() - clock

@@ -221,7 +221,7 @@ class Engine:
             self._tidy()
         lanes = (self._parts.encode, self._parts.generate)
         deadlines = [lane.next_deadline() for lane in lanes if lane is not None]
-        now = time.time()
+        now = time.monotonic()
         until = [max(0.0, one - now) for one in deadlines if one is not None]
         self._wake.wait(min([timeout, *until]))
         self._wake.clear()
@@ -306,7 +306,7 @@ class Engine:
                 inputs=self._parts.inputs.encode(encodable, task, truncation=truncation),
                 top_k=top_k,
                 options=options,
-                submitted=time.time(),
+                submitted=time.monotonic(),
             )
         )
         assert isinstance(result, EncodeResult)
@@ -333,7 +333,7 @@ class Engine:
                 version=version,
                 token_ids=ids,
                 sampling=chosen,
-                submitted=time.time(),
+                submitted=time.monotonic(),
             )
         )
         assert isinstance(result, GenerateResult)

@@ -71,8 +71,8 @@ class EncodeRequest:
     inputs: tuple[Encoded, ...]
     top_k: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    submitted: float = 0.0  # time.time(), seconds
-    deadline: float | None = None  # time.time(), seconds
+    submitted: float = 0.0  # time.monotonic(), seconds
+    deadline: float | None = None  # time.monotonic(), seconds
 
     @property
     def tokens(self) -> int:

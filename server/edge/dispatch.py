@@ -136,7 +136,7 @@ class Dispatcher:
     def silent_s(self) -> float:
         """How long ago the worker last wrote its state."""
         state = read_state(self.run_dir)
-        return math.inf if state is None else time.time() - state.beat
+        return math.inf if state is None else time.monotonic() - state.beat
 
     @contextmanager
     def admit(self, request: Request) -> Iterator[Ticket]:
@@ -158,7 +158,7 @@ class Dispatcher:
         self._publish()
         timer = None
         if request.deadline is not None:
-            remaining_s = max(0.0, request.deadline - time.time())
+            remaining_s = max(0.0, request.deadline - time.monotonic())
             timer = loop.call_later(remaining_s, self._expire, ticket)
         self._post(request)
         try:
@@ -264,7 +264,7 @@ class Dispatcher:
         status = self.status
         if status != "ready":
             raise Refusal.because(status, WHY_NOT[status], fix="Try again in a few seconds.")
-        if request.deadline is not None and request.deadline <= time.time():
+        if request.deadline is not None and request.deadline <= time.monotonic():
             raise Refusal.because("deadline_exceeded", "The deadline passed before admission.")
         waiting, tokens = self.load.requests(), self.load.tokens()
         mine, share = self._per_adapter[request.adapter], self.bounds.share(self.processes)

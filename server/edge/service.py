@@ -290,7 +290,7 @@ class Service:
         return Target(name, record.version, cast(Task, record.task))
 
     def deadline(self, asked: str | None) -> float:
-        """When a request that starts now must be done, as ``time.time()`` counts.
+        """When a request that starts now must be done, as ``time.monotonic()`` counts.
 
         Args:
             asked: The client's ``X-Timeout-Seconds``.
@@ -312,7 +312,7 @@ class Service:
                     expected=f"seconds above 0, at most {self.settings.max_timeout_s:g}",
                     field="X-Timeout-Seconds",
                 )
-        return time.time() + seconds
+        return time.monotonic() + seconds
 
     def _bare_base(self, tasks: Collection[Task], verb: str, field: str) -> Target:
         if verb in {"/embed", "/v1/embeddings"}:
@@ -347,7 +347,7 @@ class Service:
             return
         match event:
             case TokenEvent():
-                now = time.time()
+                now = time.monotonic()
                 before = self._tokens_at.get(request.id)
                 self._tokens_at[request.id] = now
                 if before is None:

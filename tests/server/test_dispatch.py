@@ -116,8 +116,8 @@ def encode_request(
         adapter=adapter,
         version=adapter,
         inputs=(EncodedInput(tuple(range(tokens))),),
-        submitted=time.time(),
-        deadline=None if timeout_s is None else time.time() + timeout_s,
+        submitted=time.monotonic(),
+        deadline=None if timeout_s is None else time.monotonic() + timeout_s,
     )
 
 
@@ -227,7 +227,7 @@ def test_what_was_not_sent_before_a_death_is_never_sent(
 def test_worker_that_is_known_from_its_file_is_taken_up_at_start(
     tmp_path: Path, worker: subprocess.Popen[bytes]
 ) -> None:
-    now = time.time()
+    now = time.monotonic()
     write_state(tmp_path, WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1}))
     assert read_state(tmp_path) == WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1})
     state_path(tmp_path, 1).write_text('{"half":')
@@ -264,7 +264,7 @@ def test_leaving_before_the_end_cancels_the_work(
     tmp_path: Path, worker: subprocess.Popen[bytes]
 ) -> None:
     async def scenario(scene: Scene) -> None:
-        request = GenerateRequest("", None, None, (1, 2), stream=True, submitted=time.time())
+        request = GenerateRequest("", None, None, (1, 2), stream=True, submitted=time.monotonic())
         with scene.dispatcher.admit(request) as ticket:
             await scene.wire.messages()
             scene.say(TokenEvent(ticket.request.id, 5, "a", None, special=False))
