@@ -47,6 +47,7 @@ class Stage:
 
     exact: bool
     tolerance: float
+    new_tokens: int = NEW_TOKENS
     classifiers: list[Adapter] = field(default_factory=list)
     generators: list[Adapter] = field(default_factory=list)
 
@@ -74,12 +75,19 @@ class Stage:
         """
         if self.exact and text != adapter.expected[prompt]:
             return f"text {text!r} in place of {adapter.expected[prompt]!r}"
-        if not 1 <= tokens <= NEW_TOKENS:
-            return f"{tokens} tokens, asked for {NEW_TOKENS}"
+        if not 1 <= tokens <= self.new_tokens:
+            return f"{tokens} tokens, asked for {self.new_tokens}"
         return None
 
 
-def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: str) -> Stage:
+def set_stage(
+    url: str,
+    admin_key: str,
+    demo_dir: Path,
+    variants: int,
+    dtype: str,
+    new_tokens: int = NEW_TOKENS,
+) -> Stage:
     """Multiply the adapters found in ``demo_dir``, register the copies, and note every answer.
 
     Args:
@@ -88,8 +96,9 @@ def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: st
         demo_dir: Folder of PEFT adapter folders that the server was started with.
         variants: How many copies to make in all; they take turns over the adapters.
         dtype: The server's compute dtype; decides how closely answers must agree.
+        new_tokens: Of every generated answer, at most.
     """
-    stage = Stage(exact=dtype == "fp32", tolerance=SCORE_TOLERANCE[dtype])
+    stage = Stage(dtype == "fp32", SCORE_TOLERANCE[dtype], new_tokens)
     with httpx.Client(base_url=url, timeout=120) as client:
         headers = {"Authorization": f"Bearer {admin_key}"}
         sources = sorted(path for path in demo_dir.iterdir() if path.is_dir())
@@ -106,7 +115,7 @@ def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: st
         listed = client.get("/admin/adapters", params={"limit": 1000}, headers=headers)
         listed.raise_for_status()
         for record in listed.json()["adapters"]:
-            adapter = examine(client, record)
+            adapter = examine(client, record, new_tokens)
             if adapter.task == "text-classification":
                 stage.classifiers.append(adapter)
             elif adapter.task == "text-generation":
@@ -116,7 +125,9 @@ def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: st
     return stage
 
 
-def examine(client: httpx.Client, record: Mapping[str, Any]) -> Adapter:
+def examine(
+    client: httpx.Client, record: Mapping[str, Any], new_tokens: int = NEW_TOKENS
+) -> Adapter:
     """Ask one adapter every question, one request at a time."""
     name, task = record["name"], record["task"]
     expected: dict[str, Any] = {}
@@ -127,7 +138,7 @@ def examine(client: httpx.Client, record: Mapping[str, Any]) -> Adapter:
             expected[text] = reply.json()
     elif task == "text-generation":
         for prompt in PROMPTS:
-            body = {"inputs": prompt, "parameters": {"max_new_tokens": NEW_TOKENS}}
+            body = {"inputs": prompt, "parameters": {"max_new_tokens": new_tokens}}
             reply = client.post("/generate", params={"adapter": name}, json=body)
             reply.raise_for_status()
             expected[prompt] = reply.json()["generated_text"]

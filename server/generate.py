@@ -134,7 +134,7 @@ class GenerateLane:
         if refusal is not None:
             self._outbox.append(refusal)
             return
-        self._arrived[request.id] = request.submitted or time.time()
+        self._arrived[request.id] = request.submitted or time.monotonic()
         if request.deadline is not None:
             self._deadlines[request.id] = request.deadline
         self._queue.push(request)
@@ -158,7 +158,7 @@ class GenerateLane:
         return bool(
             self._outbox
             or self._running
-            or (self._deadlines and min(self._deadlines.values()) <= time.time())
+            or (self._deadlines and min(self._deadlines.values()) <= time.monotonic())
             or any(
                 version is None or self._residency.state(version) != "loading"
                 for version in self._queue.versions
@@ -166,7 +166,7 @@ class GenerateLane:
         )
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of a request that is here, as ``time.time()`` counts."""
+        """The earliest deadline of a request that is here, as ``time.monotonic()`` counts."""
         return min(self._deadlines.values(), default=None)
 
     def depth(self) -> int:
@@ -218,7 +218,7 @@ class GenerateLane:
     # Before a forward
 
     def _expire(self, events: list[Event]) -> None:
-        now = time.time()
+        now = time.monotonic()
         for request_id in [i for i, deadline in self._deadlines.items() if deadline <= now]:
             place = "running" if request_id in self._running else "waiting"
             late = now - self._deadlines[request_id]
@@ -296,7 +296,7 @@ class GenerateLane:
             written=shared,
             chooser=TokenChooser(sampling, request.token_ids),
             text=TextStream(self._tokenizer, request.token_ids, sampling.stop),
-            admitted=time.time(),
+            admitted=time.monotonic(),
         )
         self._per_version[request.version] += 1
         self._counts["shared"] += shared
@@ -358,7 +358,7 @@ class GenerateLane:
         request = sequence.request
         tail = sequence.text.finish()
         text = sequence.text.text
-        now = time.time()
+        now = time.monotonic()
         arrived = self._arrived[request.id]
         self._leave(sequence)
         return GenerateResult(

@@ -37,7 +37,7 @@ class Sequence:
     written: int  # tokens whose keys and values are in the cache
     chooser: TokenChooser
     text: TextStream
-    admitted: float  # time.time()
+    admitted: float  # time.monotonic()
     tokens: list[GeneratedToken] = field(default_factory=list)
 
     @property

@@ -174,7 +174,7 @@ def generate_all(alone: Alone) -> list[list[int]]:
             token_ids=engine.text.encode_prompt(prompt, max_new_tokens=NEW_TOKENS),
             sampling=SamplingOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True),
             stream=True,
-            submitted=time.time(),
+            submitted=time.monotonic(),
         )
         for version, prompt in zip(alone.generators, PROMPTS, strict=True)
     ]

@@ -264,7 +264,7 @@ def _encode_all(alone: Alone, count: int) -> float:
                 adapter=version,
                 version=version,
                 inputs=inputs,
-                submitted=time.time(),
+                submitted=time.monotonic(),
             )
             engine.submit(request)
             waiting.add(request.id)
