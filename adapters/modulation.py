@@ -6,6 +6,7 @@
     expand    base + Σ_k b_k ⊙ (W0 (a_k ⊙ x))                 few rows; all of them in one matmul
     cached    fold, with the folded weight kept between calls
     native    all of these in one pass over W0, by the compiled CPU kernel, in bfloat16
+    fused     all but lora in one pass over W0, by the GPU kernel: ``adapters.fused``
     reference float64, as the equations are written
 
 The arithmetic is in ``adapters.kernels``; layers and residency bring weights, factors and cache.
@@ -40,8 +41,8 @@ __all__ = [
     "modulated_linear",
 ]
 
-Strategy = Literal["auto", "fold", "expand", "cached", "native", "reference"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "fold", "expand", "cached", "native", "reference")
+Strategy = Literal["auto", "fold", "expand", "cached", "native", "fused", "reference"]
+STRATEGIES: tuple[Strategy, ...] = ("auto", "fold", "expand", "cached", "native", "fused", "reference")
 
 # Expanded rows (row x rank) of one matmul: bounds the buffers of the expand strategy.
 _EXPANDED_ROWS_LIMIT = 4096
