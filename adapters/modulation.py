@@ -42,7 +42,15 @@ __all__ = [
 ]
 
 Strategy = Literal["auto", "fold", "expand", "cached", "native", "fused", "reference"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "fold", "expand", "cached", "native", "fused", "reference")
+STRATEGIES: tuple[Strategy, ...] = (
+    "auto",
+    "fold",
+    "expand",
+    "cached",
+    "native",
+    "fused",
+    "reference",
+)
 
 # Expanded rows (row x rank) of one matmul: bounds the buffers of the expand strategy.
 _EXPANDED_ROWS_LIMIT = 4096
