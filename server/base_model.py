@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from adapters.errors import UnsupportedOption
 from adapters.inject import AdaptedModel, inject
 from adapters.signature import BaseSignature, describe
 from adapters.tasks import IMAGE_MODELS
@@ -99,7 +100,12 @@ def load_base(options: EngineOptions) -> LoadedBase:
     skeleton = _skeleton(plan)
     _check_memory(skeleton, options, plan, dtype, device)
     model = _load(plan, skeleton, options, dtype, device)
-    adapted = inject(model, name=options.base, strategy=options.modulation)
+    try:
+        adapted = inject(model, name=options.base, strategy=options.modulation)
+    except UnsupportedOption as error:  # a strategy that this device or dtype does not have
+        raise BaseModelError(
+            error.message, found=error.found, expected=error.expected, fix=error.fix
+        ) from error
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)
 
 
