@@ -1,5 +1,5 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
-[http] [--quick] [--json FILE]`. Without a name it runs all of them."""
+[http] [residency] [gpu] [--quick] [--json FILE]`. Without a name it runs all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from loadtests.bench import peers
 from loadtests.bench.timing import Report, machine, print_machine
 
-BENCHES = ("modulation", "generation", "http")
+BENCHES = ("modulation", "generation", "http", "residency", "gpu")
 
 
 def main() -> int:
