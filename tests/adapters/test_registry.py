@@ -3,11 +3,15 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import sqlite3
+import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, InvalidName
 from adapters.migrations import STATE, SchemaTooNew
@@ -120,6 +124,39 @@ def test_what_another_process_commits_is_seen_at_once(
     other.remove("a")
     with pytest.raises(AdapterNotFound):
         registry.resolve("a")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["register", "replace", "pin", "remove"]),
+            st.integers(0, 3),
+            st.integers(0, 2),
+            st.booleans(),
+        ),
+        max_size=12,
+    )
+)
+def test_what_is_kept_in_memory_is_what_a_fresh_read_finds(
+    steps: list[tuple[str, int, int, bool]], base: BaseSignature, folders: list[Path]
+) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        writer = Registry(Path(root) / "registry.sqlite", Store(Path(root) / "store"))
+        reader = again(writer)
+        for action, name, folder, looks in steps:
+            with suppress(AdapterExists, AdapterNotFound):
+                if action in ("register", "replace"):
+                    writer.register(
+                        f"n{name}", folders[folder], base, source="", replace=action == "replace"
+                    )
+                elif action == "pin":
+                    writer.update(f"n{name}", pinned=bool(folder))
+                else:
+                    writer.remove(f"n{name}")
+            if looks:
+                assert reader.list() == again(writer).list()
+        assert reader.list() == again(writer).list()
 
 
 def test_names_are_listed_by_page(

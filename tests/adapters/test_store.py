@@ -99,6 +99,21 @@ def test_the_size_limit_is_kept(tmp_path: Path, adapter: Path) -> None:
     assert store.nbytes() == size
 
 
+def test_bytes_follow_what_comes_and_goes(store: Store, adapter: Path, tmp_path: Path) -> None:
+    other = hira_folder(tmp_path / "other", rank=7)
+    assert store.nbytes() == 0
+    first, second = store.add(adapter), store.add(other)
+    both = store.nbytes()
+    assert both == Store(store.root).nbytes() > 0
+    store.remove(first)
+    rest = store.nbytes()
+    assert 0 < rest == Store(store.root).nbytes() < both
+    store.remove(second)
+    assert store.nbytes() == 0
+    store.add(adapter)
+    assert store.nbytes() == both - rest
+
+
 def test_what_is_stored_already_needs_no_room(tmp_path: Path, adapter: Path) -> None:
     size = sum(path.stat().st_size for path in adapter.iterdir())
     store = Store(tmp_path / "store", max_bytes=size)
