@@ -198,14 +198,14 @@ class StreamEvent(Answer):
 class RegisterRequest(Body):
     name: str
     source: str = Field(description="Folder below a source root, hf://org/repo@rev, or s3://…")
-    replace: bool = False
-    pinned: bool = False
-    preload: bool = False
+    replace: Flag = False
+    pinned: Flag = False
+    preload: Flag = False
 
 
 class PatchRequest(Body):
-    pinned: bool | None = None
-    preload: bool | None = None
+    pinned: Flag | None = None
+    preload: Flag | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
