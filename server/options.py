@@ -45,3 +45,6 @@ class EngineOptions:
     kv_bytes: int = 256 * MIB
     max_input_tokens: int | None = None  # None: the context of the base
     allow_prefix_sharing: bool = False
+
+    quarantine_failures: int = 5  # of one adapter, in a row
+    quarantine_s: float = 60.0  # the first time

@@ -291,6 +291,8 @@ class Settings(BaseSettings):
             kv_bytes=int(self.kv_bytes),
             max_input_tokens=self.max_input_tokens,
             allow_prefix_sharing=self.prefix_sharing,
+            quarantine_failures=self.quarantine_failures,
+            quarantine_s=self.quarantine_s,
         )
 
 
