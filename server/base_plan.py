@@ -81,6 +81,11 @@ class BasePlan:
     model_class: type[Any]
     quantized: dict[str, Any] | None
 
+    @property
+    def generates(self) -> bool:
+        """Whether it has a causal language-model head."""
+        return is_causal(self.model_class.__name__)
+
     def skeleton(self) -> nn.Module:
         """The model on the meta device, without a single weight."""
         with torch.device("meta"):
@@ -122,7 +127,7 @@ def kv_too_small(given: int, least: int) -> BaseModelError:
 
 def _check_kv_bytes(config: Any, model_class: type[Any], options: EngineOptions) -> None:
     """Refuse at once what no cache can be made of; the cache itself knows its size exactly."""
-    if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if not is_causal(model_class.__name__):
         return
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
@@ -266,6 +271,11 @@ def _model_class(config: Any) -> type[Any]:
         )
     chosen: type[Any] = found
     return chosen if name_is_headed(chosen.__name__) else _under_its_name(chosen)
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether a class of this name continues texts."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def name_is_headed(architecture: str) -> bool:
