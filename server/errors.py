@@ -138,7 +138,10 @@ class Refusal(Exception):
     def of(cls, error: AdapterError | Failure) -> Self:
         if isinstance(error, AdapterFaults):
             return cls(tuple(Fault.of(fault) for fault in error.faults))
-        return cls((Fault.of(error),))
+        headers = {}
+        if isinstance(error, Failure) and error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
+        return cls((Fault.of(error),), headers)
 
     def __str__(self) -> str:
         return "; ".join(f"{fault.code}: {fault.message}" for fault in self.faults)

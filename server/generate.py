@@ -32,7 +32,7 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
-from server.sampling import Choice, TokenChooser, choose
+from server.sampling import Choice, TokenChooser
 
 if TYPE_CHECKING:
     from adapters.inject import AdaptedModel
@@ -305,14 +305,11 @@ class GenerateLane:
     # The forward and what follows
 
     def _run(self, parts: list[Part], events: list[Event]) -> None:
-        predicting = [part.sequence for part in parts if part.predicts]
-        try:
-            logits = self._forward(parts)
-            choices = choose(logits, [sequence.chooser for sequence in predicting])
-        except Exception as error:
-            log.exception("A generate step of %d sequences failed", len(parts))
-            events += [self._fail(part.sequence, error) for part in parts]
-            return
+        chosen, broken = self._forward.apart(parts)
+        for sequence, error in broken:
+            events.append(self._fail(sequence, error))
+        failed = {sequence.request.id for sequence, _ in broken}
+        parts = [part for part in parts if part.sequence.request.id not in failed]
         for part in parts:
             sequence = part.sequence
             known = sequence.generated if self._kv.shares_prefixes else ()
@@ -320,7 +317,7 @@ class GenerateLane:
             sequence.written += part.rows
             if not sequence.decoding:
                 self._counts["prefilled"] += part.rows
-        for sequence, choice in zip(predicting, choices, strict=True):
+        for sequence, choice in chosen:
             try:
                 events += self._advance(sequence, choice)
             except Exception as error:

@@ -6,6 +6,7 @@ and what happens to the tokens that come out, is left to ``server.generate``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -16,13 +17,16 @@ import torch
 
 from adapters import segments
 from server.detokenize import TextStream
+from server.encode_failures import is_lost
 from server.kv_cache import KVCache
 from server.messages import GeneratedToken, GenerateRequest
 from server.paged_attention import PAGED_ATTENTION, PagedBatch, Span
-from server.sampling import TokenChooser
+from server.sampling import Choice, TokenChooser, choose
 
 if TYPE_CHECKING:
     from adapters.inject import AdaptedModel
+
+log = logging.getLogger(__name__)
 
 MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
 
@@ -97,6 +101,17 @@ def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
     return sorted(parts, key=lambda part: part.sequence.slot)
 
 
+def _split(parts: Items[Part]) -> list[list[Part]]:
+    """Parts by adapter where there are several, else in two halves; in order."""
+    by_version: dict[str | None, list[Part]] = {}
+    for part in parts:
+        by_version.setdefault(part.sequence.request.version, []).append(part)
+    if len(by_version) > 1:
+        return list(by_version.values())
+    half = len(parts) // 2
+    return [list(parts[:half]), list(parts[half:])]
+
+
 class PagedForward:
     """Runs an adapted model over a flattened batch whose keys and values are in pages.
 
@@ -164,6 +179,42 @@ class PagedForward:
                 "interface, so it cannot generate here."
             )
         return (logits if self._keeps_logits else logits[keep])[: len(last)]
+
+    def apart(
+        self, parts: Items[Part]
+    ) -> tuple[list[tuple[Sequence, Choice]], list[tuple[Sequence, Exception]]]:
+        """Run the parts and choose a token for each that predicts; what raises is run apart, by
+        adapter and then by halves, until only the sequences that are at fault have failed.
+
+        Keys and values that a failed forward has written are written again, the same.
+
+        Returns:
+            A choice for every sequence that predicts, and what the others raised.
+
+        Raises:
+            Exception: The device itself is lost; nothing can run on it any more.
+        """
+        predicting = [part.sequence for part in parts if part.predicts]
+        try:
+            logits = self(parts)
+            choices = choose(logits, [sequence.chooser for sequence in predicting])
+        except Exception as error:
+            if is_lost(error):
+                raise
+            if len(parts) == 1:
+                sequence = parts[0].sequence
+                log.exception("A step of version %s failed", sequence.request.version)
+                return [], [(sequence, error.with_traceback(None))]
+            log.warning("A generate step of %d sequences failed; they are run apart", len(parts))
+        else:
+            return list(zip(predicting, choices, strict=True)), []
+        chosen: list[tuple[Sequence, Choice]] = []
+        broken: list[tuple[Sequence, Exception]] = []
+        for group in _split(parts):
+            its_chosen, its_broken = self.apart(group)
+            chosen += its_chosen
+            broken += its_broken
+        return chosen, broken
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:

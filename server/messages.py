@@ -140,7 +140,14 @@ class Pin:
     named: tuple[str, ...] | None = None
 
 
-Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin
+@dataclass(frozen=True, slots=True)
+class Lift:
+    """Try ``version`` again, whatever it did: its operator has seen to it."""
+
+    version: str
+
+
+Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin | Lift
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +210,7 @@ class Failure:
     found: str | None = None
     expected: str | None = None
     fix: str | None = None
+    retry_after_s: int | None = None
 
 
 Request = EncodeRequest | GenerateRequest

@@ -46,3 +46,6 @@ class EngineOptions:
     max_input_tokens: int | None = None  # None: the context of the base
     max_image_pixels: int = 1 << 24  # of an image as it arrives
     allow_prefix_sharing: bool = False
+
+    quarantine_failures: int = 5  # of one adapter, in a row
+    quarantine_s: float = 60.0  # the first time

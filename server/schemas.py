@@ -234,6 +234,8 @@ class AdapterAnswer(Answer):
     residency: str
     requests: int
     last_used: str | None
+    quarantined_until: str | None
+    quarantine_reason: str | None
     notes: list[str]
 
 

@@ -293,6 +293,8 @@ class Settings(BaseSettings):
             max_input_tokens=self.max_input_tokens,
             max_image_pixels=self.max_image_pixels,
             allow_prefix_sharing=self.prefix_sharing,
+            quarantine_failures=self.quarantine_failures,
+            quarantine_s=self.quarantine_s,
         )
 
 
