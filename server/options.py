@@ -28,6 +28,7 @@ class EngineOptions:
     revision: str | None = None
     quantization: Quantization = "nf4"
     double_quant: bool = True
+    quantize_embeddings: bool = False  # the token embedding too, as quantization says
     dtype: DType = "auto"
     device: Device = "auto"
     threads: int | None = None  # None: one per physical core that the process may use
