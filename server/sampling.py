@@ -16,7 +16,6 @@ import torch
 
 from server.messages import SamplingOptions
 
-
 # Of logits that are float32 at one time: a prompt may be long and a vocabulary large.
 _SCORED_ROWS = 256
 
