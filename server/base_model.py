@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapters.inject import AdaptedModel, inject
 from adapters.signature import BaseSignature, describe
+from adapters.tasks import IMAGE_MODELS
 from server.base_plan import BaseModelError, BasePlan, plan_base
 from server.options import EngineOptions
 
@@ -57,6 +58,11 @@ class LoadedBase:
     def backbone(self) -> Any:
         """The part below the language-model head, or the whole of a bare backbone."""
         return self.model.base_model
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether its inputs are images and not texts."""
+        return str(self.config.model_type) in IMAGE_MODELS
 
     @property
     def generates(self) -> bool:

@@ -37,6 +37,28 @@ class EncodedInput:
     offsets: tuple[tuple[int, int], ...] | None = None
     type_ids: tuple[int, ...] | None = None
 
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """One image of an encode request, as the base's image processor left it.
+
+    Args:
+        pixels: float32, ``[channels, height, width]``, row by row.
+        shape: Those three.
+        tokens: Patches that the base makes of it: what it costs.
+    """
+
+    pixels: bytes
+    shape: tuple[int, int, int]
+    tokens: int
+
+
+Encoded = EncodedInput | EncodedImage
+
 
 @dataclass(frozen=True, slots=True)
 class EncodeRequest:
@@ -46,7 +68,7 @@ class EncodeRequest:
     task: Task
     adapter: str | None
     version: str | None
-    inputs: tuple[EncodedInput, ...]
+    inputs: tuple[Encoded, ...]
     top_k: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     submitted: float = 0.0  # time.monotonic(), seconds
@@ -54,7 +76,7 @@ class EncodeRequest:
 
     @property
     def tokens(self) -> int:
-        return sum(len(item.token_ids) for item in self.inputs)
+        return sum(item.tokens for item in self.inputs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,4 +44,5 @@ class EngineOptions:
     prefill_tokens: int = 1024  # tokens of one generate step
     kv_bytes: int = 256 * MIB
     max_input_tokens: int | None = None  # None: the context of the base
+    max_image_pixels: int = 1 << 24  # of an image as it arrives
     allow_prefix_sharing: bool = False

@@ -163,6 +163,7 @@ class Settings(BaseSettings):
     max_input_tokens: Positive | None = setting(
         None, "Tokens of one input (default: the context of the base).", "Budgets"
     )
+    max_image_pixels: Positive = setting(1 << 24, "Pixels of one image as it arrives.", "Budgets")
     prefix_sharing: bool = setting(False, "Share KV between equal prompt prefixes.", "Budgets")
 
     # Admission
@@ -264,6 +265,7 @@ class Settings(BaseSettings):
             prefill_tokens=self.prefill_tokens,
             kv_bytes=int(self.kv_bytes),
             max_input_tokens=self.max_input_tokens,
+            max_image_pixels=self.max_image_pixels,
             allow_prefix_sharing=self.prefix_sharing,
         )
 

@@ -20,7 +20,7 @@ from server.edge.tickets import Ticket
 from server.errors import Refusal
 from server.messages import (
     TERMINAL,
-    EncodedInput,
+    Encoded,
     EncodeRequest,
     EncodeResult,
     Event,
@@ -90,7 +90,7 @@ async def encode(
     request: HttpRequest,
     service: Service,
     target: Target,
-    inputs: tuple[EncodedInput, ...],
+    inputs: tuple[Encoded, ...],
     *,
     task: Task,
     top_k: int | None = None,

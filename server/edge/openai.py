@@ -33,6 +33,7 @@ from server.schemas_openai import (
     Known,
     Sampling,
 )
+from server.text import Text
 
 DEFAULT_CHAT_TOKENS = 256
 MAX_MODELS = 10_000
@@ -84,7 +85,7 @@ class OpenAI:
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Continue a conversation, written out with the base's chat template."""
         target = self._target(request, body, "/v1/chat/completions")
-        text = self.service.base.prompts
+        text = self.service.base.texts
         messages = [message.plain() for message in body.messages]
         asked = body.max_completion_tokens or body.max_tokens
         if asked is not None:
@@ -125,7 +126,9 @@ class OpenAI:
                 "input",
             )
         else:
-            most = service.base.inputs.max_tokens
+            most = service.base.texts.max_tokens
+            if isinstance(service.base.inputs, Text):
+                most = service.base.inputs.max_tokens
             lists = self._token_lists(given, "input", None if truncation else most)
             inputs = tuple(EncodedInput(ids[:most]) for ids in lists)
         result = await encode(
@@ -223,7 +226,7 @@ class OpenAI:
     async def _prompts(
         self, prompt: str | list[str] | list[int] | list[list[int]], wanted: int
     ) -> list[tuple[int, ...]]:
-        text = self.service.base.prompts
+        text = self.service.base.texts
         if isinstance(prompt, str):
             texts = [prompt]
         elif prompt and isinstance(prompt[0], str):
@@ -251,7 +254,7 @@ class OpenAI:
         """
         lists = [given] if given and isinstance(given[0], int) else list(given)
         check_inputs(len(lists), self.service, field)
-        vocabulary = self.service.base.prompts.vocab_size or 1 << 62
+        vocabulary = self.service.base.texts.vocab_size or 1 << 62
         for ids in lists:
             if not ids or not all(0 <= one < vocabulary for one in ids):
                 raise Refusal.because(
@@ -276,7 +279,7 @@ class OpenAI:
             return [prompt]
         if prompt and isinstance(prompt[0], str):
             return [str(one) for one in prompt]
-        return [self.service.base.prompts.decode(ids) for ids in prompts]
+        return [self.service.base.texts.decode(ids) for ids in prompts]
 
     def _sampling(
         self, body: Sampling, wanted: int, copy: int, *, logprobs: bool

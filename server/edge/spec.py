@@ -19,11 +19,14 @@ from litserve.utils import ResponseBufferItem
 from server.edge.dispatch import Dispatcher
 from server.edge.native import Native
 from server.edge.openai import OpenAI
+from server.edge.posted import described
 from server.edge.routes import Endpoint
 from server.edge.wire import EVENTS_UID
 from server.schemas import (
+    EmbedRequest,
     GenerateAnswer,
     Prediction,
+    PredictRequest,
     StreamEvent,
 )
 from server.schemas_openai import (
@@ -96,8 +99,22 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
         )
 
     return [
-        Endpoint("/predict", native.predict, post, "Native", Prediction | list[Prediction]),
-        Endpoint("/embed", native.embed, post, "Native", list[list[float]]),
+        Endpoint(
+            "/predict",
+            native.predict,
+            post,
+            "Native",
+            Prediction | list[Prediction],
+            extra=described(PredictRequest),
+        ),
+        Endpoint(
+            "/embed",
+            native.embed,
+            post,
+            "Native",
+            list[list[float]],
+            extra=described(EmbedRequest),
+        ),
         Endpoint("/generate", native.generate, post, "Native", GenerateAnswer, streams=True),
         Endpoint(
             "/generate_stream",

@@ -6,17 +6,20 @@ over its weights: it shares with the engine neither the layers, nor the batching
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -29,6 +32,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
 )
 
 from adapters.store import Store
@@ -37,10 +42,12 @@ from server.options import EngineOptions
 WORDS = ["a", "fine", "dull", "film", "by", "ann", "in", "paris", "##ly", "not", "very", "good"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 96
+IMAGE_SIDE = 16
 TASK_TYPES = {
     "text-classification": ("SEQ_CLS", AutoModelForSequenceClassification),
     "token-classification": ("TOKEN_CLS", AutoModelForTokenClassification),
     "question-answering": ("QUESTION_ANS", AutoModelForQuestionAnswering),
+    "image-classification": (None, AutoModelForImageClassification),
 }
 HEADS = {
     ("distilbert", "text-classification"): ["pre_classifier", "classifier"],
@@ -52,6 +59,7 @@ TARGETS = {
     "distilbert": ["q_lin", "v_lin", "lin1"],
     "bert": ["query", "value", "output.dense"],
     "llama": ["q_proj", "v_proj", "down_proj"],
+    "vit": ["q_proj", "v_proj", "fc1", "projection"],
 }
 
 
@@ -93,7 +101,18 @@ def base_folder(folder: Path, kind: str, *, seed: int = 0) -> Path:
         "max_position_embeddings": 48,
     }
     model: Any
-    if kind == "distilbert":
+    if kind == "vit":
+        model = ViTModel(
+            ViTConfig(
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=IMAGE_SIDE,
+                patch_size=4,
+            )
+        )
+    elif kind == "distilbert":
         model = DistilBertForMaskedLM(
             DistilBertConfig(
                 dim=64, hidden_dim=128, n_layers=2, n_heads=4, max_position_embeddings=48, **sizes
@@ -117,6 +136,10 @@ def base_folder(folder: Path, kind: str, *, seed: int = 0) -> Path:
             )
     target = folder / kind
     model.save_pretrained(target)
+    if kind == "vit":
+        processor = {"image_processor_type": "ViTImageProcessor", "size": IMAGE_SIDE}
+        (target / "preprocessor_config.json").write_text(json.dumps(processor))
+        return target
     tokenizer(kind).save_pretrained(target)
     return target
 
@@ -146,6 +169,7 @@ def adapter(
     problem_type: str | None = None,
     rank: int = 4,
     seed: int = 0,
+    targets: Sequence[str] = (),
 ) -> Path:
     """An adapter saved by PEFT, with the model's config beside it."""
     torch.manual_seed(seed)
@@ -165,7 +189,7 @@ def adapter(
         model,
         config_class(
             r=rank,
-            target_modules=TARGETS[kind],
+            target_modules=list(targets) or TARGETS[kind],
             modules_to_save=HEADS.get((kind, task), ["classifier"]),
             task_type=task_type,
             **extra,
@@ -212,7 +236,9 @@ class Reference:
                 continue
             b = tensors[name.replace(f"{method}_A", f"{method}_B")].double()
             layer = self.model.get_submodule(path[: path.index(f".{method}_A")])
-            product = b @ tensor.double()
+            rank = tensor.shape[0]
+            product = b.reshape(-1, rank) @ tensor.double().reshape(rank, -1)
+            product = product.view(layer.weight.shape)
             if method == "hira":
                 layer.weight.data = layer.weight * (1 + product)
             else:
@@ -220,9 +246,24 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int], type_ids: Sequence[int] | None = None) -> Any:
-        """Of one input, alone and without padding."""
+        """Of one text, alone and without padding."""
         more = {} if type_ids is None else {"token_type_ids": torch.tensor([type_ids])}
         return self.model(input_ids=torch.tensor([ids]), **more)
+
+
+def image(width: int, height: int, seed: int = 0) -> Any:
+    """A picture of coarse random colours: what scaling changes and what it leaves."""
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height))
+
+
+def image_file(picture: Any, kind: str = "PNG", **more: Any) -> bytes:
+    """The bytes of a file that holds the picture."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **more)
+    return buffer.getvalue()
 
 
 def texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
