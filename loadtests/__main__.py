@@ -30,9 +30,11 @@ from loadtests.scenarios import (
     Scenario,
 )
 from loadtests.servers import Server, start_server
+from loadtests.stage import set_stage
 from loadtests.traffic import percentile
 from loadtests.watch import Sample, look
 
+DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
 QUEUE = 96  # of the server: fewer than the largest crowd
 SETTLE_S = 2.0
 
@@ -41,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests", description=__doc__)
     parser.add_argument("scenario", nargs="*", help=f"{', '.join(SCENARIOS)}; all by default")
     parser.add_argument("--seconds", type=int, help="of each scenario; short by default")
-    parser.add_argument("--variants", type=int, default=20, help="adapters registered beforehand")
+    parser.add_argument("--variants", type=int, default=12, help="adapters registered beforehand")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--results", type=Path, default=Path("loadtests/results"))
     options = parser.parse_args()
@@ -55,6 +57,9 @@ def main() -> int:
         server = start_server(Path(folder), options.dtype, options.results, queue)
         try:
             server.wait_until_ready()
+            key = server.admin["Authorization"].removeprefix("Bearer ")
+            stage = set_stage(server.url, key, DEMO_DIR, options.variants, options.dtype)
+            stage.save(stage_path(options))
             for name in names:
                 faults = run(name, server, options)
                 if faults:
@@ -67,6 +72,11 @@ def main() -> int:
         print(f"FAULT: {fault}", file=sys.stderr)
     print(f"\n{len(names)} scenarios, {time.monotonic() - began:.0f} s: {options.results}/*.html")
     return 1 if faults else 0
+
+
+def stage_path(options: argparse.Namespace) -> Path:
+    """Where the adapters under test and their answers are kept for Locust's process."""
+    return Path(options.results) / "stage.json"
 
 
 def run(name: str, server: Server, options: argparse.Namespace) -> list[str]:
@@ -121,8 +131,7 @@ def run_locust(
         "HIRA_LOADTEST_SECONDS": str(seconds),
         "HIRA_LOADTEST_JSON": str(raw.resolve()),
         "HIRA_LOADTEST_ADMIN_KEY": server.admin["Authorization"].removeprefix("Bearer "),
-        "HIRA_LOADTEST_VARIANTS": str(options.variants),
-        "HIRA_LOADTEST_DTYPE": options.dtype,
+        "HIRA_LOADTEST_STAGE": str(stage_path(options).resolve()),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     log = options.results / f"{name}.log"

@@ -1,7 +1,7 @@
 """What Locust runs: the users of one scenario, in the numbers that its stages ask for.
 
 Run through `python -m loadtests SCENARIO`, or against a server of your own, with
-HIRA_LOADTEST_SCENARIO and HIRA_LOADTEST_ADMIN_KEY set:
+HIRA_LOADTEST_SCENARIO and HIRA_LOADTEST_ADMIN_KEY set (and `--dtype fp32` for that server):
 `locust -f loadtests/locustfile.py --host http://127.0.0.1:8000`.
 """
 
@@ -18,11 +18,13 @@ from typing import Any
 from locust import LoadTestShape, events
 
 from loadtests.scenarios import SCENARIOS
-from loadtests.stage import set_stage
-from loadtests.users import DEMO_DIR, Member, Prepared
+from loadtests.stage import Stage, set_stage
+from loadtests.users import DEMO_DIR, Member, Prepared, uploads
 
 SCENARIO = SCENARIOS[os.environ.get("HIRA_LOADTEST_SCENARIO", "steady")]
 SECONDS = float(os.environ.get("HIRA_LOADTEST_SECONDS", str(SCENARIO.seconds)))
+# Where the runner left what the users act on; a run by hand finds it out.
+STAGE = os.environ.get("HIRA_LOADTEST_STAGE")
 DATA = os.environ.get("HIRA_LOADTEST_JSON")
 SPAWN_PER_S = 200.0
 
@@ -75,13 +77,12 @@ __all__ = ["Member", "Stages"]  # which Locust looks for here
 def prepare(environment: Any, **_: Any) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     Prepared.zipf = SCENARIO.zipf
-    Prepared.stage = set_stage(
-        environment.parsed_options.host,
-        os.environ["HIRA_LOADTEST_ADMIN_KEY"],
-        DEMO_DIR,
-        variants=int(os.environ.get("HIRA_LOADTEST_VARIANTS", "20")),
-        dtype=os.environ.get("HIRA_LOADTEST_DTYPE", "fp32"),
-    )
+    uploads()
+    if STAGE:
+        Prepared.stage = Stage.load(Path(STAGE))
+    else:
+        host, key = environment.parsed_options.host, os.environ["HIRA_LOADTEST_ADMIN_KEY"]
+        Prepared.stage = set_stage(host, key, DEMO_DIR, variants=12, dtype="fp32")
 
 
 @events.test_start.add_listener

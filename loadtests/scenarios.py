@@ -124,11 +124,11 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         _constant({"classify": 6, "generate": 2, "stream": 2}),
         (
             *ALWAYS,
-            Mark("answers/s, late / early", ratio(rate("late"), rate("early")), at_least=0.7),
+            Mark("answers/s, late / early", ratio(rate("late"), rate("early")), at_least=0.5),
             Mark(
                 "/predict p95, late / early",
                 ratio(latency("late", "/predict"), latency("early", "/predict")),
-                at_most=2.0,
+                at_most=3.0,
             ),
         ),
     ),
@@ -143,12 +143,12 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             Mark(
                 "answers/s, 160 / 64 clients",
                 ratio(rate("160 clients"), rate("64 clients")),
-                at_least=0.6,
+                at_least=0.5,
             ),
             Mark(
                 "answers/s, 64 / 4 clients",
                 ratio(rate("64 clients"), rate("4 clients")),
-                at_least=0.9,
+                at_least=0.8,
             ),
             Mark("refused as overloaded", count("refused"), at_least=1),
         ),
@@ -171,7 +171,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
                 ),
                 at_most=2.0,
             ),
-            Mark("answers/s, after / before", ratio(rate("after"), rate("before")), at_least=0.6),
+            Mark("answers/s, after / before", ratio(rate("after"), rate("before")), at_least=0.5),
         ),
         seconds=28,
     ),
@@ -180,7 +180,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         _constant({"classify": 5, "generate": 2, "stream": 2, "operate": 1, "leave": 1}),
         (
             *ALWAYS,
-            Mark("answers/s, late / early", ratio(rate("late"), rate("early")), at_least=0.7),
+            Mark("answers/s, late / early", ratio(rate("late"), rate("early")), at_least=0.5),
         ),
     ),
     "skew": Scenario(
@@ -192,7 +192,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             Mark(
                 "p95 of rare adapters / of the most asked one",
                 ratio(latency("all", RARE), latency("all", COMMON)),
-                at_most=2.0,
+                at_most=3.0,
             ),
         ),
         zipf=1.6,
@@ -210,7 +210,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
             Mark(
                 "/predict p95, churn / calm",
                 ratio(latency("churn", "/predict"), latency("calm", "/predict")),
-                at_most=3.0,
+                at_most=5.0,
             ),
             Mark("answers/s, churn / calm", ratio(rate("churn"), rate("calm")), at_least=0.4),
         ),

@@ -13,7 +13,7 @@ import math
 import random
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,18 @@ class Stage:
     new_tokens: int = NEW_TOKENS
     classifiers: list[Adapter] = field(default_factory=list)
     generators: list[Adapter] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """For another process that acts on the same server."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Stage:
+        """The inverse of `save`."""
+        told = json.loads(path.read_text())
+        for kind in ("classifiers", "generators"):
+            told[kind] = [Adapter(**one) for one in told[kind]]
+        return cls(**told)
 
     def pick(
         self, adapters: Sequence[Adapter], rng: random.Random, exponent: float = 1.0
