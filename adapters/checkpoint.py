@@ -29,16 +29,16 @@ from adapters.errors import (
 )
 from adapters.header import TensorEntry, inspect_values, open_regular, read_header, read_tensor
 from adapters.labels import Labels, TaskConfig, read_task_config
+from adapters.pairs import bias_faults, pair_faults, some
 from adapters.recent import Recent
-from adapters.signature import BaseSignature, LayerSignature
+from adapters.signature import BaseSignature
 from adapters.strict_json import MAX_JSON_BYTES
 from adapters.tasks import HEADED, Task, task_of
-from adapters.tensor_keys import FactorKey, SavedKey, parse_key
+from adapters.tensor_keys import BiasKey, FactorKey, SavedKey, parse_key
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
-_SHOWN = 5  # names in one message
 _RECENT_PLANS = 32
 
 
@@ -163,6 +163,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
                 tensors[pair["A"].name],
                 tensors[pair["B"].name],
                 config.scale(layout.spelled[layer], pair["A"].shape[0]),
+                tensors[layout.biases[layer].name] if layer in layout.biases else None,
             )
             for layer, pair in layout.pairs.items()
         },
@@ -218,6 +219,7 @@ class _Layout:
     config: AdapterConfig
     base: BaseSignature
     pairs: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
+    biases: dict[str, TensorEntry] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)  # base path → path in the file
     saved: list[tuple[SavedKey, TensorEntry]] = field(default_factory=list)
     _unmatched: list[str] = field(default_factory=list)
@@ -230,6 +232,8 @@ class _Layout:
             self._unmatched.append(entry.name)
         elif isinstance(key, SavedKey):
             self._take_saved(key, entry)
+        elif isinstance(key, BiasKey):
+            self._take_bias(key, entry)
         elif key.method != self.config.method:
             self._other_method.append(entry.name)
         else:
@@ -252,6 +256,13 @@ class _Layout:
             return
         pair[key.side] = entry
         self.spelled[layer.path] = key.path
+
+    def _take_bias(self, key: BiasKey, entry: TensorEntry) -> None:
+        layer = self.base.resolve(key.path)
+        if layer is None or self.config.bias == "none" or layer.path in self.biases:
+            self._unmatched.append(entry.name)
+        else:
+            self.biases[layer.path] = entry
 
     def _take_saved(self, key: SavedKey, entry: TensorEntry) -> None:
         inside = self.base.prefix and key.path.startswith(f"{self.base.prefix}.")
@@ -282,7 +293,7 @@ class _Layout:
             return [
                 UnsupportedMethod(
                     "The tensors contradict the configuration's method.",
-                    found=f"{other} tensors ({_some(self._other_method)})",
+                    found=f"{other} tensors ({some(self._other_method)})",
                     expected=f"{self.config.method} tensors, as peft_type says",
                     fix="Set peft_type to the method that it was trained with. The authors' own "
                     "HiRA code names its tensors lora_A and lora_B: rename them to hira_A, hira_B.",
@@ -293,9 +304,9 @@ class _Layout:
             found.append(
                 BaseMismatch(
                     "No tensor of the adapter belongs to this base.",
-                    found=_some(self._unmatched),
+                    found=some(self._unmatched),
                     expected=f"layers of {self.base.architecture} such as "
-                    + _some(list(self.base.layers)[-2:]),
+                    + some(list(self.base.layers)[-2:]),
                     fix="Register it on a server of its own base.",
                 )
             )
@@ -304,7 +315,7 @@ class _Layout:
             found.append(
                 UnmatchedTensors(
                     "Some tensors belong to no layer of this base.",
-                    found=f"{len(self._unmatched)}: {_some(self._unmatched)}",
+                    found=f"{len(self._unmatched)}: {some(self._unmatched)}",
                     expected="every tensor matched",
                     fix="Check that the adapter was made for this base and task.",
                 )
@@ -316,14 +327,15 @@ class _Layout:
                 )
             )
         for path, pair in self.pairs.items():
-            found += _pair_faults(self.base.layers[path], pair, self.config.method)
+            found += pair_faults(self.base.layers[path], pair, self.config.method)
             found += self._scale_faults(path, pair)
+        found += bias_faults(self.base.layers, self.pairs, self.biases, self.config.bias)
         missing = [path for path in self._expected(task) if path not in self.pairs]
         if missing:
             found.append(
                 MissingTensors(
                     "Targets of the configuration have no tensors.",
-                    found=f"{len(missing)} without: {_some(missing)}",
+                    found=f"{len(missing)} without: {some(missing)}",
                     expected="A and B for every target",
                     fix="Save the adapter again, or correct target_modules.",
                 )
@@ -332,7 +344,7 @@ class _Layout:
             found.append(
                 UnsupportedOption(
                     f"Saved modules have no use in {task}.",
-                    found=_some([key.name for key, _ in self.saved]),
+                    found=some([key.name for key, _ in self.saved]),
                     expected="none, because the base's own head answers",
                     fix="Set task_type to the task of the saved head, or train without it.",
                 )
@@ -385,7 +397,7 @@ class _Layout:
                 claims.setdefault((claimed, proven), []).append(path)
         for (claimed, proven), paths in claims.items():
             yield (
-                f"the configuration claims rank {claimed} for {_some(paths)}, "
+                f"the configuration claims rank {claimed} for {some(paths)}, "
                 f"the tensors have rank {proven}"
             )
         name = self.config.base_name
@@ -393,49 +405,11 @@ class _Layout:
             yield f"the adapter names {name} as its base, this server calls it {self.base.name}"
 
 
-def _pair_faults(
-    layer: LayerSignature, pair: Mapping[str, TensorEntry], method: Method
-) -> list[AdapterError]:
-    if set(pair) != {"A", "B"}:
-        (side,) = pair
-        return [
-            MissingTensors(
-                f"{layer.path} has one factor of two.", found=f"only {side}", expected="A and B"
-            )
-        ]
-    a, b = pair["A"].shape, pair["B"].shape
-    if not a or a[0] < 1:
-        return [
-            ShapeMismatch(
-                f"The rank of {layer.path} is not positive.", found=f"A {a}", expected="rank >= 1"
-            )
-        ]
-    try:
-        expected = layer.factor_shapes(a[0], method)
-    except AdapterError as fault:
-        return [fault]
-    if (a, b) == expected:
-        return []
-    return [
-        ShapeMismatch(
-            f"The factors of {layer.path} do not fit the layer.",
-            found=f"A {a}, B {b}",
-            expected=f"A {expected[0]}, B {expected[1]}",
-            fix="Check that the adapter was made for this base.",
-        )
-    ]
-
-
 def _raise_all(faults: list[AdapterError]) -> None:
     if len(faults) == 1:
         raise faults[0]
     if faults:
         raise AdapterFaults(faults)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 _recent: Recent[_Plan] = Recent(_RECENT_PLANS)

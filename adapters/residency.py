@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adapters.background import step_back
 from adapters.errors import SlotNotResident
 from adapters.folded import FoldedCache
 from adapters.inject import AdaptedModel
@@ -232,6 +233,7 @@ class Residency:
     # The loader's thread.
 
     def _run(self) -> None:
+        step_back()
         while True:
             with self._changed:
                 if self._closed:

@@ -114,7 +114,10 @@ class GenerateParameters(Body):
     )
     best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
     watermark: Literal[False] = False
-    decoder_input_details: Literal[False] = False
+    decoder_input_details: Flag = Field(
+        default=False,
+        description="Details with the prompt's tokens and their log-probabilities; not streamed.",
+    )
     top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
     typical_p: Annotated[Number, Field(ge=1, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
@@ -234,6 +237,8 @@ class AdapterAnswer(Answer):
     residency: str
     requests: int
     last_used: str | None
+    quarantined_until: str | None
+    quarantine_reason: str | None
     notes: list[str]
 
 

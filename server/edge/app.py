@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import ForkProcess
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from server.edge.api import HiraAPI
+from server.edge.connections import Connection, ConnectionLimits, make_room_for_connections
 from server.edge.middleware import BodyRefused, Gate, error_response
 from server.edge.openapi import amended
 from server.edge.routes import Endpoint
@@ -132,6 +134,21 @@ class HiraServer(LitServer):
         uvicorn_worker_type: str,
         **kwargs: Any,
     ) -> dict[int, ForkProcess]:
+        settings = self.service.settings
+        fit = make_room_for_connections(-(-settings.max_connections // num_uvicorn_servers))
+        if fit * num_uvicorn_servers < settings.max_connections:
+            logger.warning(
+                "File descriptors are for %d connections of max_connections %d only; "
+                "raise the limit (ulimit -n)",
+                fit * num_uvicorn_servers,
+                settings.max_connections,
+            )
+        limits = ConnectionLimits(
+            connections=fit,
+            head_bytes=settings.max_header_bytes,
+            patience_s=settings.client_timeout_s,
+        )
+
         def start(number: int) -> ForkProcess:
             app: FastAPI = copy(self.app)
             app.response_queue_id = number  # type: ignore[attr-defined]  # LitServe's way
@@ -139,6 +156,9 @@ class HiraServer(LitServer):
                 app,
                 port=port,
                 log_level=log_level,
+                http=partial(Connection, limits=limits, count=self.service.refused),  # type: ignore[arg-type]
+                ws="none",
+                timeout_keep_alive=max(1, round(settings.client_timeout_s)),
                 # Its requests have ended when the main process sends SIGTERM. Systemd sends it to
                 # all at once: then they have the same bound.
                 timeout_graceful_shutdown=int(self.service.settings.drain_s + END_S),

@@ -124,7 +124,10 @@ def live_figures(
         queue_depth=snapshot.get("queue_depth", {}),
         base_bytes=snapshot.get("base_bytes", {}),
         adapter_bytes=snapshot.get("adapter_bytes", {}),
-        adapters=snapshot.get("adapters", {}),
+        adapters={
+            **snapshot.get("adapters", {}),
+            "quarantined": len(snapshot.get("quarantined", {})),
+        },
         kv_blocks=snapshot.get("kv_blocks", {}),
         cuda_bytes=snapshot.get("cuda_bytes", {}),
         totals=snapshot.get("totals", {}),

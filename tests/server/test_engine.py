@@ -301,7 +301,9 @@ def test_a_deadline_that_passes_is_a_failure_and_a_cancel_is_silent(world: World
     preload(world)
     samples = tiny_bases.texts(3, seed=3)
     world.engine.submit(
-        world.request("mood", samples, "text-classification", id="late", deadline=time.monotonic() - 1)
+        world.request(
+            "mood", samples, "text-classification", id="late", deadline=time.monotonic() - 1
+        )
     )
     world.engine.submit(world.request("mood", samples, "text-classification", id="left"))
     world.engine.submit(Cancel("left"))
