@@ -110,9 +110,7 @@ class Traffic:
             except OSError as error:
                 outcome = f"no connection: {type(error).__name__}"
             self.log.note(number, outcome)
-            await asyncio.sleep(
-                PAUSE_S * rng.random() if outcome in {"ok", "left"} else RETRY_S
-            )
+            await asyncio.sleep(PAUSE_S * rng.random() if outcome in {"ok", "left"} else RETRY_S)
         if connection is not None:
             connection.abort()
 

@@ -119,8 +119,8 @@ class HiraServer(LitServer):
             self.app.add_api_route(
                 route.path, route.endpoint, dependencies=guards, **route.options()
             )
-        # FastAPI looks it up on the app when the document is asked for.
-        self.app.openapi = amended(self.app, [*self.spec.routes, *self.routes])  # type: ignore[method-assign]
+        openapi = amended(self.app, [*self.spec.routes, *self.routes])
+        self.app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way
 
     def verify_worker_status(self) -> None:
         """Do not wait for the worker: until it is ready, clients are told so."""
