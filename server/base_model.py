@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from adapters.calibration import calibrate
 from adapters.inject import AdaptedModel, inject
 from adapters.signature import BaseSignature, describe
 from server.base_plan import BaseModelError, BasePlan, plan_base
@@ -94,6 +95,8 @@ def load_base(options: EngineOptions) -> LoadedBase:
     _check_memory(skeleton, options, plan, dtype, device)
     model = _load(plan, skeleton, options, dtype, device)
     adapted = inject(model, name=options.base, strategy=options.modulation)
+    if options.modulation == "auto":
+        adapted.modulator.costs = calibrate(adapted, dtype, options.cache_dir)
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)
 
 
