@@ -13,7 +13,7 @@ from typing import Literal
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
-Modulation = Literal["auto", "native", "fold", "expand", "cached", "reference"]
+Modulation = Literal["auto", "native", "fold", "expand", "cached", "fused", "reference"]
 
 MIB = 1 << 20
 
