@@ -49,6 +49,7 @@ def serve(
     Raises:
         StartFailed: One line that says why the server cannot run.
     """
+    os.umask(0o077)  # keys, adapters and state are nobody else's to read
     with _exclusive(settings.data_dir):
         _check_port(settings.host, settings.port)
         for folder in (settings.run_dir, settings.data_dir / "staging"):

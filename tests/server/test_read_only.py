@@ -64,6 +64,8 @@ def test_nothing_is_written_but_data_and_temporary_files(
         )
         assert added.status_code in {200, 201}
         assert live.client.get("/metrics").status_code == 200
+        shared = [one for one in (tmp_path / "data").rglob("*") if one.stat().st_mode & 0o077]
+        assert shared == []
         assert live.end() == 0
         log = live.log.read_text()
         assert "Read-only file system" not in log
