@@ -19,7 +19,9 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from adapters.inject import AdaptedModel, inject
+from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
 from adapters.signature import BaseSignature, describe
+from adapters.tasks import IMAGE_MODELS
 from server.base_plan import BaseModelError, BasePlan, is_causal, plan_base
 from server.memory import available_bytes
 from server.options import EngineOptions
@@ -60,6 +62,11 @@ class LoadedBase:
         return self.model.base_model
 
     @property
+    def takes_images(self) -> bool:
+        """Whether its inputs are images and not texts."""
+        return str(self.config.model_type) in IMAGE_MODELS
+
+    @property
     def generates(self) -> bool:
         """Whether it has a causal language-model head."""
         return is_causal(self.adapted.signature.architecture)
@@ -79,7 +86,8 @@ def load_base(options: EngineOptions) -> LoadedBase:
 
     The linear layers of the backbone are quantized (a pooler included); embeddings, the
     language-model head and what is left of it are not. A checkpoint that bitsandbytes quantized
-    already is loaded as it is. Sets torch's number of threads on the CPU.
+    already is loaded as it is. With ``quantize_embeddings`` the token embedding, and a head tied to
+    it, are stored in 4 bits as well. Sets torch's number of threads on the CPU.
 
     Raises:
         BaseModelError: No such base, an architecture or device that cannot be served, weights
@@ -93,6 +101,8 @@ def load_base(options: EngineOptions) -> LoadedBase:
     skeleton = _skeleton(plan)
     _check_memory(skeleton, options, plan, dtype, device)
     model = _load(plan, skeleton, options, dtype, device)
+    if options.quantize_embeddings:
+        _quantize_embedding(model, options)
     adapted = inject(model, name=options.base, strategy=options.modulation)
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)
 
@@ -199,6 +209,37 @@ def _quantization(skeleton: nn.Module, options: EngineOptions, dtype: torch.dtyp
     )
 
 
+def _quantize_embedding(model: Any, options: EngineOptions) -> None:
+    """Store the token embedding as the linear layers are; a head tied to it shares the bytes."""
+    embedding = model.get_input_embeddings()
+    kind = options.quantization
+    reason = None
+    if kind not in ("nf4", "fp4"):
+        reason = f"--quantization {kind}"
+    elif type(embedding) is not nn.Embedding:
+        reason = f"an embedding of class {type(embedding).__name__}"
+    elif embedding.embedding_dim % EMBEDDING_BLOCK:
+        reason = f"an embedding {embedding.embedding_dim} wide"
+    if reason is not None:
+        raise BaseModelError(
+            "The token embedding of this base cannot be stored in 4 bits.",
+            found=reason,
+            expected=f"nf4 or fp4, and a plain embedding a multiple of {EMBEDDING_BLOCK} wide",
+            fix="Start without --quantize-embeddings.",
+        )
+    tied = [
+        module
+        for module in model.modules()
+        if module is not embedding and getattr(module, "weight", None) is embedding.weight
+    ]
+    quantize_embedding(
+        embedding,
+        "nf4" if kind == "nf4" else "fp4",
+        double_quant=options.double_quant,
+        tied=tied,
+    )
+
+
 def _outside_backbone(model: Any) -> list[str]:
     """Children that are no part of the backbone: the language-model head, in whatever pieces."""
     backbone = model.base_model
@@ -222,6 +263,10 @@ def _check_memory(
         for module in skeleton.base_model.modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     )
+    if options.quantize_embeddings and isinstance(
+        embedding := skeleton.get_input_embeddings(), nn.Embedding
+    ):
+        linear += embedding.weight.numel()
     every = sum(parameter.numel() for parameter in skeleton.parameters())
     bits = _BITS.get(options.quantization, dtype.itemsize * 8.0)
     needed = int(linear * bits / 8 + (every - linear) * dtype.itemsize)

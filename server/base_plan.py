@@ -7,7 +7,7 @@ Which class is loaded, by the first entry of ``architectures`` in the config:
 
     XForCausalLM, XLMHeadModel, XForMaskedLM    that class, its language-model head with it
     XForPreTraining                             the masked (else causal) LM class of the family
-    XModel                                      the bare backbone
+    XModel                                      the bare backbone, of images too
     any other head, or none named               the bare backbone; the checkpoint's head is left
                                                 out, because heads come with adapters
 
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from adapters.tasks import IMAGE_MODELS
 from server.options import EngineOptions
 
 _INDEX = "model.safetensors.index.json"
@@ -80,6 +81,10 @@ class BasePlan:
     config: Any
     model_class: type[Any]
     quantized: dict[str, Any] | None
+
+    @property
+    def takes_images(self) -> bool:
+        return _sees(self.model_class)
 
     @property
     def generates(self) -> bool:
@@ -267,10 +272,21 @@ def _model_class(config: Any) -> type[Any]:
         raise BaseModelError(
             "The base model's architecture is not supported.",
             found=name or str(config.model_type),
-            expected="a text encoder or decoder of transformers",
+            expected="a text encoder or decoder of transformers, or a vision transformer",
+        )
+    if _sees(found) and config.model_type not in IMAGE_MODELS:
+        raise BaseModelError(
+            "Bases of this kind for images are not supported.",
+            found=str(config.model_type),
+            expected="one of " + ", ".join(sorted(IMAGE_MODELS)),
         )
     chosen: type[Any] = found
     return chosen if name_is_headed(chosen.__name__) else _under_its_name(chosen)
+
+
+def _sees(model_class: Any) -> bool:
+    """Whether it takes images."""
+    return str(getattr(model_class, "main_input_name", "")) == "pixel_values"
 
 
 def is_causal(architecture: str) -> bool:

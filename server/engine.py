@@ -27,6 +27,7 @@ from server.base_model import LoadedBase, load_base
 from server.encode import EncodeFigures, EncodeLane
 from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
 from server.generate import GenerateFigures, GenerateLane
+from server.images import ImageInput, Images
 from server.messages import (
     TERMINAL,
     Cancel,
@@ -63,7 +64,7 @@ class EngineFailure(Exception):
 @dataclass(slots=True)
 class _Parts:
     base: LoadedBase
-    text: Text
+    inputs: Text | Images
     residency: Residency
     encode: EncodeLane
     generate: GenerateLane | None
@@ -90,17 +91,11 @@ class Engine:
 
         Raises:
             BaseModelError: The base cannot be served.
-            TokenizerError: It has no usable tokenizer.
+            TokenizerError, ImageProcessorError: It has no usable one.
         """
         base = load_base(options)
         signature = base.adapted.signature
-        most = signature.max_length
-        text = Text.load(
-            base.folder,
-            max_tokens=min(most, options.max_input_tokens or most),
-            vocab_size=signature.vocab_size or None,
-            pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
-        )
+        inputs = _inputs(base, options)
         store = Store(options.store_dir)
 
         def load(version: str) -> AdapterWeights:
@@ -127,11 +122,11 @@ class Engine:
         return cls(
             _Parts(
                 base=base,
-                text=text,
+                inputs=inputs,
                 residency=residency,
-                encode=EncodeLane(base, text, residency, options),
-                generate=GenerateLane(base.adapted, text.tokenizer, residency, options)
-                if base.generates
+                encode=EncodeLane(base, inputs, residency, options),
+                generate=GenerateLane(base.adapted, inputs.tokenizer, residency, options)
+                if base.generates and isinstance(inputs, Text)
                 else None,
                 conduct=Conduct(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
@@ -144,7 +139,14 @@ class Engine:
 
     @property
     def text(self) -> Text:
-        return self._parts.text
+        """The tokenizer of a base that takes texts."""
+        assert isinstance(self._parts.inputs, Text)
+        return self._parts.inputs
+
+    @property
+    def inputs(self) -> Text | Images:
+        """What turns inputs into what the base takes."""
+        return self._parts.inputs
 
     @property
     def residency(self) -> Residency:
@@ -298,7 +300,7 @@ class Engine:
 
     def encode(
         self,
-        texts: Sequence[TextInput],
+        inputs: Sequence[TextInput] | Sequence[ImageInput],
         *,
         task: Task,
         version: str | None = None,
@@ -306,19 +308,20 @@ class Engine:
         truncation: bool = False,
         **options: Any,
     ) -> EncodeResult:
-        """Encode some texts and wait for the answer.
+        """Encode some texts, or images, and wait for the answer.
 
         Raises:
-            TextError: A text that the model cannot take.
+            TextError: An input that the model cannot take.
             EngineFailure: The request failed.
         """
+        encodable: Any = inputs
         result = self.run(
             EncodeRequest(
                 id=f"local-{next(self._ids)}",
                 task=task,
                 adapter=version,
                 version=version,
-                inputs=self.text.encode(texts, task, truncation=truncation),
+                inputs=self._parts.inputs.encode(encodable, task, truncation=truncation),
                 top_k=top_k,
                 options=options,
                 submitted=time.monotonic(),
@@ -396,6 +399,19 @@ class Engine:
     def _note_generate(self, figures: GenerateFigures, steps_before: int, seconds: float) -> None:
         if figures.steps > steps_before:
             self._last = StepFigures("generate", figures.last_rows, figures.last_adapters, seconds)
+
+
+def _inputs(base: LoadedBase, options: EngineOptions) -> Text | Images:
+    """What turns inputs into what the base takes."""
+    if base.takes_images:
+        return Images.load(base.folder, base.config, max_pixels=options.max_image_pixels)
+    most = base.adapted.signature.max_length
+    return Text.load(
+        base.folder,
+        max_tokens=min(most, options.max_input_tokens or most),
+        vocab_size=base.adapted.signature.vocab_size or None,
+        pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
+    )
 
 
 def _cannot_generate(request: GenerateRequest, base: LoadedBase) -> Failure:

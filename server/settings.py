@@ -123,6 +123,9 @@ class Settings(BaseSettings):
     base_name: str | None = setting(None, "Name of the base under /v1 (default: its own).", "Base")
     quantization: Quantization = setting("nf4", "Storage of the linear layers.", "Base")
     double_quant: bool = setting(True, "Quantize the quantization constants too.", "Base")
+    quantize_embeddings: bool = setting(
+        False, "Store the token embedding (and a head tied to it) in 4 bits too.", "Base"
+    )
     dtype: DType = setting("auto", "Compute type.", "Base")
     device: Device = setting("auto", "Where the base runs.", "Base")
     threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
@@ -163,6 +166,7 @@ class Settings(BaseSettings):
     max_input_tokens: Positive | None = setting(
         None, "Tokens of one input (default: the context of the base).", "Budgets"
     )
+    max_image_pixels: Positive = setting(1 << 24, "Pixels of one image as it arrives.", "Budgets")
     prefix_sharing: bool = setting(False, "Share KV between equal prompt prefixes.", "Budgets")
 
     # Admission
@@ -276,6 +280,7 @@ class Settings(BaseSettings):
             revision=self.revision,
             quantization=self.quantization,
             double_quant=self.double_quant,
+            quantize_embeddings=self.quantize_embeddings,
             dtype=self.dtype,
             device=self.device,
             threads=self.threads,
@@ -290,6 +295,7 @@ class Settings(BaseSettings):
             prefill_tokens=self.prefill_tokens,
             kv_bytes=int(self.kv_bytes),
             max_input_tokens=self.max_input_tokens,
+            max_image_pixels=self.max_image_pixels,
             allow_prefix_sharing=self.prefix_sharing,
             quarantine_failures=self.quarantine_failures,
             quarantine_s=self.quarantine_s,

@@ -34,7 +34,7 @@ from server.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterReq
 logger = logging.getLogger(__name__)
 
 PAGE_MAX: Final = 1000
-ADMIN_STATUSES: Final = (401, 403, 404, 409, 413, 422, 507)
+ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
 Name = PathParameter(max_length=128, description="The adapter's name.")
@@ -276,6 +276,7 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
             answer,
             statuses=ADMIN_STATUSES,
             success=success,
+            also=(200,) if success == 201 else (),  # the same content under the same name again
             extra=extra,
         )
 

@@ -102,8 +102,8 @@ def observe_routes(observe: Observe) -> list[Endpoint]:
     return [
         Endpoint("/", observe.index, get, tag, statuses=()),
         Endpoint("/health/live", observe.live, get, tag, Health, statuses=()),
-        Endpoint("/health/ready", observe.ready, get, tag, Health, statuses=(503,)),
-        Endpoint("/metrics", observe.metrics, get, tag, statuses=()),
+        Endpoint("/health/ready", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=()),
     ]
 
 

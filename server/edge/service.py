@@ -20,6 +20,7 @@ from server.edge.keys import Keyring, admin_key
 from server.edge.shared import SharedLoad
 from server.edge.tickets import Bounds
 from server.errors import Fault, Refusal
+from server.images import Images
 from server.messages import (
     Event,
     Failure,
@@ -69,9 +70,25 @@ class Base:
     task: Task  # what the bare base does
     signature: BaseSignature
     check_head: Callable[[AdapterWeights], None]  # raises what is wrong with a task head
-    inputs: Text  # tokenizer, limited to what one input may have
-    prompts: Text  # the same, limited to the base's context
+    inputs: Text | Images  # tokenizer, limited to what one input may have; or image processor
+    prompts: Text | None  # the tokenizer, limited to the base's context; None on a base of images
     created: float
+
+    @property
+    def texts(self) -> Text:
+        """The tokenizer, limited to the base's context.
+
+        Raises:
+            Refusal: The base takes images.
+        """
+        if self.prompts is None:
+            raise Refusal.because(
+                "task_mismatch",
+                "This base takes images, not texts.",
+                found="a call for texts",
+                expected="images for /predict or /embed",
+            )
+        return self.prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +376,7 @@ PATHS: Final = {
     "token-classification": "POST /predict",
     "fill-mask": "POST /predict",
     "question-answering": "POST /predict",
+    "image-classification": "POST /predict",
     "text-generation": "POST /generate",
     "feature-extraction": "POST /embed",
 }
