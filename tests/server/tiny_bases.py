@@ -40,6 +40,7 @@ from transformers import (
 
 from adapters.store import Store
 from server.options import EngineOptions
+from server.text import Text
 from tests.server.float64 import TASK_TYPES, Reference
 
 __all__ = ["TASK_TYPES", "Reference"]
@@ -164,6 +165,11 @@ def _decoder(kind: str, sizes: dict[str, Any]) -> Any:
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[kind]
     return model_class(config_class(**sizes, num_key_value_heads=2))
+
+
+def text_of(base: Path) -> Text:
+    """The tokenizer as an engine has it."""
+    return Text.load(base, max_tokens=47, vocab_size=VOCABULARY, pad_id=0)
 
 
 def options(base: Path, store: Path, **changes: Any) -> EngineOptions:
