@@ -62,6 +62,7 @@ TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "vit": ["q_proj", "v_proj", "fc1", "projection"],
     "roberta": ["query", "value", "output.dense"],
+    "minilm": ["query", "value", "output.dense"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "opt": ["q_proj", "fc1", "fc2"],
     "qwen2": ["q_proj", "v_proj", "down_proj"],
