@@ -27,6 +27,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
+	$(BIN)/python .ci/audit.py
 
 format: setup
 	$(BIN)/ruff check --fix .

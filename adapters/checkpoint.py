@@ -28,8 +28,9 @@ from adapters.errors import (
     UnsupportedOption,
 )
 from adapters.header import TensorEntry, inspect_values, open_regular, read_header, read_tensor
-from adapters.labels import Labels, read_task_config
+from adapters.labels import Labels, TaskConfig, read_task_config
 from adapters.pairs import bias_faults, pair_faults, some
+from adapters.recent import Recent
 from adapters.signature import BaseSignature
 from adapters.strict_json import MAX_JSON_BYTES
 from adapters.tasks import HEADED, Task, task_of
@@ -38,6 +39,7 @@ from adapters.tensor_keys import BiasKey, FactorKey, SavedKey, parse_key
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
+_RECENT_PLANS = 32
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         UnmatchedTensors, MissingTensors, ShapeMismatch, NonFinite: As their names say.
         AdapterFaults: Several of these.
     """
-    config = parse_config(_read_small(folder, CONFIG_FILE))
-    task_config = read_task_config(_read_small(folder, TASK_CONFIG_FILE, optional=True))
-    if task_config.model_type not in (None, base.model_type):
-        raise BaseMismatch(
-            "The adapter was made for another architecture.",
-            found=f"model_type {task_config.model_type} in {TASK_CONFIG_FILE}",
-            expected=base.model_type,
-            fix="Register it on a server of its own base.",
-        )
+    config_json = _read_small(folder, CONFIG_FILE)
+    task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
     path = folder / TENSOR_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise UnsafeFormat(
@@ -138,12 +133,13 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         )
     with open_regular(path) as file:
         entries = read_header(file)
-        layout = _Layout(config, base)
-        for entry in entries.values():
-            layout.take(entry)
-        task = task_of(config, base, task_config, has_head=bool(layout.saved))
-        faults = layout.faults(task)
-        _raise_all(faults)
+        # The base is in the key by identity, and in the plan, so that no other can take its place.
+        plan = _recent.get(
+            (id(base), config_json, task_json, tuple(entries.values())),
+            lambda: _plan(config_json, task_json, entries, base),
+        )
+        layout, task, config = plan.layout, plan.task, plan.layout.config
+        faults: list[AdapterError] = []
         tensors: dict[str, torch.Tensor] = {}
         nonzero = 0
         for entry in entries.values():
@@ -157,7 +153,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     head = {key.name: tensors[entry.name] for key, entry in layout.saved}
     labels: Labels | None = None
     if task in HEADED:
-        labels, label_faults = task_config.labels_for(head, task)
+        labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
     return AdapterWeights(
@@ -177,8 +173,43 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=nonzero,
-        notes=tuple(layout.notes()),
+        notes=plan.notes,
     )
+
+
+def _plan(
+    config_json: bytes, task_json: bytes, entries: Mapping[str, TensorEntry], base: BaseSignature
+) -> _Plan:
+    """Everything about an adapter but its numbers; raises whatever is wrong with that."""
+    config = parse_config(config_json)
+    task_config = read_task_config(task_json)
+    _check_architecture(task_config, base)
+    layout = _Layout(config, base)
+    for entry in entries.values():
+        layout.take(entry)
+    task = task_of(config, base, task_config, has_head=bool(layout.saved))
+    _raise_all(layout.faults(task))
+    return _Plan(task_config, layout, task, tuple(layout.notes()))
+
+
+def _check_architecture(task_config: TaskConfig, base: BaseSignature) -> None:
+    if task_config.model_type not in (None, base.model_type):
+        raise BaseMismatch(
+            "The adapter was made for another architecture.",
+            found=f"model_type {task_config.model_type} in {TASK_CONFIG_FILE}",
+            expected=base.model_type,
+            fix="Register it on a server of its own base.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a configuration and a header say together, checked; adapters of one recipe share it."""
+
+    task_config: TaskConfig
+    layout: _Layout
+    task: Task
+    notes: tuple[str, ...]
 
 
 @dataclass
@@ -397,6 +428,9 @@ def _raise_all(faults: list[AdapterError]) -> None:
         raise faults[0]
     if faults:
         raise AdapterFaults(faults)
+
+
+_recent: Recent[_Plan] = Recent(_RECENT_PLANS)
 
 
 def _read_small(folder: Path, name: str, *, optional: bool = False) -> bytes:

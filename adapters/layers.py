@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adapters.fused import FusedLayers
 from adapters.modulation import Modulator, SlotFactors
 from adapters.quant import QuantizedWeight
 from adapters.segments import Segments
@@ -54,6 +55,7 @@ class AdaptedLinear(nn.Module):
         self.is_output = is_output
         self.slots: dict[int, SlotFactors] = {}
         self.modulator = modulator
+        self.fused: FusedLayers | None = None  # set where the fused kernel runs
         self.quantized = _quantized_weight(base, signature)
         self.weight: Any = base.weight
         bias: Any = base.bias
@@ -66,7 +68,8 @@ class AdaptedLinear(nn.Module):
         Raises:
             SegmentMismatch: The rows are in no segment table of the current batch.
         """
-        modulator = self.modulator
+        modulator, path = self.modulator, self.layer_signature.path
+        fused = self.fused if self.fused is not None and self.fused.takes(path, x) else None
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -75,11 +78,15 @@ class AdaptedLinear(nn.Module):
             weight = self.quantized
             if weight.kind == "dense":
                 return F.linear(x, weight.dequantize(dtype=weight.stored.dtype), bias)
+            if fused is not None:
+                return fused.base_linear(path, x, bias)
             return modulator.base_linear(x, weight, bias)
-        path = self.layer_signature.path
         segments = plan.of_rows(x.shape[:-1], path, self.is_output)
         rows = x.reshape(-1, self.in_features)
-        y = modulator.linear(rows, self.quantized, self.slots, segments, bias, layer=path)
+        if fused is not None:
+            y = fused.linear(path, rows, self.slots, segments, bias, modulator)
+        else:
+            y = modulator.linear(rows, self.quantized, self.slots, segments, bias, layer=path)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:

@@ -25,12 +25,14 @@ _ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
 class _Place:
     offset: int  # in elements
     shape: tuple[int, ...]
+    by_column: bool = False  # a matrix whose columns, not rows, lie in one piece
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         count = 1
         for size in self.shape:
             count *= size
-        return buffer[self.offset : self.offset + count].view(self.shape)
+        flat = buffer[self.offset : self.offset + count]
+        return flat.view(self.shape[::-1]).t() if self.by_column else flat.view(self.shape)
 
 
 class PackedAdapter:
@@ -59,14 +61,15 @@ class PackedAdapter:
         self._head_bytes: int = sum(tensor.nbytes for tensor in weights.head.values())
 
     def to_device(self, device: torch.device) -> Mapping[str, SlotFactors]:
-        """The factors on ``device``, copied in one piece; on the CPU they are the host's own."""
+        """The factors on ``device``, in one piece; on the CPU they are the host's own.
+
+        The copy is only begun: wait for the current stream before the factors are used.
+        """
         assert self._host is not None
         if device.type == "cpu":
             self._device = self._host
             return self.factors
-        moved = self._host.to(device, non_blocking=True)
-        torch.cuda.current_stream(device).synchronize()
-        self._device = moved
+        moved = self._device = self._host.to(device, non_blocking=True)
         return {
             path: _with_views(self.factors[path], places, moved)
             for path, places in self._places.items()
@@ -100,13 +103,20 @@ class PackedAdapter:
         self.weights = _with_factors(self.weights, self.factors)
 
 
-def pack(weights: AdapterWeights, dtype: torch.dtype, device: torch.device) -> PackedAdapter:
+def pack(
+    weights: AdapterWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    b_by_column: bool = False,
+) -> PackedAdapter:
     """Convert an adapter's factors to ``dtype`` in one buffer of host memory.
 
     Args:
         weights: As read from its checkpoint; its factor tensors are not kept.
         dtype: The compute dtype.
         device: Where they will go: for a CUDA device the buffer is page-locked.
+        b_by_column: Lay B down as a contiguous ``[r, out]``, as the fused kernel reads it.
 
     Raises:
         MissingTensors: The adapter has no factors.
@@ -119,16 +129,16 @@ def pack(weights: AdapterWeights, dtype: torch.dtype, device: torch.device) -> P
     places: dict[str, tuple[_Place, _Place, _Place | None]] = {}
     end = 0
 
-    def place(tensor: torch.Tensor) -> _Place:
+    def place(tensor: torch.Tensor, by_column: bool = False) -> _Place:
         nonlocal end
-        spot = _Place(end, tuple(tensor.shape))
+        spot = _Place(end, tuple(tensor.shape), by_column and tensor.dim() == 2)
         end += -(-tensor.numel() // step) * step
         return spot
 
     for path, entry in weights.factors.items():
         places[path] = (
             place(entry.a),
-            place(entry.b),
+            place(entry.b, b_by_column),
             None if entry.bias is None else place(entry.bias),
         )
     buffer = torch.empty(end, dtype=dtype, pin_memory=device.type == "cuda")

@@ -160,7 +160,9 @@ class Tiers:
         for name, entry in self.entries.items():
             if free and used + need <= self.device_bytes:
                 break
-            if entry.slot is None or entry.leases or entry.kept_until > now or name in pinned:
+            if entry.slot is None or entry.state != "ready":  # or it is on its way there
+                continue
+            if entry.leases or entry.kept_until > now or name in pinned:
                 continue
             assert entry.packed is not None
             leave.append(name)

@@ -22,7 +22,8 @@ from adapters.inject import AdaptedModel, inject
 from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
 from adapters.signature import BaseSignature, describe
 from adapters.tasks import IMAGE_MODELS
-from server.base_plan import BaseModelError, BasePlan, plan_base
+from server.base_plan import BaseModelError, BasePlan, is_causal, plan_base
+from server.memory import available_bytes
 from server.options import EngineOptions
 
 __all__ = ["BaseModelError", "LoadedBase", "load_base", "signature_of"]
@@ -68,8 +69,7 @@ class LoadedBase:
     @property
     def generates(self) -> bool:
         """Whether it has a causal language-model head."""
-        name = self.adapted.signature.architecture
-        return name.endswith(("ForCausalLM", "LMHeadModel"))
+        return is_causal(self.adapted.signature.architecture)
 
 
 def signature_of(options: EngineOptions) -> BaseSignature:
@@ -270,21 +270,30 @@ def _check_memory(
     every = sum(parameter.numel() for parameter in skeleton.parameters())
     bits = _BITS.get(options.quantization, dtype.itemsize * 8.0)
     needed = int(linear * bits / 8 + (every - linear) * dtype.itemsize)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    found = f"{needed >> 20} MiB needed"
+    if plan.generates:
+        needed += options.kv_bytes
+        found += f" and {options.kv_bytes >> 20} MiB for the KV cache"
     if needed > free:
-        raise _no_memory(f"{needed >> 20} MiB needed, {free >> 20} MiB free", options)
+        raise _no_memory(f"{found}, {free >> 20} MiB free", options)
+    budgets = options.device_bytes + options.folded_bytes
+    if device.type == "cpu":
+        budgets += options.host_bytes
+    if needed + budgets > free:
+        logger.warning(
+            "Budgets of adapters are %d MiB, and beside the base %d MiB are free: "
+            "lower device_bytes, host_bytes or folded_bytes, or memory may run out",
+            budgets >> 20,
+            (free - needed) >> 20,
+        )
 
 
 def _no_memory(found: str, options: EngineOptions) -> BaseModelError:
     return BaseModelError(
         "The base model does not fit into memory.",
         found=found,
-        expected="room for all of its weights",
+        expected="room for all of its weights and the KV cache",
         fix="Use a smaller base or a larger machine."
         if options.quantization in ("nf4", "fp4")
         else "Use --quantization nf4, a smaller base or a larger machine.",

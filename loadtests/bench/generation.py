@@ -123,7 +123,7 @@ def made() -> Iterator[Made]:
         root = Path(name)
         base = root / "llama-512x8"
         model: Any = dense_model("llama")
-        _save_base(model, base)
+        save_base(model, base)
         from adapters.signature import describe
 
         signature = describe(model, base.name)
@@ -235,7 +235,7 @@ def _peft_request(wrapped: Any, tokenizer: Any, number: int) -> list[int]:
     return new
 
 
-def _save_base(model: Any, folder: Path) -> None:
+def save_base(model: Any, folder: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     from server.demo import BASE_DIR

@@ -58,6 +58,7 @@ RELOADABLE: Final = (
     "max_queue_requests",
     "max_queue_tokens",
     "max_adapter_requests",
+    "max_adapter_tokens",
 )
 
 
@@ -115,6 +116,7 @@ def bounds_of(settings: Settings) -> Bounds:
         requests=settings.max_queue_requests,
         tokens=settings.max_queue_tokens,
         adapter_requests=settings.max_adapter_requests,
+        adapter_tokens=settings.max_adapter_tokens,
     )
 
 
@@ -159,6 +161,11 @@ class Service:
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="admin")
         self.dispatcher.on_event = self._count
+
+    def refused(self, code: str) -> None:
+        """Count an error response, or a connection that ended before it had a request."""
+        if self.metrics is not None:
+            self.metrics.refusal(code)
 
     def close(self) -> None:
         for pool in (self._encoders, self._workers):

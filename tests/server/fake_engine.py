@@ -100,6 +100,8 @@ class FakeEngine:
             return Failure(request.id, "internal", "asked for")
         if request.top_k == 501:
             raise RuntimeError("the engine broke")
+        if request.top_k == 502:
+            time.sleep(3600)
         outputs: tuple[Any, ...]
         if request.task == "feature-extraction":
             outputs = tuple((float(len(one.token_ids)), 0.5) for one in request.inputs)
