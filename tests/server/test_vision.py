@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="Pillow is an extra of the project (vision)")
-
 from adapters.checkpoint import load_adapter
 from adapters.errors import AdapterError
 from server.base_model import BaseModelError, load_base
@@ -26,6 +24,8 @@ from server.skeletons import Skeletons
 from server.text import InvalidInput
 from tests.server import tiny_bases
 from tests.server.tiny_bases import Reference, assert_close, image, image_file
+
+pytest.importorskip("PIL", reason="Pillow is an extra of the project (vision)")
 
 TASK = "image-classification"
 LABELS = {"pets": ("cat", "dog", "eel"), "flags": ("red", "blue"), "age": ("years",)}
