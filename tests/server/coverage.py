@@ -317,8 +317,9 @@ def main() -> None:
     for family, storage in STAGES:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            cells += run(family, storage, Path(folder))
-            worst = max(cell.error for cell in cells if cell.family == family)
+            stage = run(family, storage, Path(folder))
+            cells += stage
+            worst = max(cell.error for cell in stage)
             sys.stderr.write(
                 f"{family}, {storage}: {worst:.1e} ({time.perf_counter() - began:.1f} s)\n"
             )
