@@ -183,16 +183,6 @@ def _plan(
     """Everything about an adapter but its numbers; raises whatever is wrong with that."""
     config = parse_config(config_json)
     task_config = read_task_config(task_json)
-    _check_architecture(task_config, base)
-    layout = _Layout(config, base)
-    for entry in entries.values():
-        layout.take(entry)
-    task = task_of(config, base, task_config, has_head=bool(layout.saved))
-    _raise_all(layout.faults(task))
-    return _Plan(task_config, layout, task, tuple(layout.notes()))
-
-
-def _check_architecture(task_config: TaskConfig, base: BaseSignature) -> None:
     if task_config.model_type not in (None, base.model_type):
         raise BaseMismatch(
             "The adapter was made for another architecture.",
@@ -200,6 +190,12 @@ def _check_architecture(task_config: TaskConfig, base: BaseSignature) -> None:
             expected=base.model_type,
             fix="Register it on a server of its own base.",
         )
+    layout = _Layout(config, base)
+    for entry in entries.values():
+        layout.take(entry)
+    task = task_of(config, base, task_config, has_head=bool(layout.saved))
+    _raise_all(layout.faults(task))
+    return _Plan(task_config, layout, task, tuple(layout.notes()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from adapters.calibration import calibrate
 from adapters.inject import AdaptedModel, inject
 from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
 from adapters.signature import BaseSignature, describe
@@ -104,6 +105,8 @@ def load_base(options: EngineOptions) -> LoadedBase:
     if options.quantize_embeddings:
         _quantize_embedding(model, options)
     adapted = inject(model, name=options.base, strategy=options.modulation)
+    if options.modulation == "auto":
+        adapted.modulator.costs = calibrate(adapted, dtype, options.cache_dir)
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)
 
 

@@ -99,7 +99,7 @@ class Engine:
         store = Store(options.store_dir)
 
         def load(version: str) -> AdapterWeights:
-            weights = load_adapter(store.path(version), signature)
+            weights = load_adapter(store.sound_path(version), signature)
             if weights.head and weights.task in _NO_HEADS:
                 raise UnsupportedOption(
                     f"The adapter does {weights.task} and saved modules whole.",
