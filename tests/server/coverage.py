@@ -178,11 +178,12 @@ def request_of(engine: Engine, one: Made, name: str, which: slice = slice(None))
         return GenerateRequest(name, one.version, one.version, ids, sampling)
     sees = task == "feature-extraction" and engine.base.takes_images
     asked: Any = questions("image-classification" if sees else task)[which]
-    options: dict[str, Any] = {
+    known: dict[str, dict[str, Any]] = {
         "token-classification": {"aggregation_strategy": "none", "ignore_labels": ()},
         "fill-mask": {"targets": tuple(range(tiny_bases.VOCABULARY))},
         "feature-extraction": {"normalize": False, "pooling": "mean"},
-    }.get(task, {})
+    }
+    options = known.get(task, {})
     encoded = engine.inputs.encode(asked, task)
     top_k = 20 if task == "question-answering" else None
     return EncodeRequest(name, task, one.version, one.version, encoded, top_k, options)
