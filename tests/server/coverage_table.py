@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from tests.server.coverage import FAMILIES, METHODS, STAGES, STORAGES, TASKS, TEST, Cell, layers_of
+from tests.server.coverage import FAMILIES, METHODS, STAGES, STORAGES, TEST, Cell, layers_of
+from tests.server.coverage_adapters import TASKS
 
 # Why there is no figure, by letter.
 REASONS = {
