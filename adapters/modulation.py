@@ -9,6 +9,7 @@
     fused     all but lora in one pass over W0, by the GPU kernel: ``adapters.fused``
     reference float64, as the equations are written
 
+``auto`` takes, for every layer and segment, what ``adapters.costs`` predicts to be the cheapest.
 The arithmetic is in ``adapters.kernels``; layers and residency bring weights, factors and cache.
 """
 
@@ -17,23 +18,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from adapters.folded import FoldedCache, FoldedWeights
+from adapters import native_path
+from adapters.costs import UNMEASURED, CostModel, Offers, Rows, Way, choose
+from adapters.costs import saving_ns as predicted_saving_ns
+from adapters.folded import FoldedCache
 from adapters.kernels import native_ops, reference, torch_ops
 from adapters.plan import Plan
 from adapters.quant import QuantizedWeight
-from adapters.segments import BASE_SLOT, Segment, Segments, from_runs
+from adapters.segments import Segment, Segments
 from adapters.slot_factors import SlotFactors
+from adapters.torch_path import Sources, Work, run_into
 from adapters.workspace import Workspace
 
 __all__ = [
     "STRATEGIES",
-    "FoldedWeights",
     "Modulator",
     "SlotFactors",
     "Strategy",
@@ -52,13 +55,21 @@ STRATEGIES: tuple[Strategy, ...] = (
     "reference",
 )
 
-# Expanded rows (row x rank) of one matmul: bounds the buffers of the expand strategy.
-_EXPANDED_ROWS_LIMIT = 4096
-# Up to this many expanded rows of a segment, expanding beats folding; see the cost model.
-_EXPAND_ROWS_PER_SEGMENT = 64
+_FORCED: Mapping[Strategy, Way] = {"fold": "fold", "expand": "expand", "cached": "kept"}
+# Calls of the bare base whose bounds are kept ready, one for each number of rows.
+_BASE_CALLS_KEPT = 256
 
-# Up to this many rows of a bare base layer the compiled kernel beats dequantizing and a matmul.
-_NATIVE_BASE_ROWS = 768
+
+@dataclass(slots=True)
+class _Prepared:
+    """What was settled for a layer and a segment table; true while ``version`` is the cache's."""
+
+    segments: Segments
+    slots: Mapping[int, SlotFactors]
+    dtype: torch.dtype
+    version: int
+    ways: tuple[Way, ...]
+    call: native_path.Call | None  # None: torch operators do it
 
 
 class Modulator:
@@ -67,40 +78,55 @@ class Modulator:
     One thread runs forwards; nothing here is guarded against two.
     """
 
-    def __init__(self, strategy: Strategy = "auto") -> None:
+    def __init__(self, strategy: Strategy = "auto", costs: CostModel = UNMEASURED) -> None:
         self.strategy: Strategy = strategy
+        self.costs = costs
         self.workspace = Workspace()
-        self.folded: FoldedWeights = FoldedCache(0, torch.device("cpu"))
+        self.folded = FoldedCache(0, torch.device("cpu"))
         self.plan: Plan | None = None
+        self._tokens = Segments(())  # of the latest plan
         self._bounds: tuple[Segments, bytes] = (Segments(()), b"")  # of the latest native call
+        self._prepared: dict[str, _Prepared] = {}  # by layer, of its latest call
+        self._alone: dict[int, native_path.Call] = {}  # for so many rows of the base
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
         """Make ``plan`` current; what was current before comes back."""
+        # Steps of one batch are alike: the very same table lets layers keep what they prepared.
+        if plan.tokens == self._tokens:
+            plan.tokens = self._tokens
+        self._tokens = plan.tokens
+        self.folded.count_forward(plan.slots)
         before, self.plan = self.plan, plan
         try:
             yield
         finally:
             self.plan = before
 
-    def base_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
-        """W0 in ``dtype``, in a buffer that the next layer overwrites. Never write to it."""
-        if weight.is_ready(dtype):
-            return weight.dequantize(dtype=dtype)
-        return weight.dequantize(self.workspace.take("w0", weight.shape, dtype, weight.device))
-
     def base_linear(
         self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x W0ᵀ + bias, by the faster of the compiled kernel and torch: ``[..., out]``."""
-        if weight.kind in ("nf4", "fp4") and self.runs_native(x, bias):
-            rows = x.reshape(-1, x.shape[-1])
-            if 0 < rows.shape[0] <= _NATIVE_BASE_ROWS:
-                every = from_runs([(BASE_SLOT, rows.shape[0])])
-                y = _run_native(rows, weight, {}, every, bias, modulator=self)
-                if y is not None:
-                    return y.view(*x.shape[:-1], weight.shape[0])
-        return F.linear(x, self.base_weight(weight, x.dtype), bias)
+        count = x.numel() // x.shape[-1]
+        if count and weight.kind in ("nf4", "fp4") and self.runs_native(x, weight, bias):
+            offers = self.offers(weight, has_native=True)
+            size = weight.shape[0] * weight.shape[1]
+            if choose(offers, size, (Rows(count, 0),)).backend == "native":
+                alone = self._alone.get(count)
+                if alone is None:
+                    if len(self._alone) >= _BASE_CALLS_KEPT:
+                        self._alone.clear()
+                    alone = self._alone[count] = native_path.Call.of_base(count)
+                y = native_path.run(x.reshape(count, -1), weight, alone, bias, self.workspace)
+                return y.view(*x.shape[:-1], weight.shape[0])
+        return F.linear(x, self.workspace.dequantized(weight, x.dtype), bias)
+
+    def offers(self, weight: QuantizedWeight, *, has_native: bool) -> Offers:
+        """What the backends that may be used take for a layer like ``weight``."""
+        offers = self.costs.offers(weight.shape, has_native=has_native)
+        if self.strategy == "native":
+            return tuple(one for one in offers if one[0] == "native") or offers
+        return offers
 
     def bounds_of(self, segments: Segments) -> bytes:
         """``native_ops.pack_bounds``, made once for the many layers of a forward."""
@@ -108,15 +134,11 @@ class Modulator:
             self._bounds = (segments, native_ops.pack_bounds(segments))
         return self._bounds[1]
 
-    def runs_native(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether the compiled kernel is wanted, there, and takes these rows."""
-        return (
-            self.strategy in ("auto", "native")
-            and x.dtype == torch.bfloat16
-            and x.device.type == "cpu"
-            and native_ops.available()
-            and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
-        )
+    def runs_native(
+        self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
+    ) -> bool:
+        """Whether the compiled kernel may be used, is there, and takes these rows and weights."""
+        return self.strategy in ("auto", "native") and native_path.takes(x, weight, bias)
 
     def linear(
         self,
@@ -128,8 +150,28 @@ class Modulator:
         *,
         layer: str,
     ) -> torch.Tensor:
-        """``modulated_linear`` with this model's strategy, buffers and cache."""
-        return modulated_linear(x, weight, slots, segments, bias, modulator=self, layer=layer)
+        """``modulated_linear`` with this model's strategy, buffers and cache.
+
+        What was settled for the layer's latest call is used again while it holds. That asks that
+        ``slots`` only change by ``AdaptedModel.install`` and ``uninstall``, which say so.
+        """
+        known = self._prepared.get(layer)
+        if (
+            known is not None
+            and known.segments is segments
+            and known.slots is slots
+            and known.dtype == x.dtype
+            and known.version == self.folded.version
+            and known.call is not None
+        ):
+            return native_path.run(x, weight, known.call, bias, self.workspace)
+        segments.check_covers(x.shape[0])
+        if self.strategy == "reference":
+            return _reference(x, weight, slots, segments, bias)
+        known = self._prepared[layer] = _prepare(
+            x, weight, slots, segments, bias, modulator=self, layer=layer
+        )
+        return _run(x, weight, known, bias, modulator=self, layer=layer)
 
 
 def modulated_linear(
@@ -165,27 +207,33 @@ def modulated_linear(
     segments.check_covers(x.shape[0])
     if modulator.strategy == "reference":
         return _reference(x, weight, slots, segments, bias)
-    if segments.parts and modulator.runs_native(x, bias):
-        done = _run_native(x, weight, slots, segments, bias, modulator=modulator)
-        if done is not None:
-            return done
+    prepared = _prepare(x, weight, slots, segments, bias, modulator=modulator, layer=layer)
+    return _run(x, weight, prepared, bias, modulator=modulator, layer=layer)
+
+
+def _run(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    prepared: _Prepared,
+    bias: torch.Tensor | None,
+    *,
+    modulator: Modulator,
+    layer: str,
+) -> torch.Tensor:
+    if prepared.call is not None:
+        return native_path.run(x, weight, prepared.call, bias, modulator.workspace)
     work = [
-        _assign(part, slots, dtype=x.dtype, bias=bias, modulator=modulator, layer=layer)
-        for part in segments.parts
+        _work(part, prepared.slots, way, dtype=x.dtype, bias=bias)
+        for part, way in zip(prepared.segments.parts, prepared.ways, strict=True)
     ]
     y = x.new_empty(x.shape[0], weight.shape[0])
     base = _Base(weight, x.dtype, modulator)
-    if any(item.how != "fold" for item in work):
-        _run_thin(y, x, base.weight(), work, modulator.workspace)
-    for item in work:
-        if item.how == "fold":
-            rows = slice(item.part.start, item.part.stop)
-            folded = _folded(item, base, modulator, layer)
-            torch_ops.linear_into(y[rows], x[rows], folded, item.bias)
+    sources = Sources(base.weight, lambda item: _folded(item, base, modulator, layer))
+    run_into(y, x, work, sources, modulator.workspace)
     return y
 
 
-def _run_native(
+def _prepare(
     x: torch.Tensor,
     weight: QuantizedWeight,
     slots: Mapping[int, SlotFactors],
@@ -193,50 +241,60 @@ def _run_native(
     bias: torch.Tensor | None,
     *,
     modulator: Modulator,
-) -> torch.Tensor | None:
-    """The call by the compiled kernel; None, and nothing is written, where it cannot do all of it.
-
-    LoRA's rows are base rows to it; their two thin products are added afterwards.
-    """
-    out_features, in_features = weight.shape
-    if in_features % native_ops.INPUTS_MULTIPLE:
-        return None
-    records = []
-    lora: list[tuple[Segment, SlotFactors]] = []
-    for part in segments.parts:
-        factors = slots.get(part.slot)
-        if factors is None:
-            records.append(native_ops.BASE_RECORD)
-            continue
-        if not factors.native_record:
-            return None
-        records.append(factors.native_record)
-        if factors.method == "lora":
-            lora.append((part, factors))
-    stored, kind, block = weight.stored, weight.kind, weight.block
-    if not native_ops.takes_weight(kind, weight.shape, block):
-        stored, kind, block = modulator.base_weight(weight, x.dtype), "dense", 0
-        if not stored.is_contiguous():
-            return None
-    workspace, device = modulator.workspace, x.device
-    x = x.contiguous()
-    y = x.new_empty(x.shape[0], out_features)
-    native_ops.linear_into(
-        y,
-        x,
-        stored=stored,
-        scales=weight.scales,
-        kind=kind,
-        block=block,
-        bias=bias,
-        bounds=modulator.bounds_of(segments),
-        records=b"".join(records),
-        scratch=lambda count: workspace.whole("native", count, torch.uint8, device),
+    layer: str,
+) -> _Prepared:
+    """Choose for every segment; folds what is worth keeping from now on."""
+    found = [slots.get(part.slot) for part in segments.parts]
+    native = bool(segments.parts) and modulator.runs_native(x, weight, bias)
+    native = native and all(factors is None or factors.native_record for factors in found)
+    size = weight.shape[0] * weight.shape[1]
+    offers = modulator.offers(weight, has_native=native)
+    uses_kept = modulator.strategy in ("auto", "cached")
+    if modulator.strategy == "auto" and modulator.folded.budget_bytes:
+        _keep_what_pays(x, weight, segments, found, offers, modulator=modulator, layer=layer)
+    folded = modulator.folded
+    work = tuple(
+        Rows(part.rows, 0)
+        if factors is None or factors.method == "lora"
+        else Rows(part.rows, factors.rank, uses_kept and folded.has(part.slot, layer, x.dtype))
+        for part, factors in zip(segments.parts, found, strict=True)
     )
-    for part, factors in lora:
-        rows = slice(part.start, part.stop)
-        torch_ops.add_lora(y[rows], x[rows], factors.a, factors.b, factors.scale)
-    return y
+    version = folded.version
+    choice = choose(offers, size, work, _FORCED.get(modulator.strategy))
+    call = None
+    if choice.backend == "native":
+        kept = [
+            folded.get(part.slot, layer) if way == "kept" else None
+            for part, way in zip(segments.parts, choice.ways, strict=True)
+        ]
+        call = native_path.Call.of(
+            segments, found, choice.ways, kept, modulator.bounds_of(segments)
+        )
+    return _Prepared(segments, slots, x.dtype, version, choice.ways, call)
+
+
+def _keep_what_pays(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    segments: Segments,
+    found: list[SlotFactors | None],
+    offers: Offers,
+    *,
+    modulator: Modulator,
+    layer: str,
+) -> None:
+    folded = modulator.folded
+    size = weight.shape[0] * weight.shape[1]
+    base = _Base(weight, x.dtype, modulator)
+    for part, factors in zip(segments.parts, found, strict=True):
+        if factors is None or factors.method == "lora":
+            continue
+        if folded.has(part.slot, layer, x.dtype):
+            continue
+        saving = predicted_saving_ns(offers, size, part.rows, factors.rank)
+        fill = min(costs.fill_ns(size, factors.rank) for _, costs in offers)
+        if folded.is_worth(part.slot, size * x.dtype.itemsize, saving, fill):
+            _fold_to_keep((part.slot, layer), factors.to(x.dtype), base, folded, saving)
 
 
 @dataclass(slots=True)
@@ -250,111 +308,30 @@ class _Base:
 
     def weight(self) -> torch.Tensor:
         if self.dense is None:
-            self.dense = self.modulator.base_weight(self.stored, self.dtype)
+            self.dense = self.modulator.workspace.dequantized(self.stored, self.dtype)
         return self.dense
 
 
-@dataclass(slots=True)
-class _Work:
-    """One segment and how it is computed."""
-
-    part: Segment
-    how: Literal["base", "lora", "expand", "fold"]
-    bias: torch.Tensor | None
-    factors: SlotFactors | None = None
-
-
-def _assign(
+def _work(
     part: Segment,
     slots: Mapping[int, SlotFactors],
+    way: Way,
     *,
     dtype: torch.dtype,
     bias: torch.Tensor | None,
-    modulator: Modulator,
-    layer: str,
-) -> _Work:
+) -> Work:
     factors = slots.get(part.slot)
     if factors is None:
-        return _Work(part, "base", bias)
+        return Work(part, "base", bias)
     factors = factors.to(dtype)
     if factors.bias is not None:
         bias = factors.bias
     if factors.method == "lora":
-        return _Work(part, "lora", bias, factors)
-    few = part.rows * factors.rank <= _EXPAND_ROWS_PER_SEGMENT
-    strategy = modulator.strategy
-    if strategy == "expand" or (
-        strategy == "auto" and few and not modulator.folded.has(part.slot, layer)
-    ):
-        return _Work(part, "expand", bias, factors)
-    return _Work(part, "fold", bias, factors)
+        return Work(part, "lora", bias, factors)
+    return Work(part, "expand" if way == "expand" else "fold", bias, factors)
 
 
-def _run_thin(
-    y: torch.Tensor, x: torch.Tensor, w0: torch.Tensor, work: list[_Work], workspace: Workspace
-) -> None:
-    """All that needs x W0ᵀ: one matmul for each run of such rows, then the small products."""
-    for (is_fold, _), group in groupby(work, key=lambda item: (item.how == "fold", id(item.bias))):
-        run = list(group)
-        if not is_fold:
-            rows = slice(run[0].part.start, run[-1].part.stop)
-            torch_ops.linear_into(y[rows], x[rows], w0, run[0].bias)
-    for item in work:
-        if item.how == "lora":
-            assert item.factors is not None
-            rows = slice(item.part.start, item.part.stop)
-            factors = item.factors
-            torch_ops.add_lora(y[rows], x[rows], factors.a, factors.b, factors.scale)
-    pieces = [piece for item in work if item.how == "expand" for piece in _pieces(item)]
-    while pieces:
-        batch: list[_Piece] = []
-        count = 0
-        while pieces and (not batch or count + _expanded(pieces[0]) <= _EXPANDED_ROWS_LIMIT):
-            piece = pieces.pop(0)
-            batch.append(piece)
-            count += _expanded(piece)
-        _run_expand(y, x, w0, pieces=batch, count=count, workspace=workspace)
-
-
-_Piece = tuple[int, int, SlotFactors]  # rows start to stop of one slot
-
-
-def _pieces(item: _Work) -> Iterator[_Piece]:
-    assert item.factors is not None
-    step = max(1, _EXPANDED_ROWS_LIMIT // item.factors.rank)
-    for start in range(item.part.start, item.part.stop, step):
-        yield start, min(start + step, item.part.stop), item.factors
-
-
-def _expanded(piece: _Piece) -> int:
-    return (piece[1] - piece[0]) * piece[2].rank
-
-
-def _run_expand(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    w0: torch.Tensor,
-    *,
-    pieces: list[_Piece],
-    count: int,
-    workspace: Workspace,
-) -> None:
-    z = workspace.take("expanded_in", (count, w0.shape[1]), x.dtype, x.device)
-    e = workspace.take("expanded_out", (count, w0.shape[0]), x.dtype, x.device)
-    offset = 0
-    for piece in pieces:
-        start, stop, factors = piece
-        torch_ops.expand_into(z[offset : offset + _expanded(piece)], x[start:stop], factors.a)
-        offset += _expanded(piece)
-    torch.mm(z, w0.t(), out=e)
-    offset = 0
-    for piece in pieces:
-        start, stop, factors = piece
-        torch_ops.add_contracted(y[start:stop], e[offset : offset + _expanded(piece)], factors.b)
-        offset += _expanded(piece)
-
-
-def _folded(item: _Work, base: _Base, modulator: Modulator, layer: str) -> torch.Tensor:
+def _folded(item: Work, base: _Base, modulator: Modulator, layer: str) -> torch.Tensor:
     """W0 ⊙ (1 + BA) of the item's slot: kept, kept from now on, or in a buffer of the moment."""
     assert item.factors is not None
     slot = item.part.slot
@@ -362,18 +339,33 @@ def _folded(item: _Work, base: _Base, modulator: Modulator, layer: str) -> torch
         kept = modulator.folded.get(slot, layer)
         if kept is not None and kept.dtype == base.dtype:
             return kept
+    if modulator.strategy == "cached":
+        kept = _fold_to_keep((slot, layer), item.factors, base, modulator.folded)
+        if kept is not None:
+            return kept
+    w0 = base.weight()
+    room = modulator.workspace.take("folded", (w0.shape[0], w0.shape[1]), base.dtype, w0.device)
+    torch_ops.fold_into(room, w0, item.factors.a, item.factors.b)
+    return room
+
+
+def _fold_to_keep(
+    key: tuple[int, str],
+    factors: SlotFactors,
+    base: _Base,
+    folded: FoldedCache,
+    saving_ns: float = 0.0,
+) -> torch.Tensor | None:
     w0 = base.weight()
     shape = (w0.shape[0], w0.shape[1])
-    room = None
-    if modulator.strategy == "cached":
-        room = modulator.folded.reserve(slot, layer, shape, base.dtype)
+    room = folded.reserve(*key, shape, base.dtype, saving_ns)
     if room is None:
-        room = modulator.workspace.take("folded", shape, base.dtype, w0.device)
+        return None
     try:
-        torch_ops.fold_into(room, w0, item.factors.a, item.factors.b)
+        torch_ops.fold_into(room, w0, factors.a, factors.b)
     except BaseException:
         # What was reserved holds nothing yet; a later call must not find it.
-        modulator.folded.discard(slot, layer)
+        folded.discard(*key)
         raise
     return room
 

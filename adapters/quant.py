@@ -223,6 +223,29 @@ class QuantizedWeight:
         )
         return out
 
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of W0, without the others: what an embedding looks up.
+
+        Args:
+            ids: Integers of any shape, below ``shape[0]``.
+            dtype: What to return.
+
+        Returns:
+            ``[*ids.shape, in]``.
+
+        Raises:
+            ValueError: 4-bit rows that share blocks with their neighbours, or 8-bit storage.
+        """
+        if self.kind == "dense":
+            return torch.nn.functional.embedding(ids, self.dequantize(dtype=dtype))
+        if self.kind == "int8" or self.shape[1] % self.block:
+            raise ValueError(f"Rows of {self.kind} {self.shape} in blocks of {self.block}.")
+        assert self.scales is not None
+        packed = self.stored.reshape(self.shape[0], -1)[ids].int()
+        values = _code_pairs(self.kind).to(self.device)[packed].view(*ids.shape, -1, self.block)
+        scales = self.scales.view(self.shape[0], -1)[ids]
+        return (values * scales.unsqueeze(-1)).view(*ids.shape, -1).to(dtype)
+
     def to(self, device: torch.device) -> None:
         """Move the scales and, unless dense, the stored bytes; a dense parameter moves itself."""
         if self.kind != "dense":

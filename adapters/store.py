@@ -160,6 +160,23 @@ class Store:
         except AdapterError:
             return False
 
+    def sound_path(self, version: str) -> Path:
+        """The folder of ``version``, after reading every byte of it: disks forget, people edit.
+
+        Raises:
+            AdapterNotFound: There is no such version in this store.
+            CorruptFile: Its content is not what its name says.
+        """
+        folder = self.path(version)
+        if not self.is_sound(version):
+            raise CorruptFile(
+                "The stored bytes of this adapter have changed.",
+                found=f"other content than {version}",
+                expected="the content that was registered",
+                fix="Register the adapter again.",
+            )
+        return folder
+
     def _check_room(self, folder: Path) -> None:
         if self.max_bytes is None or self.has(version_of(folder)):
             return

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from adapters.quant import QuantizedWeight
+
+_CPU = torch.device("cpu")
 
 
 class Workspace:
@@ -34,3 +41,14 @@ class Workspace:
             with torch.inference_mode(False):  # else it could not be written outside that mode
                 flat = self._flat[key] = torch.empty(count, dtype=dtype, device=device)
         return flat
+
+    def dequantized(self, weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+        """W0 ``[out, in]`` in ``dtype``, in a buffer that the next layer overwrites, or the stored
+        weight itself. Never write to it."""
+        if weight.is_ready(dtype):
+            return weight.dequantize(dtype=dtype)
+        return weight.dequantize(self.take("w0", weight.shape, dtype, weight.device))
+
+    def bytes_on_cpu(self, count: int) -> torch.Tensor:
+        """At least ``count`` bytes for the compiled kernel; what they held is gone."""
+        return self.whole("native", count, torch.uint8, _CPU)

@@ -79,7 +79,13 @@ def main() -> int:
 async def _run(server: Server, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     key = server.admin["Authorization"].removeprefix("Bearer ")
     stage = await asyncio.to_thread(
-        set_stage, server.url, key, DEMO_DIR, options.variants, options.dtype, NEW_TOKENS
+        set_stage,
+        server.url,
+        key,
+        DEMO_DIR,
+        options.variants,
+        options.dtype,
+        new_tokens=NEW_TOKENS,
     )
     pinned = [one.name for one in stage.classifiers[: options.pinned]]
     for name in pinned:

@@ -117,7 +117,7 @@ async def offer(
             outcome.without_connection += 1
         else:
             outcome.sent += 1
-            one = _one(pool, ask(), due, began + seconds, outcome, answered)
+            one = _one(pool, ask(), (due, began + seconds), outcome, answered)
             task = asyncio.create_task(one)
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -137,11 +137,11 @@ async def offer(
 async def _one(
     pool: Pool,
     question: Question,
-    due: float,
-    end: float,
+    due_and_end: tuple[float, float],
     outcome: Outcome,
     answered: list[tuple[Question, Reply]],
 ) -> None:
+    due, end = due_and_end
     try:
         connection = await pool.take()
     except (OSError, TimeoutError) as error:

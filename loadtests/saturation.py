@@ -72,7 +72,9 @@ def saturate(kind: str, options: argparse.Namespace) -> tuple[dict[str, Any], li
         ready_server(Path(folder), options.dtype, results, *arguments) as server,
     ):
         key = server.admin["Authorization"].removeprefix("Bearer ")
-        stage = set_stage(server.url, key, DEMO_DIR, options.variants, options.dtype, NEW_TOKENS)
+        stage = set_stage(
+            server.url, key, DEMO_DIR, options.variants, options.dtype, new_tokens=NEW_TOKENS
+        )
         questions = itertools.cycle(_questions(kind, stage, random.Random(options.seed)))
         ask: Callable[[], Question] = questions.__next__
         with Watch(server, every_s=0.5) as watch:
@@ -218,7 +220,8 @@ def _print(report: dict[str, Any]) -> None:
     )
     print(
         f"{'load':>5}{'due/s':>9}{'sent/s':>9}{'good/s':>9}{'of best':>9}{'p50 s':>7}{'p99 s':>7}"
-        f"{'429':>7}{'429 p99 s':>10}{'retry s':>9}{'other':>6}{'http MiB':>9}{'wrk MiB':>8}{'own':>6}"
+        f"{'429':>7}{'429 p99 s':>10}{'retry s':>9}{'other':>6}{'http MiB':>9}{'wrk MiB':>8}"
+        f"{'own':>6}"
     )
     for row in report["levels"]:
         statuses = row["statuses"]

@@ -13,7 +13,7 @@ import math
 import random
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,23 @@ class Stage:
     classifiers: list[Adapter] = field(default_factory=list)
     generators: list[Adapter] = field(default_factory=list)
 
-    def pick(self, adapters: Sequence[Adapter], rng: random.Random) -> Adapter:
-        """An adapter by Zipf(1): the k-th is asked in proportion to 1/k."""
-        weights = [1.0 / rank for rank in range(1, len(adapters) + 1)]
+    def save(self, path: Path) -> None:
+        """For another process that acts on the same server."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Stage:
+        """The inverse of `save`."""
+        told = json.loads(path.read_text())
+        for kind in ("classifiers", "generators"):
+            told[kind] = [Adapter(**one) for one in told[kind]]
+        return cls(**told)
+
+    def pick(
+        self, adapters: Sequence[Adapter], rng: random.Random, exponent: float = 1.0
+    ) -> Adapter:
+        """An adapter by Zipf's law: the k-th is asked in proportion to 1 / k ** exponent."""
+        weights = [rank**-exponent for rank in range(1, len(adapters) + 1)]
         return rng.choices(adapters, weights)[0]
 
     def fault_in_scores(self, adapter: Adapter, text: str, answer: Any) -> str | None:
@@ -86,6 +100,7 @@ def set_stage(
     demo_dir: Path,
     variants: int,
     dtype: str,
+    *,
     new_tokens: int = NEW_TOKENS,
 ) -> Stage:
     """Multiply the adapters found in ``demo_dir``, register the copies, and note every answer.

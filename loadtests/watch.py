@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import threading
@@ -124,7 +125,7 @@ def trend(at_s: Sequence[float], values: Sequence[float]) -> Trend:
     squares = sum(one * one for one in residuals)
     half = 0.0
     if squares > 0:
-        alike = sum(a * b for a, b in zip(residuals, residuals[1:], strict=False)) / squares
+        alike = sum(a * b for a, b in itertools.pairwise(residuals)) / squares
         alike = min(max(alike, 0.0), 0.99)
         independent = max(3.0, count * (1 - alike) / (1 + alike))
         error = math.sqrt(squares / (count - 2) / spread) * math.sqrt(count / independent)

@@ -86,6 +86,11 @@ class BasePlan:
     def takes_images(self) -> bool:
         return _sees(self.model_class)
 
+    @property
+    def generates(self) -> bool:
+        """Whether it has a causal language-model head."""
+        return is_causal(self.model_class.__name__)
+
     def skeleton(self) -> nn.Module:
         """The model on the meta device, without a single weight."""
         with torch.device("meta"):
@@ -127,7 +132,7 @@ def kv_too_small(given: int, least: int) -> BaseModelError:
 
 def _check_kv_bytes(config: Any, model_class: type[Any], options: EngineOptions) -> None:
     """Refuse at once what no cache can be made of; the cache itself knows its size exactly."""
-    if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if not is_causal(model_class.__name__):
         return
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
@@ -282,6 +287,11 @@ def _model_class(config: Any) -> type[Any]:
 def _sees(model_class: Any) -> bool:
     """Whether it takes images."""
     return str(getattr(model_class, "main_input_name", "")) == "pixel_values"
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether a class of this name continues texts."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def name_is_headed(architecture: str) -> bool:

@@ -255,6 +255,8 @@ class EncodeLane:
             with torch.inference_mode():
                 return self._answer(rows, slots)
         except Exception as error:
+            if failures.is_lost(error):
+                raise
             keys = dict.fromkeys(row.key for row in rows)
             no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if len(keys) > 1:

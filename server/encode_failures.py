@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from adapters.errors import AdapterError
 from server.images import Images
 from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure, Task
@@ -191,6 +193,11 @@ def not_finite(request_id: str, version: str | None, found: str) -> Failure:
 def is_expected(error: Exception) -> bool:
     """Whether the error says all there is to say, so that no stack trace is needed."""
     return isinstance(error, TaskMismatch | AdapterError | NotFinite)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the device itself has failed: no later forward can succeed in this process."""
+    return isinstance(error, torch.AcceleratorError)
 
 
 def stopping(request_id: str) -> Failure:

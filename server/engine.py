@@ -25,8 +25,9 @@ from adapters.residency import Residency
 from adapters.store import Store
 from server.base_model import LoadedBase, load_base
 from server.encode import EncodeFigures, EncodeLane
-from server.engine_state import EngineSnapshot, Names, StepFigures, cuda_bytes
+from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes, one_id
 from server.generate import GenerateFigures, GenerateLane
+from server.generate_failures import cannot_generate
 from server.images import ImageInput, Images
 from server.messages import (
     TERMINAL,
@@ -37,6 +38,7 @@ from server.messages import (
     Failure,
     GenerateRequest,
     GenerateResult,
+    Lift,
     Message,
     Pin,
     Preload,
@@ -67,6 +69,7 @@ class _Parts:
     residency: Residency
     encode: EncodeLane
     generate: GenerateLane | None
+    conduct: Conduct
     base_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -97,7 +100,7 @@ class Engine:
         store = Store(options.store_dir)
 
         def load(version: str) -> AdapterWeights:
-            weights = load_adapter(store.path(version), signature)
+            weights = load_adapter(store.sound_path(version), signature)
             if weights.head and weights.task in _NO_HEADS:
                 raise UnsupportedOption(
                     f"The adapter does {weights.task} and saved modules whole.",
@@ -126,6 +129,7 @@ class Engine:
                 generate=GenerateLane(base.adapted, inputs.tokenizer, residency, options)
                 if base.generates and isinstance(inputs, Text)
                 else None,
+                conduct=Conduct(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
             )
         )
@@ -162,21 +166,30 @@ class Engine:
         """
         if isinstance(message, EncodeRequest | GenerateRequest) and message.version is not None:
             self._names.ask(message.version)
+            refused = self._parts.conduct.admit(message)
+            if refused is not None:
+                self._outbox.append(refused)
+                return
         match message:
             case EncodeRequest():
                 self._parts.encode.submit(message)
             case GenerateRequest():
                 if self._parts.generate is None:
-                    self._outbox.append(_cannot_generate(message, self.base))
+                    self._outbox.append(
+                        cannot_generate(message.id, self.base.adapted.signature.architecture)
+                    )
                 else:
                     self._parts.generate.submit(message)
             case Cancel():
+                self._parts.conduct.forget(message.id)
                 self._outbox = [one for one in self._outbox if one.id != message.id]
                 if not self._parts.encode.cancel(message.id) and self._parts.generate is not None:
                     self._parts.generate.cancel(message.id)
             case Preload():
                 self._names.ask(message.version)
                 self._parts.residency.prefetch(message.version)
+            case Lift():
+                self._parts.conduct.lift(message.version)
             case Pin():
                 self._parts.residency.set_pinned(message.versions)
                 if message.named is not None:
@@ -192,6 +205,7 @@ class Engine:
         can_encode = encode.has_work()
         can_generate = generate is not None and generate.has_work()
         if not can_encode and not can_generate:
+            self._parts.conduct.note(events)
             return events
         encodes = can_encode and (self._turn_is_encode or not can_generate)
         self._turn_is_encode = not encodes
@@ -203,6 +217,7 @@ class Engine:
             steps, clock = generate.figures().steps, time.perf_counter()
             events += generate.step()
             self._note_generate(generate.figures(), steps, time.perf_counter() - clock)
+        self._parts.conduct.note(events)
         return events
 
     def has_work(self) -> bool:
@@ -237,7 +252,12 @@ class Engine:
         encode = parts.encode.figures()
         depth = {"encode": parts.encode.depth()}
         blocks: dict[str, int] = {}
-        totals = {"load": known.loads, "eviction": known.evictions, "failure": known.failures}
+        totals = {
+            "load": known.loads,
+            "eviction": known.evictions,
+            "failure": known.failures,
+            "quarantine": parts.conduct.total,
+        }
         if generate is not None:
             depth["generate"] = generate.waiting + generate.running
             blocks = {
@@ -263,6 +283,7 @@ class Engine:
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),
+            quarantined=parts.conduct.quarantined(),
             pinned=known.pinned,
             pins_without_room=known.pins_without_room,
             device=str(parts.base.device),
@@ -392,22 +413,5 @@ def _inputs(base: LoadedBase, options: EngineOptions) -> Text | Images:
         base.folder,
         max_tokens=min(most, options.max_input_tokens or most),
         vocab_size=base.adapted.signature.vocab_size or None,
-        pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
+        pad_id=one_id(getattr(base.config, "pad_token_id", None)),
     )
-
-
-def _cannot_generate(request: GenerateRequest, base: LoadedBase) -> Failure:
-    return Failure(
-        request.id,
-        "task_mismatch",
-        "This base does not generate text.",
-        found=base.adapted.signature.architecture,
-        expected="a causal language model",
-        fix="Call /predict or /embed.",
-    )
-
-
-def _one_id(value: Any) -> int | None:
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return value if isinstance(value, int) else None

@@ -68,6 +68,7 @@ TABLE: Final[Mapping[str, Row]] = {
     "overloaded": Row(429, "Too many requests are waiting"),
     "too_many_connections": Row(503, "Too many connections are open"),
     "starting": Row(503, "The server is starting"),
+    "registry_unavailable": Row(503, "The registry cannot be read or written"),
     "draining": Row(503, "The server is stopping"),
     "worker_lost": Row(503, "The inference worker was lost"),
     "worker_silent": Row(503, "The inference worker does not answer"),
@@ -138,7 +139,10 @@ class Refusal(Exception):
     def of(cls, error: AdapterError | Failure) -> Self:
         if isinstance(error, AdapterFaults):
             return cls(tuple(Fault.of(fault) for fault in error.faults))
-        return cls((Fault.of(error),))
+        headers = {}
+        if isinstance(error, Failure) and error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
+        return cls((Fault.of(error),), headers)
 
     def __str__(self) -> str:
         return "; ".join(f"{fault.code}: {fault.message}" for fault in self.faults)

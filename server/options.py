@@ -28,6 +28,7 @@ class EngineOptions:
     revision: str | None = None
     quantization: Quantization = "nf4"
     double_quant: bool = True
+    quantize_embeddings: bool = False  # the token embedding too, as quantization says
     dtype: DType = "auto"
     device: Device = "auto"
     threads: int | None = None  # None: one per physical core that the process may use
@@ -46,3 +47,6 @@ class EngineOptions:
     max_input_tokens: int | None = None  # None: the context of the base
     max_image_pixels: int = 1 << 24  # of an image as it arrives
     allow_prefix_sharing: bool = False
+
+    quarantine_failures: int = 5  # of one adapter, in a row
+    quarantine_s: float = 60.0  # the first time

@@ -114,7 +114,10 @@ class GenerateParameters(Body):
     )
     best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
     watermark: Literal[False] = False
-    decoder_input_details: Literal[False] = False
+    decoder_input_details: Flag = Field(
+        default=False,
+        description="Details with the prompt's tokens and their log-probabilities; not streamed.",
+    )
     top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
     typical_p: Annotated[Number, Field(ge=1, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
@@ -198,14 +201,14 @@ class StreamEvent(Answer):
 class RegisterRequest(Body):
     name: str
     source: str = Field(description="Folder below a source root, hf://org/repo@rev, or s3://…")
-    replace: bool = False
-    pinned: bool = False
-    preload: bool = False
+    replace: Flag = False
+    pinned: Flag = False
+    preload: Flag = False
 
 
 class PatchRequest(Body):
-    pinned: bool | None = None
-    preload: bool | None = None
+    pinned: Flag | None = None
+    preload: Flag | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -234,6 +237,8 @@ class AdapterAnswer(Answer):
     residency: str
     requests: int
     last_used: str | None
+    quarantined_until: str | None
+    quarantine_reason: str | None
     notes: list[str]
 
 

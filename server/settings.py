@@ -123,6 +123,9 @@ class Settings(BaseSettings):
     base_name: str | None = setting(None, "Name of the base under /v1 (default: its own).", "Base")
     quantization: Quantization = setting("nf4", "Storage of the linear layers.", "Base")
     double_quant: bool = setting(True, "Quantize the quantization constants too.", "Base")
+    quantize_embeddings: bool = setting(
+        False, "Store the token embedding (and a head tied to it) in 4 bits too.", "Base"
+    )
     dtype: DType = setting("auto", "Compute type.", "Base")
     device: Device = setting("auto", "Where the base runs.", "Base")
     threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
@@ -277,6 +280,7 @@ class Settings(BaseSettings):
             revision=self.revision,
             quantization=self.quantization,
             double_quant=self.double_quant,
+            quantize_embeddings=self.quantize_embeddings,
             dtype=self.dtype,
             device=self.device,
             threads=self.threads,
@@ -293,6 +297,8 @@ class Settings(BaseSettings):
             max_input_tokens=self.max_input_tokens,
             max_image_pixels=self.max_image_pixels,
             allow_prefix_sharing=self.prefix_sharing,
+            quarantine_failures=self.quarantine_failures,
+            quarantine_s=self.quarantine_s,
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from server.detokenize import Piece, spell
 from server.messages import EncodedInput, Task
 
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
@@ -319,6 +320,11 @@ class Text:
             ]
         unknown = self.tokenizer.unk_token_id
         return [] if unknown is not None and unknown in ids else ids
+
+    def spell(self, token_ids: Sequence[int]) -> list[Piece]:
+        """The text of each token, as ``server.detokenize.spell`` has it."""
+        with self._lock:
+            return spell(self.tokenizer, token_ids)
 
     def piece(self, token_id: int, shown: str) -> str:
         """A token as the vocabulary spells it; ``shown``, its text, where it is an unknown one."""

@@ -9,6 +9,7 @@ scratch buffer.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import struct
 from collections.abc import Callable
 from functools import lru_cache
@@ -21,17 +22,22 @@ from adapters.kernels.nibbles import level_values
 from adapters.segments import Segments
 
 Level = Literal["best", "avx512"]
-How = Literal["auto", "fold", "expand"]
+How = Literal["base", "fold", "expand", "kept"]
 
 _LEVELS: dict[Level, int] = {"best": 0, "avx512": 1}
-_HOWS: dict[How, int] = {"auto": 0, "fold": 1, "expand": 2}
-# As the structures of hira_cpu.cpp: every field is eight bytes.
-_CALL = struct.Struct("16q")
+_HOWS: dict[How, int] = {"base": 0, "fold": 1, "expand": 2, "kept": 3}
+# As hira_cpu.cpp: its interface, and its structures, whose every field is eight bytes.
+_INTERFACE = 2
+_CALL = struct.Struct("15q")
 _FACTORS = struct.Struct("4q")
+_CHOICE = struct.Struct("2q")
+_RECORD_BYTES = _FACTORS.size + _CHOICE.size
 _ALIGNMENT_BYTES = 64
 INPUTS_MULTIPLE = 32
 
-BASE_RECORD = _FACTORS.pack(0, 0, 0, 0)
+AS_BASE, AS_FOLD, AS_EXPAND = (_CHOICE.pack(_HOWS[how], 0) for how in ("base", "fold", "expand"))
+BARE = _FACTORS.pack(0, 0, 0, 0)  # of no factors
+BASE_RECORD = BARE + AS_BASE
 
 
 @lru_cache(maxsize=1)
@@ -39,10 +45,14 @@ def _library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("hira_cpu*.so")):
         try:
             library = ctypes.CDLL(str(path))
+            library.hira_interface.restype = ctypes.c_int32
+            if library.hira_interface() != _INTERFACE:  # left over from another version
+                continue
             library.hira_level.restype = ctypes.c_int32
+            library.hira_few_rows.restype = ctypes.c_int64
             library.hira_modulated_linear.restype = ctypes.c_int64
             library.hira_modulated_linear.argtypes = [ctypes.c_char_p] * 3
-        except (OSError, AttributeError):  # of another machine, or of another version
+        except (OSError, AttributeError):  # of another machine, or too old to say
             continue
         return library
     return None
@@ -71,6 +81,22 @@ def _level_array(kind: Literal["nf4", "fp4"]) -> ctypes.Array[ctypes.c_float]:
     return (ctypes.c_float * 16)(*level_values(kind))
 
 
+@lru_cache(maxsize=1)
+def lone_rows() -> int:
+    """Rows of the bare base, or of a kept weight, up to which it multiplies line by line."""
+    library = _library()
+    return 0 if library is None else int(library.hira_few_rows())
+
+
+@lru_cache(maxsize=1)
+def digest() -> str | None:
+    """Of the compiled library and of what this processor runs of it; None where there is none."""
+    library = _library()
+    if library is None:
+        return None
+    return f"{hashlib.sha256(Path(library._name).read_bytes()).hexdigest()[:16]} level {_level()}"
+
+
 def available() -> bool:
     """Whether the kernel is built and this processor can run it."""
     return _level() > 0
@@ -90,6 +116,8 @@ def record(
     a: torch.Tensor | None, b: torch.Tensor | None, bias: torch.Tensor | None
 ) -> bytes | None:
     """What the kernel reads of one adapter in one layer; valid while the tensors live.
+
+    ``AS_BASE``, ``AS_FOLD``, ``AS_EXPAND`` or ``as_kept`` is to be put behind it.
 
     Args:
         a: ``[r, in]``, or None for rows that get the bare base.
@@ -112,6 +140,11 @@ def record(
     return _FACTORS.pack(a.data_ptr(), b.data_ptr(), own, a.shape[0])
 
 
+def as_kept(folded: torch.Tensor) -> bytes:
+    """The choice to use ``folded``, bfloat16 ``[out, in]``, contiguous; valid while it lives."""
+    return _CHOICE.pack(_HOWS["kept"], folded.data_ptr())
+
+
 def pack_bounds(segments: Segments) -> bytes:
     """Where segments start and end, as ``linear_into`` takes them."""
     return struct.pack(f"{len(segments.parts) + 1}q", 0, *(part.stop for part in segments.parts))
@@ -129,7 +162,6 @@ def linear_into(
     bounds: bytes,
     records: bytes,
     scratch: Callable[[int], torch.Tensor],
-    how: How = "auto",
     level: Level = "best",
 ) -> None:
     """y[rows of s] = x[rows of s] · (W0 ⊙ (1 + B_s A_s))ᵀ + bias for every segment s; writes ``y``.
@@ -146,9 +178,8 @@ def linear_into(
         block: Weights a scale, of a 4-bit weight for which ``takes_weight`` holds.
         bias: bfloat16 ``[out]`` or None.
         bounds: Of ``pack_bounds``.
-        records: Of ``record``, one a segment, joined.
+        records: Of ``record`` and a choice behind it, one a segment, joined.
         scratch: Gives a uint8 buffer of at least so many bytes, which is overwritten.
-        how: Forces how modulated segments are computed.
         level: Forces a lesser instruction set than the processor has.
 
     Raises:
@@ -170,8 +201,8 @@ def linear_into(
         start = -(-buffer.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         call = _CALL.pack(
             y.data_ptr(), x.data_ptr(), stored.data_ptr(), scale_address, levels_address,
-            0 if bias is None else bias.data_ptr(), len(records) // _FACTORS.size,
-            out_features, in_features, block, _HOWS[how], threads,
+            0 if bias is None else bias.data_ptr(), len(records) // _RECORD_BYTES,
+            out_features, in_features, block, threads,
             start, buffer.data_ptr() + buffer.numel() - start, parallel, _LEVELS[level],
         )  # fmt: skip
         needed = library.hira_modulated_linear(call, bounds, records)

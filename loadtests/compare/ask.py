@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import batched
 
 import httpx
 
@@ -71,13 +70,13 @@ def classify(
         httpx.HTTPStatusError: An answer that is none.
     """
     calls = [
-        (adapter, number, chunk)
-        for number, chunk in enumerate(batched(texts, TEXTS_A_CALL))
+        (adapter, start, texts[start : start + TEXTS_A_CALL])
+        for start in range(0, len(texts), TEXTS_A_CALL)
         for adapter in adapters
     ]
 
-    def ask(call: tuple[str, int, tuple[str, ...]]) -> tuple[str, int, list[int]]:
-        adapter, number, chunk = call
+    def ask(call: tuple[str, int, Sequence[str]]) -> tuple[str, int, list[int]]:
+        adapter, start, chunk = call
         reply = client.post(
             "/predict",
             params={"adapter": adapter},
@@ -86,7 +85,7 @@ def classify(
         reply.raise_for_status()
         if reply.headers["x-adapter"] != adapter:
             raise SystemExit(f"{adapter} was asked and {reply.headers['x-adapter']} answered")
-        return adapter, number, [labels.index(_best(one)) for one in reply.json()]
+        return adapter, start, [labels.index(_best(one)) for one in reply.json()]
 
     began = time.perf_counter()
     with ThreadPoolExecutor(IN_FLIGHT) as pool:

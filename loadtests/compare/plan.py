@@ -48,7 +48,8 @@ class Task:
         train_rows: Rows of the training part that are used; characters for plain text.
         set_aside: Rows of these that only choose which state of a run is kept.
         test_rows: Rows of the test part; characters for plain text; 0 for all.
-        max_tokens: Where a text is cut in training; the window of plain text.
+        max_tokens: Where a text is cut in training, and by the server at the most of all tasks;
+            the window of plain text.
         rates: Learning rate by the method's name.
     """
 
@@ -81,9 +82,9 @@ def full_plan() -> Plan:
     return Plan(
         (
             Task("sst2", "SST-2", "sst2", 2000, 256, 0, 64),
+            Task("wiki", "WikiText-2", "wikitext2", 200_000, 0, 0, 128),
+            Task("imdb", "IMDB", "imdb", 900, 100, 1000, 128),
             Task("sst2-cards", "SST-2, every method at 3e-4", "sst2", 2000, 256, 0, 64, cards),
-            Task("wiki", "WikiText-2", "wikitext2", 300_000, 0, 0, 128),
-            Task("imdb", "IMDB", "imdb", 700, 100, 0, 128),
         ),
     )
 

@@ -114,6 +114,8 @@ def _run(command: list[str], out: Path) -> dict[str, Any]:
             stdout=output,
             stderr=output,
             env=environment,
+            # Linux shares the cores between sessions first, so each run is one of its own.
+            start_new_session=True,
             check=False,
         ).returncode
     if status != 0:

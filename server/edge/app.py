@@ -30,10 +30,12 @@ from litserve import LitServer
 from litserve.server import response_queue_to_buffer
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from server.edge.api import HiraAPI
 from server.edge.connections import Connection, ConnectionLimits, make_room_for_connections
 from server.edge.middleware import BodyRefused, Gate, error_response
+from server.edge.openapi import amended
 from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.spec import HiraSpec
@@ -117,6 +119,8 @@ class HiraServer(LitServer):
             self.app.add_api_route(
                 route.path, route.endpoint, dependencies=guards, **route.options()
             )
+        openapi = amended(self.app, [*self.spec.routes, *self.routes])
+        self.app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way
 
     def verify_worker_status(self) -> None:
         """Do not wait for the worker: until it is ready, clients are told so."""
@@ -154,6 +158,7 @@ class HiraServer(LitServer):
                 log_level=log_level,
                 http=partial(Connection, limits=limits, count=self.service.refused),  # type: ignore[arg-type]
                 ws="none",
+                proxy_headers=False,  # nobody's word is taken for who the client is
                 timeout_keep_alive=max(1, round(settings.client_timeout_s)),
                 # Its requests have ended when the main process sends SIGTERM. Systemd sends it to
                 # all at once: then they have the same bound.
@@ -262,8 +267,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
                 "method_not_allowed",
                 f"{request.method} is not allowed here.",
                 found=request.method,
-                expected=(error.headers or {}).get("Allow"),
-                headers=error.headers,
+                expected=(allowed := _allowed(request)),
+                headers={"Allow": allowed},
             )
         case 400:
             refusal = Refusal.because(
@@ -272,6 +277,15 @@ async def _on_http(request: Request, error: Exception) -> Response:
         case _:
             refusal = Refusal.because("internal", str(error.detail))
     return error_response(request.scope, refusal)
+
+
+def _allowed(request: Request) -> str:
+    """All methods of a path: Starlette names those of its first route only."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

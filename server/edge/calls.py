@@ -144,6 +144,7 @@ class Generations:
     ) -> None:
         self._request = request
         self._service = service
+        self.prompts = tuple(token_ids for token_ids, _ in prompts)
         self._stack = ExitStack()
         self.tickets: list[Ticket] = []
         deadline = service.deadline(request.headers.get("x-timeout-seconds"))

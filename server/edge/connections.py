@@ -22,8 +22,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import PROBLEM_TYPE, Refusal
 
-# Anybody can send nonsense, or ask for another protocol: a line in the log for each of those would be
-# theirs to fill the disk with. They are counted.
+# Anybody can send nonsense, or ask for another protocol: with a line in the log for each they could
+# fill the disk. They are counted.
 logger = logging.getLogger("uvicorn.error.connection")
 logger.setLevel(logging.ERROR)
 

@@ -134,14 +134,17 @@ class Native:
         target, generations = await self._begin(request, body, adapter, stream=False)
         (result,) = await generations.results()
         parameters = body.parameters
+        prefill: list[dict[str, Any]] = []
+        if parameters.decoder_input_details:
+            prefill = await self._prefill(generations.prompts[0], result.prompt_logprobs)
         text = (body.inputs if parameters.return_full_text else "") + result.text
         answer: dict[str, Any] = {"generated_text": text}
-        if parameters.details:
+        if parameters.details or parameters.decoder_input_details:
             answer["details"] = {
                 "finish_reason": result.finish_reason,
                 "generated_tokens": len(result.tokens),
                 "seed": parameters.seed,
-                "prefill": [],
+                "prefill": prefill,
                 "tokens": [
                     {"id": one.id, "text": one.text, "logprob": one.logprob, "special": one.special}
                     for one in result.tokens
@@ -153,6 +156,14 @@ class Native:
         self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
     ) -> Response:
         """Continue a text, a server-sent event per token."""
+        if body.parameters.decoder_input_details:
+            raise Refusal.because(
+                "unsupported_parameter",
+                "The details of a prompt cannot be streamed.",
+                found="decoder_input_details=true on a stream",
+                expected="decoder_input_details on /generate without stream",
+                field="parameters.decoder_input_details",
+            )
         target, generations = await self._begin(request, body, adapter, stream=True)
         events = generations.events()
         first = await generations.first(events)
@@ -248,6 +259,17 @@ class Native:
         prompts = [(token_ids, _sampling(parameters, stream=stream))]
         return target, Generations(request, service, target, prompts, stream=stream)
 
+    async def _prefill(
+        self, token_ids: tuple[int, ...], logprobs: tuple[float | None, ...]
+    ) -> list[dict[str, Any]]:
+        """TGI's list of the prompt's tokens."""
+        spell = self.service.base.texts.spell
+        pieces = await self.service.in_thread(lambda: spell(token_ids))
+        return [
+            {"id": token, "text": piece.text, "logprob": logprob, "special": piece.special}
+            for token, piece, logprob in zip(token_ids, pieces, logprobs, strict=True)
+        ]
+
 
 def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
     """Every ``adapter`` of the query: FastAPI alone would take the last and drop the others."""
@@ -277,8 +299,9 @@ def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOption
         repetition_penalty=parameters.repetition_penalty or 1.0,
         stop=tuple(parameters.stop),
         seed=parameters.seed,
-        logprobs=parameters.details or stream,
+        logprobs=parameters.details or parameters.decoder_input_details or stream,
         ignore_eos=parameters.ignore_eos_token,
+        prompt_logprobs=parameters.decoder_input_details,
     )
 
 

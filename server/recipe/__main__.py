@@ -102,7 +102,7 @@ def train(
     console.print(
         f"{recipe.method}, r = {recipe.rank}, {len(learned):,} rows, {len(measured):,} set aside"
     )
-    done = fit(recipe, model, learned, measured, out, console)
+    done = fit(recipe, model, learned, measured, out=out, console=console)
     save(model, config, recipe, out)
     write_card(out, recipe, done, names)
     if report is not None:

@@ -186,6 +186,7 @@ def fit(
     model: PeftModel,
     train: Examples,
     held_out: Examples,
+    *,
     out: Path,
     console: Console,
 ) -> Report:

@@ -14,7 +14,6 @@ import torch
 from adapters.errors import CorruptFile
 from adapters.inject import inject
 from adapters.modulation import SlotFactors
-from adapters.segments import Segments
 from server.base_plan import BaseModelError
 from server.generate import GenerateLane
 from server.generate_batch import MIN_PREFILL_TOKENS
@@ -432,25 +431,6 @@ def test_deadlines_end_requests(running: bool) -> None:
     assert failure.code == "deadline_exceeded"
     assert isinstance(results[good], GenerateResult)  # type: ignore[call-overload]
     assert nothing_is_held(stage)
-
-
-def test_a_failed_forward_fails_its_batch_alone(caplog: pytest.LogCaptureFixture) -> None:
-    stage = Stage(max_sequences=2)
-
-    def explode(plan: Segments) -> None:
-        if stage.lane.figures().steps == 3:
-            raise RuntimeError("no memory")
-
-    stage.adapted.before_batch = explode
-    ids = [stage.submit("a", [5, 6 + i], max_new_tokens=8, ignore_eos=True) for i in range(4)]
-    results = {e.id: e for e in stage.drain()}
-    for failed in ids[:2]:
-        assert results[failed].code == "internal"
-        assert "no memory" in results[failed].found
-    for fine in ids[2:]:
-        assert len(ids_of(results[fine])) == 8
-    assert nothing_is_held(stage)
-    assert "no memory" in caplog.text
 
 
 def test_an_adapter_that_overflows_fails_alone() -> None:

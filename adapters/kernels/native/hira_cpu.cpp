@@ -9,7 +9,10 @@
 // group once, into its own cache, and runs every segment against it. A segment is computed by
 //   thin    W0 tile · rows, for base rows and the rows of what is expanded,
 //   expand  the rows a_k ⊙ x join the thin rows, Σ_k b_k ⊙ (their outputs) is added at the end,
-//   fold    a tile of B A, times W0, rounded to bfloat16 once and multiplied with all its rows.
+//   fold    a tile of B A, times W0, rounded to bfloat16 once and multiplied with all its rows,
+//   kept    W0 ⊙ (1 + B A) as the caller kept it from an earlier call, in place of W0.
+// Which of them is the caller's choice, segment by segment. A few rows of the bare base or of a kept
+// weight are multiplied line by line instead, without tiles: most lines of a tile would be empty.
 //
 // A tile is 16 lines of 64 bytes. Of weights: 16 outputs x 32 inputs. Of activations: 16 pairs of
 // inputs x 16 rows. Products come out as 16 outputs x 16 rows, float32.
@@ -32,6 +35,7 @@
 namespace {
 
 enum Level : int32_t { kAbsent = 0, kAvx512 = 1, kAmx = 2 };
+enum How : int64_t { kBase = 0, kFold = 1, kExpand = 2, kKept = 3 };
 
 #ifdef HIRA_X86
 
@@ -59,18 +63,29 @@ Level detect() { return kAbsent; }
 
 }  // namespace
 
+// Of the structures and of what they mean: raised with every change that a caller must know of.
+HIRA_API int32_t hira_interface() { return 2; }
+
 HIRA_API int32_t hira_level() {
     static const Level level = detect();
     return level;
 }
 
-// What one segment brings. a: [rank, in], b: [out, rank]; a null pointer for rows of the bare base.
-// bias: [out], instead of the layer's own, or null.
+// Rows of the base, or of a kept weight, up to which lines are multiplied without tiles: a tile costs
+// its 16 rows, used or not.
+static int64_t few_rows(int64_t level) { return level == kAmx ? 2 : 8; }
+
+HIRA_API int64_t hira_few_rows() { return few_rows(hira_level()); }
+
+// What one segment brings. a: [rank, in], b: [out, rank], both read by fold and expand only.
+// bias: [out], instead of the layer's own, or null. how: one of How. kept: [out, in], or null.
 struct HiraFactors {
     const uint16_t* a;
     const uint16_t* b;
     const uint16_t* bias;
     int64_t rank;
+    int64_t how;
+    const uint16_t* kept;
 };
 
 // A layer call. Matrices are row by row without gaps; bfloat16 unless said.
@@ -84,7 +99,6 @@ struct HiraCall {
     int64_t segments;
     int64_t out, in;             // in: a multiple of 32
     int64_t block;               // weights a scale: a multiple of 32
-    int64_t how;                 // 0: the faster for each segment; 1: fold; 2: expand
     int64_t threads;
     uint8_t* scratch;
     int64_t scratch_bytes;
@@ -123,10 +137,10 @@ struct ThinRow {
 };
 
 struct Chunk {
-    int64_t first_tile, tiles;  // among the packed row tiles
-    const HiraFactors* factors; // of a fold, else null
+    int64_t first_tile, tiles;  // among the packed row tiles; none of rows that are not packed
+    const HiraFactors* factors; // of a fold or a kept weight, else null
     int64_t panel;              // index of its packed A, when a fold
-    int64_t first_row, rows;    // a fold: rows of the output; thin: entries of `thin`
+    int64_t first_row, rows;    // with factors: rows of the output; thin: entries of `thin`
 };
 
 struct Panel {
@@ -145,6 +159,7 @@ struct Shared {
     std::vector<Panel> panels;
     int64_t tiles = 0, panel_bytes = 0, rank_steps = 0;
     int64_t steps = 0, strips = 0, group = 0, groups = 0;  // group: strips of one
+    bool reads_base = false;      // whether any chunk needs W0
     uint8_t* packed = nullptr;
     uint8_t* panel_base = nullptr;
     uint8_t* own = nullptr;       // each thread's scratch
@@ -331,6 +346,22 @@ void decode(uint8_t* to, const HiraCall& c, int64_t first, int64_t outputs, int6
     }
 }
 
+// A kept weight's `outputs` rows from `first` on and `steps` steps from `depth` on, to tiles. What
+// is `ahead` of them, in weights, comes next: it is fetched while these are multiplied.
+void copy_kept(uint8_t* to, const HiraFactors& f, int64_t first, int64_t outputs, int64_t depth,
+               int64_t steps, int64_t ahead, const HiraCall& c) {
+    for (int64_t o = 0; o < outputs; ++o) {
+        uint8_t* line = to + o / 16 * kDepth * kTile + o % 16 * 64;
+        const bool is_there = first + o < c.out;
+        const uint16_t* from = f.kept + (is_there ? first + o : 0) * c.in + depth * kStep;
+        for (int64_t s = 0; s < steps; ++s) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + s * kStep + ahead), _MM_HINT_T1);
+            _mm512_store_si512(line + s * kTile, is_there ? _mm512_loadu_si512(from + s * kStep)
+                                                          : _mm512_setzero_si512());
+        }
+    }
+}
+
 // ---- tile products ------------------------------------------------------------------------------
 
 // W' = W0 + W0 ⊙ C of one weight tile; C: two tiles, of the even and of the odd inputs. The inputs
@@ -398,6 +429,20 @@ struct Amx {
         if (N > 3) _tile_stored(3, sums + 3 * kTile, 64);
     }
 
+    // The same for `tiles` tiles of rows: `x_pitch` and `sums_pitch` bytes from one to the next.
+    static void multiply_all(int64_t outputs, uint8_t* sums, int64_t sums_pitch, const uint8_t* w,
+                             int64_t pitch, const uint8_t* x, int64_t x_pitch, int64_t tiles,
+                             int64_t steps, bool fresh) {
+        for (int64_t tile = 0; tile < tiles; ++tile, sums += sums_pitch, x += x_pitch) {
+            switch (outputs) {
+                case 1: multiply<1>(sums, w, pitch, x, steps, fresh); break;
+                case 2: multiply<2>(sums, w, pitch, x, steps, fresh); break;
+                case 3: multiply<3>(sums, w, pitch, x, steps, fresh); break;
+                default: multiply<4>(sums, w, pitch, x, steps, fresh);
+            }
+        }
+    }
+
     // B A of one tile of outputs and one step of inputs, even and odd: into tiles 4, 5 or 6, 7.
     template <bool kOdd>
     static void product(const uint8_t* b, const uint8_t* a, int64_t rank_steps, bool same_a) {
@@ -429,8 +474,9 @@ struct Amx {
     // are under way at once: one multiplied, one stored, one modulated; else they would wait for
     // each other's latency.
     static void fold(uint8_t* folded, const uint8_t* w, int64_t pitch, uint8_t* scratch,
-                     const uint8_t* b, const uint8_t* a, int64_t rank_steps, int64_t tiles,
+                     const uint8_t* b, const uint8_t* a, int64_t rank, int64_t tiles,
                      int64_t steps) {
+        const int64_t rank_steps = ceil_div(rank, kStep);
         const int64_t count = tiles * steps, b_pitch = rank_steps * kTile, a_pitch = 2 * b_pitch;
         int64_t o = 0, s = 0;                // of the product that starts next
         int64_t done_o = 0, done_s = 0;      // of the tile to modulate next
@@ -466,62 +512,108 @@ struct Amx {
     }
 };
 
-// The same on 512-bit registers.
+// The same on 512-bit registers: 8 outputs x `R` lines of sums stay in them, as long as they can.
 struct Avx512 {
     static void begin() {}
     static void end() {}
 
-    static void accumulate(uint8_t* sums, const uint8_t* left, const uint8_t* right, bool fresh) {
-        __m512i lines[16];
-        for (int p = 0; p < 16; ++p) lines[p] = _mm512_load_si512(right + 64 * p);
-        for (int m = 0; m < 16; ++m) {
-            const int32_t* pairs = reinterpret_cast<const int32_t*>(left + 64 * m);
-            __m512 u = fresh ? _mm512_setzero_ps() : _mm512_load_ps(sums + 64 * m);
-            __m512 v = _mm512_setzero_ps();
+    // sums[m][r] (+)= Σ_s Σ_p left[m][s][p] · right[r][s][p] for 8 lines m and `R` tiles of rows.
+    template <int R>
+    static void block(uint8_t* sums, int64_t sums_pitch, const uint8_t* left, const uint8_t* right,
+                      int64_t right_pitch, int64_t steps, bool fresh) {
+        __m512 acc[8][R];
 #pragma GCC unroll 8
-            for (int p = 0; p < 16; p += 2) {
-                u = _mm512_dpbf16_ps(u, (__m512bh)_mm512_set1_epi32(pairs[p]), (__m512bh)lines[p]);
-                v = _mm512_dpbf16_ps(
-                    v, (__m512bh)_mm512_set1_epi32(pairs[p + 1]), (__m512bh)lines[p + 1]);
+        for (int m = 0; m < 8; ++m)
+#pragma GCC unroll 3
+            for (int r = 0; r < R; ++r)
+                acc[m][r] = fresh ? _mm512_setzero_ps()
+                                  : _mm512_load_ps(sums + r * sums_pitch + 64 * m);
+        for (int64_t s = 0; s < steps; ++s, left += kTile, right += kTile) {
+#pragma GCC unroll 4
+            for (int p = 0; p < 16; ++p) {
+                __m512bh line[R];
+#pragma GCC unroll 3
+                for (int r = 0; r < R; ++r)
+                    line[r] = (__m512bh)_mm512_load_si512(right + r * right_pitch + 64 * p);
+#pragma GCC unroll 8
+                for (int m = 0; m < 8; ++m) {
+                    const __m512bh pair =
+                        (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(left + 64 * m + 4 * p));
+#pragma GCC unroll 3
+                    for (int r = 0; r < R; ++r) acc[m][r] = _mm512_dpbf16_ps(acc[m][r], pair, line[r]);
+                }
             }
-            _mm512_store_ps(sums + 64 * m, _mm512_add_ps(u, v));
         }
+#pragma GCC unroll 8
+        for (int m = 0; m < 8; ++m)
+#pragma GCC unroll 3
+            for (int r = 0; r < R; ++r) _mm512_store_ps(sums + r * sums_pitch + 64 * m, acc[m][r]);
     }
 
-    template <int N>
-    static void multiply(uint8_t* sums, const uint8_t* w, int64_t pitch, const uint8_t* x,
-                         int64_t steps, bool fresh) {
-        for (int64_t s = 0; s < steps; ++s)
-            for (int o = 0; o < N; ++o)
-                accumulate(sums + o * kTile, w + o * pitch + s * kTile, x + s * kTile,
-                           fresh && s == 0);
+    template <int R>
+    static void blocks(int64_t outputs, uint8_t* sums, int64_t sums_pitch, const uint8_t* w,
+                       int64_t pitch, const uint8_t* x, int64_t x_pitch, int64_t steps, bool fresh) {
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int64_t half = 0; half < kTile; half += kTile / 2)
+                block<R>(sums + o * kTile + half, sums_pitch, w + o * pitch + half, x, x_pitch,
+                         steps, fresh);
     }
 
-    static void fold(uint8_t* folded, const uint8_t* w, int64_t pitch, uint8_t* scratch,
-                     const uint8_t* b, const uint8_t* a, int64_t rank_steps, int64_t tiles,
-                     int64_t steps) {
+    static void multiply_all(int64_t outputs, uint8_t* sums, int64_t sums_pitch, const uint8_t* w,
+                             int64_t pitch, const uint8_t* x, int64_t x_pitch, int64_t tiles,
+                             int64_t steps, bool fresh) {
+        int64_t tile = 0;
+        // Three at once need the fewest loads; a rest of four is two and two.
+        for (; tiles - tile == 3 || tiles - tile > 4; tile += 3)
+            blocks<3>(outputs, sums + tile * sums_pitch, sums_pitch, w, pitch, x + tile * x_pitch,
+                      x_pitch, steps, fresh);
+        for (; tiles - tile > 1; tile += 2)
+            blocks<2>(outputs, sums + tile * sums_pitch, sums_pitch, w, pitch, x + tile * x_pitch,
+                      x_pitch, steps, fresh);
+        if (tile < tiles)
+            blocks<1>(outputs, sums + tile * sums_pitch, sums_pitch, w, pitch, x + tile * x_pitch,
+                      x_pitch, steps, fresh);
+    }
+
+    // folded[o][s] = W0 ⊙ (1 + B A): 8 outputs x 32 inputs of B A at a time, never leaving registers.
+    static void fold(uint8_t* folded, const uint8_t* w, int64_t pitch, uint8_t*, const uint8_t* b,
+                     const uint8_t* a, int64_t rank, int64_t tiles, int64_t steps) {
+        const int64_t rank_steps = ceil_div(rank, kStep), pairs = ceil_div(rank, 2);
         for (int64_t s = 0; s < steps; ++s) {
-            for (int64_t o = 0; o < tiles; ++o) {
-                for (int64_t r = 0; r < rank_steps; ++r)
-                    for (int64_t half = 0; half < 2; ++half)
-                        accumulate(scratch + half * kTile, b + (o * rank_steps + r) * kTile,
-                                   a + ((s * rank_steps + r) * 2 + half) * kTile, r == 0);
-                modulate(folded + (o * kDepth + s) * kTile, w + o * pitch + s * kTile, scratch);
+            const uint8_t* panel = a + s * rank_steps * 2 * kTile;
+            for (int64_t i = 0; i < 2 * tiles; ++i) {
+                const int64_t half = i % 2 * (kTile / 2), o = i / 2;
+                const uint8_t* factor = b + o * rank_steps * kTile + half;
+                __m512 even[8], odd[8];
+#pragma GCC unroll 8
+                for (int m = 0; m < 8; ++m) even[m] = odd[m] = _mm512_setzero_ps();
+                for (int64_t pair = 0; pair < pairs; ++pair) {
+                    const int64_t step = pair / 16, p = pair % 16;
+                    const uint8_t* lines = panel + step * 2 * kTile + 64 * p;
+                    const __m512bh q0 = (__m512bh)_mm512_load_si512(lines);
+                    const __m512bh q1 = (__m512bh)_mm512_load_si512(lines + kTile);
+                    const uint8_t* left = factor + step * kTile + 4 * p;
+#pragma GCC unroll 8
+                    for (int m = 0; m < 8; ++m) {
+                        const __m512bh f = (__m512bh)_mm512_set1_epi32(
+                            *reinterpret_cast<const int32_t*>(left + 64 * m));
+                        even[m] = _mm512_dpbf16_ps(even[m], f, q0);
+                        odd[m] = _mm512_dpbf16_ps(odd[m], f, q1);
+                    }
+                }
+                const uint8_t* from = w + o * pitch + s * kTile + half;
+                uint8_t* to = folded + (o * kDepth + s) * kTile + half;
+#pragma GCC unroll 8
+                for (int m = 0; m < 8; ++m) {
+                    const __m512i v = _mm512_load_si512(from + 64 * m);
+                    const __m512 ve = even_of(v), vo = odd_of(v);
+                    _mm512_store_si512(to + 64 * m, halves_of(_mm512_fmadd_ps(ve, even[m], ve),
+                                                              _mm512_fmadd_ps(vo, odd[m], vo)));
+                }
             }
         }
     }
 };
-
-template <class Unit>
-void multiply(int64_t outputs, uint8_t* sums, const uint8_t* w, int64_t pitch, const uint8_t* x,
-              int64_t steps, bool fresh) {
-    switch (outputs) {
-        case 1: return Unit::template multiply<1>(sums, w, pitch, x, steps, fresh);
-        case 2: return Unit::template multiply<2>(sums, w, pitch, x, steps, fresh);
-        case 3: return Unit::template multiply<3>(sums, w, pitch, x, steps, fresh);
-        default: return Unit::template multiply<4>(sums, w, pitch, x, steps, fresh);
-    }
-}
 
 // ---- outputs ------------------------------------------------------------------------------------
 
@@ -550,7 +642,7 @@ void write_rows(const HiraCall& c, const uint8_t* sums, const uint16_t* bias, in
 // Whether thin rows are consecutive rows of the bare base with the layer's own bias.
 bool is_plain(const ThinRow* thin, int64_t rows) {
     for (int64_t t = 0; t < rows; ++t)
-        if (thin[t].factors->a || thin[t].factors->bias || thin[t].row != thin->row + t)
+        if (thin[t].factors->how == kExpand || thin[t].factors->bias || thin[t].row != thin->row + t)
             return false;
     return true;
 }
@@ -570,7 +662,7 @@ void write_thin(const HiraCall& c, const uint8_t* sums, int64_t pitch, const Thi
     for (int64_t t = first; t < first + rows; ++t) {
         const HiraFactors& f = *thin[t].factors;
         __m512 value = _mm512_castsi512_ps(kept[t % 16]);
-        if (f.a != nullptr) {
+        if (f.how == kExpand) {
             __m512 terms[16];
             for (int i = 0; i < 16; ++i) terms[i] = _mm512_setzero_ps();
             for (int64_t k = 0; k < f.rank;) {
@@ -603,6 +695,75 @@ void write_thin(const HiraCall& c, const uint8_t* sums, int64_t pitch, const Thi
     }
 }
 
+// ---- a few rows -----------------------------------------------------------------------------------
+
+// Weights line by line, as tiles have them or as a matrix has: bytes from one line, and from one
+// step of inputs, to the next.
+struct Lines {
+    const uint8_t* first;
+    int64_t line, step;
+};
+
+// y of `R` consecutive rows from `row` on and of 16 / R outputs from `output` on.
+template <int R>
+inline void dot_lines(const HiraCall& c, const uint16_t* bias, const Lines& w, int64_t lines,
+                      int64_t row, int64_t output, int64_t steps) {
+    constexpr int kLines = 16 / R;
+    const uint8_t* from[kLines];
+#pragma GCC unroll 16
+    for (int m = 0; m < kLines; ++m) from[m] = w.first + (m < lines ? m : lines - 1) * w.line;
+    const uint16_t* x = c.x + row * c.in;
+    __m512 acc[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; ++s) {
+        __m512bh rows[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) rows[r] = (__m512bh)_mm512_loadu_si512(x + r * c.in + s * kStep);
+#pragma GCC unroll 16
+        for (int m = 0; m < kLines; ++m) {
+            const uint8_t* at = from[m] + s * w.step;
+            // The same place of the lines that come next: such short lines end before a hardware
+            // prefetcher knows them.
+            _mm_prefetch(reinterpret_cast<const char*>(at + kLines * w.line), _MM_HINT_T1);
+            const __m512bh weights = (__m512bh)_mm512_loadu_si512(at);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r)
+                acc[r * kLines + m] = _mm512_dpbf16_ps(acc[r * kLines + m], weights, rows[r]);
+        }
+    }
+    alignas(64) float sums[32] = {};
+    _mm512_store_ps(sums, sums_of(acc));
+    const __mmask16 mask = __mmask16((1u << (lines < kLines ? lines : kLines)) - 1);
+    const __m512 offset =
+        bias ? widen(_mm256_maskz_loadu_epi16(mask, bias + output)) : _mm512_setzero_ps();
+    for (int r = 0; r < R; ++r) {
+        const __m512 value = _mm512_add_ps(_mm512_loadu_ps(sums + r * kLines), offset);
+        _mm256_mask_storeu_epi16(c.y + (row + r) * c.out + output, mask,
+                                 (__m256i)_mm512_cvtneps_pbh(value));
+    }
+}
+
+// `rows` consecutive rows, and up to 16 outputs from `output` on, as many as `lines`.
+void dot(const HiraCall& c, const uint16_t* bias, const Lines& w, int64_t lines, int64_t row,
+         int64_t rows, int64_t output, int64_t steps) {
+    while (rows > 0) {
+        const int64_t taken = rows >= 4 ? 4 : rows >= 2 ? 2 : 1, step = 16 / taken;
+        for (int64_t first = 0; first < lines; first += step) {
+            const Lines here{w.first + first * w.line, w.line, w.step};
+            const int64_t left = lines - first < step ? lines - first : step;
+            if (taken == 4)
+                dot_lines<4>(c, bias, here, left, row, output + first, steps);
+            else if (taken == 2)
+                dot_lines<2>(c, bias, here, left, row, output + first, steps);
+            else
+                dot_lines<1>(c, bias, here, left, row, output + first, steps);
+        }
+        row += taken;
+        rows -= taken;
+    }
+}
+
 // ---- the work of a thread -----------------------------------------------------------------------
 
 void pack_all(Shared& s) {
@@ -622,6 +783,34 @@ void pack_all(Shared& s) {
     }
 }
 
+// A chunk whose rows are not packed.
+void run_few(const Shared& s, const Chunk& chunk, const uint8_t* weights, int64_t first,
+             int64_t outputs) {
+    const HiraCall& c = *s.call;
+    const HiraFactors* kept = chunk.factors;
+    for (int64_t o = 0; o < outputs; o += 16) {
+        const int64_t output = first + o;
+        const int64_t lines = c.out - output < 16 ? c.out - output : 16;
+        if (kept) {
+            const uint8_t* from = reinterpret_cast<const uint8_t*>(kept->kept + output * c.in);
+            dot(c, kept->bias ? kept->bias : c.bias, Lines{from, c.in * 2, 64}, lines,
+                chunk.first_row, chunk.rows, output, s.steps);
+            continue;
+        }
+        const Lines tile{weights + o / 16 * s.steps * kTile, 64, kTile};
+        for (int64_t t = 0; t < chunk.rows;) {
+            const ThinRow* thin = &s.thin[chunk.first_row + t];
+            int64_t run = 1;  // rows that are together in the output and share a bias
+            while (t + run < chunk.rows && thin[run].row == thin->row + run &&
+                   thin[run].factors->bias == thin->factors->bias)
+                ++run;
+            dot(c, thin->factors->bias ? thin->factors->bias : c.bias, tile, lines, thin->row, run,
+                output, s.steps);
+            t += run;
+        }
+    }
+}
+
 template <class Unit>
 void run_group(const Shared& s, int64_t group, uint8_t* own) {
     const HiraCall& c = *s.call;
@@ -635,29 +824,40 @@ void run_group(const Shared& s, int64_t group, uint8_t* own) {
     const int64_t left = c.out - first;
     const int64_t outputs = ceil_div(left < strips * kStrip ? left : strips * kStrip, 16) * 16;
     const int64_t pitch = s.steps * kTile;  // from one tile of outputs to the next
-    decode(weights, c, first, outputs, s.steps);
+    if (s.reads_base) decode(weights, c, first, outputs, s.steps);
     for (const Chunk& chunk : s.chunks) {
         const uint8_t* rows = s.packed + chunk.first_tile * pitch;
         const HiraFactors* f = chunk.factors;
-        const int64_t rank_steps = f ? ceil_div(f->rank, kStep) : 0;
-        if (f) pack_factor(factor, *f, first, outputs, c.out);
+        if (chunk.tiles == 0) {
+            run_few(s, chunk, weights, first, outputs);
+            continue;
+        }
+        const bool folds = f && f->how == kFold;
+        const int64_t rank_steps = folds ? ceil_div(f->rank, kStep) : 0;
+        if (folds) pack_factor(factor, *f, first, outputs, c.out);
         for (int64_t depth = 0; depth < s.steps; depth += kDepth) {
             const int64_t steps = s.steps - depth < kDepth ? s.steps - depth : kDepth;
             for (int64_t strip = 0; strip < strips; ++strip) {
                 const int64_t tiles = (outputs - strip * kStrip) / 16 < 4 ? (outputs - strip * kStrip) / 16 : 4;
                 const uint8_t* w = weights + strip * 4 * pitch + depth * kTile;
                 int64_t w_pitch = pitch;
-                if (f) {
+                if (f && !folds) {
+                    const int64_t ahead = strip + 1 < strips
+                                              ? kStrip * c.in
+                                              : kDepth * kStep - strip * kStrip * c.in;
+                    copy_kept(folded, *f, first + strip * kStrip, tiles * 16, depth, steps, ahead, c);
+                    w = folded;
+                    w_pitch = kDepth * kTile;
+                } else if (folds) {
                     const uint8_t* a = s.panel_base + s.panels[chunk.panel].offset +
                                        depth * rank_steps * 2 * kTile;
                     const uint8_t* b = factor + strip * 4 * rank_steps * kTile;
-                    Unit::fold(folded, w, pitch, product, b, a, rank_steps, tiles, steps);
+                    Unit::fold(folded, w, pitch, product, b, a, f->rank, tiles, steps);
                     w = folded;
                     w_pitch = kDepth * kTile;
                 }
-                for (int64_t tile = 0; tile < chunk.tiles; ++tile)
-                    multiply<Unit>(tiles, sums + (tile * s.group + strip) * 4 * kTile, w, w_pitch,
-                                   rows + tile * pitch + depth * kTile, steps, depth == 0);
+                Unit::multiply_all(tiles, sums + strip * 4 * kTile, s.group * 4 * kTile, w, w_pitch,
+                                   rows + depth * kTile, pitch, chunk.tiles, steps, depth == 0);
             }
         }
         // By rows first: the two halves of a cache line of y are written one after the other.
@@ -700,19 +900,6 @@ void enter(void* shared) {
 
 // ---- planning -----------------------------------------------------------------------------------
 
-// Nanoseconds a tile of W0, as measured with AMX at 3.5 GHz; only their ratios matter.
-constexpr double kMultiplyTile = 9.5;  // by one tile of rows
-constexpr double kFoldTile = 45;       // rank up to 32
-constexpr double kFoldRankStep = 16;   // each further 32
-
-bool expands(const HiraCall& c, const HiraFactors& f, int64_t rows) {
-    if (c.how) return c.how == 2;
-    const double expand = kMultiplyTile * double(rows * expanded_width(f.rank)) / 16;
-    const double fold = kFoldTile + kFoldRankStep * double(ceil_div(f.rank, kStep) - 1) +
-                        kMultiplyTile * double(ceil_div(rows, 16));
-    return expand < fold;
-}
-
 void plan(Shared& s) {
     const HiraCall& c = *s.call;
     const int64_t limit = kChunkTiles * 16;
@@ -724,6 +911,14 @@ void plan(Shared& s) {
     };
     auto close = [&] {
         if (thin.empty()) return;
+        s.reads_base = true;
+        if (expanded == 0 && int64_t(thin.size()) <= few_rows(s.level)) {
+            s.chunks.push_back(
+                Chunk{0, 0, nullptr, 0, int64_t(s.thin.size()), int64_t(thin.size())});
+            s.thin.insert(s.thin.end(), thin.begin(), thin.end());
+            thin.clear();
+            return;
+        }
         const int64_t before = int64_t(s.rows.size());
         const int64_t base = ceil_div(int64_t(thin.size()), 16) * 16;
         add_tile_rows(before + base + expanded, 0);
@@ -732,7 +927,7 @@ void plan(Shared& s) {
             const uint16_t* x = c.x + thin[i].row * c.in;
             s.rows[before + i] = Row{x, nullptr};
             thin[i].column += base;
-            for (int64_t k = 0; f.a && k < f.rank; ++k)
+            for (int64_t k = 0; f.how == kExpand && k < f.rank; ++k)
                 s.rows[before + thin[i].column + k] = Row{x, f.a + k * c.in};
         }
         s.chunks.push_back(Chunk{before / 16, int64_t(s.rows.size()) / 16 - before / 16, nullptr, 0,
@@ -744,8 +939,8 @@ void plan(Shared& s) {
     for (int64_t i = 0; i < c.segments; ++i) {
         const HiraFactors& f = s.factors[i];
         const int64_t start = s.bounds[i], stop = s.bounds[i + 1];
-        if (f.a == nullptr || expands(c, f, stop - start)) {
-            const int64_t width = f.a ? expanded_width(f.rank) : 0;
+        if (f.how == kBase || f.how == kExpand) {
+            const int64_t width = f.how == kExpand ? expanded_width(f.rank) : 0;
             for (int64_t row = start; row < stop; ++row) {
                 // No row may straddle a tile unless it fills whole ones.
                 if (width) expanded = ceil_div(expanded, width < 16 ? width : 16) * (width < 16 ? width : 16);
@@ -755,14 +950,21 @@ void plan(Shared& s) {
             }
             continue;
         }
-        s.panels.push_back(Panel{&f, s.panel_bytes});
-        const int64_t rank_steps = ceil_div(f.rank, kStep);
-        s.panel_bytes += s.steps * rank_steps * 2 * kTile;
-        if (rank_steps > s.rank_steps) s.rank_steps = rank_steps;
+        if (f.how == kKept && stop - start <= few_rows(s.level)) {
+            s.chunks.push_back(Chunk{0, 0, &f, 0, start, stop - start});
+            continue;
+        }
+        if (f.how == kFold) {
+            s.reads_base = true;
+            s.panels.push_back(Panel{&f, s.panel_bytes});
+            const int64_t rank_steps = ceil_div(f.rank, kStep);
+            s.panel_bytes += s.steps * rank_steps * 2 * kTile;
+            if (rank_steps > s.rank_steps) s.rank_steps = rank_steps;
+        }
         for (int64_t row = start; row < stop; row += limit) {
             const int64_t rows = stop - row < limit ? stop - row : limit;
             const int64_t before = int64_t(s.rows.size());
-            add_tile_rows(before + rows, 1);
+            add_tile_rows(before + rows, f.how == kFold);
             for (int64_t r = 0; r < rows; ++r) s.rows[before + r] = Row{c.x + (row + r) * c.in, nullptr};
             s.chunks.push_back(Chunk{before / 16, ceil_div(rows, 16), &f,
                                      int64_t(s.panels.size()) - 1, row, rows});
@@ -828,5 +1030,10 @@ HIRA_API int64_t hira_modulated_linear(const HiraCall* call, const int64_t* boun
     const Level level = Level(c.level && c.level < best ? c.level : best);
     if (level == kAbsent || c.in % 32 || c.in == 0 || c.threads < 1) return -1;
     if (c.levels && (c.block < 32 || c.block % 32)) return -1;
+    for (int64_t i = 0; i < c.segments; ++i) {
+        const HiraFactors& f = factors[i];
+        if (f.how < 0 || f.how > 3 || (f.how == 3 && !f.kept)) return -1;
+        if ((f.how == 1 || f.how == 2) && (!f.a || !f.b || f.rank < 1)) return -1;
+    }
     return run(c, bounds, factors, level);
 }
