@@ -261,12 +261,8 @@ class Residency:
             known.packed.restore()
             return []
         try:
-            packed = pack(
-                self._load(version),
-                self.dtype,
-                self._device,
-                b_by_column=self._adapted.fused is not None,
-            )
+            fused = self._adapted.fused is not None
+            packed = pack(self._load(version), self.dtype, self._device, b_by_column=fused)
             self._adapted.check(packed.factors)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             with self._changed:
