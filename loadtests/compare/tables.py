@@ -165,8 +165,9 @@ def _servers(served: Mapping[str, Served]) -> str:
         load = " to ".join(f"{value:.1f}" for value in one.load)
         rows.append((f"`{one.base}`", str(one.adapters), f"{worker / MIB:,.0f}", *peaks, load))
     return table(heads, rows) + (
-        "\n\nThe load is the machine's while it was measured. Where it is above the number of cores, "
-        "other work took part of them: speeds are what was left and compare within a table only."
+        "\n\nThe load is the machine's while it was measured. Where it is above the number of "
+        "cores, other work took part of them: speeds are what was left, and compare within a table "
+        "only."
     )
 
 
