@@ -68,6 +68,7 @@ TABLE: Final[Mapping[str, Row]] = {
     "overloaded": Row(429, "Too many requests are waiting"),
     "too_many_connections": Row(503, "Too many connections are open"),
     "starting": Row(503, "The server is starting"),
+    "registry_unavailable": Row(503, "The registry cannot be read or written"),
     "draining": Row(503, "The server is stopping"),
     "worker_lost": Row(503, "The inference worker was lost"),
     "worker_silent": Row(503, "The inference worker does not answer"),
