@@ -183,16 +183,6 @@ def _plan(
     """Everything about an adapter but its numbers; raises whatever is wrong with that."""
     config = parse_config(config_json)
     task_config = read_task_config(task_json)
-    _check_architecture(task_config, base)
-    layout = _Layout(config, base)
-    for entry in entries.values():
-        layout.take(entry)
-    task = task_of(config, base, task_config, has_head=bool(layout.saved))
-    _raise_all(layout.faults(task))
-    return _Plan(task_config, layout, task, tuple(layout.notes()))
-
-
-def _check_architecture(task_config: TaskConfig, base: BaseSignature) -> None:
     if task_config.model_type not in (None, base.model_type):
         raise BaseMismatch(
             "The adapter was made for another architecture.",
@@ -200,6 +190,12 @@ def _check_architecture(task_config: TaskConfig, base: BaseSignature) -> None:
             expected=base.model_type,
             fix="Register it on a server of its own base.",
         )
+    layout = _Layout(config, base)
+    for entry in entries.values():
+        layout.take(entry)
+    task = task_of(config, base, task_config, has_head=bool(layout.saved))
+    _raise_all(layout.faults(task))
+    return _Plan(task_config, layout, task, tuple(layout.notes()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,12 +263,15 @@ class _Layout:
     def _take_saved(self, key: SavedKey, entry: TensorEntry) -> None:
         inside = self.base.prefix and key.path.startswith(f"{self.base.prefix}.")
         if inside or self.base.resolve(key.path) is not None:
+            is_copy = key.path.endswith(".base_layer")  # beside the factors of an embedding
             self._faults.append(
                 UnsupportedOption(
                     "A module of the base itself was trained and saved whole.",
                     found=key.path,
                     expected="only a task head in modules_to_save",
-                    fix="Target the module with HiRA or LoRA in place of modules_to_save.",
+                    fix="Save it with save_pretrained(..., save_embedding_layers=False)."
+                    if is_copy
+                    else "Target the module with HiRA or LoRA in place of modules_to_save.",
                 )
             )
         elif not self.config.saves(key.path):
@@ -329,6 +328,21 @@ class _Layout:
         for path, pair in self.pairs.items():
             found += pair_faults(self.base.layers[path], pair, self.config.method)
             found += self._scale_faults(path, pair)
+        untargeted = [
+            path
+            for path in self.pairs
+            if self.config.target_modules is not None
+            and not self.config.targets(self.spelled[path])
+        ]
+        if untargeted:
+            found.append(
+                UnmatchedTensors(
+                    "There are factors of layers that the configuration does not target.",
+                    found=f"{len(untargeted)}: {some(untargeted)}",
+                    expected=f"layers of target_modules = {self.config.target_modules}"[:200],
+                    fix="Correct target_modules, or save the adapter again.",
+                )
+            )
         found += bias_faults(self.base.layers, self.pairs, self.biases, self.config.bias)
         missing = [path for path in self._expected(task) if path not in self.pairs]
         if missing:

@@ -137,6 +137,7 @@ class FusedLayers:
         x: torch.Tensor,
         slots: Mapping[int, SlotFactors],
         segments: Segments,
+        *,
         bias: torch.Tensor | None,
         modulator: Modulator,
     ) -> torch.Tensor:
@@ -162,18 +163,16 @@ class FusedLayers:
         # A bias of an adapter's own takes the place of the layer's: then each segment adds its own.
         own = any(factors is not None and factors.bias is not None for factors in found)
         y = self._run(layer, x, self._tiles_of(segments), None if own else bias)
-        for part, factors in zip(segments.parts, found, strict=True):
+        for part, entry in zip(segments.parts, found, strict=True):
             rows = slice(part.start, part.stop)
-            if factors is None:
+            if entry is None:
                 if own and bias is not None:
                     y[rows].add_(bias)
                 continue
-            factors = factors.to(x.dtype)
+            factors = entry.to(x.dtype)
             if factors.method == "hira" and not self._table.rank(part.slot, layer.index):
                 alone = from_runs([(part.slot, part.rows)])
-                y[rows] = modulator.linear(
-                    x[rows], layer.stored, slots, alone, bias, layer=path
-                )
+                y[rows] = modulator.linear(x[rows], layer.stored, slots, alone, bias, layer=path)
                 continue
             if own:
                 added = bias if factors.bias is None else factors.bias
@@ -183,9 +182,7 @@ class FusedLayers:
                 torch_ops.add_lora(y[rows], x[rows], factors.a, factors.b, factors.scale)
         return y
 
-    def base_linear(
-        self, path: str, x: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def base_linear(self, path: str, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W0ᵀ + bias for ``[..., in]``: ``[..., out]``, for what ``takes`` holds for."""
         layer = self._layers[path]
         rows = x.reshape(-1, x.shape[-1])

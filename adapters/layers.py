@@ -84,7 +84,7 @@ class AdaptedLinear(nn.Module):
         segments = plan.of_rows(x.shape[:-1], path, self.is_output)
         rows = x.reshape(-1, self.in_features)
         if fused is not None:
-            y = fused.linear(path, rows, self.slots, segments, bias, modulator)
+            y = fused.linear(path, rows, self.slots, segments, bias=bias, modulator=modulator)
         else:
             y = modulator.linear(rows, self.quantized, self.slots, segments, bias, layer=path)
         return y.view(*x.shape[:-1], self.out_features)

@@ -45,7 +45,15 @@ __all__ = [
 ]
 
 Strategy = Literal["auto", "fold", "expand", "cached", "native", "fused", "reference"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "fold", "expand", "cached", "native", "fused", "reference")
+STRATEGIES: tuple[Strategy, ...] = (
+    "auto",
+    "fold",
+    "expand",
+    "cached",
+    "native",
+    "fused",
+    "reference",
+)
 
 _FORCED: Mapping[Strategy, Way] = {"fold": "fold", "expand": "expand", "cached": "kept"}
 # Calls of the bare base whose bounds are kept ready, one for each number of rows.

@@ -25,8 +25,9 @@ from adapters.residency import Residency
 from adapters.store import Store
 from server.base_model import LoadedBase, load_base
 from server.encode import EncodeFigures, EncodeLane
-from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
+from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes, one_id
 from server.generate import GenerateFigures, GenerateLane
+from server.generate_failures import cannot_generate
 from server.images import ImageInput, Images
 from server.messages import (
     TERMINAL,
@@ -174,7 +175,9 @@ class Engine:
                 self._parts.encode.submit(message)
             case GenerateRequest():
                 if self._parts.generate is None:
-                    self._outbox.append(_cannot_generate(message, self.base))
+                    self._outbox.append(
+                        cannot_generate(message.id, self.base.adapted.signature.architecture)
+                    )
                 else:
                     self._parts.generate.submit(message)
             case Cancel():
@@ -410,22 +413,5 @@ def _inputs(base: LoadedBase, options: EngineOptions) -> Text | Images:
         base.folder,
         max_tokens=min(most, options.max_input_tokens or most),
         vocab_size=base.adapted.signature.vocab_size or None,
-        pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
+        pad_id=one_id(getattr(base.config, "pad_token_id", None)),
     )
-
-
-def _cannot_generate(request: GenerateRequest, base: LoadedBase) -> Failure:
-    return Failure(
-        request.id,
-        "task_mismatch",
-        "This base does not generate text.",
-        found=base.adapted.signature.architecture,
-        expected="a causal language model",
-        fix="Call /predict or /embed.",
-    )
-
-
-def _one_id(value: Any) -> int | None:
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return value if isinstance(value, int) else None

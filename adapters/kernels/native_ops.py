@@ -9,6 +9,7 @@ scratch buffer.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import struct
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,7 +26,8 @@ How = Literal["base", "fold", "expand", "kept"]
 
 _LEVELS: dict[Level, int] = {"best": 0, "avx512": 1}
 _HOWS: dict[How, int] = {"base": 0, "fold": 1, "expand": 2, "kept": 3}
-# As the structures of hira_cpu.cpp: every field is eight bytes.
+# As hira_cpu.cpp: its interface, and its structures, whose every field is eight bytes.
+_INTERFACE = 2
 _CALL = struct.Struct("15q")
 _FACTORS = struct.Struct("4q")
 _CHOICE = struct.Struct("2q")
@@ -34,7 +36,8 @@ _ALIGNMENT_BYTES = 64
 INPUTS_MULTIPLE = 32
 
 AS_BASE, AS_FOLD, AS_EXPAND = (_CHOICE.pack(_HOWS[how], 0) for how in ("base", "fold", "expand"))
-BASE_RECORD = _FACTORS.pack(0, 0, 0, 0) + AS_BASE
+BARE = _FACTORS.pack(0, 0, 0, 0)  # of no factors
+BASE_RECORD = BARE + AS_BASE
 
 
 @lru_cache(maxsize=1)
@@ -42,10 +45,14 @@ def _library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("hira_cpu*.so")):
         try:
             library = ctypes.CDLL(str(path))
+            library.hira_interface.restype = ctypes.c_int32
+            if library.hira_interface() != _INTERFACE:  # left over from another version
+                continue
             library.hira_level.restype = ctypes.c_int32
+            library.hira_few_rows.restype = ctypes.c_int64
             library.hira_modulated_linear.restype = ctypes.c_int64
             library.hira_modulated_linear.argtypes = [ctypes.c_char_p] * 3
-        except (OSError, AttributeError):  # of another machine, or of another version
+        except (OSError, AttributeError):  # of another machine, or too old to say
             continue
         return library
     return None
@@ -72,6 +79,22 @@ def _parallel() -> int:
 @lru_cache(maxsize=2)
 def _level_array(kind: Literal["nf4", "fp4"]) -> ctypes.Array[ctypes.c_float]:
     return (ctypes.c_float * 16)(*level_values(kind))
+
+
+@lru_cache(maxsize=1)
+def lone_rows() -> int:
+    """Rows of the bare base, or of a kept weight, up to which it multiplies line by line."""
+    library = _library()
+    return 0 if library is None else int(library.hira_few_rows())
+
+
+@lru_cache(maxsize=1)
+def digest() -> str | None:
+    """Of the compiled library and of what this processor runs of it; None where there is none."""
+    library = _library()
+    if library is None:
+        return None
+    return f"{hashlib.sha256(Path(library._name).read_bytes()).hexdigest()[:16]} level {_level()}"
 
 
 def available() -> bool:

@@ -272,7 +272,8 @@ class FactorTable:
                     expected=f"multiples of {ADDRESS_MULTIPLE_BYTES} bytes",
                 )
             alive += (a, b)
-        self.addresses[slot].copy_(torch.tensor(rows, dtype=torch.int64))
+        row = torch.tensor(rows, dtype=torch.int64).view(len(rows), FACTOR_COLUMNS)
+        self.addresses[slot].copy_(row)
         self._ranks[slot] = tuple(rank for _, _, rank in rows)
         self._alive[slot] = alive
 

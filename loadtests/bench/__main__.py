@@ -1,5 +1,6 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
-[http] [--quick] [--json FILE]`. Without a name it runs all of them."""
+[choice] [http] [residency] [gpu] [--quick] [--one-thread] [--json FILE]`. Without a name it runs
+all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from loadtests.bench import peers
 from loadtests.bench.timing import Report, machine, print_machine
 
-BENCHES = ("modulation", "generation", "http")
+BENCHES = ("modulation", "choice", "generation", "http", "residency", "gpu")
 
 
 def main() -> int:
@@ -23,13 +24,18 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a few rounds: shows that it works, measures little"
     )
+    parser.add_argument(
+        "--one-thread",
+        action="store_true",
+        help="modulation and choice in one thread, by its processor time: for a busy machine",
+    )
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(BENCHES))
     if unknown:
         parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     peers.quiet()
     began = time.monotonic()
-    report = Report(machine(), options.quick)
+    report = Report(machine(), options.quick, options.one_thread)
     print_machine(report.machine)
     for name in BENCHES:
         if not options.names or name in options.names:

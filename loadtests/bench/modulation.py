@@ -14,17 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from adapters.calibration import calibrate
+from adapters.folded import FoldedCache
 from adapters.inject import AdaptedModel, inject
+from adapters.layers import AdaptedLinear
 from adapters.modulation import SlotFactors
 from adapters.segments import from_rows
 from adapters.signature import BaseSignature
 from loadtests.bench import peers
-from loadtests.bench.timing import THREADS, Budget, Figure, Report, Samples, alternate
+from loadtests.bench.timing import Budget, Figure, Report, Samples, alternate
 
 RANK = 32
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 _CONTEXT = 64  # tokens in the cache of a decoding step
 _MERGED_COPIES = 8  # held at most, used in turn: together far larger than any cache
+_FOLDED_BYTES = 256 << 20
+_WARM_FORWARDS = 60  # that is when folded weights are made
 _AGREEMENT = 0.1  # bfloat16 through the whole model
 
 Shape = Literal["distilbert", "llama"]
@@ -66,8 +71,8 @@ CASES = (
 
 def bench(report: Report) -> None:
     """Run all cases."""
-    report.section(f"Modulation: NF4, bfloat16, HiRA r = {RANK}, {THREADS} threads")
-    torch.set_num_threads(THREADS)
+    report.section(f"Modulation: NF4, bfloat16, HiRA r = {RANK}, {report.threads} threads")
+    torch.set_num_threads(report.threads)
     budget = Budget(0.0, 1, 1) if report.quick else Budget(12.0, 7, 60)
     for shape, cases in groupby(CASES, key=lambda case: case.shape):
         _measure(shape, list(cases), budget, report)
@@ -126,6 +131,8 @@ def random_factors(
 def _measure(shape: Shape, cases: list[Case], budget: Budget, report: Report) -> None:
     dense = dense_model(shape)
     adapted = inject(peers.quantized(dense))
+    adapted.modulator.costs = calibrate(adapted, torch.bfloat16)
+    _tell_memory(shape, adapted, report)
     most = max(case.adapters for case in cases)
     factors = [random_factors(adapted.signature, TARGETS[shape], seed) for seed in range(most)]
     for number, one in enumerate(factors):
@@ -135,13 +142,39 @@ def _measure(shape: Shape, cases: list[Case], budget: Budget, report: Report) ->
     for case in cases:
         # With the adapters of the case only: PEFT grows slower with those that it holds.
         wrapped = peers.peft_model(dense, factors[: case.adapters], TARGETS[shape])
+        # As in a server with its default settings.
+        adapted.modulator.folded = FoldedCache(_FOLDED_BYTES, adapted.device)
         with torch.inference_mode():
             sides = _sides(case, adapted, bases, wrapped, copies)
             difference = _difference(sides["mixed"](), sides["peft"]())
             if difference > _AGREEMENT:
                 raise SystemExit(f"{case.name}: answers differ from PEFT's by {difference:.2g}")
-            samples = alternate(sides, budget)
+            for _ in range(0 if report.quick else _WARM_FORWARDS):
+                sides["mixed"]()
+            samples = alternate(sides, budget, report.clock)
         _tell(case, samples, difference, report)
+        _tell_folded(case, adapted, report)
+
+
+def _tell_memory(shape: Shape, adapted: AdaptedModel, report: Report) -> None:
+    linear, _ = adapted.base_bytes()
+    weights = sum(
+        layer.in_features * layer.out_features
+        for layer in adapted.layers.values()
+        if isinstance(layer, AdaptedLinear) and not layer.is_output
+    )
+    report.add(
+        Figure("modulation", f"{shape} base", "bytes a linear weight", linear / weights,
+               unit="bytes", at_most=0.57)
+    )  # fmt: skip
+
+
+def _tell_folded(case: Case, adapted: AdaptedModel, report: Report) -> None:
+    folded = adapted.modulator.folded
+    report.add(
+        Figure("modulation", case.name, "folded weights kept", folded.nbytes, unit="bytes",
+               at_most=folded.budget_bytes, note=f"{len(folded)} of them")
+    )  # fmt: skip
 
 
 def _sides(

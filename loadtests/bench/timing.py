@@ -106,7 +106,18 @@ class Report:
 
     machine: Mapping[str, Any]
     quick: bool
+    one_thread: bool = False
     figures: list[Figure] = field(default_factory=list)
+
+    @property
+    def threads(self) -> int:
+        """Of the benches that run in this process alone."""
+        return 1 if self.one_thread else THREADS
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds: of the clock, or of the processor time of the one thread."""
+        return time.thread_time if self.one_thread else time.perf_counter
 
     def section(self, title: str) -> None:
         print(f"\n{title}\n{'-' * len(title)}", flush=True)
@@ -120,16 +131,20 @@ class Report:
         return {"machine": dict(self.machine), "quick": self.quick, "figures": rows}
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], budget: Budget) -> Samples:
-    """Time every side once a round; which one begins changes from round to round.
+def alternate(
+    sides: Mapping[str, Callable[[], object]],
+    budget: Budget,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Samples:
+    """Time every side once a round by ``clock``; which one begins changes from round to round.
 
     A side that takes less than a twentieth of a second is called several times for one sample.
     """
     repeats: dict[str, int] = {}
     for name, side in sides.items():
-        seconds = _timed(side, 1)
+        seconds = _timed(side, 1, clock)
         if seconds < _SHORTEST_SAMPLE_S:  # that was the warm-up
-            seconds = _timed(side, 1)
+            seconds = _timed(side, 1, clock)
         repeats[name] = max(1, math.ceil(_SHORTEST_SAMPLE_S / seconds))
     names = list(sides)
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -137,7 +152,7 @@ def alternate(sides: Mapping[str, Callable[[], object]], budget: Budget) -> Samp
         for number in budget.rounds():
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                found[name].append(_timed(sides[name], repeats[name]))
+                found[name].append(_timed(sides[name], repeats[name], clock))
     return Samples(found)
 
 
@@ -187,11 +202,11 @@ def print_machine(known: Mapping[str, Any]) -> None:
         print("note: the machine was not idle at the start; ratios may suffer from it")
 
 
-def _timed(side: Callable[[], object], repeats: int) -> float:
-    began = time.perf_counter()
+def _timed(side: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    began = clock()
     for _ in range(repeats):
         side()
-    return (time.perf_counter() - began) / repeats
+    return (clock() - began) / repeats
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def serve(
     Raises:
         StartFailed: One line that says why the server cannot run.
     """
+    os.umask(0o077)  # keys, adapters and state are nobody else's to read
     with _exclusive(settings.data_dir):
         _check_port(settings.host, settings.port)
         staging = settings.data_dir / "staging"

@@ -105,10 +105,10 @@ class FakeEngine:
             time.sleep(3600)
         outputs: tuple[Any, ...]
         if request.task == "feature-extraction":
-            outputs = tuple((float(len(one.token_ids)), 0.5) for one in request.inputs)
+            outputs = tuple((float(one.tokens), 0.5) for one in request.inputs)
         else:
             outputs = tuple(
-                ({"label": request.adapter or "base", "score": 1.0 / len(one.token_ids)},)
+                ({"label": request.adapter or "base", "score": 1.0 / one.tokens},)
                 for one in request.inputs
             )
         return EncodeResult(request.id, outputs, request.version, request.tokens, 0.5, 1.5)

@@ -54,7 +54,7 @@ def test_nothing_is_written_but_data_and_temporary_files(
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
     with running(tmp_path / "data", ["-c", SERVE, SCRIPT]) as live:
         answer = live.client.post("/predict?adapter=hira-imdb", json={"inputs": "A fine film."})
-        assert answer.status_code == 200
+        assert answer.status_code == 200, live.log.read_text()[-3000:]
         story = {"inputs": "The king", "parameters": {"max_new_tokens": 4}}
         assert live.client.post("/generate?adapter=hira-wiki", json=story).status_code == 200
         folder = ADAPTERS_DIR / "hira-imdb"
@@ -64,6 +64,8 @@ def test_nothing_is_written_but_data_and_temporary_files(
         )
         assert added.status_code in {200, 201}
         assert live.client.get("/metrics").status_code == 200
+        shared = [one for one in (tmp_path / "data").rglob("*") if one.stat().st_mode & 0o077]
+        assert shared == []
         assert live.end() == 0
         log = live.log.read_text()
         assert "Read-only file system" not in log

@@ -40,6 +40,7 @@ from transformers import (
 
 from adapters.store import Store
 from server.options import EngineOptions
+from server.text import Text
 from tests.server.float64 import TASK_TYPES, Reference
 
 __all__ = ["TASK_TYPES", "Reference"]
@@ -61,6 +62,7 @@ TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "vit": ["q_proj", "v_proj", "fc1", "projection"],
     "roberta": ["query", "value", "output.dense"],
+    "minilm": ["query", "value", "output.dense"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "opt": ["q_proj", "fc1", "fc2"],
     "qwen2": ["q_proj", "v_proj", "down_proj"],
@@ -164,6 +166,11 @@ def _decoder(kind: str, sizes: dict[str, Any]) -> Any:
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[kind]
     return model_class(config_class(**sizes, num_key_value_heads=2))
+
+
+def text_of(base: Path) -> Text:
+    """The tokenizer as an engine has it."""
+    return Text.load(base, max_tokens=47, vocab_size=VOCABULARY, pad_id=0)
 
 
 def options(base: Path, store: Path, **changes: Any) -> EngineOptions:

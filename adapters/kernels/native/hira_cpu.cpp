@@ -63,10 +63,19 @@ Level detect() { return kAbsent; }
 
 }  // namespace
 
+// Of the structures and of what they mean: raised with every change that a caller must know of.
+HIRA_API int32_t hira_interface() { return 2; }
+
 HIRA_API int32_t hira_level() {
     static const Level level = detect();
     return level;
 }
+
+// Rows of the base, or of a kept weight, up to which lines are multiplied without tiles: a tile costs
+// its 16 rows, used or not.
+static int64_t few_rows(int64_t level) { return level == kAmx ? 2 : 8; }
+
+HIRA_API int64_t hira_few_rows() { return few_rows(hira_level()); }
 
 // What one segment brings. a: [rank, in], b: [out, rank], both read by fold and expand only.
 // bias: [out], instead of the layer's own, or null. how: one of How. kept: [out, in], or null.
@@ -890,9 +899,6 @@ void enter(void* shared) {
 }
 
 // ---- planning -----------------------------------------------------------------------------------
-
-// Rows up to which lines are multiplied without tiles: a tile costs its 16 rows, used or not.
-int64_t few_rows(Level level) { return level == kAmx ? 2 : 8; }
 
 void plan(Shared& s) {
     const HiraCall& c = *s.call;
