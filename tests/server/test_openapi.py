@@ -41,7 +41,7 @@ def test_document_says_what_endpoints_answer(live: Live) -> None:
 
 def test_a_wrong_method_is_told_all_right_ones(live: Live) -> None:
     for path, methods in (("/admin/adapters/x", "DELETE, GET, PATCH"), ("/predict", "POST")):
-        answer = live.client.put(path)
+        answer = live.client.put(path, headers=live.admin)
         assert (answer.status_code, answer.headers["Allow"]) == (405, methods)
 
 
