@@ -250,14 +250,13 @@ class Residency:
             if version is not None:
                 settled = self._load_one(version)
             if loose is not None:
-                loose.compact()  # here, because it takes a while and nobody may wait for it
+                loose.compact()  # not under the lock: it takes a while
             for done in settled:
                 self._tell(done)
 
     def _load_one(self, version: str) -> list[str]:
         """Disk to host; returns the version if it failed. What is compact there becomes whole."""
-        known = self._tiers.entries.get(version)  # it may be dropped at any time
-        if known is not None and known.packed is not None:
+        if (known := self._tiers.entries.get(version)) and known.packed:  # not dropped meanwhile
             known.packed.restore()
             return []
         try:
