@@ -1,7 +1,4 @@
-"""Which layer of a base, or which module of its head, each tensor of an adapter belongs to.
-
-Works on names and shapes alone, from a file's header: no tensor is read here.
-"""
+"""The tensors of an adapter file, sorted to the layers of one base; collects what does not fit."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters.checkpoint import CONFIG_FILE, TENSOR_FILE
-from adapters.errors import AdapterNotFound, StoreFull
+from adapters.errors import AdapterNotFound, CorruptFile, StoreFull
 from adapters.store import Store, version_of
 from tests.adapters.folders import change_config, hira_folder
 
@@ -170,3 +170,17 @@ def test_damage_is_found(store: Store, adapter: Path, tmp_path: Path) -> None:
     raw[-1] ^= 1
     path.write_bytes(raw)
     assert list(store.damaged()) == [version]
+
+
+def test_bytes_that_changed_are_found_when_they_are_read(store: Store, adapter: Path) -> None:
+    version = store.add(adapter)
+    assert store.sound_path(version) == store.path(version)
+    tensors = store.path(version) / TENSOR_FILE
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1  # one bit of the last tensor
+    tensors.chmod(0o600)
+    tensors.write_bytes(content)
+    with pytest.raises(CorruptFile, match="have changed"):
+        store.sound_path(version)
+    store.add(adapter)  # what the error tells people to do
+    assert store.sound_path(version) == store.path(version)
