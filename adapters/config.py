@@ -60,7 +60,7 @@ HONOURED: Final[Mapping[Method, frozenset[str]]] = {
             "lora_alpha",
             "alpha_pattern",
             "use_rslora",
-            "bias",  # "none" only
+            "bias",  # "none" and "lora_only"
             "init_lora_weights",  # only those that leave the base weight as it was
         }
     ),
@@ -129,7 +129,7 @@ class AdapterConfig:
     alpha: float = 0.0
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     modules_to_save: tuple[str, ...] = ()
     model_class: str | None = None
@@ -226,6 +226,7 @@ def parse_config(raw: bytes) -> AdapterConfig:
         alpha=reader.number("lora_alpha", 8.0) if method == "lora" else 0.0,
         alpha_pattern=reader.numbers("alpha_pattern") if method == "lora" else {},
         rslora=reader.flag("use_rslora") if method == "lora" else False,
+        bias="lora_only" if content.get("bias") == "lora_only" and method == "lora" else "none",
         fan_in_fan_out=reader.flag("fan_in_fan_out"),
         modules_to_save=tuple(dict.fromkeys(_as_tuple(reader.names("modules_to_save")))),
         model_class=reader.model_class(),
@@ -297,13 +298,13 @@ def _lora_refusals(content: Mapping[str, Any]) -> list[AdapterError]:
             )
         )
     bias = content.get("bias", "none")
-    if bias not in ("none", None):
+    if bias not in ("none", "lora_only", None):
         faults.append(
             UnsupportedOption(
-                "Trained biases of the base are not supported.",
+                "Trained biases of layers that are no targets are not supported.",
                 found=f"bias = {show(bias)}",
-                expected='bias = "none"',
-                fix='Train with bias="none".',
+                expected='bias = "none" or "lora_only"',
+                fix='Train with bias="lora_only": the biases of the targets alone.',
             )
         )
     return faults

@@ -20,6 +20,7 @@ here: the server maps every code to one in its own table.
     ├── SourceUnavailable       source_unavailable   an allowed source that could not be read
     ├── UploadTooLarge          upload_too_large
     ├── StoreFull               store_full
+    ├── RegistryUnavailable     registry_unavailable  its database is locked, damaged or away
     ├── SegmentMismatch         segment_mismatch     segments that do not cover the rows
     ├── SlotNotResident         slot_not_resident    a slot without factors
     └── AdapterFaults           (the code of the first)  several of the above, reported together
@@ -147,6 +148,10 @@ class UploadTooLarge(AdapterError):
 
 class StoreFull(AdapterError):
     code = "store_full"
+
+
+class RegistryUnavailable(AdapterError):
+    code = "registry_unavailable"
 
 
 class SegmentMismatch(AdapterError):

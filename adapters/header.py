@@ -26,6 +26,7 @@ from adapters.errors import (
     UnsafeFormat,
     UploadTooLarge,
 )
+from adapters.recent import Recent
 from adapters.strict_json import show, strict_json
 
 MAX_HEADER_BYTES = 8 << 20
@@ -35,6 +36,9 @@ MAX_DIMENSIONS = 8
 MAX_NAME_CHARACTERS = 512
 CHUNK_ELEMENTS = 1 << 20
 _LENGTH_BYTES = 8
+# Headers that were read last: adapters of one recipe have the same. Larger ones are parsed anew.
+_RECENT_HEADERS = 32
+_RECENT_HEADER_BYTES = 1 << 18
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -42,6 +46,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_SUM_DTYPE = torch.float32
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # How pickles begin: torch.save's zip, and a bare pickle of protocol 2 to 5.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -60,6 +65,9 @@ class TensorEntry:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+
+_recent: Final[Recent[tuple[TensorEntry, ...]]] = Recent(_RECENT_HEADERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +148,10 @@ def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
         raise _corrupt(
             "The header does not begin as JSON.", found=show(raw[:16]), expected="a JSON object"
         )
-    content = strict_json(raw, "The header of adapter_model.safetensors", MAX_HEADER_BYTES)
-    _check_metadata(content.pop("__metadata__", {}))
-    if len(content) > MAX_TENSORS:
-        raise UploadTooLarge(
-            "The file has too many tensors.",
-            found=str(len(content)),
-            expected=f"at most {MAX_TENSORS}",
-        )
-    return _entries(content, _LENGTH_BYTES + length, size)
+    if length > _RECENT_HEADER_BYTES:
+        return _parsed(raw, size)
+    entries = _recent.get((raw, size), lambda: tuple(_parsed(raw, size).values()))
+    return {entry.name: entry for entry in entries}
 
 
 def read_tensor(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
@@ -196,11 +199,14 @@ def inspect_values(tensor: torch.Tensor, name: str) -> Finite:
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), CHUNK_ELEMENTS):
         chunk = flat[start : start + CHUNK_ELEMENTS]
+        nonzero += int(torch.count_nonzero(chunk))
+        # NaN and infinity reach the sum; a sum that overflows by itself is looked into.
+        if chunk.dtype is not torch.float64 and math.isfinite(float(chunk.sum(dtype=_SUM_DTYPE))):
+            continue
         finite = torch.isfinite(chunk)
         if chunk.dtype is torch.float64:
             finite &= chunk.abs() <= _FLOAT32_MAX
         bad += chunk.numel() - int(finite.sum())
-        nonzero += int(torch.count_nonzero(chunk))
     if not bad:
         return Finite(nonzero, None)
     return Finite(
@@ -221,6 +227,19 @@ def _corrupt(message: str, *, found: str, expected: str) -> CorruptFile:
         expected=expected,
         fix="Copy the file again, or save the adapter again.",
     )
+
+
+def _parsed(raw: bytes, size: int) -> dict[str, TensorEntry]:
+    """The entries of a header, in a file of ``size`` bytes."""
+    content = strict_json(raw, "The header of adapter_model.safetensors", MAX_HEADER_BYTES)
+    _check_metadata(content.pop("__metadata__", {}))
+    if len(content) > MAX_TENSORS:
+        raise UploadTooLarge(
+            "The file has too many tensors.",
+            found=str(len(content)),
+            expected=f"at most {MAX_TENSORS}",
+        )
+    return _entries(content, _LENGTH_BYTES + len(raw), size)
 
 
 def _check_metadata(metadata: object) -> None:

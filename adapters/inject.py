@@ -6,6 +6,7 @@ go, is the business of ``adapters.residency``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -14,11 +15,14 @@ import torch
 from torch import nn
 
 from adapters.errors import MissingTensors, NonFinite, ShapeMismatch, SlotNotResident
+from adapters.fused import FusedLayers, obstacle
 from adapters.layers import AdaptedLayer, AdaptedLinear, adapt_in_place
 from adapters.modulation import Modulator, SlotFactors, Strategy
 from adapters.plan import Plan
 from adapters.segments import BASE_SLOT, Segments
 from adapters.signature import BaseSignature, LayerSignature, describe, target_modules
+
+_log = logging.getLogger(__name__)
 
 
 class AdaptedModel:
@@ -34,11 +38,13 @@ class AdaptedModel:
         layers: Mapping[str, AdaptedLayer],
         signature: BaseSignature,
         modulator: Modulator,
+        fused: FusedLayers | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
         self.signature = signature
         self.modulator = modulator
+        self.fused = fused  # None: no layer uses the fused kernel
         self._installed: set[int] = set()
 
     @property
@@ -117,6 +123,8 @@ class AdaptedModel:
         if not checked:
             self.check(factors)
         self.uninstall(slot)
+        if self.fused is not None:
+            factors = self.fused.place(slot, factors)
         for path, entry in factors.items():
             self.layers[path].slots[slot] = entry
         self._installed.add(slot)
@@ -127,6 +135,8 @@ class AdaptedModel:
         self.modulator.folded.forget(slot)
         for layer in self.layers.values():
             layer.slots.pop(slot, None)
+        if self.fused is not None:
+            self.fused.clear(slot)
 
     def base_bytes(self) -> tuple[int, int]:
         """Bytes of the base: its linear layers' weights, and everything else, each counted once.
@@ -160,6 +170,7 @@ def inject(model: nn.Module, *, name: str = "", strategy: Strategy = "auto") -> 
 
     Raises:
         ValueError: The model is injected already, or bitsandbytes has repacked a weight.
+        UnsupportedOption: ``strategy`` is ``fused`` and the fused kernel cannot run here.
     """
     signature = describe(model, name)
     modulator = Modulator(strategy)
@@ -178,7 +189,28 @@ def inject(model: nn.Module, *, name: str = "", strategy: Strategy = "auto") -> 
             replacement = AdaptedLinear(module, layer, modulator, is_output)
             model.set_submodule(layer.path, replacement)
             layers[layer.path] = replacement
-    return AdaptedModel(model, layers, signature, modulator)
+    return AdaptedModel(model, layers, signature, modulator, _fuse(model, layers, strategy))
+
+
+def _fuse(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], strategy: Strategy
+) -> FusedLayers | None:
+    """Give the linear layers the fused kernel, if it is asked for, or can run under ``auto``."""
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    dtype = next(one.dtype for one in parameters if one.is_floating_point())
+    if strategy != "fused":
+        if strategy != "auto" or device.type != "cuda":
+            return None
+        reason = obstacle(dtype, device)
+        if reason is not None:
+            _log.warning("Torch operators run the adapters, not the fused kernel: %s", reason)
+            return None
+    linear = {path: one for path, one in layers.items() if isinstance(one, AdaptedLinear)}
+    fused = FusedLayers({path: one.quantized for path, one in linear.items()}, dtype, device)
+    for one in linear.values():
+        one.fused = fused
+    return fused
 
 
 def _check_shapes(layer: LayerSignature, entry: SlotFactors) -> None:

@@ -9,16 +9,20 @@ a subclass of transformers does around the lookup stays as it is.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adapters.fused import FusedLayers
 from adapters.modulation import Modulator, SlotFactors
 from adapters.quant import QuantizedWeight
 from adapters.segments import Segments
 from adapters.signature import LayerSignature
+
+EMBEDDING_BLOCK = 64  # numbers of a 4-bit table that share a scale; rows share none
 
 
 class AdaptedLayer(Protocol):
@@ -51,6 +55,7 @@ class AdaptedLinear(nn.Module):
         self.is_output = is_output
         self.slots: dict[int, SlotFactors] = {}
         self.modulator = modulator
+        self.fused: FusedLayers | None = None  # set where the fused kernel runs
         self.quantized = _quantized_weight(base, signature)
         self.weight: Any = base.weight
         bias: Any = base.bias
@@ -63,7 +68,8 @@ class AdaptedLinear(nn.Module):
         Raises:
             SegmentMismatch: The rows are in no segment table of the current batch.
         """
-        modulator = self.modulator
+        modulator, path = self.modulator, self.layer_signature.path
+        fused = self.fused if self.fused is not None and self.fused.takes(path, x) else None
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -72,11 +78,15 @@ class AdaptedLinear(nn.Module):
             weight = self.quantized
             if weight.kind == "dense":
                 return F.linear(x, weight.dequantize(dtype=weight.stored.dtype), bias)
+            if fused is not None:
+                return fused.base_linear(path, x, bias)
             return modulator.base_linear(x, weight, bias)
-        path = self.layer_signature.path
         segments = plan.of_rows(x.shape[:-1], path, self.is_output)
         rows = x.reshape(-1, self.in_features)
-        y = modulator.linear(rows, self.quantized, self.slots, segments, bias, layer=path)
+        if fused is not None:
+            y = fused.linear(path, rows, self.slots, segments, bias=bias, modulator=modulator)
+        else:
+            y = modulator.linear(rows, self.quantized, self.slots, segments, bias, layer=path)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
@@ -95,6 +105,9 @@ class AdaptedLinear(nn.Module):
 
 
 def _quantized_weight(base: nn.Module, signature: LayerSignature) -> QuantizedWeight:
+    known = getattr(base, "quantized", None)
+    if isinstance(known, QuantizedWeight):  # tied to a quantized embedding
+        return known
     name = type(base).__name__
     from_bitsandbytes = type(base).__module__.startswith("bitsandbytes.")
     if from_bitsandbytes and name == "Linear8bitLt":
@@ -105,6 +118,56 @@ def _quantized_weight(base: nn.Module, signature: LayerSignature) -> QuantizedWe
     return QuantizedWeight.from_dense(
         weight, transposed=signature.kind == "conv1d_transposed" and name == "Conv1D"
     )
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """A frozen embedding whose table is stored in 4 bits; only what is looked up is dequantized.
+
+    ``weight`` holds the packed bytes, so that what counts a model's memory finds them.
+    """
+
+    quantized: QuantizedWeight
+    dtype: torch.dtype  # of what it returns
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Integers of any shape to ``[..., dim]``."""
+        return self.quantized.rows(input, self.dtype)
+
+
+def quantize_embedding(
+    embedding: nn.Embedding,
+    quantization: Literal["nf4", "fp4"],
+    *,
+    double_quant: bool = True,
+    tied: Iterable[nn.Module] = (),
+) -> None:
+    """Store an embedding's table in 4 bits, in place; layers tied to it share the bytes.
+
+    Args:
+        embedding: A plain ``nn.Embedding`` whose width is a multiple of the block of 64.
+        quantization: How.
+        double_quant: Round the scales to 8 bits.
+        tied: Linear layers with the same weight, such as a language-model head. They are to be
+            injected before they run.
+
+    Raises:
+        ValueError: Another class, or another width.
+    """
+    if type(embedding) is not nn.Embedding or embedding.embedding_dim % EMBEDDING_BLOCK:
+        raise ValueError(f"{type(embedding).__name__} of width {embedding.embedding_dim}")
+    dense = embedding.weight.data
+    stored = QuantizedWeight.from_dense(
+        dense, quantization, double_quant=double_quant, block=EMBEDDING_BLOCK
+    )
+    packed = nn.Parameter(stored.stored, requires_grad=False)
+    assert stored.scales is not None
+    embedding.__class__ = QuantizedEmbedding
+    embedding.weight = packed
+    embedding.register_buffer("scales", stored.scales, persistent=False)
+    embedding.quantized, embedding.dtype = stored, dense.dtype  # type: ignore[assignment]
+    for layer in tied:
+        layer.weight = packed
+        layer.quantized = stored  # type: ignore[assignment]
 
 
 class AdaptedEmbedding(nn.Embedding):
@@ -137,6 +200,14 @@ class AdaptedEmbedding(nn.Embedding):
         segments = plan.of_rows(input.shape, self.layer_signature.path)
         return self._add_residuals(input.reshape(-1), base, segments)
 
+    def _plain(self, ids: torch.Tensor) -> torch.Tensor:
+        """The table's own rows, without what a subclass does to them."""
+        stored = getattr(self, "quantized", None)
+        if stored is None:
+            return F.embedding(ids, self.weight)
+        rows: torch.Tensor = stored.rows(ids, self.dtype)
+        return rows
+
     def _add_residuals(
         self, ids: torch.Tensor, base: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
@@ -149,7 +220,7 @@ class AdaptedEmbedding(nn.Embedding):
             factors = factors.to(y.dtype)
             delta = factors.a[:, ids[rows]].t() @ factors.b.t()
             if factors.method == "hira":
-                y[rows].addcmul_(F.embedding(ids[rows], self.weight), delta)
+                y[rows].addcmul_(self._plain(ids[rows]), delta)
             else:
                 scale = getattr(self, "embed_scale", None)
                 if isinstance(scale, torch.Tensor):

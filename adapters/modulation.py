@@ -6,6 +6,7 @@
     expand    base + Σ_k b_k ⊙ (W0 (a_k ⊙ x))                 few rows; all of them in one matmul
     cached    fold, with the folded weight kept between calls
     native    all of these in one pass over W0, by the compiled CPU kernel, in bfloat16
+    fused     all but lora in one pass over W0, by the GPU kernel: ``adapters.fused``
     reference float64, as the equations are written
 
 ``auto`` takes, for every layer and segment, what ``adapters.costs`` predicts to be the cheapest.
@@ -43,8 +44,16 @@ __all__ = [
     "modulated_linear",
 ]
 
-Strategy = Literal["auto", "fold", "expand", "cached", "native", "reference"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "fold", "expand", "cached", "native", "reference")
+Strategy = Literal["auto", "fold", "expand", "cached", "native", "fused", "reference"]
+STRATEGIES: tuple[Strategy, ...] = (
+    "auto",
+    "fold",
+    "expand",
+    "cached",
+    "native",
+    "fused",
+    "reference",
+)
 
 _FORCED: Mapping[Strategy, Way] = {"fold": "fold", "expand": "expand", "cached": "kept"}
 # Calls of the bare base whose bounds are kept ready, one for each number of rows.

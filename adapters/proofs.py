@@ -16,7 +16,7 @@ from adapters.checkpoint import TENSOR_FILE
 from adapters.errors import AdapterError, AdapterFaults, UnsafeFormat
 from adapters.header import TensorEntry, inspect_values, open_regular, read_header, read_tensor
 from adapters.signature import BaseSignature
-from adapters.tensor_keys import FactorKey, SavedKey, parse_key
+from adapters.tensor_keys import BiasKey, FactorKey, SavedKey, parse_key
 
 _SHOWN = 6
 
@@ -30,6 +30,7 @@ class TensorProof:
         layers: How many layers have factors.
         ranks: Short name of a target → the ranks found under it, ascending.
         factor_parameters: Numbers in all factors.
+        bias_parameters: Numbers in all biases of targets.
         head_parameters: Numbers in all modules saved whole.
         nonzero: Of the factors.
         sparsity: The share of zeros in the factors, 0 to 1.
@@ -44,6 +45,7 @@ class TensorProof:
     layers: int
     ranks: Mapping[str, tuple[int, ...]]
     factor_parameters: int
+    bias_parameters: int
     head_parameters: int
     nonzero: int
     sparsity: float
@@ -56,7 +58,7 @@ class TensorProof:
     @property
     def parameters(self) -> int:
         """Everything that was trained."""
-        return self.factor_parameters + self.head_parameters
+        return self.factor_parameters + self.bias_parameters + self.head_parameters
 
     @property
     def all_ranks(self) -> tuple[int, ...]:
@@ -73,6 +75,7 @@ class Layout:
     unknown: list[str] = field(default_factory=list)
     dtypes: Counter[str] = field(default_factory=Counter)
     factor_parameters: int = 0
+    bias_parameters: int = 0
     nonzero: int = 0
 
 
@@ -113,6 +116,8 @@ def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
                 layout.nonzero += values.nonzero
             elif isinstance(key, SavedKey):
                 layout.saved.append((key, entry))
+            elif isinstance(key, BiasKey):
+                layout.bias_parameters += entry.elements
             else:
                 layout.unknown.append(entry.name)
     if layout.unknown:
@@ -135,6 +140,7 @@ def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
         layers=len(layout.pairs),
         ranks={name: tuple(sorted(found)) for name, found in sorted(ranks.items())},
         factor_parameters=count,
+        bias_parameters=layout.bias_parameters,
         head_parameters=sum(entry.elements for _, entry in layout.saved),
         nonzero=layout.nonzero,
         sparsity=round(1 - layout.nonzero / count, 6) if count else 0.0,

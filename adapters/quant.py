@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from adapters.kernels.triton_operands import PackedWeight, ungrouped
 
 WeightKind = Literal["nf4", "fp4", "int8", "dense"]
 
@@ -35,9 +38,10 @@ class QuantizedWeight:
         scales: float32. nf4, fp4: the largest magnitude of each block; int8: that of each row.
         block: Weights that share a scale (nf4, fp4).
         transposed: Of a dense weight only, as GPT-2's Conv1D stores it.
+        grouped: The 4-bit codes are in the order of ``triton_operands.PackedWeight``.
     """
 
-    __slots__ = ("block", "kind", "scales", "shape", "stored", "transposed")
+    __slots__ = ("block", "grouped", "kind", "scales", "shape", "stored", "transposed")
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class QuantizedWeight:
         self.scales = scales
         self.block = block
         self.transposed = transposed
+        self.grouped = False
 
     @classmethod
     def from_linear4bit(cls, module: nn.Module) -> QuantizedWeight:
@@ -153,6 +158,20 @@ class QuantizedWeight:
         """Bytes of the stored weight and its scales."""
         return self.stored.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
+    def take_order(self, packed: PackedWeight) -> PackedWeight:
+        """Store the codes in the order of ``packed``, which was made from this weight.
+
+        The bytes are overwritten where they are, so that nothing is held twice; ``dequantize``
+        gives what it gave before.
+
+        Returns:
+            ``packed`` on the bytes of this weight.
+        """
+        if packed.grouped and not self.grouped:
+            self.stored.copy_(packed.packed.view_as(self.stored))
+            self.grouped = True
+        return replace(packed, packed=self.stored.reshape(-1))
+
     def is_ready(self, dtype: torch.dtype) -> bool:
         """Whether ``dequantize`` to ``dtype`` is free: the weight is stored so."""
         return self.kind == "dense" and self.stored.dtype == dtype
@@ -182,15 +201,16 @@ class QuantizedWeight:
         if self.kind == "int8":
             # Integers up to 127 are exact in bfloat16; the product is made in float32.
             return out.copy_(self.stored).mul_((self.scales / _INT8_LEVELS).unsqueeze(1))
+        stored = ungrouped(self.stored) if self.grouped else self.stored
         if out.device.type == "cpu":
             native = self._native(dtype)
             if native is None:
                 plain = unpack_4bit(
-                    self.stored, self.scales, self.kind, shape=self.shape, block=self.block
+                    stored, self.scales, self.kind, shape=self.shape, block=self.block
                 )
                 return out.copy_(plain)
             native(
-                ctypes.c_void_p(self.stored.data_ptr()),
+                ctypes.c_void_p(stored.data_ptr()),
                 ctypes.c_void_p(self.scales.data_ptr()),
                 ctypes.c_void_p(out.data_ptr()),
                 ctypes.c_longlong(self.block),
@@ -199,9 +219,32 @@ class QuantizedWeight:
             )
             return out
         torch.ops.bitsandbytes.dequantize_4bit.out(
-            self.stored, self.scales, self.block, self.kind, list(self.shape), dtype, out=out
+            stored, self.scales, self.block, self.kind, list(self.shape), dtype, out=out
         )
         return out
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of W0, without the others: what an embedding looks up.
+
+        Args:
+            ids: Integers of any shape, below ``shape[0]``.
+            dtype: What to return.
+
+        Returns:
+            ``[*ids.shape, in]``.
+
+        Raises:
+            ValueError: 4-bit rows that share blocks with their neighbours, or 8-bit storage.
+        """
+        if self.kind == "dense":
+            return torch.nn.functional.embedding(ids, self.dequantize(dtype=dtype))
+        if self.kind == "int8" or self.shape[1] % self.block:
+            raise ValueError(f"Rows of {self.kind} {self.shape} in blocks of {self.block}.")
+        assert self.scales is not None
+        packed = self.stored.reshape(self.shape[0], -1)[ids].int()
+        values = _code_pairs(self.kind).to(self.device)[packed].view(*ids.shape, -1, self.block)
+        scales = self.scales.view(self.shape[0], -1)[ids]
+        return (values * scales.unsqueeze(-1)).view(*ids.shape, -1).to(dtype)
 
     def to(self, device: torch.device) -> None:
         """Move the scales and, unless dense, the stored bytes; a dense parameter moves itself."""

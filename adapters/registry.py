@@ -11,9 +11,10 @@ import builtins
 import logging
 import os
 import re
+import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from adapters.errors import (
     AdapterExists,
     AdapterNotFound,
     InvalidName,
+    RegistryUnavailable,
     StoreFull,
 )
 from adapters.migrations import ADAPTERS, STATE, migrate
 from adapters.records import (
     AdapterRecord,
     delete,
-    from_row,
+    read_changes,
     read_one,
     record_of,
     set_pinned,
@@ -43,7 +45,7 @@ from adapters.store import Store, version_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 GRACE_S = 300.0  # bytes that no row names any more are kept this long for requests under way
-_BUSY_S = 15.0
+_BUSY_S = 5.0
 
 __all__ = ["AdapterRecord", "Registry", "check_name"]
 
@@ -261,23 +263,16 @@ class Registry:
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with self._connected().connect() as connection:
+        with _available(), self._connected().connect() as connection:
             yield connection
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
         """One write transaction; it holds the database's write lock from its first statement."""
-        try:
-            with self._connected().begin() as connection:
-                if self._is_sqlite:
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
-                yield connection
-        except sa.exc.OperationalError as error:
-            if "full" in str(error.orig):
-                raise StoreFull(
-                    "The registry's disk is full.", fix="Free disk space, or remove adapters."
-                ) from error
-            raise
+        with _available(), self._connected().begin() as connection:
+            if self._is_sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
 
     def _all(self) -> builtins.list[AdapterRecord]:
         with self._lock:
@@ -286,6 +281,23 @@ class Registry:
 
     def _refresh(self) -> None:
         """Read the table again if any process has committed since; called with the lock held."""
+        try:
+            with _available():
+                self._read_changes()
+        except RegistryUnavailable:
+            # What was known may be outdated: nothing is answered from it. The connection goes too,
+            # because after damage, or a server that went away, only a new one can work.
+            self._drop_watch()
+            raise
+
+    def _drop_watch(self) -> None:
+        watch, self._watch, self._known_at = self._watch, None, None
+        if watch is not None:
+            with suppress(sa.exc.SQLAlchemyError):
+                watch.invalidate()
+                watch.close()
+
+    def _read_changes(self) -> None:
         if self._watch is None:
             self._watch = (
                 self._connected().connect().execution_options(isolation_level="AUTOCOMMIT")
@@ -298,8 +310,7 @@ class Registry:
         else:
             now = self._watch.execute(sa.select(STATE.c.generation)).scalar_one()
         if now != self._known_at:
-            rows = self._watch.execute(sa.select(ADAPTERS).order_by(ADAPTERS.c.name))
-            self._known = {row.name: from_row(row) for row in rows}
+            self._known = read_changes(self._watch, self._known)
             self._known_at = now
 
 
@@ -323,6 +334,32 @@ def _check_free(name: str, present: AdapterRecord | None, version: str) -> None:
             expected=version,
             fix="Set replace to true, or choose another name.",
         )
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    """Turn what a database raises for its own reasons into typed errors.
+
+    Raises:
+        StoreFull: Its disk is full.
+        RegistryUnavailable: It is locked for too long, damaged, or cannot be reached.
+    """
+    try:
+        yield
+    except IntegrityError:
+        raise  # a matter of the rows, not of the database
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0][:200]
+        if "full" in reason:
+            raise StoreFull(
+                "The registry's disk is full.", fix="Free disk space, or remove adapters."
+            ) from error
+        raise RegistryUnavailable(
+            "The registry cannot be used now.",
+            found=reason,
+            expected="a database that answers",
+            fix="Try again in a few seconds; if it stays so, the operator must look at it.",
+        ) from error
 
 
 def _not_found(name: str) -> AdapterNotFound:

@@ -14,16 +14,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from threading import Condition, Thread
 from typing import TYPE_CHECKING
 
 import torch
 
+from adapters.background import step_back
 from adapters.errors import SlotNotResident
 from adapters.folded import FoldedCache
 from adapters.inject import AdaptedModel
 from adapters.packing import pack
+from adapters.slot_factors import SlotFactors
 from adapters.tiers import PINNED_QUARTERS, Entry, ResidencySnapshot, State, Tiers
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ class Residency:
         self._adapted = adapted
         self._load = load
         self._device = adapted.device
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._folded = FoldedCache(folded_bytes, self._device)
         adapted.modulator.folded = self._folded
         self._wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
@@ -232,24 +236,36 @@ class Residency:
     # The loader's thread.
 
     def _run(self) -> None:
+        step_back()
         while True:
             with self._changed:
                 if self._closed:
                     return
                 settled = self._place_waiting()
                 version = None if settled else self._next_to_load()
-                if not settled and version is None:
+                loose = None if settled else self._tiers.to_compact(self._wanted)
+                if not settled and version is None and loose is None:
                     self._changed.wait(self._until_grace_ends())
                     continue
             if version is not None:
                 settled = self._load_one(version)
+            if loose is not None:
+                loose.compact()  # not under the lock: it takes a while
             for done in settled:
                 self._tell(done)
 
     def _load_one(self, version: str) -> list[str]:
-        """Disk to host; returns the version if it failed."""
+        """Disk to host; returns the version if it failed. What is compact there becomes whole."""
+        if (known := self._tiers.entries.get(version)) and known.packed:  # not dropped meanwhile
+            known.packed.restore()
+            return []
         try:
-            packed = pack(self._load(version), self.dtype, self._device)
+            packed = pack(
+                self._load(version),
+                self.dtype,
+                self._device,
+                b_by_column=self._adapted.fused is not None,
+            )
             self._adapted.check(packed.factors)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             with self._changed:
@@ -265,34 +281,58 @@ class Residency:
     def _place_waiting(self) -> list[str]:
         """Host to slots, in the order asked; stops at the first that must wait."""
         settled: list[str] = []
-        for version in list(self._wanted):
-            packed = self._tiers.entries[version].packed
-            if packed is None:
-                continue  # it is still being read; those behind it may go first
-            obstacle = self._tiers.obstacle(packed.nbytes)
-            if obstacle is not None:
-                settled += self._fail(version, obstacle)
-                continue
-            if not self._tiers.make_room(version, packed.nbytes):
-                break
-            try:
-                factors = packed.to_device(self._device)
-                self._adapted.install(self._tiers.free[-1], factors, checked=True)
-            except Exception as error:  # noqa: BLE001  # out of device memory, for one
-                packed.leave_device()
-                settled += self._fail(version, error)
-                continue
-            entry = self._tiers.entries[version]
-            entry.slot = self._tiers.free.pop()
-            entry.state = "ready"
-            entry.kept_until = time.monotonic() + self.grace_s
-            self._tiers.entries.move_to_end(version)
-            del self._wanted[version]
-            settled.append(version)
+        copied: list[tuple[str, Mapping[str, SlotFactors]]] = []
+        with self._copying():
+            for version in list(self._wanted):
+                entry = self._tiers.entries[version]
+                packed = entry.packed
+                if packed is None or packed.is_compact:
+                    continue  # it is still being read; those behind it may go first
+                obstacle = self._tiers.obstacle(packed.nbytes)
+                if obstacle is not None:
+                    settled += self._fail(version, obstacle)
+                    continue
+                if not self._tiers.make_room(version, packed.nbytes):
+                    break
+                try:
+                    copied.append((version, packed.to_device(self._device)))
+                except Exception as error:  # noqa: BLE001  # out of device memory, for one
+                    packed.leave_device()
+                    settled += self._fail(version, error)
+                    continue
+                entry.slot = self._tiers.free.pop()
+        for version, factors in copied:
+            settled += self._install(version, factors)
         if settled:
             self._tiers.trim_host(self._wanted)
             self._report_pins()
         return settled
+
+    def _install(self, version: str, factors: Mapping[str, SlotFactors]) -> list[str]:
+        entry = self._tiers.entries[version]
+        assert entry.slot is not None
+        try:
+            self._adapted.install(entry.slot, factors, checked=True)
+        except Exception as error:  # noqa: BLE001  # out of device memory, for one
+            self._tiers.leave_slot(entry)
+            return self._fail(version, error)
+        entry.state = "ready"
+        entry.kept_until = time.monotonic() + self.grace_s
+        self._tiers.entries.move_to_end(version)
+        del self._wanted[version]
+        return [version]
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Copies to the device that are begun within it are done when it ends: all at once, beside
+        the forward that runs. A lease ends when the answers of its batch are on the host, so no
+        kernel still reads what was let go for them."""
+        if self._copies is None:
+            yield
+            return
+        with torch.cuda.stream(self._copies):
+            yield
+        self._copies.synchronize()
 
     def _next_to_load(self) -> str | None:
         waiting = sum(
@@ -302,10 +342,8 @@ class Residency:
         )
         if waiting and waiting >= self._tiers.host_bytes:
             return None  # those loaded must find slots first
-        for version in self._wanted:
-            if self._tiers.entries[version].packed is None:
-                return version
-        return None
+        packs = ((name, self._tiers.entries[name].packed) for name in self._wanted)
+        return next((name for name, packed in packs if not packed or packed.is_compact), None)
 
     def _until_grace_ends(self) -> float | None:
         if not self._wanted:

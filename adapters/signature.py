@@ -37,6 +37,7 @@ class LayerSignature:
         out_features: Outputs; an embedding's width, a convolution's channels.
         kernel: The kernel of a convolution, else empty.
         groups: The groups of a convolution, else 1.
+        has_bias: Whether it adds a bias.
     """
 
     path: str
@@ -45,6 +46,7 @@ class LayerSignature:
     out_features: int
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    has_bias: bool = False
 
     def factor_shapes(self, rank: int, method: Method) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B as PEFT stores them, for HiRA and for LoRA alike.
@@ -177,15 +179,20 @@ def _layer_signature(path: str, module: nn.Module) -> LayerSignature | None:
     if isinstance(known, LayerSignature):
         return known
     cls = type(module)
+    has_bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
         if cls.forward is not nn.Linear.forward and not cls.__module__.startswith("bitsandbytes."):
             return None  # its own arithmetic, which an adapter would not follow
         transposed = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         kind: LayerKind = "conv1d_transposed" if transposed else "linear"
-        return LayerSignature(path, kind, module.in_features, module.out_features)
+        return LayerSignature(
+            path, kind, module.in_features, module.out_features, has_bias=has_bias
+        )
     if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
         inputs, outputs = module.weight.shape  # type: ignore[misc]
-        return LayerSignature(path, "conv1d_transposed", int(inputs), int(outputs))
+        return LayerSignature(
+            path, "conv1d_transposed", int(inputs), int(outputs), has_bias=has_bias
+        )
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None or not _takes_ids(cls):
             return None
@@ -200,6 +207,7 @@ def _layer_signature(path: str, module: nn.Module) -> LayerSignature | None:
             module.out_channels,
             tuple(module.kernel_size),
             module.groups,
+            has_bias,
         )
     return None
 

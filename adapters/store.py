@@ -51,6 +51,7 @@ class Store:
         self.max_bytes = max_bytes
         self._versions = root / "versions"
         self._staging = root / "staging"
+        self._sizes: dict[str, int] = {}  # by version: an entry never changes while it is there
         for folder in (self._versions, self._staging):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -111,7 +112,12 @@ class Store:
 
     def nbytes(self) -> int:
         """Bytes of all entries."""
-        return sum(_folder_bytes(self._versions / version) for version in self.versions())
+        known = self._sizes
+        self._sizes = {
+            version: known.get(version) or _folder_bytes(self._versions / version)
+            for version in self.versions()
+        }
+        return sum(self._sizes.values())
 
     def touch(self, version: str) -> None:
         """Start the grace of an entry anew: it is about to be named."""
@@ -153,6 +159,23 @@ class Store:
             return version_of(self._versions / version) == version
         except AdapterError:
             return False
+
+    def sound_path(self, version: str) -> Path:
+        """The folder of ``version``, after reading every byte of it: disks forget, people edit.
+
+        Raises:
+            AdapterNotFound: There is no such version in this store.
+            CorruptFile: Its content is not what its name says.
+        """
+        folder = self.path(version)
+        if not self.is_sound(version):
+            raise CorruptFile(
+                "The stored bytes of this adapter have changed.",
+                found=f"other content than {version}",
+                expected="the content that was registered",
+                fix="Register the adapter again.",
+            )
+        return folder
 
     def _check_room(self, folder: Path) -> None:
         if self.max_bytes is None or self.has(version_of(folder)):

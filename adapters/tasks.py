@@ -42,7 +42,8 @@ _BY_CLASS: Final[tuple[tuple[str, Task], ...]] = (
     ("LMHeadModel", "text-generation"),
     ("Model", "feature-extraction"),
 )
-_IMAGE_MODELS: Final = frozenset({"vit", "deit", "beit", "swin", "convnext", "resnet", "dinov2"})
+# Families whose backbone is a row of patches for each image, whatever its size: those served.
+IMAGE_MODELS: Final = frozenset({"vit", "deit", "dinov2"})
 
 
 def task_of(
@@ -59,7 +60,7 @@ def task_of(
     own = _of_class(base.architecture)
     if task is None:
         task = "text-classification" if has_head else own or "feature-extraction"
-    if task == "text-classification" and base.model_type in _IMAGE_MODELS:
+    if task == "text-classification" and base.model_type in IMAGE_MODELS:
         task = "image-classification"
     if task in ("text-generation", "fill-mask") and task != own:
         raise BaseMismatch(

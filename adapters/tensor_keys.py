@@ -17,6 +17,7 @@ _FACTOR = re.compile(
     r"(?P<path>.+)\.(?P<method>hira|lora)_(?P<embedding>embedding_)?(?P<side>[AB])"
     r"(?:\.default)?(?P<weight>\.weight)?"
 )
+_BIAS = ".base_layer.bias"
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 
 
@@ -42,7 +43,14 @@ class SavedKey:
         return f"{self.path}.{self.parameter}"
 
 
-def parse_key(name: str) -> FactorKey | SavedKey | None:
+@dataclass(frozen=True, slots=True)
+class BiasKey:
+    """The bias of a target that was trained with its factors (LoRA's ``bias="lora_only"``)."""
+
+    path: str
+
+
+def parse_key(name: str) -> FactorKey | BiasKey | SavedKey | None:
     """What the tensor ``name`` is; None when it is nothing that an adapter has.
 
     Source: ``peft/utils/save_and_load.py``, ``get_peft_model_state_dict``.
@@ -58,6 +66,8 @@ def parse_key(name: str) -> FactorKey | SavedKey | None:
             return None
         side: Literal["A", "B"] = "A" if found["side"] == "A" else "B"
         return FactorKey(found["path"], method, side, found["embedding"] is not None)
+    if rest.endswith(_BIAS):
+        return BiasKey(rest.removesuffix(_BIAS))
     path, dot, parameter = _SAVED.sub("", rest).rpartition(".")
     if not dot or any(
         part.startswith(("hira_", "lora_")) for part in (*path.split("."), parameter)

@@ -160,7 +160,9 @@ class Tiers:
         for name, entry in self.entries.items():
             if free and used + need <= self.device_bytes:
                 break
-            if entry.slot is None or entry.leases or entry.kept_until > now or name in pinned:
+            if entry.slot is None or entry.state != "ready":  # or it is on its way there
+                continue
+            if entry.leases or entry.kept_until > now or name in pinned:
                 continue
             assert entry.packed is not None
             leave.append(name)
@@ -180,6 +182,14 @@ class Tiers:
         entry.packed.leave_device()
         self.free.append(entry.slot)
         entry.slot, entry.state = None, "absent"
+
+    def to_compact(self, waiting: Container[str]) -> PackedAdapter | None:
+        """A pruned adapter out of its slot that still takes the memory of a whole one."""
+        for version, entry in self.entries.items():
+            packed = entry.packed if entry.slot is None and version not in waiting else None
+            if packed is not None and packed.is_loose:
+                return packed
+        return None
 
     def trim_host(self, waiting: Container[str]) -> None:
         """Bring the host tier into its budget, oldest use first; those ``waiting`` stay."""

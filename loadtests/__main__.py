@@ -1,91 +1,200 @@
-"""Starts a server of its own, lets Locust loose on it, and judges: `python -m loadtests`.
+"""Runs Locust scenarios against a server of one's own, and judges: `python -m loadtests`.
 
-The exit status is not 0 when any answer was wrong, any error was unexpected, nothing was asked, or
-the server did not come up or go down as it should.
+`python -m loadtests spike --seconds 120` runs one, without a name all run one after the other until
+a pass mark is broken. The exit status is not 0 when one is, when an answer was wrong or an error
+unexpected, or when the server did not come up or go down as it should.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-from loadtests.servers import start_server
+from loadtests.scenarios import (
+    COMMON,
+    RARE,
+    REFUSED,
+    REMOVED,
+    SCENARIOS,
+    TRICKLED,
+    WRONG,
+    Mark,
+    Scenario,
+)
+from loadtests.servers import Server, start_server
+from loadtests.stage import set_stage
+from loadtests.traffic import percentile
+from loadtests.watch import Sample, look
+
+DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
+QUEUE = 96  # of the server: fewer than the largest crowd
+SETTLE_S = 2.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests", description=__doc__)
-    parser.add_argument("--users", type=int, default=16)
-    parser.add_argument("--seconds", type=int, default=40)
-    parser.add_argument("--variants", type=int, default=24, help="adapters registered beforehand")
+    parser.add_argument("scenario", nargs="*", help=f"{', '.join(SCENARIOS)}; all by default")
+    parser.add_argument("--seconds", type=int, help="of each scenario; short by default")
+    parser.add_argument("--variants", type=int, default=12, help="adapters registered beforehand")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--results", type=Path, default=Path("loadtests/results"))
     options = parser.parse_args()
+    names = options.scenario or list(SCENARIOS)
+    if unknown := [name for name in names if name not in SCENARIOS]:
+        parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
     options.results.mkdir(parents=True, exist_ok=True)
+    began, faults = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="hira-loadtest-") as folder:
-        server = start_server(Path(folder), options.dtype, options.results)
+        queue = f"--max-queue-requests={QUEUE}"
+        server = start_server(Path(folder), options.dtype, options.results, queue)
         try:
             server.wait_until_ready()
-            locust = run_locust(server.url, Path(folder), options)
+            key = server.admin["Authorization"].removeprefix("Bearer ")
+            stage = set_stage(server.url, key, DEMO_DIR, options.variants, options.dtype)
+            stage.save(stage_path(options))
+            for name in names:
+                faults = run(name, server, options)
+                if faults:
+                    break
         finally:
             stopped = server.stop()
-    faults = read_faults(options.results)
-    print_table(options.results)
-    if locust != 0:
-        faults.append(f"locust ended with status {locust}")
     if stopped != 0:
-        faults.append(f"the server ended with status {stopped} (see {options.results}/server.log)")
+        faults.append(f"the server ended with status {stopped} (see {server.log})")
     for fault in faults:
         print(f"FAULT: {fault}", file=sys.stderr)
+    print(f"\n{len(names)} scenarios, {time.monotonic() - began:.0f} s: {options.results}/*.html")
     return 1 if faults else 0
 
 
-def run_locust(url: str, data_dir: Path, options: argparse.Namespace) -> int:
+def stage_path(options: argparse.Namespace) -> Path:
+    """Where the adapters under test and their answers are kept for Locust's process."""
+    return Path(options.results) / "stage.json"
+
+
+def run(name: str, server: Server, options: argparse.Namespace) -> list[str]:
+    """Run one scenario and write its report; returns what broke a pass mark."""
+    scenario = SCENARIOS[name]
+    seconds = options.seconds or scenario.seconds
+    print(f"\n{name}: {scenario.what}, {seconds} s", flush=True)
+    raw = options.results / f"{name}.raw.json"
+    raw.unlink(missing_ok=True)
+    before = look(server)
+    status = run_locust(name, seconds, server, raw, options)
+    time.sleep(SETTLE_S)  # connections close, work of clients that left ends
+    after = look(server)
+    if status != 0 or not raw.exists():
+        return [f"{name}: locust ended with status {status}"]
+    report = summary(json.loads(raw.read_text()), scenario, seconds, (before, after))
+    raw.unlink()
+    marks = [judged(mark, report) for mark in scenario.marks]
+    for mark in marks:
+        print(f"  {'ok  ' if mark['holds'] else 'FAIL'} {mark['what']:<48}{mark['value']:>9.3g}"
+              f"  {mark['limit']}")  # fmt: skip
+    for line in report["failures"][:10]:
+        print(f"  {line}")
+    told = {"scenario": name, "what": scenario.what, "seconds": seconds, "marks": marks, **report}
+    (options.results / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    return [
+        f"{name}: {mark['what']}: {mark['value']:.4g}, must be {mark['limit']}"
+        for mark in marks
+        if not mark["holds"]
+    ] + [f"{name}: {line}" for line in report["failures"][:5]]
+
+
+def judged(mark: Mark, report: dict[str, Any]) -> dict[str, Any]:
+    value = mark.value(report)
+    holds = mark.holds(report)
+    return {"what": mark.what, "value": round(value, 4), "limit": mark.limit, "holds": holds}
+
+
+def run_locust(
+    name: str, seconds: int, server: Server, raw: Path, options: argparse.Namespace
+) -> int:
+    """Let Locust run the scenario; it writes its page and ``raw``."""
     command = [
         *(sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("locustfile.py"))),
-        *("--headless", "--only-summary", "--host", url),
-        *("--users", str(options.users), "--spawn-rate", str(options.users)),
-        *("--run-time", f"{options.seconds}s", "--stop-timeout", "30"),
-        *("--html", str(options.results / "report.html")),
-        *("--csv", str(options.results / "report")),
-        *("--exit-code-on-error", "1"),
+        *("--headless", "--only-summary", "--host", server.url, "--stop-timeout", "60"),
+        *("--html", str(options.results / f"{name}.html"), "--loglevel", "WARNING"),
+        *("--exit-code-on-error", "0"),  # judged here
     ]
     environment = {
         **os.environ,
-        "HIRA_LOADTEST_ADMIN_KEY": (data_dir / "admin.key").read_text().strip(),
-        "HIRA_LOADTEST_VARIANTS": str(options.variants),
-        "HIRA_LOADTEST_DTYPE": options.dtype,
+        "HIRA_LOADTEST_SCENARIO": name,
+        "HIRA_LOADTEST_SECONDS": str(seconds),
+        "HIRA_LOADTEST_JSON": str(raw.resolve()),
+        "HIRA_LOADTEST_ADMIN_KEY": server.admin["Authorization"].removeprefix("Bearer "),
+        "HIRA_LOADTEST_STAGE": str(stage_path(options).resolve()),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
-def read_faults(results: Path) -> list[str]:
-    with (results / "report_failures.csv").open() as file:
-        faults = [
-            f"{row['Name']}: {row['Error']} x{row['Occurrences']}" for row in csv.DictReader(file)
-        ]
-    with (results / "report_stats.csv").open() as file:
-        asked = sum(
-            int(row["Request Count"]) for row in csv.DictReader(file) if row["Name"] != "Aggregated"
+    log = options.results / f"{name}.log"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
         )
-    if asked == 0:
-        faults.append("no request was made")
-    return faults
+    return done.returncode
 
 
-def print_table(results: Path) -> None:
-    print(f"\n{'endpoint':<36}{'requests':>9}{'failures':>9}{'p50 ms':>8}{'p99 ms':>8}{'req/s':>8}")
-    with (results / "report_stats.csv").open() as file:
-        for row in csv.DictReader(file):
-            print(
-                f"{row['Name']:<36}{row['Request Count']:>9}{row['Failure Count']:>9}"
-                f"{row['50%']:>8}{row['99%']:>8}{float(row['Requests/s']):>8.1f}"
-            )
+def summary(
+    raw: dict[str, Any], scenario: Scenario, seconds: float, looks: tuple[Sample, Sample]
+) -> dict[str, Any]:
+    """The figures of a run, by stage and name; see `locustfile.Stretches` for ``raw``."""
+    parts = {stage.name: stage.part for stage in scenario.stages}
+    stages: dict[str, dict[str, Any]] = {}
+    whole: dict[str, list[float]] = {}
+    for stage, name, values in raw["good"]:
+        rate = len(values) / (parts[stage] * seconds) if stage in parts else float("nan")
+        stages.setdefault(stage, {})[name] = {**quantiles(values), "good_per_s": round(rate, 2)}
+        whole.setdefault(name, []).extend(values)
+    stages["all"] = {
+        name: {**quantiles(values), "good_per_s": round(len(values) / seconds, 2)}
+        for name, values in whole.items()
+    }
+    failed = [
+        (name, text, number) for _, name, texts in raw["failed"] for text, number in texts.items()
+    ]
+
+    def total(*names: str) -> int:
+        return sum(len(whole.get(name, ())) for name in names)
+
+    return {
+        "good": sum(map(len, whole.values())) - total(REFUSED, COMMON, RARE),
+        "refused": total(REFUSED),
+        "trickled": total(TRICKLED),
+        "turned_over": total(REMOVED),
+        "adapters": raw["adapters"],
+        "wrong": sum(number for _, text, number in failed if WRONG in text),
+        "errors": sum(number for _, text, number in failed if WRONG not in text),
+        "failures": sorted({f"{name}: {text} x{number}" for name, text, number in failed}),
+        "memory_ratio": most_grown(*looks, "resident_bytes"),
+        "descriptor_ratio": most_grown(*looks, "descriptors"),
+        "processes": {"before": looks[0], "after": looks[1]},
+        "stages": stages,
+    }
+
+
+def quantiles(milliseconds: list[float]) -> dict[str, float]:
+    return {
+        "count": len(milliseconds),
+        "mean_ms": round(statistics.fmean(milliseconds), 1),
+        "p50_ms": round(percentile(milliseconds, 0.5), 1),
+        "p95_ms": round(percentile(milliseconds, 0.95), 1),
+        "p99_ms": round(percentile(milliseconds, 0.99), 1),
+    }
+
+
+def most_grown(before: Sample, after: Sample, kind: str) -> float:
+    """End over start of the process that grew most; NaN when one is new or gone."""
+    if before.keys() != after.keys():
+        return float("nan")
+    return round(max(after[role][kind] / before[role][kind] for role in before), 3)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -15,7 +17,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-START_TIMEOUT_S = 120
+ROOT = Path(__file__).parents[1]
+START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 60
 RESIDENT = "hira_process_resident_bytes"
 
@@ -59,6 +62,35 @@ class Server:
             self.process.kill()
             return self.process.wait()
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def worker_pid(self) -> int | None:
+        """The inference worker's, as it says itself; None while there is none."""
+        try:
+            return int(json.loads((self.data_dir / "run" / "worker-0.json").read_text())["pid"])
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def roles(self) -> dict[str, int]:
+        """Process ids by role: main, the queues of LitServe, http-N and the worker."""
+        main, worker = psutil.Process(self.process.pid), self.worker_pid()
+        found = {"main": main.pid}
+        if worker is not None:
+            found["worker-0"] = worker
+        # Forked from the main process, so they share its command line; the queues' comes first.
+        forked = [
+            one
+            for one in main.children()
+            if one.pid != worker and one.status() != psutil.STATUS_ZOMBIE
+            if one.cmdline() == main.cmdline()
+        ]
+        forked.sort(key=lambda one: one.create_time())
+        for number, one in enumerate(forked):
+            found["queues" if number == 0 else f"http-{number - 1}"] = one.pid
+        return found
+
     def resident_bytes(self) -> dict[str, int]:
         """Resident memory by role, as its own metrics tell it."""
         found: dict[str, int] = {}
@@ -86,8 +118,7 @@ def start_server(data_dir: Path, dtype: str, results: Path, *arguments: str) -> 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("hira")),
-        "serve",
+        *(sys.executable, "-m", "server.cli", "serve"),
         "--host=127.0.0.1",
         f"--port={port}",
         f"--dtype={dtype}",
@@ -97,7 +128,9 @@ def start_server(data_dir: Path, dtype: str, results: Path, *arguments: str) -> 
     results.mkdir(parents=True, exist_ok=True)
     log = results / "server.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        # This folder's server, also where another one is installed.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     return Server(f"http://127.0.0.1:{port}", data_dir, log, process)
 
 

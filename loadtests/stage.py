@@ -13,7 +13,7 @@ import math
 import random
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,27 @@ class Stage:
 
     exact: bool
     tolerance: float
+    new_tokens: int = NEW_TOKENS
     classifiers: list[Adapter] = field(default_factory=list)
     generators: list[Adapter] = field(default_factory=list)
 
-    def pick(self, adapters: Sequence[Adapter], rng: random.Random) -> Adapter:
-        """An adapter by Zipf(1): the k-th is asked in proportion to 1/k."""
-        weights = [1.0 / rank for rank in range(1, len(adapters) + 1)]
+    def save(self, path: Path) -> None:
+        """For another process that acts on the same server."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> Stage:
+        """The inverse of `save`."""
+        told = json.loads(path.read_text())
+        for kind in ("classifiers", "generators"):
+            told[kind] = [Adapter(**one) for one in told[kind]]
+        return cls(**told)
+
+    def pick(
+        self, adapters: Sequence[Adapter], rng: random.Random, exponent: float = 1.0
+    ) -> Adapter:
+        """An adapter by Zipf's law: the k-th is asked in proportion to 1 / k ** exponent."""
+        weights = [rank**-exponent for rank in range(1, len(adapters) + 1)]
         return rng.choices(adapters, weights)[0]
 
     def fault_in_scores(self, adapter: Adapter, text: str, answer: Any) -> str | None:
@@ -74,12 +89,20 @@ class Stage:
         """
         if self.exact and text != adapter.expected[prompt]:
             return f"text {text!r} in place of {adapter.expected[prompt]!r}"
-        if not 1 <= tokens <= NEW_TOKENS:
-            return f"{tokens} tokens, asked for {NEW_TOKENS}"
+        if not 1 <= tokens <= self.new_tokens:
+            return f"{tokens} tokens, asked for {self.new_tokens}"
         return None
 
 
-def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: str) -> Stage:
+def set_stage(
+    url: str,
+    admin_key: str,
+    demo_dir: Path,
+    variants: int,
+    dtype: str,
+    *,
+    new_tokens: int = NEW_TOKENS,
+) -> Stage:
     """Multiply the adapters found in ``demo_dir``, register the copies, and note every answer.
 
     Args:
@@ -88,8 +111,9 @@ def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: st
         demo_dir: Folder of PEFT adapter folders that the server was started with.
         variants: How many copies to make in all; they take turns over the adapters.
         dtype: The server's compute dtype; decides how closely answers must agree.
+        new_tokens: Of every generated answer, at most.
     """
-    stage = Stage(exact=dtype == "fp32", tolerance=SCORE_TOLERANCE[dtype])
+    stage = Stage(dtype == "fp32", SCORE_TOLERANCE[dtype], new_tokens)
     with httpx.Client(base_url=url, timeout=120) as client:
         headers = {"Authorization": f"Bearer {admin_key}"}
         sources = sorted(path for path in demo_dir.iterdir() if path.is_dir())
@@ -106,7 +130,7 @@ def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: st
         listed = client.get("/admin/adapters", params={"limit": 1000}, headers=headers)
         listed.raise_for_status()
         for record in listed.json()["adapters"]:
-            adapter = examine(client, record)
+            adapter = examine(client, record, new_tokens)
             if adapter.task == "text-classification":
                 stage.classifiers.append(adapter)
             elif adapter.task == "text-generation":
@@ -116,7 +140,9 @@ def set_stage(url: str, admin_key: str, demo_dir: Path, variants: int, dtype: st
     return stage
 
 
-def examine(client: httpx.Client, record: Mapping[str, Any]) -> Adapter:
+def examine(
+    client: httpx.Client, record: Mapping[str, Any], new_tokens: int = NEW_TOKENS
+) -> Adapter:
     """Ask one adapter every question, one request at a time."""
     name, task = record["name"], record["task"]
     expected: dict[str, Any] = {}
@@ -127,7 +153,7 @@ def examine(client: httpx.Client, record: Mapping[str, Any]) -> Adapter:
             expected[text] = reply.json()
     elif task == "text-generation":
         for prompt in PROMPTS:
-            body = {"inputs": prompt, "parameters": {"max_new_tokens": NEW_TOKENS}}
+            body = {"inputs": prompt, "parameters": {"max_new_tokens": new_tokens}}
             reply = client.post("/generate", params={"adapter": name}, json=body)
             reply.raise_for_status()
             expected[prompt] = reply.json()["generated_text"]

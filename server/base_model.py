@@ -19,9 +19,13 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from adapters.calibration import calibrate
+from adapters.errors import UnsupportedOption
 from adapters.inject import AdaptedModel, inject
+from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
 from adapters.signature import BaseSignature, describe
-from server.base_plan import BaseModelError, BasePlan, plan_base
+from adapters.tasks import IMAGE_MODELS
+from server.base_plan import BaseModelError, BasePlan, is_causal, plan_base
+from server.memory import available_bytes
 from server.options import EngineOptions
 
 __all__ = ["BaseModelError", "LoadedBase", "load_base", "signature_of"]
@@ -60,10 +64,14 @@ class LoadedBase:
         return self.model.base_model
 
     @property
+    def takes_images(self) -> bool:
+        """Whether its inputs are images and not texts."""
+        return str(self.config.model_type) in IMAGE_MODELS
+
+    @property
     def generates(self) -> bool:
         """Whether it has a causal language-model head."""
-        name = self.adapted.signature.architecture
-        return name.endswith(("ForCausalLM", "LMHeadModel"))
+        return is_causal(self.adapted.signature.architecture)
 
 
 def signature_of(options: EngineOptions) -> BaseSignature:
@@ -80,7 +88,8 @@ def load_base(options: EngineOptions) -> LoadedBase:
 
     The linear layers of the backbone are quantized (a pooler included); embeddings, the
     language-model head and what is left of it are not. A checkpoint that bitsandbytes quantized
-    already is loaded as it is. Sets torch's number of threads on the CPU.
+    already is loaded as it is. With ``quantize_embeddings`` the token embedding, and a head tied to
+    it, are stored in 4 bits as well. Sets torch's number of threads on the CPU.
 
     Raises:
         BaseModelError: No such base, an architecture or device that cannot be served, weights
@@ -94,7 +103,14 @@ def load_base(options: EngineOptions) -> LoadedBase:
     skeleton = _skeleton(plan)
     _check_memory(skeleton, options, plan, dtype, device)
     model = _load(plan, skeleton, options, dtype, device)
-    adapted = inject(model, name=options.base, strategy=options.modulation)
+    if options.quantize_embeddings:
+        _quantize_embedding(model, options)
+    try:
+        adapted = inject(model, name=options.base, strategy=options.modulation)
+    except UnsupportedOption as error:  # a strategy that this device or dtype does not have
+        raise BaseModelError(
+            error.message, found=error.found, expected=error.expected, fix=error.fix
+        ) from error
     if options.modulation == "auto":
         adapted.modulator.costs = calibrate(adapted, dtype, options.cache_dir)
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)
@@ -202,6 +218,37 @@ def _quantization(skeleton: nn.Module, options: EngineOptions, dtype: torch.dtyp
     )
 
 
+def _quantize_embedding(model: Any, options: EngineOptions) -> None:
+    """Store the token embedding as the linear layers are; a head tied to it shares the bytes."""
+    embedding = model.get_input_embeddings()
+    kind = options.quantization
+    reason = None
+    if kind not in ("nf4", "fp4"):
+        reason = f"--quantization {kind}"
+    elif type(embedding) is not nn.Embedding:
+        reason = f"an embedding of class {type(embedding).__name__}"
+    elif embedding.embedding_dim % EMBEDDING_BLOCK:
+        reason = f"an embedding {embedding.embedding_dim} wide"
+    if reason is not None:
+        raise BaseModelError(
+            "The token embedding of this base cannot be stored in 4 bits.",
+            found=reason,
+            expected=f"nf4 or fp4, and a plain embedding a multiple of {EMBEDDING_BLOCK} wide",
+            fix="Start without --quantize-embeddings.",
+        )
+    tied = [
+        module
+        for module in model.modules()
+        if module is not embedding and getattr(module, "weight", None) is embedding.weight
+    ]
+    quantize_embedding(
+        embedding,
+        "nf4" if kind == "nf4" else "fp4",
+        double_quant=options.double_quant,
+        tied=tied,
+    )
+
+
 def _outside_backbone(model: Any) -> list[str]:
     """Children that are no part of the backbone: the language-model head, in whatever pieces."""
     backbone = model.base_model
@@ -225,24 +272,37 @@ def _check_memory(
         for module in skeleton.base_model.modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     )
+    if options.quantize_embeddings and isinstance(
+        embedding := skeleton.get_input_embeddings(), nn.Embedding
+    ):
+        linear += embedding.weight.numel()
     every = sum(parameter.numel() for parameter in skeleton.parameters())
     bits = _BITS.get(options.quantization, dtype.itemsize * 8.0)
     needed = int(linear * bits / 8 + (every - linear) * dtype.itemsize)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    found = f"{needed >> 20} MiB needed"
+    if plan.generates:
+        needed += options.kv_bytes
+        found += f" and {options.kv_bytes >> 20} MiB for the KV cache"
     if needed > free:
-        raise _no_memory(f"{needed >> 20} MiB needed, {free >> 20} MiB free", options)
+        raise _no_memory(f"{found}, {free >> 20} MiB free", options)
+    budgets = options.device_bytes + options.folded_bytes
+    if device.type == "cpu":
+        budgets += options.host_bytes
+    if needed + budgets > free:
+        logger.warning(
+            "Budgets of adapters are %d MiB, and beside the base %d MiB are free: "
+            "lower device_bytes, host_bytes or folded_bytes, or memory may run out",
+            budgets >> 20,
+            (free - needed) >> 20,
+        )
 
 
 def _no_memory(found: str, options: EngineOptions) -> BaseModelError:
     return BaseModelError(
         "The base model does not fit into memory.",
         found=found,
-        expected="room for all of its weights",
+        expected="room for all of its weights and the KV cache",
         fix="Use a smaller base or a larger machine."
         if options.quantization in ("nf4", "fp4")
         else "Use --quantization nf4, a smaller base or a larger machine.",

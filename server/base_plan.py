@@ -7,7 +7,7 @@ Which class is loaded, by the first entry of ``architectures`` in the config:
 
     XForCausalLM, XLMHeadModel, XForMaskedLM    that class, its language-model head with it
     XForPreTraining                             the masked (else causal) LM class of the family
-    XModel                                      the bare backbone
+    XModel                                      the bare backbone, of images too
     any other head, or none named               the bare backbone; the checkpoint's head is left
                                                 out, because heads come with adapters
 
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from adapters.tasks import IMAGE_MODELS
 from server.options import EngineOptions
 
 _INDEX = "model.safetensors.index.json"
@@ -81,6 +82,15 @@ class BasePlan:
     model_class: type[Any]
     quantized: dict[str, Any] | None
 
+    @property
+    def takes_images(self) -> bool:
+        return _sees(self.model_class)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it has a causal language-model head."""
+        return is_causal(self.model_class.__name__)
+
     def skeleton(self) -> nn.Module:
         """The model on the meta device, without a single weight."""
         with torch.device("meta"):
@@ -122,7 +132,7 @@ def kv_too_small(given: int, least: int) -> BaseModelError:
 
 def _check_kv_bytes(config: Any, model_class: type[Any], options: EngineOptions) -> None:
     """Refuse at once what no cache can be made of; the cache itself knows its size exactly."""
-    if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if not is_causal(model_class.__name__):
         return
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
@@ -262,10 +272,26 @@ def _model_class(config: Any) -> type[Any]:
         raise BaseModelError(
             "The base model's architecture is not supported.",
             found=name or str(config.model_type),
-            expected="a text encoder or decoder of transformers",
+            expected="a text encoder or decoder of transformers, or a vision transformer",
+        )
+    if _sees(found) and config.model_type not in IMAGE_MODELS:
+        raise BaseModelError(
+            "Bases of this kind for images are not supported.",
+            found=str(config.model_type),
+            expected="one of " + ", ".join(sorted(IMAGE_MODELS)),
         )
     chosen: type[Any] = found
     return chosen if name_is_headed(chosen.__name__) else _under_its_name(chosen)
+
+
+def _sees(model_class: Any) -> bool:
+    """Whether it takes images."""
+    return str(getattr(model_class, "main_input_name", "")) == "pixel_values"
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether a class of this name continues texts."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def name_is_headed(architecture: str) -> bool:

@@ -8,6 +8,7 @@ difference. Which token comes next is none of its business.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 UNDECODED = "\ufffd"
@@ -149,3 +150,28 @@ class TextStream:
         if text:
             self._parts.append(text)
         return text
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token of a text spells; a special one is no part of the readable text."""
+
+    text: str
+    special: bool
+
+
+def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[Piece]:
+    """The text of each token of a whole text.
+
+    The texts of those that are not special join to the readable text, but for a character that the
+    end leaves incomplete; one that several tokens spell is the text of the last of them. A special
+    token has the vocabulary's name for it.
+    """
+    special = frozenset(tokenizer.all_special_ids)
+    stream = Detokenizer(tokenizer, ())
+    return [
+        Piece(str(tokenizer.convert_ids_to_tokens(token)), special=True)
+        if token in special
+        else Piece(stream.push(token), special=False)
+        for token in token_ids
+    ]

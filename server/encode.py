@@ -1,4 +1,4 @@
-"""The lane for classification, token classification, question answering, filled masks, embeddings.
+"""The lane for what is read at once: classes of texts and images, tokens, answers, masks, vectors.
 
 Each input of a request is a row. ``step`` takes one batch of rows of similar length from the
 scheduler, whatever their adapters and tasks, runs the backbone once, gives each adapter's rows to
@@ -8,7 +8,6 @@ what was asked of that adapter. One thread owns a lane.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Sequence
@@ -21,7 +20,9 @@ from adapters import segments
 from server import encode_failures as failures
 from server.base_model import LoadedBase
 from server.encode_read import Group, Reader
-from server.messages import EncodedInput, EncodeRequest, EncodeResult, Event, Task
+from server.encode_rows import Rows
+from server.images import Images
+from server.messages import EncodeRequest, EncodeResult, Event, Task
 from server.options import EngineOptions
 from server.scheduler import Batch, Depth, Key, Row, Scheduler
 from server.text import Text
@@ -66,24 +67,22 @@ class EncodeLane:
 
     Args:
         base: The loaded base.
-        text: Its tokenizer and limits.
+        inputs: Its tokenizer, or its image processor, and their limits.
         residency: Brings adapters to the device and says in which slot they are.
         options: ``max_batch_tokens``, ``max_batch_rows`` and ``slots`` are read.
     """
 
     def __init__(
-        self, base: LoadedBase, text: Text, residency: Residency, options: EngineOptions
+        self, base: LoadedBase, inputs: Text | Images, residency: Residency, options: EngineOptions
     ) -> None:
         self._base = base
-        self._text = text
+        self._inputs = inputs
         self._residency = residency
         self._scheduler = Scheduler(options.max_batch_tokens, options.max_batch_rows)
-        self._reader = Reader(base, text, heads_kept=options.slots)
+        self._reader = Reader(base, inputs, heads_kept=options.slots)
         self._pending: dict[str, _Pending] = {}
         self._outbox: list[Event] = []
-        known = inspect.signature(base.backbone.forward).parameters
-        self._takes_type_ids = "token_type_ids" in known
-        self._constant: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+        self._rows = Rows(base, inputs)
         self._figures = EncodeFigures(self._scheduler.depth(), 0, 0, 0, 0, 0, 0, 0.0, 0)
 
     def submit(self, request: EncodeRequest) -> None:
@@ -94,12 +93,12 @@ class EncodeLane:
         """
         if request.id in self._pending:
             raise ValueError(f"A request with the id {request.id!r} is already here.")
-        refusal = failures.refusal(request, self._text)
+        refusal = failures.refusal(request, self._inputs)
         if refusal is not None:
             self._outbox.append(refusal)
             return
-        lengths = [len(item.token_ids) for item in request.inputs]
-        self._pending[request.id] = _Pending(request, request.submitted or time.time())
+        lengths = [item.tokens for item in request.inputs]
+        self._pending[request.id] = _Pending(request, request.submitted or time.monotonic())
         self._scheduler.submit(request.id, request.version, lengths, request.deadline)
         if request.version is not None:
             self._residency.prefetch(request.version)
@@ -115,7 +114,7 @@ class EncodeLane:
         deadline = self._scheduler.next_deadline()
         return bool(
             self._outbox
-            or (deadline is not None and deadline <= time.time())
+            or (deadline is not None and deadline <= time.monotonic())
             or any(
                 key is None or self._residency.state(key) != "loading"
                 for key in self._scheduler.waiting()
@@ -123,7 +122,7 @@ class EncodeLane:
         )
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of a request that is here, as ``time.time()`` counts."""
+        """The earliest deadline of a request that is here, as ``time.monotonic()`` counts."""
         return self._scheduler.next_deadline()
 
     def depth(self) -> int:
@@ -169,7 +168,7 @@ class EncodeLane:
     # Before a forward
 
     def _expire(self, events: list[Event]) -> None:
-        now = time.time()
+        now = time.monotonic()
         for request_id in self._scheduler.expire(now):
             pending = self._pending.pop(request_id)
             late_s = now - (pending.request.deadline or now)
@@ -202,7 +201,7 @@ class EncodeLane:
     # The forward and what follows
 
     def _run(self, batch: Batch, slots: dict[Key, int], events: list[Event]) -> None:
-        began = time.time()
+        began = time.monotonic()
         clock = time.perf_counter()
         outputs = self._forward(batch.rows, slots)
         seconds = time.perf_counter() - clock
@@ -256,6 +255,8 @@ class EncodeLane:
             with torch.inference_mode():
                 return self._answer(rows, slots)
         except Exception as error:
+            if failures.is_lost(error):
+                raise
             keys = dict.fromkeys(row.key for row in rows)
             no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if len(keys) > 1:
@@ -273,15 +274,11 @@ class EncodeLane:
     def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
         items = [self._pending[row.request].request.inputs[row.index] for row in rows]
         row_slots = [slots[row.key] for row in rows]
-        ids, mask = self._pad(items)
-        more = dict(self._constant)
-        if self._takes_type_ids and any(item.type_ids for item in items):
-            more["token_type_ids"] = _padded(
-                [item.type_ids or (0,) * len(item.token_ids) for item in items], 0, ids.device
-            )
+        feed = self._rows.feed(items)
         sequences = segments.from_rows(row_slots)
-        with self._base.adapted.batch(sequences.repeat(ids.shape[1]), sequences):
-            out = self._base.backbone(input_ids=ids, attention_mask=mask, **more)
+        with self._base.adapted.batch(sequences.repeat(feed.tokens), sequences):
+            out = self._base.backbone(**feed.arguments)
+        ids, mask = feed.tables(out.last_hidden_state)
         groups: dict[tuple[Key, Task], list[int]] = {}
         for index, row in enumerate(rows):
             task = self._pending[row.request].request.task
@@ -311,15 +308,3 @@ class EncodeLane:
             for index, answer in zip(indices, answers, strict=True):
                 outputs[index] = answer
         return outputs
-
-    def _pad(self, items: Sequence[EncodedInput]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask ``[n, T]``, padded on the right."""
-        device = self._base.device
-        ids = _padded([item.token_ids for item in items], self._text.pad_id, device)
-        mask = _padded([(1,) * len(item.token_ids) for item in items], 0, device)
-        return ids, mask
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import torch
+
 from adapters.errors import AdapterError
-from server.messages import EncodeRequest, Failure, Task
+from server.images import Images
+from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure, Task
 from server.postprocess import NotFinite
 from server.text import SPAN_TASKS, Text
 
 _NEEDS_ADAPTER: frozenset[Task] = frozenset(
-    {"text-classification", "token-classification", "question-answering"}
+    {
+        "text-classification",
+        "token-classification",
+        "question-answering",
+        "image-classification",
+    }
 )
-_UNSERVED: frozenset[Task] = frozenset({"text-generation", "image-classification"})
+_OF_IMAGES: frozenset[Task] = frozenset({"image-classification", "feature-extraction"})
+_OF_TEXTS: frozenset[Task] = frozenset(
+    {
+        "text-classification",
+        "token-classification",
+        "question-answering",
+        "fill-mask",
+        "feature-extraction",
+    }
+)
+_PIXEL_BYTES = 4  # float32
 
 
 class TaskMismatch(Exception):
@@ -22,13 +40,52 @@ class TaskMismatch(Exception):
         self.does = does
 
 
-def refusal(request: EncodeRequest, text: Text) -> Failure | None:
-    """Why a request can never run, or None."""
-    if request.task in _UNSERVED or (request.version is None and request.task in _NEEDS_ADAPTER):
+def refusal(request: EncodeRequest, inputs: Text | Images) -> Failure | None:
+    """Why a request can never run, or None.
+
+    Args:
+        inputs: What the base takes: texts or images.
+    """
+    served = _OF_IMAGES if isinstance(inputs, Images) else _OF_TEXTS
+    if request.task not in served or (request.version is None and request.task in _NEEDS_ADAPTER):
         return _mismatch(request, None)
     if not request.inputs:
         return _invalid(request, "There is nothing to encode.", "no inputs", "at least one")
+    if isinstance(inputs, Images):
+        return _refused_image(request, inputs)
+    return _refused_text(request, inputs)
+
+
+def _refused_image(request: EncodeRequest, images: Images) -> Failure | None:
+    channels, height, width = images.shape
     for index, item in enumerate(request.inputs):
+        if not isinstance(item, EncodedImage):
+            return _invalid(request, f"Input {index} is no image.", "a text", "an image")
+        count = channels * height * width
+        if item.shape != images.shape or len(item.pixels) != count * _PIXEL_BYTES:
+            return _invalid(
+                request,
+                f"Input {index} has other pixels than the base takes.",
+                f"shape {item.shape}, {len(item.pixels)} bytes",
+                f"shape {images.shape}",
+            )
+    return None
+
+
+def _refused_text(request: EncodeRequest, text: Text) -> Failure | None:
+    targets = request.options.get("targets")
+    if targets is not None and (
+        not targets or min(targets) < 0 or max(targets) >= (text.vocab_size or 1 << 62)
+    ):
+        return _invalid(
+            request,
+            "The targets hold a token that the base does not have.",
+            f"token ids {list(targets)[:5]}",
+            f"0 to {(text.vocab_size or 0) - 1}",
+        )
+    for index, item in enumerate(request.inputs):
+        if not isinstance(item, EncodedInput):
+            return _invalid(request, f"Input {index} is no text.", "an image", "a text")
         ids = item.token_ids
         if not ids:
             return _invalid(request, f"Input {index} is empty.", "no tokens", "at least one token")
@@ -136,6 +193,11 @@ def not_finite(request_id: str, version: str | None, found: str) -> Failure:
 def is_expected(error: Exception) -> bool:
     """Whether the error says all there is to say, so that no stack trace is needed."""
     return isinstance(error, TaskMismatch | AdapterError | NotFinite)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the device itself has failed: no later forward can succeed in this process."""
+    return isinstance(error, torch.AcceleratorError)
 
 
 def stopping(request_id: str) -> Failure:

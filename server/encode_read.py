@@ -18,7 +18,8 @@ from server import postprocess
 from server.base_model import LoadedBase
 from server.encode_failures import TaskMismatch
 from server.heads import Heads
-from server.messages import EncodedInput, EncodeRequest, Task
+from server.images import Images
+from server.messages import EncodeRequest, Task
 from server.text import Text
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ class Group:
     Args:
         hidden: ``[n, T, H]``.
         pooled: ``[n, H]``, where the base has a pooler.
-        ids, mask: ``[n, T]``, padded on the right.
+        ids, mask: ``[n, T]``, padded on the right; of images, ones.
     """
 
     version: str | None
     task: Task
     slot: int
     requests: Sequence[EncodeRequest]
-    items: Sequence[EncodedInput]
+    items: Sequence[Any]  # Encoded, all of one kind
     hidden: torch.Tensor
     pooled: torch.Tensor | None
     ids: torch.Tensor
@@ -61,15 +62,24 @@ class Reader:
 
     Args:
         base: The loaded base.
-        text: Its tokenizer.
+        inputs: Its tokenizer, or its image processor.
         heads_kept: How many heads.
     """
 
-    def __init__(self, base: LoadedBase, text: Text, *, heads_kept: int) -> None:
+    def __init__(self, base: LoadedBase, inputs: Text | Images, *, heads_kept: int) -> None:
         self._base = base
-        self._text = text
+        self._inputs = inputs
         self._heads = Heads(base, heads_kept)
-        self._pooling: postprocess.Pooling = "last" if _is_decoder(base.config) else "mean"
+        self._pooling: postprocess.Pooling = "mean"
+        if isinstance(inputs, Images):
+            self._pooling = "cls"  # what classifiers of images read
+        elif _is_decoder(base.config):
+            self._pooling = "last"
+
+    @property
+    def _text(self) -> Text:
+        assert isinstance(self._inputs, Text)  # tasks of texts are refused on a base of images
+        return self._inputs
 
     @property
     def head_bytes(self) -> int:
@@ -86,7 +96,8 @@ class Reader:
         """An answer, or an exception of that row's own, for each row of the group.
 
         Embeddings are of whatever the adapter was trained for: by default the mean over the tokens
-        for encoders, the last token for decoders (the only one that has read the whole text).
+        for encoders, the last token for decoders (the only one that has read the whole text), the
+        class token for images.
 
         Raises:
             TaskMismatch: The adapter, or the bare base, does something else.
@@ -102,7 +113,7 @@ class Reader:
             raise TaskMismatch(group.task, None)
         head = self._heads.task_head(group.version, weights)
         logits = head(group.hidden, group.pooled, group.ids, group.mask).cpu()
-        if group.task == "text-classification":
+        if group.task in ("text-classification", "image-classification"):
             return group.each(
                 lambda index: postprocess.classify(
                     logits[index],
@@ -132,7 +143,7 @@ class Reader:
     def _embed(self, group: Group, index: int) -> tuple[float, ...]:
         options = group.requests[index].options
         return postprocess.embed(
-            group.hidden[index, : len(group.items[index].token_ids)],
+            group.hidden[index][group.mask[index] == 1],
             pooling=options.get("pooling", self._pooling),
             normalize=options.get("normalize", True),
         )
@@ -147,7 +158,11 @@ class Reader:
         parts: Sequence[torch.Tensor] = torch.split(logits, counts)
         return group.each(
             lambda index: postprocess.fill(
-                parts[index], group.items[index], self._text, top_k=group.requests[index].top_k
+                parts[index],
+                group.items[index],
+                self._text,
+                top_k=group.requests[index].top_k,
+                targets=group.requests[index].options.get("targets"),
             )
         )
 

@@ -25,8 +25,11 @@ from adapters.residency import Residency
 from adapters.store import Store
 from server.base_model import LoadedBase, load_base
 from server.encode import EncodeFigures, EncodeLane
-from server.engine_state import EngineSnapshot, Names, StepFigures, cuda_bytes
+from server.encode_rows import inputs_of
+from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
 from server.generate import GenerateFigures, GenerateLane
+from server.generate_failures import cannot_generate
+from server.images import ImageInput, Images
 from server.messages import (
     TERMINAL,
     Cancel,
@@ -36,6 +39,7 @@ from server.messages import (
     Failure,
     GenerateRequest,
     GenerateResult,
+    Lift,
     Message,
     Pin,
     Preload,
@@ -62,10 +66,11 @@ class EngineFailure(Exception):
 @dataclass(slots=True)
 class _Parts:
     base: LoadedBase
-    text: Text
+    inputs: Text | Images
     residency: Residency
     encode: EncodeLane
     generate: GenerateLane | None
+    conduct: Conduct
     base_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -88,21 +93,15 @@ class Engine:
 
         Raises:
             BaseModelError: The base cannot be served.
-            TokenizerError: It has no usable tokenizer.
+            TokenizerError, ImageProcessorError: It has no usable one.
         """
         base = load_base(options)
         signature = base.adapted.signature
-        most = signature.max_length
-        text = Text.load(
-            base.folder,
-            max_tokens=min(most, options.max_input_tokens or most),
-            vocab_size=signature.vocab_size or None,
-            pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
-        )
+        inputs = inputs_of(base, options)
         store = Store(options.store_dir)
 
         def load(version: str) -> AdapterWeights:
-            weights = load_adapter(store.path(version), signature)
+            weights = load_adapter(store.sound_path(version), signature)
             if weights.head and weights.task in _NO_HEADS:
                 raise UnsupportedOption(
                     f"The adapter does {weights.task} and saved modules whole.",
@@ -125,12 +124,13 @@ class Engine:
         return cls(
             _Parts(
                 base=base,
-                text=text,
+                inputs=inputs,
                 residency=residency,
-                encode=EncodeLane(base, text, residency, options),
-                generate=GenerateLane(base.adapted, text.tokenizer, residency, options)
-                if base.generates
+                encode=EncodeLane(base, inputs, residency, options),
+                generate=GenerateLane(base.adapted, inputs.tokenizer, residency, options)
+                if base.generates and isinstance(inputs, Text)
                 else None,
+                conduct=Conduct(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
             )
         )
@@ -141,7 +141,14 @@ class Engine:
 
     @property
     def text(self) -> Text:
-        return self._parts.text
+        """The tokenizer of a base that takes texts."""
+        assert isinstance(self._parts.inputs, Text)
+        return self._parts.inputs
+
+    @property
+    def inputs(self) -> Text | Images:
+        """What turns inputs into what the base takes."""
+        return self._parts.inputs
 
     @property
     def residency(self) -> Residency:
@@ -160,21 +167,30 @@ class Engine:
         """
         if isinstance(message, EncodeRequest | GenerateRequest) and message.version is not None:
             self._names.ask(message.version)
+            refused = self._parts.conduct.admit(message)
+            if refused is not None:
+                self._outbox.append(refused)
+                return
         match message:
             case EncodeRequest():
                 self._parts.encode.submit(message)
             case GenerateRequest():
                 if self._parts.generate is None:
-                    self._outbox.append(_cannot_generate(message, self.base))
+                    self._outbox.append(
+                        cannot_generate(message.id, self.base.adapted.signature.architecture)
+                    )
                 else:
                     self._parts.generate.submit(message)
             case Cancel():
+                self._parts.conduct.forget(message.id)
                 self._outbox = [one for one in self._outbox if one.id != message.id]
                 if not self._parts.encode.cancel(message.id) and self._parts.generate is not None:
                     self._parts.generate.cancel(message.id)
             case Preload():
                 self._names.ask(message.version)
                 self._parts.residency.prefetch(message.version)
+            case Lift():
+                self._parts.conduct.lift(message.version)
             case Pin():
                 self._parts.residency.set_pinned(message.versions)
                 if message.named is not None:
@@ -190,6 +206,7 @@ class Engine:
         can_encode = encode.has_work()
         can_generate = generate is not None and generate.has_work()
         if not can_encode and not can_generate:
+            self._parts.conduct.note(events)
             return events
         encodes = can_encode and (self._turn_is_encode or not can_generate)
         self._turn_is_encode = not encodes
@@ -201,6 +218,7 @@ class Engine:
             steps, clock = generate.figures().steps, time.perf_counter()
             events += generate.step()
             self._note_generate(generate.figures(), steps, time.perf_counter() - clock)
+        self._parts.conduct.note(events)
         return events
 
     def has_work(self) -> bool:
@@ -219,7 +237,7 @@ class Engine:
             self._tidy()
         lanes = (self._parts.encode, self._parts.generate)
         deadlines = [lane.next_deadline() for lane in lanes if lane is not None]
-        now = time.time()
+        now = time.monotonic()
         until = [max(0.0, one - now) for one in deadlines if one is not None]
         self._wake.wait(min([timeout, *until]))
         self._wake.clear()
@@ -235,7 +253,12 @@ class Engine:
         encode = parts.encode.figures()
         depth = {"encode": parts.encode.depth()}
         blocks: dict[str, int] = {}
-        totals = {"load": known.loads, "eviction": known.evictions, "failure": known.failures}
+        totals = {
+            "load": known.loads,
+            "eviction": known.evictions,
+            "failure": known.failures,
+            "quarantine": parts.conduct.total,
+        }
         if generate is not None:
             depth["generate"] = generate.waiting + generate.running
             blocks = {
@@ -261,6 +284,7 @@ class Engine:
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),
+            quarantined=parts.conduct.quarantined(),
             pinned=known.pinned,
             pins_without_room=known.pins_without_room,
             device=str(parts.base.device),
@@ -280,7 +304,7 @@ class Engine:
 
     def encode(
         self,
-        texts: Sequence[TextInput],
+        inputs: Sequence[TextInput] | Sequence[ImageInput],
         *,
         task: Task,
         version: str | None = None,
@@ -288,22 +312,23 @@ class Engine:
         truncation: bool = False,
         **options: Any,
     ) -> EncodeResult:
-        """Encode some texts and wait for the answer.
+        """Encode some texts, or images, and wait for the answer.
 
         Raises:
-            TextError: A text that the model cannot take.
+            TextError: An input that the model cannot take.
             EngineFailure: The request failed.
         """
+        encodable: Any = inputs
         result = self.run(
             EncodeRequest(
                 id=f"local-{next(self._ids)}",
                 task=task,
                 adapter=version,
                 version=version,
-                inputs=self.text.encode(texts, task, truncation=truncation),
+                inputs=self._parts.inputs.encode(encodable, task, truncation=truncation),
                 top_k=top_k,
                 options=options,
-                submitted=time.time(),
+                submitted=time.monotonic(),
             )
         )
         assert isinstance(result, EncodeResult)
@@ -330,7 +355,7 @@ class Engine:
                 version=version,
                 token_ids=ids,
                 sampling=chosen,
-                submitted=time.time(),
+                submitted=time.monotonic(),
             )
         )
         assert isinstance(result, GenerateResult)
@@ -378,20 +403,3 @@ class Engine:
     def _note_generate(self, figures: GenerateFigures, steps_before: int, seconds: float) -> None:
         if figures.steps > steps_before:
             self._last = StepFigures("generate", figures.last_rows, figures.last_adapters, seconds)
-
-
-def _cannot_generate(request: GenerateRequest, base: LoadedBase) -> Failure:
-    return Failure(
-        request.id,
-        "task_mismatch",
-        "This base does not generate text.",
-        found=base.adapted.signature.architecture,
-        expected="a causal language model",
-        fix="Call /predict or /embed.",
-    )
-
-
-def _one_id(value: Any) -> int | None:
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return value if isinstance(value, int) else None

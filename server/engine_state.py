@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+
+from server.messages import Event, Failure, Request, TokenEvent
+from server.quarantine import Quarantine
+
+log = logging.getLogger(__name__)
+
+# What an adapter alone can bring about: a forward or a head that raises, numbers that overflow.
+OWN_FAULTS: Final = frozenset({"adapter_failed", "adapter_error", "internal"})
 
 SPARE_S: Final = 5.0  # more than the HTTP processes take to tell of a new name
 LOOK_S: Final = 1.0
@@ -37,6 +47,7 @@ class EngineSnapshot:
         cuda_bytes: Of the device, by kind; empty on the CPU.
         totals: Counters since the start.
         residency: The tier of each version that is not only on disk.
+        quarantined: Versions that failed too often: until when (``time.time()``), and why.
         pinned: Versions that stay on the device.
         pins_without_room: Pinned by name, but beyond what pins may take of the device.
         device, dtype: Where and in what everything is computed.
@@ -52,10 +63,77 @@ class EngineSnapshot:
     slots: int
     slots_used: int
     residency: Mapping[str, str]
+    quarantined: Mapping[str, tuple[float, str]]
     pinned: tuple[str, ...]
     pins_without_room: tuple[str, ...]
     device: str
     dtype: str
+
+
+class Conduct:
+    """What adapter versions make of the requests that they are given, and who is not tried.
+
+    Args:
+        failures, seconds: See ``Quarantine``.
+    """
+
+    def __init__(self, failures: int, seconds: float) -> None:
+        self._quarantine = Quarantine(failures, seconds)
+        self._versions: dict[str, str] = {}  # of requests that run
+
+    @property
+    def total(self) -> int:
+        """Quarantines so far."""
+        return self._quarantine.total
+
+    def admit(self, request: Request) -> Failure | None:
+        """Take note of a request, or say why its version is not tried."""
+        version = request.version
+        if version is None:
+            return None
+        sentence = self._quarantine.sentence(version, time.monotonic())
+        if sentence is None:
+            self._versions[request.id] = version
+            return None
+        seconds = max(1, math.ceil(sentence.left_s))
+        return Failure(
+            request.id,
+            "adapter_quarantined",
+            f"The adapter {request.adapter} failed too often and is not tried for a while.",
+            found=sentence.reason,
+            fix=f"Replace the adapter, or let an admin PATCH it; it is tried again in {seconds} s.",
+            retry_after_s=seconds,
+        )
+
+    def forget(self, request_id: str) -> None:
+        """A request was cancelled: it says nothing about its adapter."""
+        self._versions.pop(request_id, None)
+
+    def note(self, events: Sequence[Event]) -> None:
+        """Take note of how requests ended."""
+        for event in events:
+            if isinstance(event, TokenEvent):
+                continue
+            version = self._versions.pop(event.id, None)
+            if version is None:
+                continue
+            if not isinstance(event, Failure):
+                self._quarantine.succeeded(version)
+            elif event.code in OWN_FAULTS:
+                reason = f"{event.code}: {event.message}"
+                if self._quarantine.failed(version, reason, time.monotonic()):
+                    log.error("Adapter version %s is quarantined: %s", version, reason)
+
+    def lift(self, version: str) -> None:
+        """Try a version again."""
+        if self._quarantine.lift(version):
+            log.warning("Adapter version %s is tried again", version)
+
+    def quarantined(self) -> dict[str, tuple[float, str]]:
+        """Versions that are not tried: until when, as ``time.time()`` counts, and why."""
+        now, clock = time.time(), time.monotonic()
+        sentences = self._quarantine.sentences(clock)
+        return {version: (now + one.left_s, one.reason) for version, one in sentences.items()}
 
 
 class Names:

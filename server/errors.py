@@ -39,6 +39,9 @@ TABLE: Final[Mapping[str, Row]] = {
     "body_too_large": Row(413, "The body is too large"),
     "request_too_large": Row(413, "The request can never fit"),
     "body_too_slow": Row(408, "The body came too slowly"),
+    "malformed_request": Row(400, "The request is not HTTP"),
+    "head_too_large": Row(431, "The headers are too large"),
+    "head_too_slow": Row(408, "The headers came too slowly"),
     "not_found": Row(404, "No such page"),
     "method_not_allowed": Row(405, "The method is not allowed"),
     # Keys
@@ -63,9 +66,13 @@ TABLE: Final[Mapping[str, Row]] = {
     "store_full": Row(507, "The adapter store is full"),
     # The server
     "overloaded": Row(429, "Too many requests are waiting"),
+    "too_many_connections": Row(503, "Too many connections are open"),
     "starting": Row(503, "The server is starting"),
+    "registry_unavailable": Row(503, "The registry cannot be read or written"),
     "draining": Row(503, "The server is stopping"),
     "worker_lost": Row(503, "The inference worker was lost"),
+    "worker_silent": Row(503, "The inference worker does not answer"),
+    "adapter_quarantined": Row(503, "The adapter failed too often"),
     "deadline_exceeded": Row(504, "The deadline passed"),
     "cancelled": Row(499, "The client left"),
     "adapter_error": Row(500, "The adapter failed"),
@@ -132,7 +139,10 @@ class Refusal(Exception):
     def of(cls, error: AdapterError | Failure) -> Self:
         if isinstance(error, AdapterFaults):
             return cls(tuple(Fault.of(fault) for fault in error.faults))
-        return cls((Fault.of(error),))
+        headers = {}
+        if isinstance(error, Failure) and error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
+        return cls((Fault.of(error),), headers)
 
     def __str__(self) -> str:
         return "; ".join(f"{fault.code}: {fault.message}" for fault in self.faults)

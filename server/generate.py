@@ -32,7 +32,7 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
-from server.sampling import Choice, TokenChooser, choose
+from server.sampling import Choice, TokenChooser
 
 if TYPE_CHECKING:
     from adapters.inject import AdaptedModel
@@ -128,13 +128,13 @@ class GenerateLane:
             request,
             vocabulary=self._adapted.signature.vocab_size,
             max_input_tokens=self._options.max_input_tokens,
-            # The last token's keys and values are never needed.
-            most_tokens=min(self._context_tokens, self._kv.capacity_tokens + 1),
+            context_tokens=self._context_tokens,
+            capacity_tokens=self._kv.capacity_tokens,
         )
         if refusal is not None:
             self._outbox.append(refusal)
             return
-        self._arrived[request.id] = request.submitted or time.time()
+        self._arrived[request.id] = request.submitted or time.monotonic()
         if request.deadline is not None:
             self._deadlines[request.id] = request.deadline
         self._queue.push(request)
@@ -158,7 +158,7 @@ class GenerateLane:
         return bool(
             self._outbox
             or self._running
-            or (self._deadlines and min(self._deadlines.values()) <= time.time())
+            or (self._deadlines and min(self._deadlines.values()) <= time.monotonic())
             or any(
                 version is None or self._residency.state(version) != "loading"
                 for version in self._queue.versions
@@ -166,7 +166,7 @@ class GenerateLane:
         )
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of a request that is here, as ``time.time()`` counts."""
+        """The earliest deadline of a request that is here, as ``time.monotonic()`` counts."""
         return min(self._deadlines.values(), default=None)
 
     def depth(self) -> int:
@@ -218,7 +218,7 @@ class GenerateLane:
     # Before a forward
 
     def _expire(self, events: list[Event]) -> None:
-        now = time.time()
+        now = time.monotonic()
         for request_id in [i for i, deadline in self._deadlines.items() if deadline <= now]:
             place = "running" if request_id in self._running else "waiting"
             late = now - self._deadlines[request_id]
@@ -276,8 +276,13 @@ class GenerateLane:
 
     def _start(self, request: GenerateRequest) -> bool | None:
         """Admit a request: False when there is no room, None when its adapter is not there."""
-        tokens = request.tokens - 1  # the last token's keys and values are never needed
-        shared = self._kv.reserve(request.id, request.version, request.token_ids, tokens)
+        shared = self._kv.reserve(
+            request.id,
+            request.version,
+            request.token_ids,
+            request.kept_tokens,
+            reuse=not request.sampling.prompt_logprobs,
+        )
         if shared is None:
             return False
         slot = segments.BASE_SLOT
@@ -296,7 +301,7 @@ class GenerateLane:
             written=shared,
             chooser=TokenChooser(sampling, request.token_ids),
             text=TextStream(self._tokenizer, request.token_ids, sampling.stop),
-            admitted=time.time(),
+            admitted=time.monotonic(),
         )
         self._per_version[request.version] += 1
         self._counts["shared"] += shared
@@ -305,14 +310,15 @@ class GenerateLane:
     # The forward and what follows
 
     def _run(self, parts: list[Part], events: list[Event]) -> None:
-        predicting = [part.sequence for part in parts if part.predicts]
-        try:
-            logits = self._forward(parts)
-            choices = choose(logits, [sequence.chooser for sequence in predicting])
-        except Exception as error:
-            log.exception("A generate step of %d sequences failed", len(parts))
-            events += [self._fail(part.sequence, error) for part in parts]
-            return
+        ran = self._forward.apart(parts)
+        for sequence, error in ran.broken:
+            events.append(self._fail(sequence, error))
+        for sequence in ran.not_finite:
+            self._leave(sequence, forget=True)
+            events.append(failures.not_finite(sequence.request))
+        failed = {one.request.id for one in (*(one for one, _ in ran.broken), *ran.not_finite)}
+        parts = [part for part in parts if part.sequence.request.id not in failed]
+        done = [part.sequence for part in parts if part.completes and not part.predicts]
         for part in parts:
             sequence = part.sequence
             known = sequence.generated if self._kv.shares_prefixes else ()
@@ -320,7 +326,10 @@ class GenerateLane:
             sequence.written += part.rows
             if not sequence.decoding:
                 self._counts["prefilled"] += part.rows
-        for sequence, choice in zip(predicting, choices, strict=True):
+        events += [self._result(one, "length") for one in done]
+        for sequence, choice in ran.chosen:
+            if sequence.request.id in failed:
+                continue
             try:
                 events += self._advance(sequence, choice)
             except Exception as error:
@@ -358,7 +367,7 @@ class GenerateLane:
         request = sequence.request
         tail = sequence.text.finish()
         text = sequence.text.text
-        now = time.time()
+        now = time.monotonic()
         arrived = self._arrived[request.id]
         self._leave(sequence)
         return GenerateResult(
@@ -372,6 +381,7 @@ class GenerateLane:
             prompt_tokens=len(request.token_ids),
             queue_ms=max(0.0, sequence.admitted - arrived) * 1000,
             compute_ms=(now - sequence.admitted) * 1000,
+            prompt_logprobs=(None, *sequence.scores) if request.sampling.prompt_logprobs else (),
         )
 
     def _fail(self, sequence: Sequence, error: Exception) -> Failure:

@@ -6,28 +6,33 @@ and what happens to the tokens that come out, is left to ``server.generate``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adapters import segments
 from server.detokenize import TextStream
+from server.encode_failures import is_lost
 from server.kv_cache import KVCache
 from server.messages import GeneratedToken, GenerateRequest
 from server.paged_attention import PAGED_ATTENTION, PagedBatch, Span
-from server.sampling import TokenChooser
+from server.sampling import Choice, TokenChooser, choose, logprobs_of
 
 if TYPE_CHECKING:
     from adapters.inject import AdaptedModel
 
+log = logging.getLogger(__name__)
+
 MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A running request."""
 
@@ -37,8 +42,9 @@ class Sequence:
     written: int  # tokens whose keys and values are in the cache
     chooser: TokenChooser
     text: TextStream
-    admitted: float  # time.time()
+    admitted: float  # time.monotonic()
     tokens: list[GeneratedToken] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # log-probabilities of ids[1:], if asked for
 
     @property
     def pending(self) -> int:
@@ -62,9 +68,36 @@ class Part:
     rows: int
 
     @property
-    def predicts(self) -> bool:
-        """Whether a new token comes out: the model reads all there is."""
+    def completes(self) -> bool:
+        """Whether the model reads all there is."""
         return self.rows == self.sequence.pending
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a new token comes out."""
+        return self.completes and self.sequence.request.sampling.max_new_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Which tokens of the prompt are told from rows of this part: the one after each."""
+        sequence = self.sequence
+        if not sequence.request.sampling.prompt_logprobs:
+            return range(0)
+        first = sequence.written + 1
+        return range(first, min(first + self.rows, len(sequence.request.token_ids)))
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What comes out of one forward.
+
+    Args:
+        last: [n, vocabulary], of the last row of every part that predicts, in order.
+        prompt: [m, vocabulary], of the rows before ``Part.scored`` of every part, in order.
+    """
+
+    last: torch.Tensor
+    prompt: torch.Tensor
 
 
 def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
@@ -97,6 +130,52 @@ def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
     return sorted(parts, key=lambda part: part.sequence.slot)
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What became of the parts of a step.
+
+    Args:
+        chosen: A token for every sequence that predicts and did not raise.
+        broken: What the others raised.
+        not_finite: Sequences whose prompt has a score that is not finite.
+    """
+
+    chosen: list[tuple[Sequence, Choice]]
+    broken: list[tuple[Sequence, Exception]]
+    not_finite: list[Sequence]
+
+
+def _split(parts: Items[Part]) -> list[list[Part]]:
+    """Parts by adapter where there are several, else in two halves; in order."""
+    by_version: dict[str | None, list[Part]] = {}
+    for part in parts:
+        by_version.setdefault(part.sequence.request.version, []).append(part)
+    if len(by_version) > 1:
+        return list(by_version.values())
+    half = len(parts) // 2
+    return [list(parts[:half]), list(parts[half:])]
+
+
+def note_scores(parts: Items[Part], logits: torch.Tensor) -> list[Sequence]:
+    """Append to ``scores`` of every sequence what the parts tell of its prompt.
+
+    Args:
+        parts: Those of the forward.
+        logits: ``Logits.prompt`` of it, [m, vocabulary].
+
+    Returns:
+        Sequences with a score that is not finite, each once.
+    """
+    told = [(part.sequence, at) for part in parts for at in part.scored]
+    broken: dict[str, Sequence] = {}
+    scores = logprobs_of(logits, [sequence.ids[at] for sequence, at in told])
+    for (sequence, _), score in zip(told, scores, strict=True):
+        sequence.scores.append(score)
+        if not isfinite(score):
+            broken[sequence.request.id] = sequence
+    return list(broken.values())
+
+
 class PagedForward:
     """Runs an adapted model over a flattened batch whose keys and values are in pages.
 
@@ -117,11 +196,11 @@ class PagedForward:
         self.last_rows = 0
         self.last_adapters = 0  # the base not counted
 
-    def __call__(self, parts: Items[Part]) -> torch.Tensor:
+    def __call__(self, parts: Items[Part]) -> Logits:
         """Run the parts and write their keys and values to the cache.
 
         Returns:
-            Logits of the last row of every part that predicts, in order, [n, vocabulary].
+            What comes out of the rows that are wanted; the others never reach the output layer.
 
         Raises:
             RuntimeError: the model does not use the attention interface in all its layers.
@@ -129,19 +208,24 @@ class PagedForward:
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
-        last: list[int] = []
+        wanted: list[int] = []  # rows
+        last: list[int] = []  # places in wanted
+        scored: list[int] = []
         for part in parts:
             past = part.sequence.written
             spans.append(Span(part.sequence.request.id, len(ids), part.rows, past))
             ids += part.sequence.ids[past : past + part.rows]
             positions += range(past, past + part.rows)
+            scored += range(len(wanted), len(wanted) + len(part.scored))
+            wanted += range(len(ids) - part.rows, len(ids) - part.rows + len(part.scored))
             if part.predicts:
-                last.append(len(ids) - 1)
+                last.append(len(wanted))
+                wanted.append(len(ids) - 1)
         slots = segments.from_runs((part.sequence.slot, part.rows) for part in parts)
         self.steps += 1
         self.last_rows = len(ids)
         self.last_adapters = len(set(slots.slots) - {segments.BASE_SLOT})
-        kept = last or [len(ids) - 1]  # an output layer over no row at all is a case of its own
+        kept = wanted or [len(ids) - 1]  # an output layer over no row at all is a case of its own
         keep = torch.tensor(kept, device=self._device)
         paged = PagedBatch(self._kv.paged, spans)
         inputs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
@@ -163,7 +247,43 @@ class PagedForward:
                 f"{self._config.num_hidden_layers} layers through transformers' attention "
                 "interface, so it cannot generate here."
             )
-        return (logits if self._keeps_logits else logits[keep])[: len(last)]
+        if not self._keeps_logits:
+            logits = logits[keep]
+        if not scored:
+            return Logits(logits[: len(last)], logits[:0])
+        return Logits(logits[last], logits[scored])
+
+    def apart(self, parts: Items[Part]) -> Ran:
+        """Run the parts, choose a token for each that predicts and note the scores of prompts; what
+        raises is run apart, by adapter and then by halves, until only the sequences that are at
+        fault have failed.
+
+        Keys and values that a failed forward has written are written again, the same.
+
+        Raises:
+            Exception: The device itself is lost; nothing can run on it any more.
+        """
+        predicting = [part.sequence for part in parts if part.predicts]
+        try:
+            logits = self(parts)
+            choices = choose(logits.last, [sequence.chooser for sequence in predicting])
+            not_finite = note_scores(parts, logits.prompt)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            if len(parts) == 1:
+                sequence = parts[0].sequence
+                log.exception("A step of version %s failed", sequence.request.version)
+                return Ran([], [(sequence, error.with_traceback(None))], [])
+            log.warning("A generate step of %d sequences failed; they are run apart", len(parts))
+        else:
+            return Ran(list(zip(predicting, choices, strict=True)), [], not_finite)
+        groups = [self.apart(group) for group in _split(parts)]
+        return Ran(
+            [one for group in groups for one in group.chosen],
+            [one for group in groups for one in group.broken],
+            [one for group in groups for one in group.not_finite],
+        )
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:

@@ -8,23 +8,30 @@ from server.messages import Failure, GenerateRequest
 
 
 def refusal(
-    request: GenerateRequest, *, vocabulary: int, max_input_tokens: int | None, most_tokens: int
+    request: GenerateRequest,
+    *,
+    vocabulary: int,
+    max_input_tokens: int | None,
+    context_tokens: int,
+    capacity_tokens: int,
 ) -> Failure | None:
     """Why a request can never run, or None.
 
     Args:
         vocabulary: Token ids of the base.
         max_input_tokens: Of a prompt.
-        most_tokens: Of a prompt and its answer: the context, or what the KV cache could ever hold.
+        context_tokens: Of a prompt and its answer.
+        capacity_tokens: Whose keys and values the cache could ever hold.
     """
     prompt, new = len(request.token_ids), request.sampling.max_new_tokens
-    if prompt < 1 or new < 1:
+    least_new = 0 if request.sampling.prompt_logprobs else 1
+    if prompt < 1 or new < least_new:
         return Failure(
             request.id,
             "invalid_input",
             "Generation needs a prompt of at least one token and room for a new one.",
             found=f"{prompt} prompt tokens, max_new_tokens {new}",
-            expected="at least 1 of each",
+            expected="at least 1 of each, or max_new_tokens 0 with log-probabilities of the prompt",
         )
     least, greatest = min(request.token_ids), max(request.token_ids)
     if least < 0 or greatest >= vocabulary:
@@ -37,9 +44,10 @@ def refusal(
         )
     if max_input_tokens is not None and prompt > max_input_tokens:
         return _too_long(request, f"{prompt} prompt tokens", f"at most {max_input_tokens}")
-    if prompt + new > most_tokens:
+    if request.tokens > context_tokens or request.kept_tokens > capacity_tokens:
         found = f"{prompt} prompt tokens + {new} new tokens"
-        return _too_long(request, found, f"at most {most_tokens} in all")
+        most = min(context_tokens, capacity_tokens + request.tokens - request.kept_tokens)
+        return _too_long(request, found, f"at most {most} in all")
     return None
 
 
@@ -79,6 +87,18 @@ def broken(request: GenerateRequest, error: Exception) -> Failure:
         "internal",
         "The forward pass of this request's batch failed.",
         found=f"{type(error).__name__}: {error}",
+    )
+
+
+def cannot_generate(request_id: str, architecture: str) -> Failure:
+    """The base has no causal head."""
+    return Failure(
+        request_id,
+        "task_mismatch",
+        "This base does not generate text.",
+        found=architecture,
+        expected="a causal language model",
+        fix="Call /predict or /embed.",
     )
 
 

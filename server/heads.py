@@ -17,15 +17,10 @@ import torch
 from adapters.errors import UnsupportedOption
 from server.base_model import LoadedBase
 from server.base_plan import name_is_headed
-from server.messages import Task
 from server.skeletons import Skeletons, Stub
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights
-
-HEADED: frozenset[Task] = frozenset(
-    {"text-classification", "token-classification", "question-answering"}
-)
 
 
 class TaskHead:
@@ -34,7 +29,8 @@ class TaskHead:
     Args:
         module: The task class with a stub for its backbone.
         stub: That stub.
-        pad_id: What tells padding from tokens for heads that read the last token.
+        pad_id: What tells padding from tokens for heads that read the last token; None for heads
+            of images, which have neither.
         labels: Names of the logits; empty for question answering.
         problem_type: How logits become scores; None where the config says nothing.
         nbytes: Of its tensors.
@@ -44,7 +40,7 @@ class TaskHead:
         self,
         module: Any,
         stub: Stub,
-        pad_id: int,
+        pad_id: int | None,
         labels: tuple[str, ...],
         problem_type: str | None,
     ) -> None:
@@ -67,16 +63,19 @@ class TaskHead:
         Args:
             hidden: ``[n, T, H]``, the backbone's output.
             pooled: ``[n, H]``, its pooler's, where it has one.
-            token_ids: ``[n, T]``.
+            token_ids: ``[n, T]``; of images, anything.
             mask: ``[n, T]``, 1 for tokens and 0 for padding (on the right).
 
         Returns:
             ``[n, labels]``; ``[n, T, labels]`` for tokens; ``[n, T, 2]``, start and end, for
             question answering.
         """
-        ids = token_ids.masked_fill(mask == 0, self.pad_id)
+        inputs: dict[str, Any] = {"pixel_values": None}
+        if self.pad_id is not None:
+            ids = token_ids.masked_fill(mask == 0, self.pad_id)
+            inputs = {"input_ids": ids, "attention_mask": mask}
         with self._stub.answering(hidden.float(), None if pooled is None else pooled.float()):
-            out = self._module(input_ids=ids, attention_mask=mask)
+            out = self._module(**inputs)
         if hasattr(out, "start_logits"):
             return torch.stack((out.start_logits, out.end_logits), dim=-1)
         logits: torch.Tensor = out.logits
@@ -181,4 +180,6 @@ class Heads:
         labels = weights.labels.names if named and weights.labels is not None else ()
         problem = weights.labels.problem_type if weights.labels is not None else None
         stub: Stub = getattr(module, module.base_model_prefix)
-        return TaskHead(module, stub, int(module.config.pad_token_id), labels, problem)
+        is_image = weights.task == "image-classification"
+        pad_id = None if is_image else int(module.config.pad_token_id)
+        return TaskHead(module, stub, pad_id, labels, problem)

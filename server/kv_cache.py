@@ -120,7 +120,13 @@ class KVCache:
         return -(-tokens // self.block_tokens)
 
     def reserve(
-        self, key: str, version: Hashable, prompt: Sequence[int], tokens: int
+        self,
+        key: str,
+        version: Hashable,
+        prompt: Sequence[int],
+        tokens: int,
+        *,
+        reuse: bool = True,
     ) -> int | None:
         """Reserve room for ``tokens`` tokens of sequence ``key``, its whole life.
 
@@ -129,13 +135,17 @@ class KVCache:
             version: Sequences share a prefix only within one version.
             prompt: Its tokens; only their prefix is looked up.
             tokens: Most tokens whose keys and values it will ever hold.
+            reuse: Whether a prefix that is there already will do. Not for a prompt whose every
+                token must be read, because what comes out of the model is asked for.
 
         Returns:
             How many tokens of the prompt are there already (fewer than all of them), or None when
             there is no room now; then nothing has changed.
         """
         state = RequestState(request_id=key, initial_tokens=self._rooted(version, prompt))
-        shared: int = self.paged.search_prefix_match(key, state.initial_tokens)
+        shared = 0
+        if reuse:
+            shared = int(self.paged.search_prefix_match(key, state.initial_tokens))
         state.position_offset = shared
         if not self._store(state, tokens - shared):
             self.paged.free_blocks(key)

@@ -37,6 +37,28 @@ class EncodedInput:
     offsets: tuple[tuple[int, int], ...] | None = None
     type_ids: tuple[int, ...] | None = None
 
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """One image of an encode request, as the base's image processor left it.
+
+    Args:
+        pixels: float32, ``[channels, height, width]``, row by row.
+        shape: Those three.
+        tokens: Patches that the base makes of it: what it costs.
+    """
+
+    pixels: bytes
+    shape: tuple[int, int, int]
+    tokens: int
+
+
+Encoded = EncodedInput | EncodedImage
+
 
 @dataclass(frozen=True, slots=True)
 class EncodeRequest:
@@ -46,15 +68,15 @@ class EncodeRequest:
     task: Task
     adapter: str | None
     version: str | None
-    inputs: tuple[EncodedInput, ...]
+    inputs: tuple[Encoded, ...]
     top_k: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    submitted: float = 0.0  # time.time(), seconds
-    deadline: float | None = None  # time.time(), seconds
+    submitted: float = 0.0  # time.monotonic(), seconds
+    deadline: float | None = None  # time.monotonic(), seconds
 
     @property
     def tokens(self) -> int:
-        return sum(len(item.token_ids) for item in self.inputs)
+        return sum(item.tokens for item in self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +93,7 @@ class SamplingOptions:
     seed: int | None = None
     logprobs: bool = False
     ignore_eos: bool = False
+    prompt_logprobs: bool = False  # of the prompt's own tokens; then max_new_tokens may be 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +113,11 @@ class GenerateRequest:
     def tokens(self) -> int:
         """Tokens that the request may come to hold: the prompt and all that it may generate."""
         return len(self.token_ids) + self.sampling.max_new_tokens
+
+    @property
+    def kept_tokens(self) -> int:
+        """Those whose keys and values are needed: not the last one's, if it is generated."""
+        return max(self.tokens - 1, len(self.token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +146,14 @@ class Pin:
     named: tuple[str, ...] | None = None
 
 
-Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin
+@dataclass(frozen=True, slots=True)
+class Lift:
+    """Try ``version`` again, whatever it did: its operator has seen to it."""
+
+    version: str
+
+
+Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin | Lift
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +193,11 @@ class GeneratedToken:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """Terminal. ``tail`` is text that no TokenEvent has carried yet."""
+    """Terminal. ``tail`` is text that no TokenEvent has carried yet.
+
+    ``prompt_logprobs``, where they were asked for, hold one value per token of the prompt; the
+    first, which nothing comes before, is None.
+    """
 
     id: str
     text: str
@@ -169,6 +208,7 @@ class GenerateResult:
     prompt_tokens: int
     queue_ms: float
     compute_ms: float
+    prompt_logprobs: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +221,7 @@ class Failure:
     found: str | None = None
     expected: str | None = None
     fix: str | None = None
+    retry_after_s: int | None = None
 
 
 Request = EncodeRequest | GenerateRequest

@@ -120,6 +120,12 @@ class HttpMetrics:
             ["adapter", "code"],
             registry=registry,
         )
+        self._refused = Counter(
+            "hira_refusals_total",
+            "Error responses and refused connections.",
+            ["code"],
+            registry=registry,
+        )
         self._last = Gauge(
             "hira_last_request_timestamp_seconds",
             "When the adapter was last asked for.",
@@ -151,6 +157,10 @@ class HttpMetrics:
 
     def failure(self, adapter: str | None, code: str) -> None:
         self._child(self._failed, self._labels.of(adapter), code).inc()
+
+    def refusal(self, code: str) -> None:
+        """An error response, or a connection that ended before it had a request."""
+        self._child(self._refused, code).inc()
 
     def _child(self, metric: Any, *labels: str) -> Any:
         # prometheus_client's own look-up takes a lock and rebuilds the key on every call.

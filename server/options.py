@@ -13,7 +13,7 @@ from typing import Literal
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
-Modulation = Literal["auto", "native", "fold", "expand", "cached", "reference"]
+Modulation = Literal["auto", "native", "fold", "expand", "cached", "fused", "reference"]
 
 MIB = 1 << 20
 
@@ -28,6 +28,7 @@ class EngineOptions:
     revision: str | None = None
     quantization: Quantization = "nf4"
     double_quant: bool = True
+    quantize_embeddings: bool = False  # the token embedding too, as quantization says
     dtype: DType = "auto"
     device: Device = "auto"
     threads: int | None = None  # None: one per physical core that the process may use
@@ -44,4 +45,8 @@ class EngineOptions:
     prefill_tokens: int = 1024  # tokens of one generate step
     kv_bytes: int = 256 * MIB
     max_input_tokens: int | None = None  # None: the context of the base
+    max_image_pixels: int = 1 << 24  # of an image as it arrives
     allow_prefix_sharing: bool = False
+
+    quarantine_failures: int = 5  # of one adapter, in a row
+    quarantine_s: float = 60.0  # the first time

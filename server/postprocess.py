@@ -90,7 +90,12 @@ def embed(hidden: torch.Tensor, *, pooling: Pooling, normalize: bool = True) -> 
 
 
 def fill(
-    logits: torch.Tensor, item: EncodedInput, text: Text, *, top_k: int | None = None
+    logits: torch.Tensor,
+    item: EncodedInput,
+    text: Text,
+    *,
+    top_k: int | None = None,
+    targets: Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
     """Words for the masks of an input, most probable first.
 
@@ -98,15 +103,22 @@ def fill(
         logits: ``[masks, vocabulary]``, of the mask tokens in order.
         item: The input.
         text: The base's tokenizer.
-        top_k: Words per mask.
+        top_k: Words per mask. None: all of ``targets``, or 5.
+        targets: Token ids to choose from; their scores stay those among the whole vocabulary, so
+            they are the probabilities that a perplexity is made of.
 
     Returns:
         A dictionary per word; for several masks a tuple of them per mask.
     """
     check_finite(logits)
     places = [index for index, one in enumerate(item.token_ids) if one == text.mask_id]
-    count = min(top_k or DEFAULT_WORDS, logits.shape[-1])
-    scores, tokens = logits.float().softmax(-1).topk(count, dim=-1)
+    scores = logits.float().softmax(-1)
+    if targets is None:
+        scores, tokens = scores.topk(min(top_k or DEFAULT_WORDS, scores.shape[-1]), dim=-1)
+    else:
+        chosen = torch.tensor(targets, device=scores.device)
+        scores, order = scores[:, chosen].sort(dim=-1, descending=True)
+        scores, tokens = scores[:, :top_k], chosen[order][:, :top_k]
     filled = []
     for place, row_scores, row_tokens in zip(places, scores.tolist(), tokens.tolist(), strict=True):
         words = []

@@ -16,6 +16,9 @@ import torch
 
 from server.messages import SamplingOptions
 
+# Of logits that are float32 at one time: a prompt may be long and a vocabulary large.
+_SCORED_ROWS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -99,11 +102,28 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
     asked = [i for i, c in enumerate(choosers) if c.options.logprobs]
     if asked:
         rows = raw if len(asked) == len(tokens) else raw[asked]
-        ids = torch.tensor([tokens[i] for i in asked], device=raw.device)[:, None]
-        taken = (rows.gather(1, ids) - rows.logsumexp(-1, keepdim=True)).squeeze(1).tolist()
+        taken = logprobs_of(rows, [tokens[i] for i in asked])
         for i, value in zip(asked, taken, strict=True):
             logprobs[i] = value
     return [Choice(*row) for row in zip(tokens, logprobs, finite.tolist(), strict=True)]
+
+
+def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+    """log softmax(logits)[token], row by row, in float32.
+
+    Args:
+        logits: [n, vocabulary], any float dtype; left as they are.
+        tokens: One per row.
+
+    Returns:
+        In nats, one per row; not finite where the row is not.
+    """
+    found: list[float] = []
+    for start in range(0, len(tokens), _SCORED_ROWS):
+        rows = logits[start : start + _SCORED_ROWS].float()
+        ids = torch.tensor(tokens[start : start + _SCORED_ROWS], device=rows.device)[:, None]
+        found += (rows.gather(1, ids) - rows.logsumexp(-1, keepdim=True)).squeeze(1).tolist()
+    return found
 
 
 def _penalize(scores: torch.Tensor, chooser: TokenChooser) -> None:

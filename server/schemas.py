@@ -21,6 +21,7 @@ Strategy = Literal["none", "simple", "first", "average", "max"]
 Finish = Literal["length", "eos_token", "stop_sequence"]
 
 MAX_TOP_K = 1 << 20
+MAX_TARGETS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = (1 << 63) - 1
@@ -48,13 +49,21 @@ class PredictParameters(Body):
         default=None, description="Token classification: labels to leave out.", max_length=64
     )
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = Field(
-        default=None, description="Text classification: from logits to scores."
+        default=None, description="Classification of texts and images: from logits to scores."
+    )
+    targets: list[Annotated[str, Field(min_length=1, max_length=256)] | Whole] | None = Field(
+        default=None,
+        description="Fill-mask: words or token ids to score at every mask, all by default; their "
+        "scores are probabilities among the whole vocabulary.",
+        min_length=1,
+        max_length=MAX_TARGETS,
     )
 
 
 class PredictRequest(Body):
     inputs: str | Pair | list[str | Pair] = Field(
-        description="One text, or a list. A pair is written as a list of lists: [[first, second]].",
+        description="One text, or a list. A pair is written as a list of lists: [[first, second]]. "
+        "On a base of images: base64, with or without data:image/…;base64, before it.",
         examples=["A wonderful film."],
     )
     parameters: PredictParameters = PredictParameters()
@@ -72,7 +81,7 @@ class EmbedParameters(Body):
 
 
 class EmbedRequest(Body):
-    inputs: str | list[str]
+    inputs: str | list[str] = Field(description="Texts; on a base of images, images in base64.")
     parameters: EmbedParameters = EmbedParameters()
     adapter: AdapterName | None = None
 
@@ -105,7 +114,10 @@ class GenerateParameters(Body):
     )
     best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
     watermark: Literal[False] = False
-    decoder_input_details: Literal[False] = False
+    decoder_input_details: Flag = Field(
+        default=False,
+        description="Details with the prompt's tokens and their log-probabilities; not streamed.",
+    )
     top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
     typical_p: Annotated[Number, Field(ge=1, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
@@ -189,14 +201,14 @@ class StreamEvent(Answer):
 class RegisterRequest(Body):
     name: str
     source: str = Field(description="Folder below a source root, hf://org/repo@rev, or s3://…")
-    replace: bool = False
-    pinned: bool = False
-    preload: bool = False
+    replace: Flag = False
+    pinned: Flag = False
+    preload: Flag = False
 
 
 class PatchRequest(Body):
-    pinned: bool | None = None
-    preload: bool | None = None
+    pinned: Flag | None = None
+    preload: Flag | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -225,6 +237,8 @@ class AdapterAnswer(Answer):
     residency: str
     requests: int
     last_used: str | None
+    quarantined_until: str | None
+    quarantine_reason: str | None
     notes: list[str]
 
 

@@ -71,8 +71,12 @@ class Sampling(Known):
 
 class CompletionRequest(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = 16
-    echo: bool | None = False
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = Field(
+        default=16, description="0 only with echo: the prompt is scored and nothing generated."
+    )
+    echo: bool | None = Field(
+        default=False, description="The prompt first; with logprobs, those of its tokens too."
+    )
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = Field(
         default=None, description="0 or 1: the log-probability of each token; no alternatives."
     )

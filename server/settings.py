@@ -123,6 +123,9 @@ class Settings(BaseSettings):
     base_name: str | None = setting(None, "Name of the base under /v1 (default: its own).", "Base")
     quantization: Quantization = setting("nf4", "Storage of the linear layers.", "Base")
     double_quant: bool = setting(True, "Quantize the quantization constants too.", "Base")
+    quantize_embeddings: bool = setting(
+        False, "Store the token embedding (and a head tied to it) in 4 bits too.", "Base"
+    )
     dtype: DType = setting("auto", "Compute type.", "Base")
     device: Device = setting("auto", "Where the base runs.", "Base")
     threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
@@ -163,6 +166,7 @@ class Settings(BaseSettings):
     max_input_tokens: Positive | None = setting(
         None, "Tokens of one input (default: the context of the base).", "Budgets"
     )
+    max_image_pixels: Positive = setting(1 << 24, "Pixels of one image as it arrives.", "Budgets")
     prefix_sharing: bool = setting(False, "Share KV between equal prompt prefixes.", "Budgets")
 
     # Admission
@@ -171,14 +175,40 @@ class Settings(BaseSettings):
     max_adapter_requests: Positive = setting(
         1024, "Requests admitted at once for one adapter.", "Admission"
     )
+    max_adapter_tokens: Positive = setting(
+        1 << 19, "Tokens admitted at once for one adapter.", "Admission"
+    )
     max_inputs: Positive = setting(256, "Inputs of one request.", "Admission")
     max_new_tokens: Positive = setting(4096, "Tokens that one request may generate.", "Admission")
     max_body_bytes: Bytes = setting(8 * MIB, "Size limit of a request body.", "Admission")
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = setting(
+        32768, "Size limit of a request's line and headers.", "Admission"
+    )
+    max_connections: Positive = setting(2048, "Connections held open at once.", "Admission")
+    client_timeout_s: Annotated[float, Field(gt=0, le=3600)] = setting(
+        30.0,
+        "Seconds a client gets to send a head or a body, to read on, or to be idle.",
+        "Admission",
+    )
     timeout_s: Annotated[float, Field(gt=0, le=86400)] = setting(
         60.0, "Seconds a request may take if it does not say.", "Admission"
     )
     max_timeout_s: Annotated[float, Field(gt=0, le=86400)] = setting(
         600.0, "Most seconds that a request may ask for.", "Admission"
+    )
+
+    # Faults
+    hang_s: Annotated[float, Field(ge=6, le=3600)] = setting(
+        30.0, "Seconds without a sign of life after which a process is killed.", "Faults"
+    )
+    max_step_s: Annotated[float, Field(gt=0, le=86400)] = setting(
+        300.0, "Seconds that one step of the engine may take before its worker is killed.", "Faults"
+    )
+    quarantine_failures: Positive = setting(
+        5, "Failures in a row within a minute that quarantine an adapter.", "Faults"
+    )
+    quarantine_s: Annotated[float, Field(gt=0, le=86400)] = setting(
+        60.0, "Seconds that a quarantine lasts; twice as long each time it is due again.", "Faults"
     )
 
     # Keys
@@ -250,6 +280,7 @@ class Settings(BaseSettings):
             revision=self.revision,
             quantization=self.quantization,
             double_quant=self.double_quant,
+            quantize_embeddings=self.quantize_embeddings,
             dtype=self.dtype,
             device=self.device,
             threads=self.threads,
@@ -264,7 +295,10 @@ class Settings(BaseSettings):
             prefill_tokens=self.prefill_tokens,
             kv_bytes=int(self.kv_bytes),
             max_input_tokens=self.max_input_tokens,
+            max_image_pixels=self.max_image_pixels,
             allow_prefix_sharing=self.prefix_sharing,
+            quarantine_failures=self.quarantine_failures,
+            quarantine_s=self.quarantine_s,
         )
 
 

@@ -164,6 +164,7 @@ def _task_class(config: Any, task: Task) -> type[Any]:
         "text-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
         "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+        "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     }
     found = mappings[task].get(type(config), None) if task in mappings else None
     if found is None:
@@ -179,7 +180,7 @@ def _task_class(config: Any, task: Task) -> type[Any]:
 def _without_padding_rows(task_class: type[Any], config: Any) -> Any:
     """Build the class; its backbone is thrown away, so its padding row may be any that exists."""
     sentinel = config.pad_token_id
-    config.pad_token_id = min(sentinel, config.vocab_size - 1)
+    config.pad_token_id = min(sentinel, getattr(config, "vocab_size", 1) - 1)
     built = task_class(config)
     built.config.pad_token_id = sentinel
     return built

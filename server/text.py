@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from server.detokenize import Piece, spell
 from server.messages import EncodedInput, Task
 
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
@@ -20,7 +21,7 @@ SPAN_TASKS: frozenset[str] = frozenset({"token-classification", "question-answer
 
 
 class TextError(Exception):
-    """A text that cannot be given to the model, with what was found and expected."""
+    """An input that cannot be given to the model, with what was found and expected."""
 
     code: ClassVar[str] = "invalid_request"
 
@@ -40,7 +41,7 @@ class TextError(Exception):
 
 
 class InvalidInput(TextError):
-    """A text without any token, without a mask where one is needed, or that is not Unicode."""
+    """A text without a token, or a mask where one is needed; not Unicode; not an image."""
 
 
 class InputTooLong(TextError):
@@ -283,6 +284,47 @@ class Text:
         with self._lock:
             text = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return str(text)
+
+    def targets(self, words: Sequence[str | int]) -> tuple[int, ...]:
+        """Token ids of words that a mask may be filled with, each once.
+
+        Args:
+            words: A token's id, its spelling in the vocabulary (``##ly``), or a text that is one
+                token (`` film`` with its space for byte-level vocabularies).
+
+        Raises:
+            InvalidInput: A word that is no single token of the base.
+        """
+        found: dict[int, None] = {}
+        for word in words:
+            ids = [word] if isinstance(word, int) else self._ids_of_word(word)
+            if len(ids) != 1 or not 0 <= ids[0] < (self.vocab_size or 1 << 62):
+                raise InvalidInput(
+                    "A target is no single token of the base.",
+                    found=f"{str(word)[:60]!r}: "
+                    + (f"{len(ids)} tokens" if len(ids) != 1 else f"token id {ids[0]}"),
+                    expected="words that the vocabulary has as one token, or token ids",
+                    fix="Leave it out, or mask and score its tokens one by one.",
+                )
+            found[ids[0]] = None
+        return tuple(found)
+
+    def _ids_of_word(self, word: str) -> list[int]:
+        _check_unicode(word, 0)
+        with self._lock:
+            known = self.tokenizer.get_vocab().get(word)
+            if known is not None:
+                return [int(known)]
+            ids: list[int] = self.tokenizer(word, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+        unknown = self.tokenizer.unk_token_id
+        return [] if unknown is not None and unknown in ids else ids
+
+    def spell(self, token_ids: Sequence[int]) -> list[Piece]:
+        """The text of each token, as ``server.detokenize.spell`` has it."""
+        with self._lock:
+            return spell(self.tokenizer, token_ids)
 
     def piece(self, token_id: int, shown: str) -> str:
         """A token as the vocabulary spells it; ``shown``, its text, where it is an unknown one."""

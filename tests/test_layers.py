@@ -20,7 +20,7 @@ CONFINED = {
     "starlette": ("server/edge/",),
     "uvicorn": ("server/edge/",),
     "locust": ("loadtests/",),
-    "peft": ("server/demo/", "loadtests/bench/"),
+    "peft": ("server/demo/", "server/recipe/", "loadtests/bench/"),
     "sqlalchemy": ("adapters/",),
     "typer": ("server/cli",),
 }

@@ -26,7 +26,8 @@ How = Literal["base", "fold", "expand", "kept"]
 
 _LEVELS: dict[Level, int] = {"best": 0, "avx512": 1}
 _HOWS: dict[How, int] = {"base": 0, "fold": 1, "expand": 2, "kept": 3}
-# As the structures of hira_cpu.cpp: every field is eight bytes.
+# As hira_cpu.cpp: its interface, and its structures, whose every field is eight bytes.
+_INTERFACE = 2
 _CALL = struct.Struct("15q")
 _FACTORS = struct.Struct("4q")
 _CHOICE = struct.Struct("2q")
@@ -44,11 +45,14 @@ def _library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("hira_cpu*.so")):
         try:
             library = ctypes.CDLL(str(path))
+            library.hira_interface.restype = ctypes.c_int32
+            if library.hira_interface() != _INTERFACE:  # left over from another version
+                continue
             library.hira_level.restype = ctypes.c_int32
             library.hira_few_rows.restype = ctypes.c_int64
             library.hira_modulated_linear.restype = ctypes.c_int64
             library.hira_modulated_linear.argtypes = [ctypes.c_char_p] * 3
-        except (OSError, AttributeError):  # of another machine, or of another version
+        except (OSError, AttributeError):  # of another machine, or too old to say
             continue
         return library
     return None

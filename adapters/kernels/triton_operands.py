@@ -71,10 +71,7 @@ class PackedWeight:
 
     def ungrouped(self) -> torch.Tensor:
         """The bytes in bitsandbytes' order, for its dequantization: uint8 ``[out * in / 2]``."""
-        if not self.grouped:
-            return self.packed
-        high, low = _nibbles(self.packed.view(-1, HALF_FEATURES))
-        return _bytes(torch.cat((high, low), dim=1).view(-1, 2))
+        return ungrouped(self.packed) if self.grouped else self.packed
 
 
 def pack_weight(
@@ -209,6 +206,15 @@ class FactorTable:
     def slots(self) -> int:
         return len(self._ranks)
 
+    def grow(self, slots: int) -> None:
+        """Have room for ``slots`` slots at least; those that are filled stay as they are."""
+        more = max(slots, 2 * self.slots) - self.slots
+        if slots <= self.slots:
+            return
+        empty = self.addresses.new_zeros(more, *self.addresses.shape[1:])
+        self.addresses = torch.cat((self.addresses, empty))
+        self._ranks += [None] * more
+
     def rank(self, slot: int, layer: int) -> int:
         """The rank of a slot's factors in a layer, 0 where it has none.
 
@@ -266,7 +272,8 @@ class FactorTable:
                     expected=f"multiples of {ADDRESS_MULTIPLE_BYTES} bytes",
                 )
             alive += (a, b)
-        self.addresses[slot].copy_(torch.tensor(rows, dtype=torch.int64))
+        row = torch.tensor(rows, dtype=torch.int64).view(len(rows), FACTOR_COLUMNS)
+        self.addresses[slot].copy_(row)
         self._ranks[slot] = tuple(rank for _, _, rank in rows)
         self._alive[slot] = alive
 
@@ -324,6 +331,12 @@ def check_operands(
             found=", ".join(sorted(map(str, devices))),
             expected=str(x.device),
         )
+
+
+def ungrouped(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes of the grouped order in bitsandbytes' order: uint8 ``[out * in / 2]``, a copy."""
+    high, low = _nibbles(packed.reshape(-1, HALF_FEATURES))
+    return _bytes(torch.cat((high, low), dim=1).view(-1, 2))
 
 
 def _nibbles(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,7 +123,7 @@ def made() -> Iterator[Made]:
         root = Path(name)
         base = root / "llama-512x8"
         model: Any = dense_model("llama")
-        _save_base(model, base)
+        save_base(model, base)
         from adapters.signature import describe
 
         signature = describe(model, base.name)
@@ -174,7 +174,7 @@ def generate_all(alone: Alone) -> list[list[int]]:
             token_ids=engine.text.encode_prompt(prompt, max_new_tokens=NEW_TOKENS),
             sampling=SamplingOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True),
             stream=True,
-            submitted=time.time(),
+            submitted=time.monotonic(),
         )
         for version, prompt in zip(alone.generators, PROMPTS, strict=True)
     ]
@@ -235,7 +235,7 @@ def _peft_request(wrapped: Any, tokenizer: Any, number: int) -> list[int]:
     return new
 
 
-def _save_base(model: Any, folder: Path) -> None:
+def save_base(model: Any, folder: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     from server.demo import BASE_DIR

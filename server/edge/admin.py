@@ -27,14 +27,14 @@ from server.edge.sources import fetched, unpacked
 from server.edge.uploads import Upload, received
 from server.edge.wire import read_state
 from server.errors import Fault, Refusal
-from server.messages import Preload
+from server.messages import Lift, Preload
 from server.metrics import BASE_LABEL, adapter_usage
 from server.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
 
 logger = logging.getLogger(__name__)
 
 PAGE_MAX: Final = 1000
-ADMIN_STATUSES: Final = (401, 403, 404, 409, 413, 422, 507)
+ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
 Name = PathParameter(max_length=128, description="The adapter's name.")
@@ -55,6 +55,7 @@ class Known:
     """What others than the registry know of adapters at this moment."""
 
     residency: Mapping[str, str]  # tier by version
+    quarantined: Mapping[str, tuple[float, str]]  # by version: until when, and why
     usage: Mapping[str, tuple[int, float | None]]  # by name: requests, time of the last
 
 
@@ -103,13 +104,14 @@ class Admin:
         return Json(_answer(record, await self._known()))
 
     async def change(self, request: Request, body: PatchRequest, name: str = Name) -> Response:
-        """Pin or unpin an adapter, or bring it to the device."""
+        """Pin or unpin an adapter, or bring it to the device; any change lifts a quarantine."""
         record = self.service.record(name, "name")
         pinned = body.pinned
         if pinned is not None:
             record = await self._in_thread(
                 lambda: self.service.registry.update(name, pinned=pinned)
             )
+        self.service.dispatcher.tell(Lift(record.version))
         if body.preload or pinned:
             self.service.dispatcher.tell(Preload(record.version))
         return Json(_answer(record, await self._known()))
@@ -139,6 +141,7 @@ class Admin:
                 check=self.service.base.check_head,
             )
         )
+        self.service.dispatcher.tell(Lift(record.version))
         if wish.preload or wish.pinned:
             self.service.dispatcher.tell(Preload(record.version))
         return Json(
@@ -161,12 +164,14 @@ class Admin:
 
     async def _known(self) -> Known:
         state = read_state(self.service.settings.run_dir)
-        residency = {} if state is None else dict(state.snapshot.get("residency", {}))
-        return Known(residency, await self.service.in_thread(adapter_usage))
+        snapshot = {} if state is None else state.snapshot
+        residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
+        return Known(residency, quarantined, await self.service.in_thread(adapter_usage))
 
 
 def _answer(record: AdapterRecord, known: Known) -> dict[str, Any]:
     requests, last_used = known.usage.get(record.name, (0, None))
+    until, why = known.quarantined.get(record.version, (None, None))
     return AdapterAnswer(
         name=record.name,
         version=record.version,
@@ -184,9 +189,15 @@ def _answer(record: AdapterRecord, known: Known) -> dict[str, Any]:
         created=record.created.isoformat(),
         residency=known.residency.get(record.version, "disk"),
         requests=requests,
-        last_used=None if last_used is None else datetime.fromtimestamp(last_used, UTC).isoformat(),
+        last_used=_when(last_used),
+        quarantined_until=_when(until),
+        quarantine_reason=why,
         notes=list(record.notes),
     ).model_dump()
+
+
+def _when(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def _wish(upload: Upload) -> Wish:
@@ -265,6 +276,7 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
             answer,
             statuses=ADMIN_STATUSES,
             success=success,
+            also=(200,) if success == 201 else (),  # the same content under the same name again
             extra=extra,
         )
 

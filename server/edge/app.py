@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import ForkProcess
 from typing import Any, Final
 
@@ -29,9 +30,12 @@ from litserve import LitServer
 from litserve.server import response_queue_to_buffer
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from server.edge.api import HiraAPI
+from server.edge.connections import Connection, ConnectionLimits, make_room_for_connections
 from server.edge.middleware import BodyRefused, Gate, error_response
+from server.edge.openapi import amended
 from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.spec import HiraSpec
@@ -115,6 +119,8 @@ class HiraServer(LitServer):
             self.app.add_api_route(
                 route.path, route.endpoint, dependencies=guards, **route.options()
             )
+        openapi = amended(self.app, [*self.spec.routes, *self.routes])
+        self.app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way
 
     def verify_worker_status(self) -> None:
         """Do not wait for the worker: until it is ready, clients are told so."""
@@ -128,6 +134,21 @@ class HiraServer(LitServer):
         uvicorn_worker_type: str,
         **kwargs: Any,
     ) -> dict[int, ForkProcess]:
+        settings = self.service.settings
+        fit = make_room_for_connections(-(-settings.max_connections // num_uvicorn_servers))
+        if fit * num_uvicorn_servers < settings.max_connections:
+            logger.warning(
+                "File descriptors are for %d connections of max_connections %d only; "
+                "raise the limit (ulimit -n)",
+                fit * num_uvicorn_servers,
+                settings.max_connections,
+            )
+        limits = ConnectionLimits(
+            connections=fit,
+            head_bytes=settings.max_header_bytes,
+            patience_s=settings.client_timeout_s,
+        )
+
         def start(number: int) -> ForkProcess:
             app: FastAPI = copy(self.app)
             app.response_queue_id = number  # type: ignore[attr-defined]  # LitServe's way
@@ -135,6 +156,10 @@ class HiraServer(LitServer):
                 app,
                 port=port,
                 log_level=log_level,
+                http=partial(Connection, limits=limits, count=self.service.refused),  # type: ignore[arg-type]
+                ws="none",
+                proxy_headers=False,  # nobody's word is taken for who the client is
+                timeout_keep_alive=max(1, round(settings.client_timeout_s)),
                 # Its requests have ended when the main process sends SIGTERM. Systemd sends it to
                 # all at once: then they have the same bound.
                 timeout_graceful_shutdown=int(self.service.settings.drain_s + END_S),
@@ -242,8 +267,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
                 "method_not_allowed",
                 f"{request.method} is not allowed here.",
                 found=request.method,
-                expected=(error.headers or {}).get("Allow"),
-                headers=error.headers,
+                expected=(allowed := _allowed(request)),
+                headers={"Allow": allowed},
             )
         case 400:
             refusal = Refusal.because(
@@ -252,6 +277,15 @@ async def _on_http(request: Request, error: Exception) -> Response:
         case _:
             refusal = Refusal.because("internal", str(error.detail))
     return error_response(request.scope, refusal)
+
+
+def _allowed(request: Request) -> str:
+    """All methods of a path: Starlette names those of its first route only."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

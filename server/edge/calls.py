@@ -20,7 +20,7 @@ from server.edge.tickets import Ticket
 from server.errors import Refusal
 from server.messages import (
     TERMINAL,
-    EncodedInput,
+    Encoded,
     EncodeRequest,
     EncodeResult,
     Event,
@@ -90,7 +90,7 @@ async def encode(
     request: HttpRequest,
     service: Service,
     target: Target,
-    inputs: tuple[EncodedInput, ...],
+    inputs: tuple[Encoded, ...],
     *,
     task: Task,
     top_k: int | None = None,
@@ -109,7 +109,7 @@ async def encode(
         inputs=inputs,
         top_k=top_k,
         options=options or {},
-        submitted=time.time(),
+        submitted=time.monotonic(),
         deadline=service.deadline(request.headers.get("x-timeout-seconds")),
     )
     with (
@@ -144,6 +144,7 @@ class Generations:
     ) -> None:
         self._request = request
         self._service = service
+        self.prompts = tuple(token_ids for token_ids, _ in prompts)
         self._stack = ExitStack()
         self.tickets: list[Ticket] = []
         deadline = service.deadline(request.headers.get("x-timeout-seconds"))
@@ -155,7 +156,7 @@ class Generations:
                 token_ids=token_ids,
                 sampling=sampling,
                 stream=stream,
-                submitted=time.time(),
+                submitted=time.monotonic(),
                 deadline=deadline,
             )
             for token_ids, sampling in prompts

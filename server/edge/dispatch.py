@@ -15,13 +15,13 @@ import os
 import queue
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from server.edge.admission import Admission
 from server.edge.shared import Phase, SharedLoad
 from server.edge.tickets import Bounds, RequestQueue, Ticket
 from server.edge.wire import (
@@ -44,16 +44,15 @@ logger = logging.getLogger(__name__)
 
 
 TICK_S: Final = 0.25
+LOOK_TICKS: Final = 4
 STALE_S: Final = 5.0  # a worker that has not written its state for so long is not ready
-RATE_WINDOW_S: Final = 10.0
-RATE_SAMPLES: Final = 8192
-RETRY_MAX_S: Final = 60
 SEND_AT_ONCE: Final = 256
 REQUESTS_UID: Final = "requests"
 WHY_NOT: Final = {
     "draining": "The server is stopping and takes no new requests.",
     "starting": "The base model is still being loaded.",
     "worker_lost": "The inference worker is being restarted.",
+    "worker_silent": "The inference worker gives no sign of life.",
 }
 
 
@@ -69,19 +68,15 @@ class Dispatcher:
 
     def __init__(self, load: SharedLoad, bounds: Bounds, processes: int, run_dir: Path) -> None:
         self.load = load
-        self.bounds = bounds
+        self.admission = Admission(load, bounds, processes)
         self.run_dir = run_dir
         self.processes = processes
         self.number = 0
         self.on_event: Callable[[Request, Event], None] | None = None
         self._ids = itertools.count()
         self._tickets: dict[str, Ticket] = {}
-        self._per_adapter: Counter[str | None] = Counter()
-        self._tokens = 0
-        # Monotonic times of requests that ended, and of those that were refused as too many.
-        self._finished: deque[float] = deque(maxlen=RATE_SAMPLES)
-        self._refused: deque[float] = deque(maxlen=RATE_SAMPLES)
         self._epoch: str | None = None
+        self._silent = False  # a worker is there and does not say so any more
         self._lost = False  # a worker was there and is gone
         self._pidfd: int | None = None
         self._outbox: queue.SimpleQueue[tuple[str | None, Message] | None] = queue.SimpleQueue()
@@ -93,11 +88,12 @@ class Dispatcher:
 
     async def start(self, number: int, requests: RequestQueue) -> None:
         """Begin to serve as HTTP process ``number``; called on its event loop."""
-        self.number = number
+        self.number = self.admission.number = number
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(time.monotonic_ns())  # not those of a process before this one
         self._outbox = queue.SimpleQueue()
-        self._publish()
+        self.admission.publish()
+        self.load.beat(number)
         state = read_state(self.run_dir)
         if state is not None:
             self._greet(WorkerReady(state.epoch, state.pid))
@@ -126,7 +122,16 @@ class Dispatcher:
             return "draining"
         if self._epoch is None:
             return "worker_lost" if self._lost else "starting"
-        return "ready"
+        return "worker_silent" if self._silent else "ready"
+
+    @property
+    def bounds(self) -> Bounds:
+        """Of all HTTP processes together; may be replaced while requests run."""
+        return self.admission.bounds
+
+    @bounds.setter
+    def bounds(self, bounds: Bounds) -> None:
+        self.admission.bounds = bounds
 
     @property
     def epoch(self) -> str | None:
@@ -136,7 +141,19 @@ class Dispatcher:
     def silent_s(self) -> float:
         """How long ago the worker last wrote its state."""
         state = read_state(self.run_dir)
-        return math.inf if state is None else time.time() - state.beat
+        return math.inf if state is None else time.monotonic() - state.beat
+
+    def check_early(self, adapter: str | None) -> None:
+        """Refuse what would be refused whatever its body says, before that is read.
+
+        Args:
+            adapter: As the query names it; None where it does not.
+
+        Raises:
+            Refusal: starting, draining, worker_lost, worker_silent or overloaded.
+        """
+        self._check_status()
+        self.admission.check_early(adapter)
 
     @contextmanager
     def admit(self, request: Request) -> Iterator[Ticket]:
@@ -146,19 +163,18 @@ class Dispatcher:
         reason, cancels the work.
 
         Raises:
-            Refusal: starting, draining, worker_lost, overloaded or deadline_exceeded.
+            Refusal: starting, draining, worker_lost, worker_silent, overloaded or
+                deadline_exceeded.
         """
         self._check(request)
         loop = asyncio.get_running_loop()
         request = replace(request, id=request_id(self.number, next(self._ids)))
         ticket = Ticket(request)
         self._tickets[request.id] = ticket
-        self._per_adapter[request.adapter] += 1
-        self._tokens += request.tokens
-        self._publish()
+        self.admission.add(request)
         timer = None
         if request.deadline is not None:
-            remaining_s = max(0.0, request.deadline - time.time())
+            remaining_s = max(0.0, request.deadline - time.monotonic())
             timer = loop.call_later(remaining_s, self._expire, ticket)
         self._post(request)
         try:
@@ -181,11 +197,14 @@ class Dispatcher:
             Refusal: request_too_large.
         """
         most = min(self.bounds.requests, self.bounds.share(self.processes))
+        most_tokens = min(
+            self.bounds.tokens, self.bounds.token_share(self.processes) or self.bounds.tokens
+        )
         tokens = sum(request.tokens for request in requests)
         if len(requests) > most:
             found, expected = f"{len(requests)} generations", f"at most {most}"
-        elif len(requests) > 1 and tokens > self.bounds.tokens:
-            found, expected = f"{tokens} tokens", f"at most {self.bounds.tokens}"
+        elif len(requests) > 1 and tokens > most_tokens:
+            found, expected = f"{tokens} tokens", f"at most {most_tokens}"
         else:
             return
         raise Refusal.because(
@@ -219,23 +238,6 @@ class Dispatcher:
     def running(self) -> int:
         return len(self._tickets)
 
-    def retry_after_s(self) -> int:
-        """When a refused client may try again.
-
-        What runs, and all who were refused just before, over the rate at which requests end: so
-        thousands who come at once are not all sent back to the same second.
-        """
-        now = time.monotonic()
-        self._refused.append(now)
-        for times in (self._finished, self._refused):
-            while times and now - times[0] > RATE_WINDOW_S:
-                times.popleft()
-        if not self._finished:
-            return 1
-        per_s = len(self._finished) / max(1.0, now - self._finished[0])
-        ahead = len(self._tickets) + len(self._refused)
-        return min(RETRY_MAX_S, max(1, math.ceil(ahead / per_s)))
-
     # What comes back
 
     def append(self, response: list[Any]) -> None:
@@ -260,32 +262,16 @@ class Dispatcher:
 
     # Inside
 
-    def _check(self, request: Request) -> None:
+    def _check_status(self) -> None:
         status = self.status
         if status != "ready":
             raise Refusal.because(status, WHY_NOT[status], fix="Try again in a few seconds.")
-        if request.deadline is not None and request.deadline <= time.time():
+
+    def _check(self, request: Request) -> None:
+        self._check_status()
+        if request.deadline is not None and request.deadline <= time.monotonic():
             raise Refusal.because("deadline_exceeded", "The deadline passed before admission.")
-        waiting, tokens = self.load.requests(), self.load.tokens()
-        mine, share = self._per_adapter[request.adapter], self.bounds.share(self.processes)
-        found = None
-        if waiting + 1 > self.bounds.requests:
-            found, expected = f"{waiting} requests", f"at most {self.bounds.requests}"
-        elif tokens + request.tokens > self.bounds.tokens and tokens > 0:
-            found = f"{tokens} tokens, and {request.tokens} more asked for"
-            expected = f"at most {self.bounds.tokens}"
-        elif mine + 1 > share:
-            found, expected = f"{mine} requests for this adapter", f"at most {share}"
-        if found is not None:
-            retry_s = self.retry_after_s()
-            raise Refusal.because(
-                "overloaded",
-                "Too much is waiting already.",
-                found=found,
-                expected=expected,
-                fix=f"Try again in {retry_s} s.",
-                headers={"Retry-After": str(retry_s)},
-            )
+        self.admission.check(request.adapter, request.tokens)
 
     def _deliver(self, ticket: Ticket, event: Event) -> None:
         if ticket.ended:
@@ -295,17 +281,8 @@ class Dispatcher:
         ticket.put(event)
 
     def _release(self, ticket: Ticket) -> None:
-        request = ticket.request
-        del self._tickets[request.id]
-        self._per_adapter[request.adapter] -= 1
-        if not self._per_adapter[request.adapter]:
-            del self._per_adapter[request.adapter]
-        self._tokens -= request.tokens
-        self._finished.append(time.monotonic())
-        self._publish()
-
-    def _publish(self) -> None:
-        self.load.set(self.number, requests=len(self._tickets), tokens=self._tokens)
+        del self._tickets[ticket.request.id]
+        self.admission.remove(ticket.request)
 
     def _expire(self, ticket: Ticket) -> None:
         if not ticket.ended:
@@ -382,7 +359,10 @@ class Dispatcher:
                 return
 
     async def _tick(self) -> None:
-        while True:
+        for tick in itertools.count():
             await asyncio.sleep(TICK_S)
+            self.load.beat(self.number)
+            if tick % LOOK_TICKS == 0:  # the state may be large: it names every resident adapter
+                self._silent = self._epoch is not None and self.silent_s() > STALE_S
             if self.load.phase is Phase.STOPPING and self._tickets:
                 self.fail_all("draining", "The server stopped before the answer was there.")

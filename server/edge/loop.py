@@ -218,7 +218,7 @@ class _Pump:
                 epoch=self.epoch,
                 pid=os.getpid(),
                 started=self.started,
-                beat=time.time(),
+                beat=time.monotonic(),
                 busy_s=time.monotonic() - began if began else 0.0,
                 snapshot=self.snapshot,
             ),

@@ -14,29 +14,36 @@ import time
 import uuid
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.edge.connections import HEAD_FAULT
 from server.edge.service import Service
 from server.errors import PROBLEM_TYPE, Refusal
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
-BODY_S: Final = 30.0  # a body that takes longer to arrive is given up, uploads excepted
 QUERY_BYTES: Final = 4096
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+INFERENCE: Final = frozenset({"/predict", "/embed", "/generate", "/generate_stream"})
 PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
-SAFE_HEADERS: Final = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
+# As ASGI has headers: they go out with every response, so they are not made anew for each.
+SAFE_HEADERS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+CONTENT_POLICY: Final = (
+    b"content-security-policy",
+    b"default-src 'none'; frame-ancestors 'none'",
+)
 
 
 @dataclass(slots=True)
@@ -104,12 +111,15 @@ class Gate:
         async def finish(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                self._add_headers(scope, exchange, MutableHeaders(scope=message))
+                self._add_headers(scope, exchange, message)
             await send(message)
 
         try:
-            limit = self._limit(scope, headers)
-            await self.app(scope, _bounded(receive, limit, _patience(scope)), finish)
+            uploads = scope["path"].startswith("/admin/")
+            limit = self._limit(scope, headers, uploads=uploads)
+            self._admit(scope, headers)
+            patience_s = self.service.settings.client_timeout_s
+            await self.app(scope, _bounded(receive, limit, patience_s, uploads=uploads), finish)
         except Refusal as refusal:
             await error_response(scope, refusal)(scope, receive, finish)
         except ClientDisconnect:
@@ -128,9 +138,24 @@ class Gate:
         finally:
             self._note(scope, exchange)
 
-    def _limit(self, scope: Scope, headers: Headers) -> int:
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        """Turn away whom no body could help, before it is read: without a key, or too many.
+
+        The endpoints have guards of their own; this one makes refusals cheap.
+        """
+        path = scope["path"]
+        if path.startswith("/admin"):
+            self.service.keys.admit_admin(headers.get("authorization"))
+        elif path in INFERENCE or path.startswith("/v1/"):
+            self.service.keys.admit_inference(headers.get("authorization"))
+            if scope["method"] == "POST":
+                self.service.dispatcher.check_early(_adapter_of(scope["query_string"]))
+
+    def _limit(self, scope: Scope, headers: Headers, *, uploads: bool) -> int:
         settings = self.service.settings
-        uploads = scope["path"].startswith("/admin/")
+        fault = scope.get(HEAD_FAULT)
+        if fault is not None:
+            raise fault
         limit = int(settings.max_upload_bytes if uploads else settings.max_body_bytes)
         if len(scope["query_string"]) > QUERY_BYTES:
             raise Refusal.because(
@@ -144,22 +169,26 @@ class Gate:
             raise too_large(limit, uploads=uploads, found=f"{length} bytes")
         return limit
 
-    def _add_headers(self, scope: Scope, exchange: Exchange, headers: MutableHeaders) -> None:
-        headers["X-Request-Id"] = exchange.request_id
-        for name, value in SAFE_HEADERS.items():
-            headers.setdefault(name, value)
-        if scope["path"] not in PAGES:
-            headers.setdefault(
-                "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
-            )
+    def _add_headers(self, scope: Scope, exchange: Exchange, message: Message) -> None:
+        headers = list(message.get("headers", ()))
+        there = {name.lower() for name, _ in headers}
+        headers.append((b"x-request-id", exchange.request_id.encode("ascii")))
+        headers += [one for one in SAFE_HEADERS if one[0] not in there]
+        if CONTENT_POLICY[0] not in there and scope["path"] not in PAGES:
+            headers.append(CONTENT_POLICY)
+        message["headers"] = headers
 
     def _note(self, scope: Scope, exchange: Exchange) -> None:
         seconds = time.monotonic() - exchange.began
-        endpoint = str(getattr(scope.get("route"), "path", "unmatched"))
+        path = scope["path"]
+        unmatched = path if path in INFERENCE else "unmatched"
+        endpoint = str(getattr(scope.get("route"), "path", unmatched))
         status = exchange.status or 499
         metrics = self.service.metrics
         if metrics is not None:
             metrics.request(endpoint, exchange.adapter, status, seconds)
+            if exchange.refused:
+                metrics.refusal(exchange.refused)
         if self.service.settings.access_log:
             access_logger.info(
                 "%s %s %d %.1f ms id=%s adapter=%s%s",
@@ -184,33 +213,42 @@ def too_large(limit: int, *, uploads: bool, found: str | None = None) -> Refusal
     )
 
 
-def _patience(scope: Scope) -> float | None:
-    return None if scope["path"].startswith("/admin/") else BODY_S
+def _adapter_of(query: bytes) -> str | None:
+    """The adapter that a query names, or None where it names none or several."""
+    if b"adapter=" not in query:
+        return None
+    names = [value for name, value in parse_qsl(query.decode("latin-1")) if name == "adapter"]
+    return names[0] if len(names) == 1 else None
 
 
-def _bounded(receive: Receive, limit: int, patience_s: float | None) -> Receive:
-    """Count the body as it comes, and give it up when it is too large or too slow."""
+def _bounded(receive: Receive, limit: int, patience_s: float, *, uploads: bool) -> Receive:
+    """Count the body as it comes, and give it up when it is too large or too slow.
+
+    The patience is for the whole of a body; for every piece of an upload, which may be gigabytes.
+    """
     taken, complete = 0, False
     began = time.monotonic()
 
     async def bounded() -> Message:
         nonlocal taken, complete
         if complete:
-            return (
-                await receive()
-            )  # the endpoint waits for the client to leave: as long as it likes
-        left_s = None if patience_s is None else max(0.0, began + patience_s - time.monotonic())
+            # The endpoint waits for the client to leave: as long as it likes.
+            return await receive()
+        left_s = patience_s if uploads else max(0.0, began + patience_s - time.monotonic())
         try:
             async with asyncio.timeout(left_s):
                 message = await receive()
         except TimeoutError:
             refusal = Refusal.because(
-                "body_too_slow", "The body did not arrive in time.", expected=f"{patience_s:g} s"
+                "body_too_slow",
+                "The body did not arrive in time.",
+                expected=f"{patience_s:g} s",
+                headers={"Connection": "close"},
             )
             raise BodyRefused(refusal) from None
         taken += len(message.get("body", b""))
         if taken > limit:
-            raise BodyRefused(too_large(limit, uploads=patience_s is None))
+            raise BodyRefused(too_large(limit, uploads=uploads))
         complete = not message.get("more_body", False)
         return message
 

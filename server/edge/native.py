@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from fastapi import Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 
 from server.edge.calls import (
     EventStream,
@@ -19,9 +19,12 @@ from server.edge.calls import (
     sse,
     target_headers,
 )
-from server.edge.service import Service, Target
+from server.edge.posted import Posted, posted
+from server.edge.service import LONG_CHARACTERS, Service, Target
 from server.errors import Refusal
+from server.images import Images, looks_like_image
 from server.messages import (
+    Encoded,
     Event,
     Failure,
     GenerateResult,
@@ -38,17 +41,26 @@ from server.schemas import (
 )
 
 PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
-    {"text-classification", "token-classification", "fill-mask", "question-answering"}
+    {
+        "text-classification",
+        "token-classification",
+        "fill-mask",
+        "question-answering",
+        "image-classification",
+    }
 )
 EMBED_TASKS: Final[frozenset[Task]] = PREDICT_TASKS | {"feature-extraction", "text-generation"}
 GENERATE_TASKS: Final[frozenset[Task]] = frozenset({"text-generation"})
 # Parameters of /predict that only one task has a use for.
-TASK_PARAMETERS: Final[dict[str, Task]] = {
-    "aggregation_strategy": "token-classification",
-    "ignore_labels": "token-classification",
-    "function_to_apply": "text-classification",
+TASK_PARAMETERS: Final[dict[str, tuple[Task, ...]]] = {
+    "aggregation_strategy": ("token-classification",),
+    "ignore_labels": ("token-classification",),
+    "function_to_apply": ("text-classification", "image-classification"),
+    "targets": ("fill-mask",),
 }
 
+PREDICT_BODY: Any = Depends(posted(PredictRequest))
+EMBED_BODY: Any = Depends(posted(EmbedRequest))
 Named = Query(default=None, max_length=256, description="The adapter's name.")
 
 
@@ -59,22 +71,19 @@ class Native:
         self.service = service
 
     async def predict(
-        self, request: Request, body: PredictRequest, adapter: str | None = Named
+        self,
+        request: Request,
+        adapter: str | None = Named,
+        sent: Posted[PredictRequest] = PREDICT_BODY,
     ) -> Response:
-        """Classify texts or tokens, or fill masks: whatever the adapter was trained for."""
-        service = self.service
+        """Classify texts, tokens or images, or fill masks: whatever the adapter was trained for."""
+        service, body = self.service, sent.body
         target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
         exchange_of(request).adapter = target.adapter
-        listed = isinstance(body.inputs, list)
-        texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-        check_inputs(len(texts), service)
-        options = _predict_options(body.parameters, target)
-        characters = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in texts)
-        inputs = await service.tokenize(
-            characters,
-            lambda: service.base.inputs.encode(
-                texts, target.task, truncation=body.parameters.truncation
-            ),
+        listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
+        options = await self._predict_options(body.parameters, target)
+        inputs = await self._encoded(
+            body.inputs, sent.files, target.task, truncation=body.parameters.truncation
         )
         result = await encode(
             request,
@@ -92,20 +101,18 @@ class Native:
         )
 
     async def embed(
-        self, request: Request, body: EmbedRequest, adapter: str | None = Named
+        self,
+        request: Request,
+        adapter: str | None = Named,
+        sent: Posted[EmbedRequest] = EMBED_BODY,
     ) -> Response:
-        """Turn texts into vectors with the base, or with an adapter's version of it."""
-        service = self.service
+        """Turn texts or images into vectors with the base, or with an adapter's version of it."""
+        service, body = self.service, sent.body
         target = service.target((*named(request, adapter), body.adapter), EMBED_TASKS, "/embed")
         exchange_of(request).adapter = target.adapter
-        texts = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-        check_inputs(len(texts), service)
         parameters = body.parameters
-        inputs = await service.tokenize(
-            sum(map(len, texts)),
-            lambda: service.base.inputs.encode(
-                texts, "feature-extraction", truncation=parameters.truncation
-            ),
+        inputs = await self._encoded(
+            body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
         )
         options: dict[str, Any] = {"normalize": parameters.normalize}
         if parameters.pooling is not None:
@@ -127,14 +134,17 @@ class Native:
         target, generations = await self._begin(request, body, adapter, stream=False)
         (result,) = await generations.results()
         parameters = body.parameters
+        prefill: list[dict[str, Any]] = []
+        if parameters.decoder_input_details:
+            prefill = await self._prefill(generations.prompts[0], result.prompt_logprobs)
         text = (body.inputs if parameters.return_full_text else "") + result.text
         answer: dict[str, Any] = {"generated_text": text}
-        if parameters.details:
+        if parameters.details or parameters.decoder_input_details:
             answer["details"] = {
                 "finish_reason": result.finish_reason,
                 "generated_tokens": len(result.tokens),
                 "seed": parameters.seed,
-                "prefill": [],
+                "prefill": prefill,
                 "tokens": [
                     {"id": one.id, "text": one.text, "logprob": one.logprob, "special": one.special}
                     for one in result.tokens
@@ -146,12 +156,87 @@ class Native:
         self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
     ) -> Response:
         """Continue a text, a server-sent event per token."""
+        if body.parameters.decoder_input_details:
+            raise Refusal.because(
+                "unsupported_parameter",
+                "The details of a prompt cannot be streamed.",
+                found="decoder_input_details=true on a stream",
+                expected="decoder_input_details on /generate without stream",
+                field="parameters.decoder_input_details",
+            )
         target, generations = await self._begin(request, body, adapter, stream=True)
         events = generations.events()
         first = await generations.first(events)
         prefix = body.inputs if body.parameters.return_full_text else ""
         chunks = _stream(first, events, prefix, body.parameters.seed)
         return EventStream(chunks, generations, target_headers(target))
+
+    async def _encoded(
+        self,
+        given: Any,
+        files: tuple[bytes, ...] | None,
+        task: Task,
+        *,
+        truncation: bool,
+    ) -> tuple[Encoded, ...]:
+        """Token ids of texts, or pixels of images.
+
+        Args:
+            given: The body's ``inputs``.
+            files: Uploaded in place of them, or None.
+
+        Raises:
+            Refusal: Too many, or in the words of the tokenizer or the image processor.
+        """
+        service = self.service
+        one_by_one = given if isinstance(given, list) else [given]
+        inputs: list[Any] = one_by_one if files is None else list(files)
+        check_inputs(len(inputs), service)
+        length = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in one_by_one)
+        encoder: Any = service.base.inputs
+        if isinstance(encoder, Images):
+            length = LONG_CHARACTERS + 1  # decoding and scaling take their time
+        elif files is not None or any(isinstance(one, str) and looks_like_image(one)
+                                      for one in inputs):  # fmt: skip
+            raise Refusal.because(
+                "invalid_input",
+                "This base takes texts, not images.",
+                found="an image",
+                expected="text",
+                fix="Ask a server whose base is a vision transformer.",
+                field="inputs",
+            )
+        found: tuple[Encoded, ...] = await service.tokenize(
+            length, lambda: encoder.encode(inputs, task, truncation=truncation)
+        )
+        return found
+
+    async def _predict_options(
+        self, parameters: PredictParameters, target: Target
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        for name, tasks in TASK_PARAMETERS.items():
+            value = getattr(parameters, name)
+            if value is None:
+                continue
+            if target.task not in tasks:
+                raise Refusal.because(
+                    "unsupported_parameter",
+                    f"{name} has no meaning for {target.task}.",
+                    found=f"{name}={str(value)[:80]}",
+                    expected="an adapter for " + " or ".join(tasks),
+                    field=f"parameters.{name}",
+                )
+            options[name] = value
+        words = options.get("targets")
+        if words is not None:
+            text = self.service.base.texts
+            options["targets"] = await self.service.tokenize(
+                sum(len(str(word)) for word in words),
+                lambda: text.targets(words),
+                "parameters.targets",
+            )
+        return options
 
     async def _begin(
         self, request: Request, body: GenerateRequestBody, adapter: str | None, *, stream: bool
@@ -163,7 +248,7 @@ class Native:
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
         token_ids = await service.tokenize(
             len(body.inputs),
-            lambda: service.base.prompts.encode_prompt(
+            lambda: service.base.texts.encode_prompt(
                 body.inputs,
                 max_new_tokens=parameters.max_new_tokens,
                 truncation=parameters.truncation or parameters.truncate is not None,
@@ -174,6 +259,17 @@ class Native:
         prompts = [(token_ids, _sampling(parameters, stream=stream))]
         return target, Generations(request, service, target, prompts, stream=stream)
 
+    async def _prefill(
+        self, token_ids: tuple[int, ...], logprobs: tuple[float | None, ...]
+    ) -> list[dict[str, Any]]:
+        """TGI's list of the prompt's tokens."""
+        spell = self.service.base.texts.spell
+        pieces = await self.service.in_thread(lambda: spell(token_ids))
+        return [
+            {"id": token, "text": piece.text, "logprob": logprob, "special": piece.special}
+            for token, piece, logprob in zip(token_ids, pieces, logprobs, strict=True)
+        ]
+
 
 def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
     """Every ``adapter`` of the query: FastAPI alone would take the last and drop the others."""
@@ -182,7 +278,7 @@ def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
 
 def check_new_tokens(wanted: int, service: Service, field: str) -> None:
     """Raises Refusal when more is asked for than one request may generate."""
-    most = min(service.settings.max_new_tokens, service.base.prompts.max_tokens)
+    most = min(service.settings.max_new_tokens, service.base.texts.max_tokens)
     if wanted > most:
         raise Refusal.because(
             "invalid_request",
@@ -191,24 +287,6 @@ def check_new_tokens(wanted: int, service: Service, field: str) -> None:
             expected=f"at most {most}",
             field=field,
         )
-
-
-def _predict_options(parameters: PredictParameters, target: Target) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name, task in TASK_PARAMETERS.items():
-        value = getattr(parameters, name)
-        if value is None:
-            continue
-        if target.task != task:
-            raise Refusal.because(
-                "unsupported_parameter",
-                f"{name} has no meaning for {target.task}.",
-                found=f"{name}={value}",
-                expected=f"an adapter for {task}",
-                field=f"parameters.{name}",
-            )
-        options[name] = value
-    return options
 
 
 def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOptions:
@@ -221,8 +299,9 @@ def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOption
         repetition_penalty=parameters.repetition_penalty or 1.0,
         stop=tuple(parameters.stop),
         seed=parameters.seed,
-        logprobs=parameters.details or stream,
+        logprobs=parameters.details or parameters.decoder_input_details or stream,
         ignore_eos=parameters.ignore_eos_token,
+        prompt_logprobs=parameters.decoder_input_details,
     )
 
 

@@ -102,8 +102,8 @@ def observe_routes(observe: Observe) -> list[Endpoint]:
     return [
         Endpoint("/", observe.index, get, tag, statuses=()),
         Endpoint("/health/live", observe.live, get, tag, Health, statuses=()),
-        Endpoint("/health/ready", observe.ready, get, tag, Health, statuses=(503,)),
-        Endpoint("/metrics", observe.metrics, get, tag, statuses=()),
+        Endpoint("/health/ready", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=()),
     ]
 
 
@@ -124,7 +124,10 @@ def live_figures(
         queue_depth=snapshot.get("queue_depth", {}),
         base_bytes=snapshot.get("base_bytes", {}),
         adapter_bytes=snapshot.get("adapter_bytes", {}),
-        adapters=snapshot.get("adapters", {}),
+        adapters={
+            **snapshot.get("adapters", {}),
+            "quarantined": len(snapshot.get("quarantined", {})),
+        },
         kv_blocks=snapshot.get("kv_blocks", {}),
         cuda_bytes=snapshot.get("cuda_bytes", {}),
         totals=snapshot.get("totals", {}),

@@ -33,7 +33,9 @@ from server.schemas_openai import (
     Known,
     Sampling,
 )
+from server.text import Text
 
+DEFAULT_TOKENS = 16
 DEFAULT_CHAT_TOKENS = 256
 MAX_MODELS = 10_000
 SEEDS = 1 << 63
@@ -66,25 +68,37 @@ class OpenAI:
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Continue one or more prompts."""
         target = self._target(request, body, "/v1/completions")
-        wanted = body.max_tokens or 16
+        wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
         check_new_tokens(wanted, self.service, "max_tokens")
+        scores = bool(body.echo) and (body.logprobs is not None or wanted == 0)
+        _check_scoring(body, wanted, scores=scores)
         prompts = await self._prompts(body.prompt, wanted)
-        echoed = self._echoed(body, prompts) if body.echo else None
+        spell = self.service.base.texts.spell
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
             int(time.time()),
             body.model,
-            echoed,
+            self._echoed(body, prompts) if body.echo else None,
             body.logprobs is not None,
+            await self.service.in_thread(lambda: [spell(ids) for ids in prompts])
+            if scores
+            else None,
         )
         return await self._generate(
-            request, body, target, prompts=prompts, wanted=wanted, shape=shape, field="prompt"
+            request,
+            body,
+            target,
+            prompts=prompts,
+            wanted=wanted,
+            shape=shape,
+            field="prompt",
+            scores=scores,
         )
 
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Continue a conversation, written out with the base's chat template."""
         target = self._target(request, body, "/v1/chat/completions")
-        text = self.service.base.prompts
+        text = self.service.base.texts
         messages = [message.plain() for message in body.messages]
         asked = body.max_completion_tokens or body.max_tokens
         if asked is not None:
@@ -125,7 +139,9 @@ class OpenAI:
                 "input",
             )
         else:
-            most = service.base.inputs.max_tokens
+            most = service.base.texts.max_tokens
+            if isinstance(service.base.inputs, Text):
+                most = service.base.inputs.max_tokens
             lists = self._token_lists(given, "input", None if truncation else most)
             inputs = tuple(EncodedInput(ids[:most]) for ids in lists)
         result = await encode(
@@ -163,11 +179,12 @@ class OpenAI:
         wanted: int,
         shape: Format,
         field: str,
+        scores: bool = False,
     ) -> Response:
         copies = body.n or 1
         check_inputs(len(prompts) * copies, self.service, "n")
         each = [
-            (prompt, self._sampling(body, wanted, copy, logprobs=shape.logprobs))
+            (prompt, self._sampling(body, wanted, copy, logprobs=shape.logprobs, scores=scores))
             for prompt in prompts
             for copy in range(copies)
         ]
@@ -223,7 +240,7 @@ class OpenAI:
     async def _prompts(
         self, prompt: str | list[str] | list[int] | list[list[int]], wanted: int
     ) -> list[tuple[int, ...]]:
-        text = self.service.base.prompts
+        text = self.service.base.texts
         if isinstance(prompt, str):
             texts = [prompt]
         elif prompt and isinstance(prompt[0], str):
@@ -251,7 +268,7 @@ class OpenAI:
         """
         lists = [given] if given and isinstance(given[0], int) else list(given)
         check_inputs(len(lists), self.service, field)
-        vocabulary = self.service.base.prompts.vocab_size or 1 << 62
+        vocabulary = self.service.base.texts.vocab_size or 1 << 62
         for ids in lists:
             if not ids or not all(0 <= one < vocabulary for one in ids):
                 raise Refusal.because(
@@ -276,10 +293,10 @@ class OpenAI:
             return [prompt]
         if prompt and isinstance(prompt[0], str):
             return [str(one) for one in prompt]
-        return [self.service.base.prompts.decode(ids) for ids in prompts]
+        return [self.service.base.texts.decode(ids) for ids in prompts]
 
     def _sampling(
-        self, body: Sampling, wanted: int, copy: int, *, logprobs: bool
+        self, body: Sampling, wanted: int, copy: int, *, logprobs: bool, scores: bool
     ) -> SamplingOptions:
         temperature = 1.0 if body.temperature is None else body.temperature
         stop = body.stop or ()
@@ -295,6 +312,27 @@ class OpenAI:
             seed=None if body.seed is None else (body.seed % SEEDS + copy) % SEEDS,
             logprobs=logprobs,
             ignore_eos=body.ignore_eos,
+            prompt_logprobs=scores,
+        )
+
+
+def _check_scoring(body: CompletionRequest, wanted: int, *, scores: bool) -> None:
+    """Raises Refusal where nothing is asked for, or scores of a prompt in a stream."""
+    if wanted == 0 and not body.echo:
+        raise Refusal.because(
+            "invalid_request",
+            "Nothing is asked for.",
+            found="max_tokens 0 without echo",
+            expected="max_tokens of at least 1, or echo",
+            field="max_tokens",
+        )
+    if scores and body.stream:
+        raise Refusal.because(
+            "unsupported_parameter",
+            "The log-probabilities of a prompt cannot be streamed.",
+            found="echo with logprobs, or with max_tokens 0, on a stream",
+            expected="no stream",
+            field="stream",
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from server.detokenize import Piece
 from server.edge.calls import sse
 from server.errors import Refusal
 from server.messages import Event, Failure, GeneratedToken, GenerateResult, TokenEvent
@@ -41,6 +42,7 @@ class CompletionFormat:
     model: str
     echoed: Sequence[str] | None
     logprobs: bool
+    spelled: Sequence[Sequence[Piece]] | None = None  # the tokens of each prompt that is scored
 
     def head(self) -> dict[str, Any]:
         return {
@@ -58,7 +60,7 @@ class CompletionFormat:
                 {
                     "index": index,
                     "text": echoed + result.text,
-                    "logprobs": self._logprobs(result.tokens, len(echoed)),
+                    "logprobs": self._whole(result, index // copies, len(echoed)),
                     "finish_reason": finish_reason(result),
                 }
             )
@@ -78,6 +80,22 @@ class CompletionFormat:
 
     def _choice(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _whole(self, result: GenerateResult, prompt: int, start: int) -> dict[str, Any] | None:
+        """Log-probabilities of an answer, after those of its prompt where they were asked for."""
+        generated = self._logprobs(result.tokens, start)
+        if generated is None or self.spelled is None:
+            return generated
+        pieces, offsets, at = self.spelled[prompt], [], 0
+        for piece in pieces:
+            offsets.append(at)
+            at += 0 if piece.special else len(piece.text)
+        return {
+            "tokens": [piece.text for piece in pieces] + generated["tokens"],
+            "token_logprobs": [*result.prompt_logprobs, *generated["token_logprobs"]],
+            "text_offset": offsets + generated["text_offset"],
+            "top_logprobs": None,
+        }
 
     def _logprobs(self, tokens: Sequence[GeneratedToken], start: int) -> dict[str, Any] | None:
         if not self.logprobs:

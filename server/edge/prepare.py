@@ -59,6 +59,7 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
 
     from server.base_model import BaseModelError, signature_of
     from server.base_plan import plan_base
+    from server.images import ImageProcessorError, Images
     from server.skeletons import Skeletons
     from server.text import Text, TokenizerError
 
@@ -67,11 +68,16 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
     try:
         signature = replace(signature_of(options), name=name)
         plan = plan_base(options)
-        limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
-        vocabulary = signature.vocab_size or None
-        inputs = Text.load(plan.folder, max_tokens=limit, vocab_size=vocabulary)
-        prompts = Text.load(plan.folder, max_tokens=signature.max_length, vocab_size=vocabulary)
-    except (BaseModelError, TokenizerError) as error:
+        inputs: Text | Images
+        prompts: Text | None = None
+        if plan.takes_images:
+            inputs = Images.load(plan.folder, plan.config, max_pixels=settings.max_image_pixels)
+        else:
+            limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
+            vocabulary = signature.vocab_size or None
+            inputs = Text.load(plan.folder, max_tokens=limit, vocab_size=vocabulary)
+            prompts = Text.load(plan.folder, max_tokens=signature.max_length, vocab_size=vocabulary)
+    except (BaseModelError, TokenizerError, ImageProcessorError) as error:
         raise StartFailed(" ".join(str(error).split())) from None
     return Base(
         name=name,

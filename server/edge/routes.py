@@ -8,7 +8,7 @@ from typing import Any
 
 from server.schemas import ProblemDetail
 
-NATIVE_STATUSES = (400, 401, 403, 404, 413, 422, 429, 503, 504)
+NATIVE_STATUSES = (400, 401, 403, 404, 408, 413, 422, 429, 431, 500, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,13 @@ class Endpoint:
     error: Any = ProblemDetail
     statuses: tuple[int, ...] = NATIVE_STATUSES
     success: int = 200
+    also: tuple[int, ...] = ()  # other statuses with the same answer
+    streams: bool = False  # answers with server-sent events where the body asks for them
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def answers(self, status: int) -> bool:
+        """Whether ``status`` is one of its errors, in the shape that ``error`` says."""
+        return status in self.statuses
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of FastAPI's ``add_api_route``."""
@@ -32,7 +38,8 @@ class Endpoint:
             status: {"model": self.error} for status in self.statuses
         }
         if self.answer is not None:
-            responses[self.success] = {"model": self.answer, "description": "The answer"}
+            for status in (self.success, *self.also):
+                responses[status] = {"model": self.answer, "description": "The answer"}
         return {
             "methods": list(self.methods),
             "tags": [self.tag],

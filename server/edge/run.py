@@ -20,7 +20,6 @@ from server.edge.supervise import Supervisor
 from server.version import package_version
 
 BACKLOG: Final = 2048
-KEEP_ALIVE_S: Final = 30
 
 
 def run_service(
@@ -72,7 +71,6 @@ def run_service(
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
     )
 
 

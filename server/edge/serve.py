@@ -4,9 +4,11 @@ stop."""
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from adapters.database import RegistryUnusable, database_faults
+from adapters.errors import AdapterError
 from adapters.registry import Registry
 from adapters.store import Store
 from server import metrics
@@ -29,6 +32,9 @@ from server.settings import Settings
 
 LOCK_FILE: Final = "server.lock"
 COLLECT_S: Final = 60.0
+MEMORY_DIR: Final = "/dev/shm"
+
+logger = logging.getLogger(__name__)
 
 
 def serve(
@@ -49,11 +55,13 @@ def serve(
     Raises:
         StartFailed: One line that says why the server cannot run.
     """
+    os.umask(0o077)  # keys, adapters and state are nobody else's to read
     with _exclusive(settings.data_dir):
         _check_port(settings.host, settings.port)
-        for folder in (settings.run_dir, settings.data_dir / "staging"):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(mode=0o700)
+        staging = settings.data_dir / "staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(mode=0o700)
+        _make_run_dir(settings.run_dir)
         metrics.prepare(settings.metrics_dir)
         logs.configure(settings.log_level, access=settings.access_log)
         place, name, adapters = prepare.chosen(settings)
@@ -84,7 +92,7 @@ def serve(
             on_ready=ready,
             upkeep=Collector(service).look,
         )
-        shutil.rmtree(settings.run_dir, ignore_errors=True)
+        _remove_run_dir(settings.run_dir)
 
 
 class Collector:
@@ -101,8 +109,34 @@ class Collector:
         settings = self._service.settings
         state = read_state(settings.run_dir)
         resident = set() if state is None else set(state.snapshot.get("residency", {}))
-        # No request lives longer than max_timeout_s, so none can still need what is older.
-        self._service.registry.collect_garbage(resident, grace_s=settings.max_timeout_s + 60.0)
+        try:
+            # No request lives longer than max_timeout_s, so none can still need what is older.
+            self._service.registry.collect_garbage(resident, grace_s=settings.max_timeout_s + 60.0)
+        except (AdapterError, OSError) as error:
+            # In the main process: a registry that is locked for a while must not end the server.
+            logger.error("Versions that nobody names were not collected: %s", error)
+
+
+def _make_run_dir(place: Path) -> None:
+    """An empty folder for the state of running processes, in memory where the system allows it.
+
+    Metrics are in sparse files that are mapped into memory: on a disk that is full, the kernel ends
+    whoever touches a new page of one. Nothing in this folder needs to outlive the server.
+    """
+    _remove_run_dir(place)
+    try:
+        place.symlink_to(tempfile.mkdtemp(prefix="hira-run-", dir=MEMORY_DIR))
+    except OSError:  # no such folder, or not for us
+        place.mkdir(mode=0o700)
+
+
+def _remove_run_dir(place: Path) -> None:
+    """Also what a server that was killed left behind."""
+    if place.is_symlink():
+        shutil.rmtree(place.readlink(), ignore_errors=True)
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

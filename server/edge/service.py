@@ -20,6 +20,7 @@ from server.edge.keys import Keyring, admin_key
 from server.edge.shared import SharedLoad
 from server.edge.tickets import Bounds
 from server.errors import Fault, Refusal
+from server.images import Images
 from server.messages import (
     Event,
     Failure,
@@ -57,6 +58,7 @@ RELOADABLE: Final = (
     "max_queue_requests",
     "max_queue_tokens",
     "max_adapter_requests",
+    "max_adapter_tokens",
 )
 
 
@@ -68,9 +70,25 @@ class Base:
     task: Task  # what the bare base does
     signature: BaseSignature
     check_head: Callable[[AdapterWeights], None]  # raises what is wrong with a task head
-    inputs: Text  # tokenizer, limited to what one input may have
-    prompts: Text  # the same, limited to the base's context
+    inputs: Text | Images  # tokenizer, limited to what one input may have; or image processor
+    prompts: Text | None  # the tokenizer, limited to the base's context; None on a base of images
     created: float
+
+    @property
+    def texts(self) -> Text:
+        """The tokenizer, limited to the base's context.
+
+        Raises:
+            Refusal: The base takes images.
+        """
+        if self.prompts is None:
+            raise Refusal.because(
+                "task_mismatch",
+                "This base takes images, not texts.",
+                found="a call for texts",
+                expected="images for /predict or /embed",
+            )
+        return self.prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +116,7 @@ def bounds_of(settings: Settings) -> Bounds:
         requests=settings.max_queue_requests,
         tokens=settings.max_queue_tokens,
         adapter_requests=settings.max_adapter_requests,
+        adapter_tokens=settings.max_adapter_tokens,
     )
 
 
@@ -142,6 +161,11 @@ class Service:
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="admin")
         self.dispatcher.on_event = self._count
+
+    def refused(self, code: str) -> None:
+        """Count an error response, or a connection that ended before it had a request."""
+        if self.metrics is not None:
+            self.metrics.refusal(code)
 
     def close(self) -> None:
         for pool in (self._encoders, self._workers):
@@ -273,7 +297,7 @@ class Service:
         return Target(name, record.version, cast(Task, record.task))
 
     def deadline(self, asked: str | None) -> float:
-        """When a request that starts now must be done, as ``time.time()`` counts.
+        """When a request that starts now must be done, as ``time.monotonic()`` counts.
 
         Args:
             asked: The client's ``X-Timeout-Seconds``.
@@ -295,7 +319,7 @@ class Service:
                     expected=f"seconds above 0, at most {self.settings.max_timeout_s:g}",
                     field="X-Timeout-Seconds",
                 )
-        return time.time() + seconds
+        return time.monotonic() + seconds
 
     def _bare_base(self, tasks: Collection[Task], verb: str, field: str) -> Target:
         if verb in {"/embed", "/v1/embeddings"}:
@@ -330,7 +354,7 @@ class Service:
             return
         match event:
             case TokenEvent():
-                now = time.time()
+                now = time.monotonic()
                 before = self._tokens_at.get(request.id)
                 self._tokens_at[request.id] = now
                 if before is None:
@@ -352,6 +376,7 @@ PATHS: Final = {
     "token-classification": "POST /predict",
     "fill-mask": "POST /predict",
     "question-answering": "POST /predict",
+    "image-classification": "POST /predict",
     "text-generation": "POST /generate",
     "feature-extraction": "POST /embed",
 }

@@ -7,6 +7,7 @@ process writes its own load, the main process writes everything else.
 from __future__ import annotations
 
 import multiprocessing
+import time
 from enum import IntEnum
 
 _FORK = multiprocessing.get_context("fork")
@@ -27,6 +28,7 @@ class SharedLoad:
         self._requests = _FORK.RawArray("q", http_processes)
         self._tokens = _FORK.RawArray("q", http_processes)
         self._pids = _FORK.RawArray("q", http_processes + 1)  # the last: the queues' process
+        self._beats = _FORK.RawArray("d", http_processes)
         self._phase = _FORK.RawValue("i", int(Phase.SERVING))
         self._settings_age = _FORK.RawValue("q", 0)
 
@@ -55,6 +57,20 @@ class SharedLoad:
 
     def tokens(self) -> int:
         return sum(self._tokens)
+
+    def beat(self, http_process: int) -> None:
+        """This HTTP process is alive; it says so several times a second."""
+        self._beats[http_process] = time.monotonic()
+
+    def silent_s(self, http_process: int) -> float:
+        """How long ago an HTTP process last was alive; 0 before its first beat."""
+        last = self._beats[http_process]
+        return time.monotonic() - last if last else 0.0
+
+    def forget(self, http_process: int) -> None:
+        """An HTTP process is gone, and what it had under way with it."""
+        self.set(http_process, requests=0, tokens=0)
+        self._beats[http_process] = 0.0
 
     def set_pid(self, http_process: int, pid: int) -> None:
         self._pids[http_process] = pid

@@ -19,11 +19,14 @@ from litserve.utils import ResponseBufferItem
 from server.edge.dispatch import Dispatcher
 from server.edge.native import Native
 from server.edge.openai import OpenAI
+from server.edge.posted import described
 from server.edge.routes import Endpoint
 from server.edge.wire import EVENTS_UID
 from server.schemas import (
+    EmbedRequest,
     GenerateAnswer,
     Prediction,
+    PredictRequest,
     StreamEvent,
 )
 from server.schemas_openai import (
@@ -84,18 +87,46 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
     post, get = ("POST",), ("GET",)
 
     def v1(
-        path: str, endpoint: Callable[..., Any], methods: tuple[str, ...], answer: Any
+        path: str,
+        endpoint: Callable[..., Any],
+        methods: tuple[str, ...],
+        answer: Any,
+        *,
+        streams: bool = False,
     ) -> Endpoint:
-        return Endpoint(path, endpoint, methods, "OpenAI", answer, error=OpenAIError)
+        return Endpoint(
+            path, endpoint, methods, "OpenAI", answer, error=OpenAIError, streams=streams
+        )
 
     return [
-        Endpoint("/predict", native.predict, post, "Native", Prediction | list[Prediction]),
-        Endpoint("/embed", native.embed, post, "Native", list[list[float]]),
-        Endpoint("/generate", native.generate, post, "Native", GenerateAnswer),
-        Endpoint("/generate_stream", native.generate_stream, post, "Native", StreamEvent),
+        Endpoint(
+            "/predict",
+            native.predict,
+            post,
+            "Native",
+            Prediction | list[Prediction],
+            extra=described(PredictRequest),
+        ),
+        Endpoint(
+            "/embed",
+            native.embed,
+            post,
+            "Native",
+            list[list[float]],
+            extra=described(EmbedRequest),
+        ),
+        Endpoint("/generate", native.generate, post, "Native", GenerateAnswer, streams=True),
+        Endpoint(
+            "/generate_stream",
+            native.generate_stream,
+            post,
+            "Native",
+            StreamEvent,
+            media_type="text/event-stream",
+        ),
         v1("/v1/models", openai.models, get, ModelList),
         v1("/v1/models/{model:path}", openai.model, get, Model),
-        v1("/v1/completions", openai.completions, post, Completion),
-        v1("/v1/chat/completions", openai.chat_completions, post, ChatCompletion),
+        v1("/v1/completions", openai.completions, post, Completion, streams=True),
+        v1("/v1/chat/completions", openai.chat_completions, post, ChatCompletion, streams=True),
         v1("/v1/embeddings", openai.embeddings, post, EmbeddingList),
     ]

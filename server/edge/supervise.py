@@ -30,6 +30,7 @@ PAUSE_MAX_S: Final = 60.0
 # A process killed while it waits in LitServe's response queue leaves that wait behind in the
 # queue's process: for the rest of its second it swallows what was meant for the successor.
 HTTP_PAUSE_S: Final = 1.2
+KILL_S: Final = 5.0  # for the kernel to end a process that was sent SIGKILL
 TRIES: Final = 8  # starts in a row that never became ready
 
 
@@ -65,6 +66,7 @@ class Supervisor:
         self._ready_epoch: str | None = None
         self._worker_started = time.monotonic()
         self._failed_starts = 0
+        self._killed_because: str | None = None
         self._restart_at: float | None = None
         self._http_restart_at: dict[int, float] = {}
         self._wake_read, self._wake_write = os.pipe()
@@ -83,6 +85,7 @@ class Supervisor:
             StartFailed: The first worker could not be set up, or workers die one after another.
         """
         while not self._stop_signals:
+            self._kill_hung(http)
             self._check_worker()
             self._check_http(http)
             self._check_queues()
@@ -146,6 +149,29 @@ class Supervisor:
         self._restart_at = time.monotonic() + pause_s
         logger.error("The inference worker died (%s); a new one starts in %.1f s", reason, pause_s)
 
+    def _kill_hung(self, http: Mapping[int, ForkProcess]) -> None:
+        """End what lives and does nothing: its successor serves, and its requests have an end."""
+        limit_s = self.settings.hang_s
+        (worker,) = self.server.inference_workers
+        state = read_state(self.settings.run_dir)
+        if state is not None and state.pid == worker.pid and worker.is_alive():
+            silent_s = time.monotonic() - state.beat
+            if silent_s > limit_s:
+                self._kill(worker, f"no sign of life for {silent_s:.0f} s")
+            elif state.busy_s > self.settings.max_step_s:
+                self._kill(worker, f"one step has taken {state.busy_s:.0f} s")
+        for number, child in http.items():
+            silent_s = self.load.silent_s(number)
+            if child.is_alive() and silent_s > limit_s:
+                logger.error("HTTP process %d: no sign of life for %.0f s", number, silent_s)
+                child.kill()
+                child.join(KILL_S)
+
+    def _kill(self, worker: Any, why: str) -> None:
+        self._killed_because = why
+        worker.kill()  # also of a stopped process
+        worker.join(KILL_S)
+
     def _look_for_ready(self, worker: Any) -> None:
         if self._ready_epoch is not None:
             return
@@ -171,6 +197,9 @@ class Supervisor:
             reason = path.read_text(encoding="utf-8").strip()
             path.unlink()
             return reason
+        if self._killed_because is not None:
+            reason, self._killed_because = f"killed: {self._killed_because}", None
+            return reason
         code = worker.exitcode
         if code is not None and code < 0:
             name = signal.Signals(-code).name
@@ -187,7 +216,7 @@ class Supervisor:
                 assert child.pid is not None
                 forget_dead(child.pid)
                 logger.error("HTTP process %d died (status %s)", number, child.exitcode)
-                self.load.set(number, requests=0, tokens=0)
+                self.load.forget(number)
                 self._http_restart_at[number] = now + HTTP_PAUSE_S
             elif now >= self._http_restart_at[number]:
                 del self._http_restart_at[number]

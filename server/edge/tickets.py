@@ -24,6 +24,13 @@ class Bounds:
     requests: int
     tokens: int
     adapter_requests: int
+    adapter_tokens: int | None = None  # None: no bound but that of all
+
+    def token_share(self, processes: int) -> int | None:
+        """`share`, of tokens."""
+        if self.adapter_tokens is None:
+            return None
+        return max(1, math.ceil(self.adapter_tokens / processes))
 
     def share(self, processes: int) -> int:
         """One process's part of the bound per adapter, which is not counted across them."""

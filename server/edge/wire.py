@@ -62,7 +62,7 @@ class WorkerState:
     epoch: str
     pid: int
     started: float  # time.time()
-    beat: float  # time.time() of the last writing
+    beat: float  # time.monotonic() of the last writing: one clock for all processes
     busy_s: float  # how long the present step has taken; 0 between steps
     snapshot: Mapping[str, Any] = field(default_factory=dict)
 

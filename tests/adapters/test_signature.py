@@ -34,7 +34,7 @@ def test_json_round_trip(name: str) -> None:
 def test_layers_have_their_kinds_and_shapes() -> None:
     layers = describe(build("gpt2"), "base").layers
     assert layers["transformer.h.0.attn.c_attn"] == LayerSignature(
-        "transformer.h.0.attn.c_attn", "conv1d_transposed", WIDTH, 3 * WIDTH
+        "transformer.h.0.attn.c_attn", "conv1d_transposed", WIDTH, 3 * WIDTH, has_bias=True
     )
     assert layers["transformer.wte"] == LayerSignature("transformer.wte", "embedding", VOCAB, WIDTH)
     assert layers["lm_head"] == LayerSignature("lm_head", "linear", WIDTH, VOCAB)

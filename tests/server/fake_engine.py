@@ -27,6 +27,7 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
+from tests.server import shifted_clock
 
 SLOW_S = 0.02  # a generated token
 SLOW_SEED = 600  # generations with it are six times as slow
@@ -100,12 +101,14 @@ class FakeEngine:
             return Failure(request.id, "internal", "asked for")
         if request.top_k == 501:
             raise RuntimeError("the engine broke")
+        if request.top_k == 502:
+            time.sleep(3600)
         outputs: tuple[Any, ...]
         if request.task == "feature-extraction":
-            outputs = tuple((float(len(one.token_ids)), 0.5) for one in request.inputs)
+            outputs = tuple((float(one.tokens), 0.5) for one in request.inputs)
         else:
             outputs = tuple(
-                ({"label": request.adapter or "base", "score": 1.0 / len(one.token_ids)},)
+                ({"label": request.adapter or "base", "score": 1.0 / one.tokens},)
                 for one in request.inputs
             )
         return EncodeResult(request.id, outputs, request.version, request.tokens, 0.5, 1.5)
@@ -144,6 +147,7 @@ class DeafEngine(FakeEngine):
 
 
 def build(options: EngineOptions) -> FakeEngine:
+    shifted_clock.install(options.store_dir.parent)
     return FakeEngine(options)
 
 

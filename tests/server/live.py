@@ -6,6 +6,7 @@ Used by the tests that are marked ``http``.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -156,6 +157,9 @@ def running(
         child.wait()
         for one in live.left_over():
             one.kill()
+        state = folder / "run"
+        if state.is_symlink():  # in memory: what a killed server leaves there stays
+            shutil.rmtree(state.readlink(), ignore_errors=True)
 
 
 def hira(

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.edge.dispatch import Dispatcher
+from server.edge.dispatch import LOOK_TICKS, STALE_S, TICK_S, Dispatcher
 from server.edge.shared import Phase, SharedLoad
 from server.edge.tickets import Bounds
 from server.edge.wire import (
@@ -116,8 +116,8 @@ def encode_request(
         adapter=adapter,
         version=adapter,
         inputs=(EncodedInput(tuple(range(tokens))),),
-        submitted=time.time(),
-        deadline=None if timeout_s is None else time.time() + timeout_s,
+        submitted=time.monotonic(),
+        deadline=None if timeout_s is None else time.monotonic() + timeout_s,
     )
 
 
@@ -227,7 +227,7 @@ def test_what_was_not_sent_before_a_death_is_never_sent(
 def test_worker_that_is_known_from_its_file_is_taken_up_at_start(
     tmp_path: Path, worker: subprocess.Popen[bytes]
 ) -> None:
-    now = time.time()
+    now = time.monotonic()
     write_state(tmp_path, WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1}))
     assert read_state(tmp_path) == WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1})
     state_path(tmp_path, 1).write_text('{"half":')
@@ -264,7 +264,7 @@ def test_leaving_before_the_end_cancels_the_work(
     tmp_path: Path, worker: subprocess.Popen[bytes]
 ) -> None:
     async def scenario(scene: Scene) -> None:
-        request = GenerateRequest("", None, None, (1, 2), stream=True, submitted=time.time())
+        request = GenerateRequest("", None, None, (1, 2), stream=True, submitted=time.monotonic())
         with scene.dispatcher.admit(request) as ticket:
             await scene.wire.messages()
             scene.say(TokenEvent(ticket.request.id, 5, "a", None, special=False))
@@ -318,16 +318,21 @@ def test_one_adapter_cannot_take_all_places(
     play(tmp_path, worker, scenario, Bounds(100, 1_000_000, 2))
 
 
-def test_refused_crowd_is_not_sent_back_to_the_same_second(
+def test_silent_worker_is_not_given_new_requests(
     tmp_path: Path, worker: subprocess.Popen[bytes]
 ) -> None:
+    def beat(at: float) -> None:
+        write_state(tmp_path, WorkerState(0, "first", worker.pid, at, at, 0.0, {}))
+
     async def scenario(scene: Scene) -> None:
-        for _ in range(20):
-            with scene.dispatcher.admit(encode_request()) as ticket:
-                scene.say(result(ticket.request.id))
-        waits = [scene.dispatcher.retry_after_s() for _ in range(2000)]
-        assert waits == sorted(waits)
-        assert waits[0] < waits[-1] <= 60
+        beat(time.monotonic() - STALE_S - 1)
+        await asyncio.sleep((LOOK_TICKS + 2) * TICK_S)
+        with pytest.raises(Refusal, match="worker_silent") as caught:
+            scene.dispatcher.check_early(None)
+        assert caught.value.status == 503
+        beat(time.monotonic())
+        await asyncio.sleep((LOOK_TICKS + 2) * TICK_S)
+        scene.dispatcher.check_early(None)
 
     play(tmp_path, worker, scenario)
 
@@ -368,6 +373,8 @@ def test_what_runs_at_the_end_is_cancelled(tmp_path: Path, worker: subprocess.Po
         (Bounds(1000, 1000, 2), False),
         (Bounds(1000, 8, 1000), False),
         (Bounds(1000, 9, 1000), True),
+        (Bounds(1000, 1000, 1000, 8), False),
+        (Bounds(1000, 1000, 1000, 9), True),
     ],
 )
 def test_what_can_never_run_together_is_told_so(bounds: Bounds, fits: bool, tmp_path: Path) -> None:

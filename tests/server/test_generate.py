@@ -14,7 +14,6 @@ import torch
 from adapters.errors import CorruptFile
 from adapters.inject import inject
 from adapters.modulation import SlotFactors
-from adapters.segments import Segments
 from server.base_plan import BaseModelError
 from server.generate import GenerateLane
 from server.generate_batch import MIN_PREFILL_TOKENS
@@ -421,7 +420,7 @@ def test_cancelled_requests_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("running", [True, False])
 def test_deadlines_end_requests(running: bool) -> None:
     stage = Stage(slow=() if running else ["b"])
-    late = stage.submit("b", [5, 6], max_new_tokens=100, deadline=time.time() + 0.05)
+    late = stage.submit("b", [5, 6], max_new_tokens=100, deadline=time.monotonic() + 0.05)
     good = stage.submit("a", [5, 6], max_new_tokens=3)
     assert stage.lane.next_deadline() is not None
     results = [e for _ in range(3) for e in stage.lane.step()]
@@ -432,25 +431,6 @@ def test_deadlines_end_requests(running: bool) -> None:
     assert failure.code == "deadline_exceeded"
     assert isinstance(results[good], GenerateResult)  # type: ignore[call-overload]
     assert nothing_is_held(stage)
-
-
-def test_a_failed_forward_fails_its_batch_alone(caplog: pytest.LogCaptureFixture) -> None:
-    stage = Stage(max_sequences=2)
-
-    def explode(plan: Segments) -> None:
-        if stage.lane.figures().steps == 3:
-            raise RuntimeError("no memory")
-
-    stage.adapted.before_batch = explode
-    ids = [stage.submit("a", [5, 6 + i], max_new_tokens=8, ignore_eos=True) for i in range(4)]
-    results = {e.id: e for e in stage.drain()}
-    for failed in ids[:2]:
-        assert results[failed].code == "internal"
-        assert "no memory" in results[failed].found
-    for fine in ids[2:]:
-        assert len(ids_of(results[fine])) == 8
-    assert nothing_is_held(stage)
-    assert "no memory" in caplog.text
 
 
 def test_an_adapter_that_overflows_fails_alone() -> None:
@@ -502,10 +482,10 @@ def test_close_ends_everything() -> None:
 
 def test_times_add_up() -> None:
     stage = Stage()
-    began = time.time()
+    began = time.monotonic()
     result = stage.answer("a", [5, 6], submitted=began - 1)
-    assert 1000 <= result.queue_ms < 2000 + (time.time() - began) * 1000
-    assert 0 < result.compute_ms <= (time.time() - began) * 1000
+    assert 1000 <= result.queue_ms < 2000 + (time.monotonic() - began) * 1000
+    assert 0 < result.compute_ms <= (time.monotonic() - began) * 1000
 
 
 # Shared prefixes

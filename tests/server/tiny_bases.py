@@ -1,57 +1,71 @@
 """Tiny bases in folders of their own, adapters made for them by PEFT, and dense float64 answers.
 
-The reference is the task class of transformers in float64 with W ⊙ (1 + B A), or W + s B A, written
-over its weights: it shares with the engine neither the layers, nor the batching, nor the heads.
+The dense answers are those of ``tests.server.float64``.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
     BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    ViTConfig,
+    ViTModel,
 )
 
 from adapters.store import Store
 from server.options import EngineOptions
+from server.text import Text
+from tests.server.float64 import TASK_TYPES, Reference
+
+__all__ = ["TASK_TYPES", "Reference"]
 
 WORDS = ["a", "fine", "dull", "film", "by", "ann", "in", "paris", "##ly", "not", "very", "good"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 96
-TASK_TYPES = {
-    "text-classification": ("SEQ_CLS", AutoModelForSequenceClassification),
-    "token-classification": ("TOKEN_CLS", AutoModelForTokenClassification),
-    "question-answering": ("QUESTION_ANS", AutoModelForQuestionAnswering),
-}
+IMAGE_SIDE = 16
+DECODERS = ("llama", "qwen2", "gpt2", "opt")
 HEADS = {
     ("distilbert", "text-classification"): ["pre_classifier", "classifier"],
-    ("distilbert", "question-answering"): ["qa_outputs"],
-    ("llama", "text-classification"): ["score"],
+    **{(kind, "text-classification"): ["score"] for kind in DECODERS},
     ("llama", "token-classification"): ["score"],
+    ("qwen2", "token-classification"): ["score"],
 }
 TARGETS = {
     "distilbert": ["q_lin", "v_lin", "lin1"],
     "bert": ["query", "value", "output.dense"],
     "llama": ["q_proj", "v_proj", "down_proj"],
+    "vit": ["q_proj", "v_proj", "fc1", "projection"],
+    "roberta": ["query", "value", "output.dense"],
+    "minilm": ["query", "value", "output.dense"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "opt": ["q_proj", "fc1", "fc2"],
+    "qwen2": ["q_proj", "v_proj", "down_proj"],
 }
 
 
@@ -62,7 +76,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
         models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
     )
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if kind == "llama":
+    if kind in DECODERS:
         made.post_processor = processors.TemplateProcessing(
             single="[CLS] $A", special_tokens=[("[CLS]", 2)]
         )
@@ -77,7 +91,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
         pad_token="[PAD]",
         unk_token="[UNK]",
         mask_token="[MASK]",
-        **({"bos_token": "[CLS]", "eos_token": "[SEP]"} if kind == "llama" else {}),
+        **({"bos_token": "[CLS]", "eos_token": "[SEP]"} if kind in DECODERS else {}),
     )
 
 
@@ -93,23 +107,36 @@ def base_folder(folder: Path, kind: str, *, seed: int = 0) -> Path:
         "max_position_embeddings": 48,
     }
     model: Any
-    if kind == "distilbert":
+    if kind == "vit":
+        model = ViTModel(
+            ViTConfig(
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=IMAGE_SIDE,
+                patch_size=4,
+            )
+        )
+    elif kind == "distilbert":
         model = DistilBertForMaskedLM(
             DistilBertConfig(
                 dim=64, hidden_dim=128, n_layers=2, n_heads=4, max_position_embeddings=48, **sizes
             )
         )
-    elif kind == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(**bert, num_key_value_heads=2, bos_token_id=2, eos_token_id=3, **sizes)
-        )
+    elif kind in DECODERS:
+        model = _decoder(kind, bert | sizes | {"bos_token_id": 2, "eos_token_id": 3})
+    elif kind == "roberta":
+        model = RobertaForMaskedLM(RobertaConfig(**bert, **sizes, type_vocab_size=1))
     else:
         made = {
             "bert": BertForPreTraining,
             "bert-without-pooler": BertForMaskedLM,
             "bert-backbone": BertModel,
+            "minilm": BertModel,  # more, narrower heads, and no language-model head
         }[kind]
-        model = made(BertConfig(**bert, **sizes))
+        heads = {"num_attention_heads": 8} if kind == "minilm" else {}
+        model = made(BertConfig(**(bert | heads), **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(
@@ -117,8 +144,33 @@ def base_folder(folder: Path, kind: str, *, seed: int = 0) -> Path:
             )
     target = folder / kind
     model.save_pretrained(target)
+    if kind == "vit":
+        processor = {"image_processor_type": "ViTImageProcessor", "size": IMAGE_SIDE}
+        (target / "preprocessor_config.json").write_text(json.dumps(processor))
+        return target
     tokenizer(kind).save_pretrained(target)
     return target
+
+
+def _decoder(kind: str, sizes: dict[str, Any]) -> Any:
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=48,
+            bos_token_id=2, eos_token_id=3, pad_token_id=0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config)
+    if kind == "opt":
+        return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=128, word_embed_proj_dim=64))
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[kind]
+    return model_class(config_class(**sizes, num_key_value_heads=2))
+
+
+def text_of(base: Path) -> Text:
+    """The tokenizer as an engine has it."""
+    return Text.load(base, max_tokens=47, vocab_size=VOCABULARY, pad_id=0)
 
 
 def options(base: Path, store: Path, **changes: Any) -> EngineOptions:
@@ -136,6 +188,15 @@ def options(base: Path, store: Path, **changes: Any) -> EngineOptions:
     )
 
 
+def heads_of(kind: str, task: str) -> list[str] | None:
+    """The modules that an adapter for a task saves whole."""
+    if task in ("fill-mask", "text-generation", "feature-extraction"):
+        return None
+    if task == "question-answering":
+        return ["qa_outputs"]
+    return HEADS.get((kind, task), ["classifier"])
+
+
 def adapter(
     folder: Path,
     base: Path,
@@ -146,6 +207,7 @@ def adapter(
     problem_type: str | None = None,
     rank: int = 4,
     seed: int = 0,
+    targets: Sequence[str] = (),
 ) -> Path:
     """An adapter saved by PEFT, with the model's config beside it."""
     torch.manual_seed(seed)
@@ -165,8 +227,8 @@ def adapter(
         model,
         config_class(
             r=rank,
-            target_modules=TARGETS[kind],
-            modules_to_save=HEADS.get((kind, task), ["classifier"]),
+            target_modules=list(targets) or TARGETS[kind],
+            modules_to_save=heads_of(kind, task),
             task_type=task_type,
             **extra,
         ),
@@ -186,43 +248,19 @@ def stored(store: Path, folder: Path) -> str:
     return Store(store).add(folder)
 
 
-class Reference:
-    """The adapter on the dense task model, in float64."""
+def image(width: int, height: int, seed: int = 0) -> Any:
+    """A picture of coarse random colours: what scaling changes and what it leaves."""
+    from PIL import Image
 
-    def __init__(self, base: Path, folder: Path | None, task: str) -> None:
-        if folder is None:
-            from transformers import AutoModel
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height))
 
-            self.model: Any = AutoModel.from_pretrained(base, dtype=torch.float64).eval()
-            return
-        config = json.loads((folder / "adapter_config.json").read_text())
-        _, factory = TASK_TYPES[task]
-        own = json.loads((folder / "config.json").read_text())
-        count = {} if task == "question-answering" else {"num_labels": len(own["id2label"])}
-        self.model = factory.from_pretrained(base, dtype=torch.float64, **count).eval()
-        tensors = load_file(folder / "adapter_model.safetensors")
-        method = config["peft_type"].lower()
-        scale = 1.0 if method == "hira" else config["lora_alpha"] / config["r"]
-        for name, tensor in tensors.items():
-            path = name.removeprefix("base_model.model.")
-            if f".{method}_B" in path:
-                continue
-            if f".{method}_A" not in path:
-                self.model.get_parameter(path).data = tensor.double()
-                continue
-            b = tensors[name.replace(f"{method}_A", f"{method}_B")].double()
-            layer = self.model.get_submodule(path[: path.index(f".{method}_A")])
-            product = b @ tensor.double()
-            if method == "hira":
-                layer.weight.data = layer.weight * (1 + product)
-            else:
-                layer.weight.data = layer.weight + scale * product
 
-    @torch.no_grad()
-    def __call__(self, ids: Sequence[int], type_ids: Sequence[int] | None = None) -> Any:
-        """Of one input, alone and without padding."""
-        more = {} if type_ids is None else {"token_type_ids": torch.tensor([type_ids])}
-        return self.model(input_ids=torch.tensor([ids]), **more)
+def image_file(picture: Any, kind: str = "PNG", **more: Any) -> bytes:
+    """The bytes of a file that holds the picture."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **more)
+    return buffer.getvalue()
 
 
 def texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:

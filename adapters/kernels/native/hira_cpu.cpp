@@ -63,6 +63,9 @@ Level detect() { return kAbsent; }
 
 }  // namespace
 
+// Of the structures and of what they mean: raised with every change that a caller must know of.
+HIRA_API int32_t hira_interface() { return 2; }
+
 HIRA_API int32_t hira_level() {
     static const Level level = detect();
     return level;

@@ -1,0 +1,1 @@
+"""Trains the same task with several methods and measures every adapter through one server."""

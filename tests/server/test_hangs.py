@@ -1,0 +1,88 @@
+"""Processes that live and do nothing: noticed, told of, and replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+
+from tests.server.live import Live, fake
+from tests.server.test_faults import generate, predict, wait_for
+
+pytestmark = pytest.mark.http
+
+HANG_S = 6.0
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("hangs") / "data"
+    with fake(folder, hang_s=HANG_S, max_step_s=2, api_processes=2) as server:
+        yield server
+
+
+def test_stopped_worker_is_noticed_killed_and_replaced(live: Live) -> None:
+    pid = live.worker_pid
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(generate, live, 200) for _ in range(4)]
+        wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 4)
+        stopped = time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
+        # Before it is killed, new requests are refused rather than kept waiting.
+        wait_for(lambda: refused(live), HANG_S)
+        assert time.monotonic() - stopped < HANG_S + 1
+        assert live.client.get("/health/ready").json()["status"] == "worker_silent"
+        answers = [one.result() for one in running]
+        assert {one.json()["code"] for one in answers} == {"worker_lost"}
+        assert time.monotonic() - stopped < HANG_S + 4
+    live.wait_ready(30)
+    assert live.worker_pid != pid
+    assert predict(live).status_code == 200
+    assert "no sign of life" in live.log.read_text()
+
+
+def refused(live: Live) -> bool:
+    """Whether a request is refused because the worker is silent."""
+    answer = live.client.post(
+        "/predict?adapter=imdb", json={"inputs": "x"}, headers={"X-Timeout-Seconds": "0.2"}
+    )
+    return answer.status_code == 503 and bool(answer.json()["code"] == "worker_silent")
+
+
+def test_step_that_never_ends_costs_its_worker(live: Live) -> None:
+    pid = live.worker_pid
+    answer = predict(live, top_k=502)
+    assert (answer.status_code, answer.json()["code"]) == (503, "worker_lost")
+    live.wait_ready(30)
+    assert live.worker_pid != pid
+    assert "one step has taken" in live.log.read_text()
+    assert predict(live).status_code == 200
+
+
+def test_stopped_http_process_is_replaced(live: Live) -> None:
+    main = psutil.Process(live.child.pid)
+    holding = [one for one in main.children() if one.net_connections(kind="tcp")]
+    _, first, _ = sorted(holding, key=lambda one: one.create_time())
+    first.suspend()
+    wait_for(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, HANG_S + 5)
+    time.sleep(2)
+    for _ in range(20):
+        assert httpx.get(f"{live.url}/health/live", timeout=5).status_code == 200
+    assert "HTTP process 0: no sign of life" in live.log.read_text()
+
+
+def test_crash_loop_backs_off_and_says_so(live: Live) -> None:
+    for _ in range(3):
+        answer = predict(live, top_k=666)
+        assert answer.json()["code"] == "worker_lost"
+        live.wait_ready(60)
+    pauses = re.findall(r"killed by SIGKILL.*starts in ([\d.]+) s", live.log.read_text())
+    assert len(pauses) == 3
+    assert float(pauses[0]) < float(pauses[1]) < float(pauses[2])
