@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 import pytest
@@ -21,14 +21,15 @@ from adapters.costs import (
 
 positive = st.floats(0.0, 1e3, allow_nan=False)
 MODULATED: tuple[Way, ...] = ("fold", "expand", "kept")
+PLAIN = UNMEASURED.offers((64, 64), has_native=False)[0][1]
+MEASURED = [field.name for field in fields(Costs) if field.name not in {"granule", "lone_rows"}]
 
 
 @st.composite
 def costs(draw: st.DrawFn) -> Costs:
-    return Costs(
-        *(draw(positive) for _ in range(11)),
-        granule=draw(st.sampled_from([1, 16])),
-        lone_rows=draw(st.integers(0, 8)),
+    sizes = {name: draw(positive) for name in MEASURED}
+    return replace(
+        PLAIN, **sizes, granule=draw(st.sampled_from([1, 16])), lone_rows=draw(st.integers(0, 8))
     )
 
 
