@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from adapters.errors import MissingTensors
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights, Factors
 
 _ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
+# The share of numbers other than zero up to which an adapter is kept without its zeros. In bf16 a
+# bit for each number and the numbers left make 0.0625 + share of the whole: 0.5625 at one half.
+_SPARSE_TO = 0.75
+_BITS = 8  # of a byte
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,33 @@ class _Place:
         return flat.view(self.shape[::-1]).t() if self.by_column else flat.view(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sparse:
+    """A buffer without its zeros: a bit for each number, and those that are none."""
+
+    count: int
+    bits: torch.Tensor  # uint8, eight numbers each
+    values: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.nbytes + self.values.nbytes
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor) -> _Sparse:
+        # By their bits: -0.0 is no zero, so the buffer comes back exactly.
+        mask = buffer.view(_INTEGER[buffer.itemsize]) != 0
+        bits = torch.from_numpy(np.packbits(mask.numpy()))
+        return cls(buffer.numel(), bits, buffer[mask])
+
+    def whole(self, *, pinned: bool) -> torch.Tensor:
+        mask = torch.from_numpy(np.unpackbits(self.bits.numpy(), count=self.count)).bool()
+        buffer = torch.zeros(self.count, dtype=self.values.dtype, pin_memory=pinned)
+        return buffer.masked_scatter_(mask, self.values)
+
+
 class PackedAdapter:
-    """An adapter in memory.
+    """An adapter in memory. While no slot holds it, a pruned one is kept without its zeros.
 
     Args:
         weights: The adapter; its factors are views of ``buffer``.
@@ -58,7 +89,36 @@ class PackedAdapter:
         self._places = places
         self._host: torch.Tensor | None = buffer
         self._device: torch.Tensor | None = None
+        self._pinned = buffer.is_pinned()
+        self._sparse: _Sparse | None = None  # in place of the host's copy
+        dense = 1.0 - weights.sparsity
+        self._is_pruned = dense <= _SPARSE_TO
+        self._compact_nbytes = int(buffer.nbytes * dense) + buffer.numel() // _BITS
         self._head_bytes: int = sum(tensor.nbytes for tensor in weights.head.values())
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether its factors are there only without their zeros; ``restore`` makes them whole."""
+        return self._sparse is not None
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether ``compact`` would free memory: pruned, whole, and on no device."""
+        return self._is_pruned and self._host is not None and self._device is None
+
+    def compact(self) -> None:
+        """Keep the host's copy without its zeros; takes milliseconds a megabyte."""
+        assert self._host is not None
+        self._sparse = _Sparse.of(self._host)
+        self._rebind(torch.empty_like(self._host, device="meta"))
+        self._host = None
+
+    def restore(self) -> None:
+        """Make the host's copy whole again, bit by bit as it was."""
+        assert self._sparse is not None
+        self._host = self._sparse.whole(pinned=self._pinned)
+        self._rebind(self._host)
+        self._sparse = None
 
     def to_device(self, device: torch.device) -> Mapping[str, SlotFactors]:
         """The factors on ``device``, in one piece; on the CPU they are the host's own.
@@ -83,7 +143,12 @@ class PackedAdapter:
         self._device = None
 
     def host_nbytes(self, *, in_slot: bool) -> int:
-        """Bytes of host memory beyond those that the device's budget counts."""
+        """Bytes of host memory beyond those that the device's budget counts.
+
+        A pruned adapter out of its slot counts as compact, which it is a moment later at most.
+        """
+        if not in_slot and self._is_pruned:
+            return self._head_bytes + self._compact_nbytes
         shared = in_slot and self._host is self._device
         return self._head_bytes + (0 if shared or self._host is None else self.nbytes)
 
@@ -141,7 +206,7 @@ def pack(
             place(entry.b, b_by_column),
             None if entry.bias is None else place(entry.bias),
         )
-    buffer = torch.empty(end, dtype=dtype, pin_memory=device.type == "cuda")
+    buffer = torch.zeros(end, dtype=dtype, pin_memory=device.type == "cuda")
     factors: dict[str, SlotFactors] = {}
     for path, (a, b, bias) in places.items():
         source: Factors = weights.factors[path]

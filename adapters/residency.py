@@ -243,16 +243,22 @@ class Residency:
                     return
                 settled = self._place_waiting()
                 version = None if settled else self._next_to_load()
-                if not settled and version is None:
+                loose = None if settled else self._tiers.to_compact(self._wanted)
+                if not settled and version is None and loose is None:
                     self._changed.wait(self._until_grace_ends())
                     continue
             if version is not None:
                 settled = self._load_one(version)
+            if loose is not None:
+                loose.compact()  # not under the lock: it takes a while
             for done in settled:
                 self._tell(done)
 
     def _load_one(self, version: str) -> list[str]:
-        """Disk to host; returns the version if it failed."""
+        """Disk to host; returns the version if it failed. What is compact there becomes whole."""
+        if (known := self._tiers.entries.get(version)) and known.packed:  # not dropped meanwhile
+            known.packed.restore()
+            return []
         try:
             packed = pack(
                 self._load(version),
@@ -280,7 +286,7 @@ class Residency:
             for version in list(self._wanted):
                 entry = self._tiers.entries[version]
                 packed = entry.packed
-                if packed is None:
+                if packed is None or packed.is_compact:
                     continue  # it is still being read; those behind it may go first
                 obstacle = self._tiers.obstacle(packed.nbytes)
                 if obstacle is not None:
@@ -336,10 +342,8 @@ class Residency:
         )
         if waiting and waiting >= self._tiers.host_bytes:
             return None  # those loaded must find slots first
-        for version in self._wanted:
-            if self._tiers.entries[version].packed is None:
-                return version
-        return None
+        packs = ((name, self._tiers.entries[name].packed) for name in self._wanted)
+        return next((name for name, packed in packs if not packed or packed.is_compact), None)
 
     def _until_grace_ends(self) -> float | None:
         if not self._wanted:

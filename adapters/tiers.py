@@ -183,6 +183,14 @@ class Tiers:
         self.free.append(entry.slot)
         entry.slot, entry.state = None, "absent"
 
+    def to_compact(self, waiting: Container[str]) -> PackedAdapter | None:
+        """A pruned adapter out of its slot that still takes the memory of a whole one."""
+        for version, entry in self.entries.items():
+            packed = entry.packed if entry.slot is None and version not in waiting else None
+            if packed is not None and packed.is_loose:
+                return packed
+        return None
+
     def trim_host(self, waiting: Container[str]) -> None:
         """Bring the host tier into its budget, oldest use first; those ``waiting`` stay."""
         used = self.host_used()

@@ -12,6 +12,7 @@ import torch
 from server.base_model import LoadedBase
 from server.images import Images
 from server.messages import EncodedImage, EncodedInput
+from server.options import EngineOptions
 from server.text import Text
 
 
@@ -79,6 +80,25 @@ class Rows:
         return Feed(arguments, ids.shape[1], ids, mask)
 
 
+def inputs_of(base: LoadedBase, options: EngineOptions) -> Text | Images:
+    """What turns inputs into what the base takes."""
+    if base.takes_images:
+        return Images.load(base.folder, base.config, max_pixels=options.max_image_pixels)
+    most = base.adapted.signature.max_length
+    return Text.load(
+        base.folder,
+        max_tokens=min(most, options.max_input_tokens or most),
+        vocab_size=base.adapted.signature.vocab_size or None,
+        pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
+    )
+
+
 def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
+
+
+def _one_id(value: Any) -> int | None:
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return value if isinstance(value, int) else None

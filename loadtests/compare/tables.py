@@ -104,11 +104,11 @@ def _table(task: Task, served: Served, trained: Sequence[Trained]) -> str:
     )
     heads = (
         *("method", *quality, "trainable parameters", "adapter bytes", "zeros"),
-        *("training, s", "training peak, MiB"),
+        "training peak, MiB",
     )
     rows = []
     if None in found:
-        rows.append(("base alone", *_quality(task, found[None]), "0", "0", "", "", ""))
+        rows.append(("base alone", *_quality(task, found[None]), "0", "0", "", ""))
     for method in METHODS:
         one, report = found[method.key], reports[method.key]
         sparsity = one.record.get("sparsity") or 0.0
@@ -119,7 +119,6 @@ def _table(task: Task, served: Served, trained: Sequence[Trained]) -> str:
                 f"{one.record['parameters']:,}",
                 f"{one.record['bytes']:,}",
                 f"{sparsity:.1%}",
-                f"{report['seconds']:.0f}",
                 f"{report['resident_peak_bytes'] / MIB:,.0f}",
             )
         )
@@ -151,13 +150,25 @@ def _mixed(mixed: Mapping[str, float]) -> str:
 
 
 def _servers(served: Mapping[str, Served]) -> str:
-    heads = ("base", "adapters", "worker, MiB", "worker's peak", "peak of all processes")
+    heads = (
+        "base",
+        "adapters",
+        "worker idle, MiB",
+        "worker's peak",
+        "all processes' peaks",
+        "load",
+    )
     rows = []
     for one in served.values():
         worker = max(one.idle_bytes.values(), default=0)
         peaks = [f"{one.peak_bytes[name] / MIB:,.0f}" for name in ("worker", "all processes")]
-        rows.append((f"`{one.base}`", str(one.adapters), f"{worker / MIB:,.0f}", *peaks))
-    return table(heads, rows)
+        load = " to ".join(f"{value:.1f}" for value in one.load)
+        rows.append((f"`{one.base}`", str(one.adapters), f"{worker / MIB:,.0f}", *peaks, load))
+    return table(heads, rows) + (
+        "\n\nThe load is the machine's while it was measured. Where it is above the number of "
+        "cores, other work took part of them: speeds are what was left, and compare within a table "
+        "only."
+    )
 
 
 def _cards(plan: Plan, served: Mapping[str, Served]) -> str:

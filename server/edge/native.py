@@ -263,7 +263,7 @@ class Native:
         self, token_ids: tuple[int, ...], logprobs: tuple[float | None, ...]
     ) -> list[dict[str, Any]]:
         """TGI's list of the prompt's tokens."""
-        spell = self.service.base.prompts.spell
+        spell = self.service.base.texts.spell
         pieces = await self.service.in_thread(lambda: spell(token_ids))
         return [
             {"id": token, "text": piece.text, "logprob": logprob, "special": piece.special}

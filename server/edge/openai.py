@@ -73,7 +73,7 @@ class OpenAI:
         scores = bool(body.echo) and (body.logprobs is not None or wanted == 0)
         _check_scoring(body, wanted, scores=scores)
         prompts = await self._prompts(body.prompt, wanted)
-        spell = self.service.base.prompts.spell
+        spell = self.service.base.texts.spell
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
             int(time.time()),

@@ -188,6 +188,7 @@ class FakeWeights:
     factors: Mapping[str, FakeFactors]
     config: FakeConfig = FakeConfig()
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sparsity: float = 0.0
 
 
 def random_factors(

@@ -47,7 +47,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "roberta": ENCODER,
     "minilm": BARE,
     "opt": DECODER,
-    "gpt2": (*DECODER, "token-classification"),
+    "gpt2": (*DECODER, "token-classification", "feature-extraction"),
     "llama": (*DECODER, "token-classification"),
     "qwen2": (*DECODER, "token-classification"),
     "vit": ("image-classification", "feature-extraction"),
@@ -178,11 +178,12 @@ def request_of(engine: Engine, one: Made, name: str, which: slice = slice(None))
         return GenerateRequest(name, one.version, one.version, ids, sampling)
     sees = task == "feature-extraction" and engine.base.takes_images
     asked: Any = questions("image-classification" if sees else task)[which]
-    options: dict[str, Any] = {
+    known: dict[str, dict[str, Any]] = {
         "token-classification": {"aggregation_strategy": "none", "ignore_labels": ()},
         "fill-mask": {"targets": tuple(range(tiny_bases.VOCABULARY))},
         "feature-extraction": {"normalize": False, "pooling": "mean"},
-    }.get(task, {})
+    }
+    options = known.get(task, {})
     encoded = engine.inputs.encode(asked, task)
     top_k = 20 if task == "question-answering" else None
     return EncodeRequest(name, task, one.version, one.version, encoded, top_k, options)
@@ -317,8 +318,9 @@ def main() -> None:
     for family, storage in STAGES:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            cells += run(family, storage, Path(folder))
-            worst = max(cell.error for cell in cells if cell.family == family)
+            stage = run(family, storage, Path(folder))
+            cells += stage
+            worst = max(cell.error for cell in stage)
             sys.stderr.write(
                 f"{family}, {storage}: {worst:.1e} ({time.perf_counter() - began:.1f} s)\n"
             )

@@ -94,6 +94,7 @@ def _trained_on_nf4(base: Path, config: Any, factory: Any, chosen: Any) -> Any:
         llm_int8_skip_modules=[
             *outside, "classifier", "qa_outputs", "lm_head", "cls", "vocab_projector",
             "vocab_transform", "score",
+            "pooler",  # where the checkpoint has none it would be left without weights
         ],
     )  # fmt: skip
     model = factory.from_pretrained(

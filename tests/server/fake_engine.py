@@ -16,7 +16,6 @@ from typing import Any
 
 from server.messages import (
     Cancel,
-    EncodedInput,
     EncodeRequest,
     EncodeResult,
     Event,
@@ -28,6 +27,7 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
+from tests.server import shifted_clock
 
 SLOW_S = 0.02  # a generated token
 SLOW_SEED = 600  # generations with it are six times as slow
@@ -104,15 +104,12 @@ class FakeEngine:
         if request.top_k == 502:
             time.sleep(3600)
         outputs: tuple[Any, ...]
-        sizes = [
-            len(one.token_ids) if isinstance(one, EncodedInput) else one.tokens
-            for one in request.inputs
-        ]
         if request.task == "feature-extraction":
-            outputs = tuple((float(size), 0.5) for size in sizes)
+            outputs = tuple((float(one.tokens), 0.5) for one in request.inputs)
         else:
             outputs = tuple(
-                ({"label": request.adapter or "base", "score": 1.0 / size},) for size in sizes
+                ({"label": request.adapter or "base", "score": 1.0 / one.tokens},)
+                for one in request.inputs
             )
         return EncodeResult(request.id, outputs, request.version, request.tokens, 0.5, 1.5)
 
@@ -150,6 +147,7 @@ class DeafEngine(FakeEngine):
 
 
 def build(options: EngineOptions) -> FakeEngine:
+    shifted_clock.install(options.store_dir.parent)
     return FakeEngine(options)
 
 

@@ -137,7 +137,8 @@ def through(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     """A weight as bitsandbytes gives it back after storing it, in float64."""
     if quantization == "int8":
         values, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-        return values.double() * scales.double().unsqueeze(1) / 127
+        dense: torch.Tensor = values.double() * scales.double().unsqueeze(1) / 127
+        return dense
     packed, state = functional.quantize_4bit(
         weight.float(), quant_type=quantization, compress_statistics=True
     )

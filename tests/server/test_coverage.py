@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.server import coverage, coverage_table
-from tests.server.coverage import FAMILIES, METHODS, STAGES, TABLE, TASKS, layers_of
+from tests.server.coverage import FAMILIES, METHODS, STAGES, TABLE, layers_of
+from tests.server.coverage_adapters import TASKS
 
 pytest.importorskip("peft", reason="PEFT is an extra of the project (train)")
 pytest.importorskip("PIL", reason="Pillow is an extra of the project (vision)")

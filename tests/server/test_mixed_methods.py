@@ -14,6 +14,7 @@ from server.engine import Engine
 from server.messages import EncodeResult, Preload
 from tests.server import coverage, tiny_bases
 from tests.server.coverage import Made
+from tests.server.coverage_adapters import make
 
 pytest.importorskip("peft", reason="PEFT is an extra of the project (train)")
 
@@ -42,7 +43,7 @@ def made(base: Path) -> list[Made]:
         if method == "base":
             found.append(Made(method, "none", column, None, None))
             continue
-        folder = coverage.make(root / method.replace(" ", "-"), base, column, method, TARGETS)
+        folder = make(root / method.replace(" ", "-"), base, column, method, TARGETS)
         version = tiny_bases.stored(root / "store", folder)
         found.append(Made(method, "Linear", column, folder, version))
     return found

@@ -19,7 +19,7 @@ from server.base_model import BaseModelError, load_base
 from server.base_plan import plan_base
 from server.engine import Engine, EngineFailure
 from server.images import ImageProcessorError, Images
-from server.messages import EncodedInput, EncodeRequest, EncodeResult, Failure
+from server.messages import EncodedInput, EncodeRequest, EncodeResult, Failure, Task
 from server.skeletons import Skeletons
 from server.text import InvalidInput
 from tests.server import tiny_bases
@@ -27,7 +27,7 @@ from tests.server.tiny_bases import Reference, assert_close, image, image_file
 
 pytest.importorskip("PIL", reason="Pillow is an extra of the project (vision)")
 
-TASK = "image-classification"
+TASK: Task = "image-classification"
 LABELS = {"pets": ("cat", "dog", "eel"), "flags": ("red", "blue"), "age": ("years",)}
 PROBLEMS = {"flags": "multi_label_classification", "age": "regression"}
 SIZES = ((16, 16), (40, 30), (9, 50), (16, 64))
@@ -102,10 +102,9 @@ def test_a_mixed_batch_equals_each_row_alone_and_dense_float64(
         name: [engine.encode([one], task=TASK, version=version).outputs[0] for one in files]
         for name, version in versions.items()
     }
-    kind: Any = TASK
     for name, version in versions.items():
-        encoded = engine.inputs.encode(files, kind)  # type: ignore[arg-type]
-        engine.submit(EncodeRequest(name, kind, name, version, encoded))
+        encoded = engine.inputs.encode(files, TASK)  # type: ignore[arg-type]
+        engine.submit(EncodeRequest(name, TASK, name, version, encoded))
     events: Any = engine.step()
     step = engine.last_step
     assert step is not None
@@ -259,8 +258,7 @@ def test_texts_on_a_base_of_images_and_images_on_a_base_of_texts_fail(
         with pytest.raises(EngineFailure) as caught:
             engine.run(request)
         assert caught.value.failure.code == "task_mismatch"
-    image_task: Any = TASK
-    request = EncodeRequest("r", image_task, "pets", versions["pets"], (EncodedInput((2, 3)),))
+    request = EncodeRequest("r", TASK, "pets", versions["pets"], (EncodedInput((2, 3)),))
     with pytest.raises(EngineFailure) as caught:
         engine.run(request)
     assert caught.value.failure.code == "invalid_input"
@@ -269,7 +267,7 @@ def test_texts_on_a_base_of_images_and_images_on_a_base_of_texts_fail(
     images: Any = engine.inputs
     pixels = images.encode([image_file(image(16, 16))], TASK)
     features: Any = "feature-extraction"
-    for task, code in ((image_task, "task_mismatch"), (features, "invalid_input")):
+    for task, code in ((TASK, "task_mismatch"), (features, "invalid_input")):
         with pytest.raises(EngineFailure) as caught:
             texts.run(EncodeRequest("r", task, None, None, pixels))
         assert caught.value.failure.code == code
@@ -282,14 +280,13 @@ def test_other_pixels_than_the_base_takes_are_refused(
     from dataclasses import replace
 
     images: Any = engine.inputs
-    kind: Any = TASK
     (item,) = images.encode([image_file(image(16, 16))], TASK)
     for wrong in (replace(item, shape=(3, 8, 32)), replace(item, pixels=item.pixels[4:])):
-        engine.submit(EncodeRequest("r", kind, "pets", versions["pets"], (wrong,)))
+        engine.submit(EncodeRequest("r", TASK, "pets", versions["pets"], (wrong,)))
         (event,) = engine.step()
         assert isinstance(event, Failure)
         assert event.code == "invalid_input"
-    engine.submit(EncodeRequest("r", kind, "pets", versions["pets"], (item,)))
+    engine.submit(EncodeRequest("r", TASK, "pets", versions["pets"], (item,)))
     (done,) = engine.step()
     assert isinstance(done, EncodeResult)
 
