@@ -72,9 +72,7 @@ def main() -> int:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "constraints_sha256": digest,
             "state": state,
-            "looked_at": {
-                one: before.get(one, text) for one, text in advisories.items()
-            },
+            "looked_at": {one: before.get(one, text) for one, text in advisories.items()},
         }
         KNOWN.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     fresh = sorted(set(advisories) - set(known["looked_at"]))

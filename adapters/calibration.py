@@ -330,19 +330,10 @@ class _Bench:
         return lambda: native_path.run(x, self.weight, call, None, self.workspace)
 
     def _torch_probes(self) -> dict[str, Probe]:
-        def modulated(rank: int, rows: int, how: Any) -> Probe:
-            every = from_runs((slot, rows) for slot in range(_SEGMENTS))
-            work = [Work(part, how, None, self.factors[rank]) for part in every.parts]
-            x = self.x[: every.rows]
-            y = x.new_empty(every.rows, self.dense.shape[0])
-
-            def fold(item: Work) -> torch.Tensor:
-                assert item.factors is not None
-                torch_ops.fold_into(self.room, self.dense, item.factors.a, item.factors.b)
-                return self.room
-
-            sources = Sources(lambda: self.dense, fold)
-            return lambda: run_into(y, x, work, sources, self.workspace)
+        def fold(rank: int, room: torch.Tensor | None = None) -> None:
+            own = self.factors[rank]
+            room = torch.empty_like(self.dense) if room is None else room
+            torch_ops.fold_into(room, self.dense, own.a, own.b)
 
         def matmul(weight: torch.Tensor, rows: int) -> Probe:
             y = self.x.new_empty(rows, weight.shape[0])
@@ -351,22 +342,20 @@ class _Bench:
         tiny = self.tiny.dequantize(dtype=self.x.dtype)
         tiny_y = self.x.new_empty(1, 32)
         kept = cycle([matmul(one, 1) for one in self.ring])
-        own = self.factors[_RANK]
-
-        def fill() -> None:
-            room = torch.empty_like(self.dense)
-            torch_ops.fold_into(room, self.dense, own.a, own.b)
-
+        every = from_runs((slot, 1) for slot in range(_SEGMENTS))
+        expand = [Work(part, "expand", None, self.factors[_RANK]) for part in every.parts]
+        y = self.x.new_empty(_SEGMENTS, self.dense.shape[0])
+        sources = Sources(lambda: self.dense, lambda _: self.room)
         return {
             "t call": lambda: torch_ops.linear_into(tiny_y, self.small, tiny, None),
             "t decode": lambda: self.workspace.dequantized(self.weight, self.x.dtype),
             "t tile": matmul(self.dense, 16),
             "t many": matmul(self.dense, 128),
-            "t fold low": modulated(_LOW_RANK, 16, "fold"),
-            "t fold high": modulated(_HIGH_RANK, 16, "fold"),
-            "t expand": modulated(_RANK, 1, "expand"),
+            "t fold low": lambda: fold(_LOW_RANK, self.room),
+            "t fold high": lambda: fold(_HIGH_RANK, self.room),
+            "t expand": lambda: run_into(y, self.x[:_SEGMENTS], expand, sources, self.workspace),
             "t kept": lambda: [next(kept)() for _ in range(_SEGMENTS)],
-            "fill": fill,
+            "fill": lambda: fold(_RANK),
         }
 
     def native_costs(self, times: Mapping[str, float]) -> Costs:
@@ -393,11 +382,9 @@ class _Bench:
         call = times["t call"]
         row = (times["t many"] - times["t tile"]) / 112 / n
         multiply = (times["t tile"] - call) / n - 16 * row
-        rank_steps = _SEGMENTS * (_HIGH_RANK - _LOW_RANK)
-        fold_rank = (times["t fold high"] - times["t fold low"]) / rank_steps / n
+        fold_rank = (times["t fold high"] - times["t fold low"]) / (_HIGH_RANK - _LOW_RANK) / n
         segment = 2 * call  # two small operators more than the matmul
-        fold = (times["t fold low"] / _SEGMENTS - segment) / n - multiply
-        fold -= 16 * row + _LOW_RANK * fold_rank
+        fold = (times["t fold low"] - segment) / n - _LOW_RANK * fold_rank
         expand = ((times["t expand"] / _SEGMENTS - segment) / n - row) / _RANK
         kept = (times["t kept"] / _SEGMENTS - call) / n - max(0.0, multiply) - row
         return Costs(
@@ -409,6 +396,5 @@ class _Bench:
         )  # fmt: skip
 
     def _fill(self, times: Mapping[str, float]) -> float:
-        rank_steps = _SEGMENTS * (_HIGH_RANK - _LOW_RANK)
-        by_rank = _RANK * (times["t fold high"] - times["t fold low"]) / rank_steps
+        by_rank = (times["t fold high"] - times["t fold low"]) * _RANK / (_HIGH_RANK - _LOW_RANK)
         return max(0.0, (times["fill"] + times["t decode"] - max(0.0, by_rank)) / self.count)

@@ -53,23 +53,24 @@ class Costs:
     granule: int = 1
     lone_rows: int = 0
 
-    def matmul(self, rows: int, *, is_shared: bool = False) -> float:
-        """``rows`` rows times a weight; rows that are ``is_shared`` fill tiles with others."""
-        if rows == 0:
-            return 0.0
+    def tiles(self, rows: int) -> float:
+        """``rows`` rows times a weight, a weight of it, as a folded segment has them."""
+        return self.multiply + self.row * -(-rows // self.granule) * self.granule
+
+    def lines(self, rows: int) -> float:
+        """The same of a weight that is there, which a few rows meet line by line."""
         if rows <= self.lone_rows:
             return self.multiply + self.lone_row * rows
-        padded = rows if is_shared else -(-rows // self.granule) * self.granule
-        return self.multiply + self.row * padded
+        return self.tiles(rows)
 
     def way_ns(self, way: Way, weights: int, rows: int, rank: int) -> float:
         """A segment computed in one way, what its call shares with others left out."""
         if way == "fold":
-            each = self.fold + self.fold_rank * rank + self.matmul(rows)
+            each = self.fold + self.fold_rank * rank + self.tiles(rows)
         elif way == "expand":
             each = self.row * rows + self.expand * rows * rank
         elif way == "kept":
-            each = self.kept + self.matmul(rows)
+            each = self.kept + self.lines(rows)
         else:
             each = self.row * rows
         return self.segment_ns + each * weights
@@ -135,7 +136,10 @@ def _by_one(
         needs_base = needs_base or way != "kept"
     if needs_base:
         total += costs.decode * weights
-    total += costs.matmul(thin_rows, is_shared=True) * weights
+    if thin_rows:
+        # Beside expanded rows they fill up tiles; else they are alone.
+        shared = costs.multiply + costs.row * thin_rows
+        total += (shared if "expand" in ways else costs.lines(thin_rows)) * weights
     return Choice(backend, tuple(ways), total)
 
 

@@ -33,7 +33,7 @@ from adapters.migrations import ADAPTERS, STATE, migrate
 from adapters.records import (
     AdapterRecord,
     delete,
-    from_row,
+    read_changes,
     read_one,
     record_of,
     set_pinned,
@@ -310,8 +310,7 @@ class Registry:
         else:
             now = self._watch.execute(sa.select(STATE.c.generation)).scalar_one()
         if now != self._known_at:
-            rows = self._watch.execute(sa.select(ADAPTERS).order_by(ADAPTERS.c.name))
-            self._known = {row.name: from_row(row) for row in rows}
+            self._known = read_changes(self._watch, self._known)
             self._known_at = now
 
 

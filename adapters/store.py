@@ -51,6 +51,7 @@ class Store:
         self.max_bytes = max_bytes
         self._versions = root / "versions"
         self._staging = root / "staging"
+        self._sizes: dict[str, int] = {}  # by version: an entry never changes while it is there
         for folder in (self._versions, self._staging):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -111,7 +112,12 @@ class Store:
 
     def nbytes(self) -> int:
         """Bytes of all entries."""
-        return sum(_folder_bytes(self._versions / version) for version in self.versions())
+        known = self._sizes
+        self._sizes = {
+            version: known.get(version) or _folder_bytes(self._versions / version)
+            for version in self.versions()
+        }
+        return sum(self._sizes.values())
 
     def touch(self, version: str) -> None:
         """Start the grace of an entry anew: it is about to be named."""

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from adapters.calibration import calibrate
+from adapters.errors import UnsupportedOption
 from adapters.inject import AdaptedModel, inject
 from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
 from adapters.signature import BaseSignature, describe
@@ -104,7 +105,12 @@ def load_base(options: EngineOptions) -> LoadedBase:
     model = _load(plan, skeleton, options, dtype, device)
     if options.quantize_embeddings:
         _quantize_embedding(model, options)
-    adapted = inject(model, name=options.base, strategy=options.modulation)
+    try:
+        adapted = inject(model, name=options.base, strategy=options.modulation)
+    except UnsupportedOption as error:  # a strategy that this device or dtype does not have
+        raise BaseModelError(
+            error.message, found=error.found, expected=error.expected, fix=error.fix
+        ) from error
     if options.modulation == "auto":
         adapted.modulator.costs = calibrate(adapted, dtype, options.cache_dir)
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)

@@ -28,6 +28,7 @@ from server.encode import EncodeFigures, EncodeLane
 from server.encode_rows import inputs_of
 from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
 from server.generate import GenerateFigures, GenerateLane
+from server.generate_failures import cannot_generate
 from server.images import ImageInput, Images
 from server.messages import (
     TERMINAL,
@@ -175,7 +176,9 @@ class Engine:
                 self._parts.encode.submit(message)
             case GenerateRequest():
                 if self._parts.generate is None:
-                    self._outbox.append(_cannot_generate(message, self.base))
+                    self._outbox.append(
+                        cannot_generate(message.id, self.base.adapted.signature.architecture)
+                    )
                 else:
                     self._parts.generate.submit(message)
             case Cancel():
@@ -400,14 +403,3 @@ class Engine:
     def _note_generate(self, figures: GenerateFigures, steps_before: int, seconds: float) -> None:
         if figures.steps > steps_before:
             self._last = StepFigures("generate", figures.last_rows, figures.last_adapters, seconds)
-
-
-def _cannot_generate(request: GenerateRequest, base: LoadedBase) -> Failure:
-    return Failure(
-        request.id,
-        "task_mismatch",
-        "This base does not generate text.",
-        found=base.adapted.signature.architecture,
-        expected="a causal language model",
-        fix="Call /predict or /embed.",
-    )

@@ -90,6 +90,18 @@ def broken(request: GenerateRequest, error: Exception) -> Failure:
     )
 
 
+def cannot_generate(request_id: str, architecture: str) -> Failure:
+    """The base has no causal head."""
+    return Failure(
+        request_id,
+        "task_mismatch",
+        "This base does not generate text.",
+        found=architecture,
+        expected="a causal language model",
+        fix="Call /predict or /embed.",
+    )
+
+
 def stopping(request_id: str) -> Failure:
     return Failure(request_id, "draining", "The server is stopping.")
 

@@ -1,5 +1,6 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
-[choice] [http] [--quick] [--one-thread] [--json FILE]`. Without a name it runs all of them."""
+[choice] [http] [residency] [gpu] [--quick] [--one-thread] [--json FILE]`. Without a name it runs
+all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from loadtests.bench import peers
 from loadtests.bench.timing import Report, machine, print_machine
 
-BENCHES = ("modulation", "choice", "generation", "http")
+BENCHES = ("modulation", "choice", "generation", "http", "residency", "gpu")
 
 
 def main() -> int:

@@ -113,7 +113,7 @@ def _measure(case: Case, costs: CostModel, budget: Budget, report: Report) -> No
     segments = from_runs((slot, case.rows) for slot in slots)
     x = torch.randn(segments.rows, in_features, generator=generator).bfloat16()
     entries = {slot: ("hira", f.a, f.b, 1.0, None) for slot, f in slots.items()}
-    truth = reference.modulated_linear(x, weight.dequantize(), entries, segments, None)  # type: ignore[arg-type]
+    truth = reference.modulated_linear(x, weight.dequantize(), entries, segments, None)
     sides: dict[str, Callable[[], torch.Tensor]] = {}
     for strategy in ("auto", *FORCED):
         if strategy == "expand" and segments.rows * case.rank > _EXPANDED_LIMIT:

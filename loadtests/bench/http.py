@@ -32,7 +32,9 @@ _ZERO_S = 60.0
 _SHORT_ANSWER = 16  # of a request of the flood
 _FLOOD_CLIENTS = 64
 _LEAVING_CLIENTS = 200
-_PREDICT_CLIENTS = 64
+# Three batches' worth: one is computed, one waits, and one is on its way there or back. With fewer
+# the batches would be smaller than those of the engine alone, and that would be what is measured.
+_PREDICT_CLIENTS = 192
 _TEXT = (
     "Not as good as the book, but the acting carries it a long way, and the last half hour is "
     "as funny as anything this year."
@@ -230,30 +232,53 @@ async def _leave(report: Report, server: Server) -> None:
 
 def _predictions(report: Report, server: Server, alone: Alone) -> None:
     report.section(f"HTTP: /predict, {ADAPTERS} classifiers, {_PREDICT_CLIENTS} requests at a time")
-    budget = Budget(0.0, 1, 1) if report.quick else Budget(25.0, 3, 10)
-    count = 64 if report.quick else 512
+    budget = Budget(0.0, 1, 1) if report.quick else Budget(30.0, 3, 10)
+    count = _PREDICT_CLIENTS if report.quick else 4 * _PREDICT_CLIENTS
     _encode_all(alone, 2 * ADAPTERS)
     asyncio.run(_predict_all(server.port, 2 * ADAPTERS))
-    inside, outside = [], []
+    inside, outside, busy, rows_inside, rows_outside = [], [], [], [], []
+    roles = ("engine", "worker", "http", "queues", "main", "client")
+    cpu: dict[str, float] = dict.fromkeys(roles, 0.0)
+    answered = 0
     for _ in budget.rounds():
-        inside.append(count / _encode_all(alone, count))
-        outside.append(count / asyncio.run(_predict_all(server.port, count)))
+        began = time.process_time()
+        seconds, batch_rows = _encode_all(alone, count)
+        cpu["engine"] += time.process_time() - began
+        inside.append(count / seconds)
+        rows_inside.append(batch_rows)
+        stood, spent, began = server.steps(), server.cpu_s(), time.process_time()
+        seconds = asyncio.run(_predict_all(server.port, count))
+        cpu["client"] += time.process_time() - began
+        for role, used in server.cpu_s().items():
+            cpu[role] += used - spent.get(role, 0.0)
+        steps, rows, step_s = (now - then for now, then in zip(server.steps(), stood, strict=True))
+        outside.append(count / seconds)
+        busy.append(step_s / seconds)
+        rows_outside.append(rows / steps)
+        answered += count
     ratios = [a / b for a, b in zip(outside, inside, strict=True)]
 
     def add(what: str, value: Any, **more: Any) -> None:
         report.add(Figure("http", "/predict at saturation", what, value, **more))
 
-    add("engine without HTTP", statistics.median(inside), unit="texts/s")
-    add("through HTTP", statistics.median(outside), unit="texts/s")
-    add("HTTP against engine", ratio_of(ratios, max(outside) / max(inside)))
+    rows_note = f"{statistics.median(rows_inside):.0f} rows a batch"
+    add("engine without HTTP", statistics.median(inside), unit="texts/s", note=rows_note)
+    rows_note = f"{statistics.median(rows_outside):.0f} rows a batch"
+    add("through HTTP", statistics.median(outside), unit="texts/s", note=rows_note)
+    add("HTTP against engine", ratio_of(ratios, max(outside) / max(inside)), at_least=0.9)
+    add("share of the time in which the engine computes", statistics.median(busy), at_least=0.9)
+    for role, used in cpu.items():
+        add(f"CPU of a text: {role}", used / answered * 1e3, unit="ms")
 
 
-def _encode_all(alone: Alone, count: int) -> float:
-    """Seconds for ``count`` texts, with as many under way as the HTTP clients have."""
+def _encode_all(alone: Alone, count: int) -> tuple[float, float]:
+    """Seconds for ``count`` texts, with as many under way as the HTTP clients have, and the mean
+    rows of a batch."""
     engine, versions = alone.engine, alone.classifiers
     inputs = engine.text.encode([_TEXT], "text-classification")
     left = count
     waiting: set[str] = set()
+    seen, rows = engine.last_step, []
     began = time.perf_counter()
     while left or waiting:
         while left and len(waiting) < _PREDICT_CLIENTS:
@@ -276,7 +301,10 @@ def _encode_all(alone: Alone, count: int) -> float:
                 raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
             if isinstance(event, TERMINAL):
                 waiting.discard(event.id)
-    return time.perf_counter() - began
+        if engine.last_step is not None and engine.last_step is not seen:
+            seen = engine.last_step
+            rows.append(seen.rows)
+    return time.perf_counter() - began, statistics.mean(rows)
 
 
 async def _predict_all(port: int, count: int) -> float:

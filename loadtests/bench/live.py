@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from loadtests.bench.timing import THREADS
 
@@ -106,6 +107,35 @@ class Server:
             time.sleep(0.1)
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise SystemExit(f"the server did not become ready:\n{tail}")
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds that the server's processes have taken so far, by role."""
+        used = dict.fromkeys(("main", "queues", "http", "worker"), 0.0)
+        main = psutil.Process(self.child.pid)
+        forked = []
+        for one in (main, *main.children(recursive=True)):
+            times = one.cpu_times()
+            if one == main:
+                used["main"] = times.user + times.system
+            elif "spawn_main" in " ".join(one.cmdline()):
+                used["worker"] = times.user + times.system
+            elif one.cmdline() == main.cmdline():
+                forked.append((one.create_time(), times.user + times.system))
+        # The process of the queues is forked first.
+        queues, *http = (seconds for _, seconds in sorted(forked))
+        used["queues"], used["http"] = queues, sum(http)
+        return used
+
+    def steps(self) -> tuple[float, float, float]:
+        """Steps of the encode lane so far: how many, their rows, their seconds."""
+        found = dict.fromkeys(("batch_rows_count", "batch_rows_sum", "step_seconds_sum"), 0.0)
+        for line in self.get("/metrics")[1].splitlines():
+            name, _, value = line.rpartition(" ")
+            for wanted in found:
+                if name == f'hira_{wanted}{{lane="encode"}}':
+                    found[wanted] = float(value)
+        count, rows, seconds = found.values()
+        return count, rows, seconds
 
     def gauges(self) -> tuple[float, float]:
         """Active sequences, waiting ones included, and used KV blocks; from /metrics."""

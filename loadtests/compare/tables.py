@@ -104,11 +104,11 @@ def _table(task: Task, served: Served, trained: Sequence[Trained]) -> str:
     )
     heads = (
         *("method", *quality, "trainable parameters", "adapter bytes", "zeros"),
-        *("training, s", "training peak, MiB"),
+        "training peak, MiB",
     )
     rows = []
     if None in found:
-        rows.append(("base alone", *_quality(task, found[None]), "0", "0", "", "", ""))
+        rows.append(("base alone", *_quality(task, found[None]), "0", "0", "", ""))
     for method in METHODS:
         one, report = found[method.key], reports[method.key]
         sparsity = one.record.get("sparsity") or 0.0
@@ -119,7 +119,6 @@ def _table(task: Task, served: Served, trained: Sequence[Trained]) -> str:
                 f"{one.record['parameters']:,}",
                 f"{one.record['bytes']:,}",
                 f"{sparsity:.1%}",
-                f"{report['seconds']:.0f}",
                 f"{report['resident_peak_bytes'] / MIB:,.0f}",
             )
         )

@@ -34,7 +34,7 @@ from server.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterReq
 logger = logging.getLogger(__name__)
 
 PAGE_MAX: Final = 1000
-ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 500, 503, 507)
+ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
 Name = PathParameter(max_length=128, description="The adapter's name.")

@@ -158,6 +158,7 @@ class HiraServer(LitServer):
                 log_level=log_level,
                 http=partial(Connection, limits=limits, count=self.service.refused),  # type: ignore[arg-type]
                 ws="none",
+                proxy_headers=False,  # nobody's word is taken for who the client is
                 timeout_keep_alive=max(1, round(settings.client_timeout_s)),
                 # Its requests have ended when the main process sends SIGTERM. Systemd sends it to
                 # all at once: then they have the same bound.

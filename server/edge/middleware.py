@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -33,12 +33,17 @@ QUERY_BYTES: Final = 4096
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 INFERENCE: Final = frozenset({"/predict", "/embed", "/generate", "/generate_stream"})
 PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
-SAFE_HEADERS: Final = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
+# As ASGI has headers: they go out with every response, so they are not made anew for each.
+SAFE_HEADERS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+CONTENT_POLICY: Final = (
+    b"content-security-policy",
+    b"default-src 'none'; frame-ancestors 'none'",
+)
 
 
 @dataclass(slots=True)
@@ -106,7 +111,7 @@ class Gate:
         async def finish(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                self._add_headers(scope, exchange, MutableHeaders(scope=message))
+                self._add_headers(scope, exchange, message)
             await send(message)
 
         try:
@@ -164,14 +169,14 @@ class Gate:
             raise too_large(limit, uploads=uploads, found=f"{length} bytes")
         return limit
 
-    def _add_headers(self, scope: Scope, exchange: Exchange, headers: MutableHeaders) -> None:
-        headers["X-Request-Id"] = exchange.request_id
-        for name, value in SAFE_HEADERS.items():
-            headers.setdefault(name, value)
-        if scope["path"] not in PAGES:
-            headers.setdefault(
-                "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
-            )
+    def _add_headers(self, scope: Scope, exchange: Exchange, message: Message) -> None:
+        headers = list(message.get("headers", ()))
+        there = {name.lower() for name, _ in headers}
+        headers.append((b"x-request-id", exchange.request_id.encode("ascii")))
+        headers += [one for one in SAFE_HEADERS if one[0] not in there]
+        if CONTENT_POLICY[0] not in there and scope["path"] not in PAGES:
+            headers.append(CONTENT_POLICY)
+        message["headers"] = headers
 
     def _note(self, scope: Scope, exchange: Exchange) -> None:
         seconds = time.monotonic() - exchange.began

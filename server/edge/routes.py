@@ -8,7 +8,7 @@ from typing import Any
 
 from server.schemas import ProblemDetail
 
-NATIVE_STATUSES = (400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
+NATIVE_STATUSES = (400, 401, 403, 404, 408, 413, 422, 429, 431, 500, 503, 504)
 
 
 @dataclass(frozen=True)

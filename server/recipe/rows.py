@@ -133,13 +133,15 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
         if kind == "tsv":
             lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             next(lines, None)
-            for number, line in enumerate(lines, 2):
-                if len(line) != 2:
-                    raise RowsError(f"{path}, line {number}: found {len(line)} columns, expected 2")
-                yield line[0], line[1].strip()
+            for number, columns in enumerate(lines, 2):
+                if len(columns) != 2:
+                    raise RowsError(
+                        f"{path}, line {number}: found {len(columns)} columns, expected 2"
+                    )
+                yield columns[0], columns[1].strip()
         elif kind == "jsonl":
             for number, line in enumerate(file, 1):
-                row = json.loads(line)
+                row = _json(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise RowsError(f"{path}, line {number}: expected a text and a label")
                 if not isinstance(row.get("label"), int | str):
@@ -149,7 +151,16 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
             raise RowsError(f"{path}: found .{kind}, expected .tsv or .jsonl, gzipped or not")
 
 
+def _json(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
 def _open(path: Path) -> TextIO:
+    if not path.is_file():
+        raise RowsError(f"{path} is not there; expected a file to learn from")
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")

@@ -27,6 +27,7 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
+from tests.server import shifted_clock
 
 SLOW_S = 0.02  # a generated token
 SLOW_SEED = 600  # generations with it are six times as slow
@@ -146,6 +147,7 @@ class DeafEngine(FakeEngine):
 
 
 def build(options: EngineOptions) -> FakeEngine:
+    shifted_clock.install(options.store_dir.parent)
     return FakeEngine(options)
 
 

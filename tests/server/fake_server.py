@@ -16,6 +16,7 @@ from server import metrics
 from server.messages import EncodedInput, Task
 from server.settings import load_settings
 from server.text import InputTooLong, InvalidInput, Text, TextInput
+from tests.server import shifted_clock
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Characters(Text):
 
 def main(engine: str) -> None:
     settings = load_settings({})
+    shifted_clock.install(settings.data_dir)
     settings.run_dir.mkdir(parents=True)
     metrics.prepare(settings.metrics_dir)
     from server.edge import logs

@@ -1,6 +1,6 @@
-"""Storage that fails under a running server: a locked or damaged registry, a full disk, lost files.
+"""Storage that fails under a running server: registry locked or damaged, disk full, files lost.
 
-With the real engine and the demo, whose answers are known: whatever fails, no other answer is given.
+With the real engine and the demo, whose answers are known: whatever fails, they stay the same.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     disk, sources = tmp_path_factory.mktemp("disk"), tmp_path_factory.mktemp("sources")
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "none", str(disk)]
-    is_small = os.geteuid() == 0 and not subprocess.run(mount, capture_output=True).returncode
+    is_small = os.geteuid() == 0 and not subprocess.call(mount, stderr=subprocess.DEVNULL)
     try:
         with hira(disk / "data", f"--source-root={sources}", dtype="fp32") as live:
             world = World(live, disk, is_small, sources, [])
@@ -121,13 +121,8 @@ def test_full_disk_refuses_adapters_and_serves_on(world: World) -> None:
     if not world.is_small:
         pytest.skip("a disk to fill needs the right to mount a tmpfs")
     before = {one.pid for one in world.live.processes()}
-    ballast = os.open(world.disk / "ballast", os.O_WRONLY | os.O_CREAT)
-    try:
-        with pytest.raises(OSError, match="No space left"):
-            while True:
-                os.write(ballast, bytes(4096))
-    finally:
-        os.close(ballast)
+    with pytest.raises(OSError, match="No space left"):
+        fill(world.disk / "ballast")
     for _ in range(3):  # also adapters and endpoints that no metric knows yet
         world.check_others()
         assert world.ask("lora-agnews").status_code == 200
@@ -142,6 +137,15 @@ def test_full_disk_refuses_adapters_and_serves_on(world: World) -> None:
     (world.disk / "ballast").unlink()
     assert world.register("no-room", 4).status_code == 201
     assert world.ask("no-room").status_code == 200
+
+
+def fill(path: Path) -> None:
+    ballast = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        while True:
+            os.write(ballast, bytes(4096))
+    finally:
+        os.close(ballast)
 
 
 def test_damaged_registry_is_an_error_and_never_another_answer(world: World) -> None:
@@ -159,9 +163,3 @@ def test_damaged_registry_is_an_error_and_never_another_answer(world: World) -> 
     refused = world.register("on-ruins", 5)
     assert (refused.status_code, refused.json()["code"]) == (503, "registry_unavailable")
     assert world.live.client.get("/health/live").status_code == 200
-    assert world.live.end() == 0
-    with hira(world.live.folder, wait=False) as second:
-        assert second.child.wait(60) != 0
-        lines = second.log.read_text().splitlines()
-    assert any("registry" in line and "cannot be used" in line for line in lines)
-    assert not any("Traceback" in line for line in lines)

@@ -92,6 +92,7 @@ def test_tsv_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
         ("rows.tsv", "text\tlabel\n", "has no rows"),
         ("rows.jsonl", '{"text": "a"}\n', "line 1: expected an int or str label"),
         ("rows.jsonl", '["a", 1]\n', "line 1: expected a text and a label"),
+        ("rows.jsonl", "text\n", "line 1: expected a text and a label"),
         ("rows.parquet", "x", "found .parquet, expected .tsv or .jsonl"),
     ],
 )

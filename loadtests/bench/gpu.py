@@ -1,0 +1,160 @@
+"""One 4096 x 4096 NF4 layer on a GPU, HiRA of rank 32: the fused kernel against dense and torch.
+
+Says so and skips where there is no GPU, or where the kernel cannot run. The sides run on one
+stream; each sample ends with a synchronization. The first side's answer is held to float64 before
+anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adapters.fused import obstacle
+from adapters.inject import inject
+from adapters.kernels.reference import modulated_linear
+from adapters.modulation import SlotFactors
+from adapters.segments import from_rows
+from loadtests.bench.timing import Budget, Figure, Report, alternate
+
+WIDTH = 4096
+RANK = 32
+_CALLS = 20  # of one sample: a launch is shorter than what a clock tells well
+_AGREEMENT = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A batch, what it is held against, and the speed to reach."""
+
+    name: str
+    rows: int
+    adapters: int
+    against: str
+    at_least: float
+
+
+CASES = (
+    Case("1,024 rows, 8 adapters", 1024, 8, "dense bf16 matmul", 1 / 1.35),
+    Case("16 rows, 16 adapters", 16, 16, "dequantize, fold, matmul", 5.0),
+)
+
+
+def bench(report: Report) -> None:
+    """Run all cases, or say why none is run."""
+    report.section(f"GPU: {WIDTH} x {WIDTH}, NF4, bfloat16, HiRA r = {RANK}")
+    if not torch.cuda.is_available():
+        print("no GPU: skipped")
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = obstacle(torch.bfloat16, device)
+    print(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
+    if reason is not None:
+        print(f"the fused kernel cannot run here: {reason}; skipped")
+        return
+    budget = Budget(0.0, 1, 1) if report.quick else Budget(8.0, 9, 60)
+    with torch.inference_mode():
+        for case in CASES:
+            _measure(case, device, budget, report)
+
+
+def _measure(case: Case, device: torch.device, budget: Budget, report: Report) -> None:
+    torch.manual_seed(0)
+    sides, truth = _sides(case, device)
+    found = sides["fused"]()
+    error = float((found.double() - truth).abs().max() / truth.abs().max())
+    if error > _AGREEMENT:
+        raise SystemExit(f"{case.name}: off float64 by {error:.2g}")
+    samples = alternate({name: _timed(side) for name, side in sides.items()}, budget)
+    micro = {name: samples.median(name) / _CALLS * 1e6 for name in sides}
+    flops = 2 * case.rows * WIDTH * WIDTH
+    bytes_read = WIDTH * WIDTH * 0.5625 + case.adapters * 2 * RANK * WIDTH * 2
+    report.add(
+        Figure(
+            "gpu",
+            case.name,
+            "fused",
+            micro["fused"],
+            unit="us",
+            note=f"{flops / micro['fused'] / 1e6:.0f} TFLOP/s of x W0, "
+            f"{bytes_read / micro['fused'] / 1e3:.0f} GB/s of W0, A and B; "
+            f"off float64 by {error:.1g}",
+        )
+    )
+    for name in sides:
+        if name != "fused":
+            goal = case.at_least if name == case.against else None
+            speed = samples.speed("fused", name)
+            note = f"{micro[name]:.1f} us"
+            report.add(
+                Figure("gpu", case.name, f"speed of {name}", speed, at_least=goal, note=note)
+            )
+
+
+def _sides(
+    case: Case, device: torch.device
+) -> tuple[Mapping[str, Callable[[], torch.Tensor]], torch.Tensor]:
+    import bitsandbytes as bnb
+
+    dense = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+    weight = dense.weight.to(device)
+    models = []
+    for strategy in ("fused", "fold"):
+        layer: Any = bnb.nn.Linear4bit(
+            WIDTH, WIDTH, False, compress_statistics=False, quant_type="nf4"
+        )
+        layer.weight = bnb.nn.Params4bit(
+            dense.weight.detach().clone(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=False,
+            module=layer,
+        ).to(device)
+        holder = nn.Sequential(layer)
+        # Of the compute dtype: a model of 4-bit weights alone would not tell it.
+        holder.register_buffer("dtype", torch.empty(0, dtype=torch.bfloat16, device=device))
+        holder.append(nn.LayerNorm(1, dtype=torch.bfloat16, device=device))
+        holder.get_output_embeddings = lambda: None  # type: ignore[assignment]
+        models.append(inject(holder, strategy=strategy))  # type: ignore[arg-type]
+    factors = [_factors(seed, device) for seed in range(case.adapters)]
+    for adapted in models:
+        for slot, one in enumerate(factors, start=1):
+            adapted.install(slot, {"0": one})
+    segments = from_rows(row * case.adapters // case.rows + 1 for row in range(case.rows))
+    x = torch.randn(case.rows, WIDTH, device=device, dtype=torch.bfloat16)
+    layers: Sequence[Any] = [adapted.layers["0"] for adapted in models]
+
+    def run(number: int) -> torch.Tensor:
+        with models[number].batch(segments):
+            y: torch.Tensor = layers[number](x)
+        return y
+
+    w0 = layers[1].quantized.dequantize(dtype=torch.float32)
+    slots: Any = {slot: ("hira", f.a, f.b, 1.0, None) for slot, f in enumerate(factors, start=1)}
+    truth = modulated_linear(x, w0, slots, segments, None)
+    return {
+        "fused": lambda: run(0),
+        "dense bf16 matmul": lambda: F.linear(x, weight),
+        "dequantize, fold, matmul": lambda: run(1),
+    }, truth
+
+
+def _factors(seed: int, device: torch.device) -> SlotFactors:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(RANK, WIDTH, generator=generator)
+    b = torch.randn(WIDTH, RANK, generator=generator) * (0.3 / RANK**0.5)
+    return SlotFactors("hira", a.to(device, torch.bfloat16), b.to(device, torch.bfloat16))
+
+
+def _timed(side: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(_CALLS):
+            side()
+        torch.cuda.synchronize()
+
+    return run
