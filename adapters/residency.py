@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Condition, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,7 +74,8 @@ class Residency:
         self._adapted = adapted
         self._load = load
         self._device = adapted.device
-        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        on_cuda = self._device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
         self._folded = FoldedCache(folded_bytes, self._device)
         adapted.modulator.folded = self._folded
         self._wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
@@ -260,12 +261,8 @@ class Residency:
             known.packed.restore()
             return []
         try:
-            packed = pack(
-                self._load(version),
-                self.dtype,
-                self._device,
-                b_by_column=self._adapted.fused is not None,
-            )
+            fused = self._adapted.fused is not None
+            packed = pack(self._load(version), self.dtype, self._device, b_by_column=fused)
             self._adapted.check(packed.factors)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             with self._changed:

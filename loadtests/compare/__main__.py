@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from loadtests.bench.timing import machine
-from loadtests.compare.measuring import measure
+from loadtests.compare.measuring import measure_once
 from loadtests.compare.plan import full_plan, quick_plan
 from loadtests.compare.tables import write
 from loadtests.compare.training import Base, train_all
@@ -34,7 +34,7 @@ def main() -> int:
     if options.train_only:
         return 0
     served = {
-        kind: measure(
+        kind: measure_once(
             [one for one in trained if one.task.kind == kind],
             base,
             options.data,

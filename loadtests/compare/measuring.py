@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class Served:
             those given alone.
         idle_bytes: Resident memory by process before the first adapter.
         peak_bytes: The most that each process ever held.
+        load: Of the machine, one minute's average, at the beginning and at the end.
     """
 
     base: str
@@ -61,6 +64,23 @@ class Served:
     mixed: Mapping[str, Mapping[str, float]]
     idle_bytes: Mapping[str, int]
     peak_bytes: Mapping[str, int]
+    load: tuple[float, float]
+
+
+def measure_once(
+    trained: Sequence[Trained], base: Base, root: Path, work: Path, *, dtype: str
+) -> Served:
+    """As `measure`; what was measured before of the same runs is not measured again."""
+    kept = work / f"served-{base.name}.json"
+    asked = [dtype, *(f"{one.task} {one.report}" for one in trained)]
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    if known.get("asked") == asked:
+        made = known["served"]
+        measured = tuple(Measured(**one) for one in made.pop("measured"))
+        return Served(**made, measured=measured)
+    served = measure(trained, base, root, work, dtype=dtype)
+    kept.write_text(json.dumps({"asked": asked, "served": asdict(served)}, indent=1))
+    return served
 
 
 def measure(
@@ -88,6 +108,7 @@ def measure(
         ready_server(store, dtype, store, *arguments) as server,
         httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as client,
     ):
+        load = os.getloadavg()[0]
         idle = server.resident_bytes()
         records = {one.name: _register(client, server, one) for one in trained}
         measured: list[Measured] = []
@@ -105,7 +126,16 @@ def measure(
                 found = _read(client, own, records, base=base.name, text=test.texts[0])
             measured += found
         peak = _peak_bytes(server)
-    return Served(base.name, len(trained), rows, tuple(measured), mixed, idle, peak)
+    return Served(
+        base=base.name,
+        adapters=len(trained),
+        rows=rows,
+        measured=tuple(measured),
+        mixed=mixed,
+        idle_bytes=idle,
+        peak_bytes=peak,
+        load=(load, os.getloadavg()[0]),
+    )
 
 
 def _register(client: httpx.Client, server: Server, one: Trained) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def full_plan() -> Plan:
     return Plan(
         (
             Task("sst2", "SST-2", "sst2", 2000, 256, 0, 64),
-            Task("wiki", "WikiText-2", "wikitext2", 200_000, 0, 0, 128),
+            Task("wiki", "WikiText-2", "wikitext2", 200_000, 0, 300_000, 128),
             Task("imdb", "IMDB", "imdb", 900, 100, 1000, 128),
             Task("sst2-cards", "SST-2, every method at 3e-4", "sst2", 2000, 256, 0, 64, cards),
         ),

@@ -150,13 +150,25 @@ def _mixed(mixed: Mapping[str, float]) -> str:
 
 
 def _servers(served: Mapping[str, Served]) -> str:
-    heads = ("base", "adapters", "worker, MiB", "worker's peak", "peak of all processes")
+    heads = (
+        "base",
+        "adapters",
+        "worker idle, MiB",
+        "worker's peak",
+        "all processes' peaks",
+        "load",
+    )
     rows = []
     for one in served.values():
         worker = max(one.idle_bytes.values(), default=0)
         peaks = [f"{one.peak_bytes[name] / MIB:,.0f}" for name in ("worker", "all processes")]
-        rows.append((f"`{one.base}`", str(one.adapters), f"{worker / MIB:,.0f}", *peaks))
-    return table(heads, rows)
+        load = " to ".join(f"{value:.1f}" for value in one.load)
+        rows.append((f"`{one.base}`", str(one.adapters), f"{worker / MIB:,.0f}", *peaks, load))
+    return table(heads, rows) + (
+        "\n\nThe load is the machine's while it was measured. Where it is above the number of "
+        "cores, other work took part of them: speeds are what was left, and compare within a table "
+        "only."
+    )
 
 
 def _cards(plan: Plan, served: Mapping[str, Served]) -> str:
