@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from server.base_model import LoadedBase
+from server.engine_state import one_id
 from server.images import Images
 from server.messages import EncodedImage, EncodedInput
 from server.options import EngineOptions
@@ -89,16 +90,10 @@ def inputs_of(base: LoadedBase, options: EngineOptions) -> Text | Images:
         base.folder,
         max_tokens=min(most, options.max_input_tokens or most),
         vocab_size=base.adapted.signature.vocab_size or None,
-        pad_id=_one_id(getattr(base.config, "pad_token_id", None)),
+        pad_id=one_id(getattr(base.config, "pad_token_id", None)),
     )
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
-
-
-def _one_id(value: Any) -> int | None:
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return value if isinstance(value, int) else None
