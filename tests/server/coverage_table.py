@@ -20,8 +20,8 @@ INTRODUCTION = """\
 
 Made by `python -m tests.server.coverage`. A figure is the largest relative error, ‖answer −
 float64‖ / ‖float64‖ over the scores, log-probabilities or vectors that the engine answered, of all
-families and storages of its row; computed in float32, one mixed batch per stage. The test that serves a cell is
-`{test}[family-storage]`; it holds every figure below {bound:.0e}.
+families and storages of its row; computed in float32, one mixed batch per stage. The test that
+serves a cell is `{test}[family-storage]`; it holds every figure below {bound:.0e}.
 
 | layer | families | storages of the linear layers |
 | --- | --- | --- |
