@@ -25,11 +25,12 @@ PROCESSOR_FILE: Final = "preprocessor_config.json"
 ASPECT_MAX: Final = 50
 # Families that fit their positions to the size of the image.
 _ANY_SIZE: Final = frozenset({"dinov2"})
-_DATA_URL: Final = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+# Possessive: texts come from strangers, and a pattern that tries again would take squared time.
+_DATA_URL: Final = re.compile(r"data:image/[a-z0-9.+-]++;base64,", re.IGNORECASE)
 # How the base64 of PNG, JPEG, GIF and WebP files begins.
 _BASE64_STARTS: Final = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 _BASE64_CHARACTERS_MIN: Final = 64
-_BASE64: Final = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/\s]++={0,2}\s*+")
 
 
 class ImageTooLarge(InvalidInput):
