@@ -18,6 +18,7 @@ from server.edge.calls import (
     json_response,
     sse,
     target_headers,
+    tokenize,
 )
 from server.edge.posted import Posted, posted
 from server.edge.service import LONG_CHARACTERS, Service, Target
@@ -81,9 +82,9 @@ class Native:
         target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
         exchange_of(request).adapter = target.adapter
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
-        options = await self._predict_options(body.parameters, target)
+        options = await self._predict_options(request, body.parameters, target)
         inputs = await self._encoded(
-            body.inputs, sent.files, target.task, truncation=body.parameters.truncation
+            request, body.inputs, sent.files, target.task, truncation=body.parameters.truncation
         )
         result = await encode(
             request,
@@ -112,7 +113,7 @@ class Native:
         exchange_of(request).adapter = target.adapter
         parameters = body.parameters
         inputs = await self._encoded(
-            body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
+            request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
         )
         options: dict[str, Any] = {"normalize": parameters.normalize}
         if parameters.pooling is not None:
@@ -173,6 +174,7 @@ class Native:
 
     async def _encoded(
         self,
+        request: Request,
         given: Any,
         files: tuple[bytes, ...] | None,
         task: Task,
@@ -182,6 +184,7 @@ class Native:
         """Token ids of texts, or pixels of images.
 
         Args:
+            request: The call.
             given: The body's ``inputs``.
             files: Uploaded in place of them, or None.
 
@@ -206,13 +209,13 @@ class Native:
                 fix="Ask a server whose base is a vision transformer.",
                 field="inputs",
             )
-        found: tuple[Encoded, ...] = await service.tokenize(
-            length, lambda: encoder.encode(inputs, task, truncation=truncation)
+        found: tuple[Encoded, ...] = await tokenize(
+            request, service, length, lambda: encoder.encode(inputs, task, truncation=truncation)
         )
         return found
 
     async def _predict_options(
-        self, parameters: PredictParameters, target: Target
+        self, request: Request, parameters: PredictParameters, target: Target
     ) -> dict[str, Any]:
         options: dict[str, Any] = {}
         for name, tasks in TASK_PARAMETERS.items():
@@ -231,7 +234,9 @@ class Native:
         words = options.get("targets")
         if words is not None:
             text = self.service.base.texts
-            options["targets"] = await self.service.tokenize(
+            options["targets"] = await tokenize(
+                request,
+                self.service,
                 sum(len(str(word)) for word in words),
                 lambda: text.targets(words),
                 "parameters.targets",
@@ -246,7 +251,9 @@ class Native:
         target = service.target(names, GENERATE_TASKS, "/generate")
         exchange_of(request).adapter = target.adapter
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
-        token_ids = await service.tokenize(
+        token_ids = await tokenize(
+            request,
+            service,
             len(body.inputs),
             lambda: service.base.texts.encode_prompt(
                 body.inputs,
