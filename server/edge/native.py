@@ -22,6 +22,7 @@ from server.edge.calls import (
 )
 from server.edge.posted import Posted, posted
 from server.edge.service import LONG_CHARACTERS, Service, Target
+from server.edge.words import check_words
 from server.errors import Refusal
 from server.images import Images, looks_like_image
 from server.messages import (
@@ -86,6 +87,13 @@ class Native:
         inputs = await self._encoded(
             request, body.inputs, sent.files, target.task, truncation=body.parameters.truncation
         )
+        if target.task == "fill-mask":
+            check_words(
+                inputs,
+                service.base.texts,
+                top_k=body.parameters.top_k,
+                targets=options.get("targets"),
+            )
         result = await encode(
             request,
             service,
