@@ -184,6 +184,9 @@ class Settings(BaseSettings):
     max_inputs: Positive = setting(256, "Inputs of one request.", "Admission")
     max_new_tokens: Positive = setting(4096, "Tokens that one request may generate.", "Admission")
     max_body_bytes: Bytes = setting(8 * MIB, "Size limit of a request body.", "Admission")
+    max_pending_body_bytes: Bytes = setting(
+        256 * MIB, "Bodies of unanswered requests, in one HTTP process.", "Admission"
+    )
     max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = setting(
         32768, "Size limit of a request's line and headers.", "Admission"
     )

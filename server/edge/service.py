@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from adapters.errors import AdapterError
+from server.edge.bodies import BodyBudget
 from server.edge.dispatch import Dispatcher
 from server.edge.encoders import Encoders, EncodersFull
 from server.edge.keys import Keyring, admin_key
@@ -55,6 +56,7 @@ RELOADABLE: Final = (
     "max_inputs",
     "max_new_tokens",
     "max_body_bytes",
+    "max_pending_body_bytes",
     "max_upload_bytes",
     "max_queue_requests",
     "max_queue_tokens",
@@ -145,6 +147,7 @@ class Service:
         self.dispatcher = Dispatcher(
             self.load, bounds_of(settings), settings.api_processes, settings.run_dir
         )
+        self.bodies = BodyBudget()
         self.metrics: HttpMetrics | None = None
         self.started = time.time()
         self.read_settings = reload
