@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,11 @@ class Images:
         self.tokens = tokens
         self.max_pixels = max_pixels
         self.max_request_pixels = max_request_pixels
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of one image as it is encoded: float32."""
+        return math.prod(self.shape) * 4
 
     @classmethod
     def load(cls, folder: Path, config: Any, *, max_pixels: int, max_request_pixels: int) -> Images:

@@ -79,6 +79,10 @@ class EncodeRequest:
     def tokens(self) -> int:
         return sum(item.tokens for item in self.inputs)
 
+    @property
+    def pixel_bytes(self) -> int:
+        return sum(len(item.pixels) for item in self.inputs if isinstance(item, EncodedImage))
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
@@ -114,6 +118,10 @@ class GenerateRequest:
     def tokens(self) -> int:
         """Tokens that the request may come to hold: the prompt and all that it may generate."""
         return len(self.token_ids) + self.sampling.max_new_tokens
+
+    @property
+    def pixel_bytes(self) -> int:
+        return 0
 
     @property
     def kept_tokens(self) -> int:

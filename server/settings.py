@@ -175,6 +175,9 @@ class Settings(BaseSettings):
     # Admission
     max_queue_requests: Positive = setting(2048, "Requests admitted at once.", "Admission")
     max_queue_tokens: Positive = setting(1 << 20, "Tokens admitted at once.", "Admission")
+    max_queue_pixel_bytes: Bytes = setting(
+        512 * MIB, "Pixels of the images admitted at once, as the base takes them.", "Admission"
+    )
     max_adapter_requests: Positive = setting(
         1024, "Requests admitted at once for one adapter.", "Admission"
     )

@@ -39,14 +39,20 @@ class Admission:
         self.number = 0  # of this HTTP process
         self._requests = 0
         self._tokens = 0
+        self._pixel_bytes = 0
         self._per_adapter: Counter[str | None] = Counter()
         self._adapter_tokens: Counter[str | None] = Counter()
         # Monotonic times of requests that ended, and of those that were refused as too many.
         self._finished: deque[float] = deque(maxlen=RATE_SAMPLES)
         self._refused: deque[float] = deque(maxlen=RATE_SAMPLES)
 
-    def check(self, adapter: str | None, tokens: int) -> None:
+    def check(self, adapter: str | None, tokens: int, pixel_bytes: int = 0) -> None:
         """Refuse what does not fit beside what is under way.
+
+        Args:
+            adapter: Whom it is for.
+            tokens: What it costs to compute.
+            pixel_bytes: What its images take in memory: here, and once more in the worker.
 
         Raises:
             Refusal: overloaded, with Retry-After.
@@ -55,12 +61,21 @@ class Admission:
         waiting, all_tokens = load.requests(), load.tokens()
         mine, share = self._per_adapter[adapter], bounds.share(self.processes)
         my_tokens, token_share = self._adapter_tokens[adapter], bounds.token_share(self.processes)
-        # A request that is larger than a bound on tokens may run, but only alone.
+        all_pixels, most_pixels = load.pixel_bytes(), bounds.pixel_bytes
+        # A request that is larger than a bound on tokens or pixels may run, but only alone.
         if waiting + 1 > bounds.requests:
             found, expected = f"{waiting} requests", f"at most {bounds.requests}"
         elif all_tokens + tokens > bounds.tokens and all_tokens > 0:
             found = f"{all_tokens} tokens, and {tokens} more asked for"
             expected = f"at most {bounds.tokens}"
+        elif (
+            most_pixels is not None
+            and pixel_bytes > 0
+            and all_pixels > 0
+            and all_pixels + pixel_bytes > most_pixels
+        ):
+            found = f"{all_pixels} bytes of pixels, and {pixel_bytes} more asked for"
+            expected = f"at most {most_pixels}"
         elif mine + 1 > share:
             found, expected = f"{mine} requests for this adapter", f"at most {share}"
         elif token_share is not None and my_tokens + tokens > token_share and my_tokens > 0:
@@ -98,6 +113,7 @@ class Admission:
         """Count a request in."""
         self._requests += 1
         self._tokens += request.tokens
+        self._pixel_bytes += request.pixel_bytes
         self._per_adapter[request.adapter] += 1
         self._adapter_tokens[request.adapter] += request.tokens
         self.publish()
@@ -106,6 +122,7 @@ class Admission:
         """Count a request out, however it ended."""
         self._requests -= 1
         self._tokens -= request.tokens
+        self._pixel_bytes -= request.pixel_bytes
         self._per_adapter[request.adapter] -= 1
         self._adapter_tokens[request.adapter] -= request.tokens
         if not self._per_adapter[request.adapter]:
@@ -115,7 +132,12 @@ class Admission:
 
     def publish(self) -> None:
         """Tell the other HTTP processes."""
-        self.load.set(self.number, requests=self._requests, tokens=self._tokens)
+        self.load.set(
+            self.number,
+            requests=self._requests,
+            tokens=self._tokens,
+            pixel_bytes=self._pixel_bytes,
+        )
 
     def retry_after_s(self) -> int:
         """When a refused client may try again.

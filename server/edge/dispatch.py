@@ -271,7 +271,7 @@ class Dispatcher:
         self._check_status()
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise Refusal.because("deadline_exceeded", "The deadline passed before admission.")
-        self.admission.check(request.adapter, request.tokens)
+        self.admission.check(request.adapter, request.tokens, request.pixel_bytes)
 
     def _deliver(self, ticket: Ticket, event: Event) -> None:
         if ticket.ended:

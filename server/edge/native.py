@@ -207,6 +207,11 @@ class Native:
         encoder: Any = service.base.inputs
         if isinstance(encoder, Images):
             length = LONG_CHARACTERS + 1  # decoding and scaling take their time
+            count, adapter = len(inputs), exchange_of(request).adapter
+            # What they come to is known: no work on images that would be refused after it.
+            service.dispatcher.admission.check(
+                adapter, count * encoder.tokens, count * encoder.pixel_bytes
+            )
         elif files is not None or any(isinstance(one, str) and looks_like_image(one)
                                       for one in inputs):  # fmt: skip
             raise Refusal.because(

@@ -60,6 +60,7 @@ RELOADABLE: Final = (
     "max_upload_bytes",
     "max_queue_requests",
     "max_queue_tokens",
+    "max_queue_pixel_bytes",
     "max_adapter_requests",
     "max_adapter_tokens",
 )
@@ -120,6 +121,7 @@ def bounds_of(settings: Settings) -> Bounds:
         tokens=settings.max_queue_tokens,
         adapter_requests=settings.max_adapter_requests,
         adapter_tokens=settings.max_adapter_tokens,
+        pixel_bytes=int(settings.max_queue_pixel_bytes),
     )
 
 

@@ -22,11 +22,12 @@ class Phase(IntEnum):
 
 
 class SharedLoad:
-    """Admitted requests and tokens of every HTTP process, and the phase of the whole."""
+    """Admitted requests, tokens and pixels of every HTTP process, and the phase of the whole."""
 
     def __init__(self, http_processes: int) -> None:
         self._requests = _FORK.RawArray("q", http_processes)
         self._tokens = _FORK.RawArray("q", http_processes)
+        self._pixel_bytes = _FORK.RawArray("q", http_processes)
         self._pids = _FORK.RawArray("q", http_processes + 1)  # the last: the queues' process
         self._beats = _FORK.RawArray("d", http_processes)
         self._phase = _FORK.RawValue("i", int(Phase.SERVING))
@@ -48,15 +49,19 @@ class SharedLoad:
     def settings_changed(self) -> None:
         self._settings_age.value += 1
 
-    def set(self, http_process: int, *, requests: int, tokens: int) -> None:
+    def set(self, http_process: int, *, requests: int, tokens: int, pixel_bytes: int = 0) -> None:
         self._requests[http_process] = requests
         self._tokens[http_process] = tokens
+        self._pixel_bytes[http_process] = pixel_bytes
 
     def requests(self) -> int:
         return sum(self._requests)
 
     def tokens(self) -> int:
         return sum(self._tokens)
+
+    def pixel_bytes(self) -> int:
+        return sum(self._pixel_bytes)
 
     def beat(self, http_process: int) -> None:
         """This HTTP process is alive; it says so several times a second."""

@@ -25,6 +25,7 @@ class Bounds:
     tokens: int
     adapter_requests: int
     adapter_tokens: int | None = None  # None: no bound but that of all
+    pixel_bytes: int | None = None  # None: no bound but that of tokens
 
     def token_share(self, processes: int) -> int | None:
         """`share`, of tokens."""

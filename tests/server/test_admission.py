@@ -14,7 +14,7 @@ from server.edge.admission import RETRY_MAX_S, Admission
 from server.edge.shared import SharedLoad
 from server.edge.tickets import Bounds
 from server.errors import Refusal
-from server.messages import EncodedInput, EncodeRequest
+from server.messages import EncodedImage, EncodedInput, EncodeRequest
 
 
 def request(adapter: str | None = None, tokens: int = 3) -> EncodeRequest:
@@ -23,7 +23,7 @@ def request(adapter: str | None = None, tokens: int = 3) -> EncodeRequest:
 
 
 def admit(admission: Admission, one: EncodeRequest) -> None:
-    admission.check(one.adapter, one.tokens)
+    admission.check(one.adapter, one.tokens, one.pixel_bytes)
     admission.add(one)
 
 
@@ -59,6 +59,34 @@ def test_tokens_of_one_adapter_are_bounded() -> None:
         admission.check_early("hot")
     admission.check_early("cold")
     admission.check_early(None)
+
+
+def images(count: int, adapter: str | None = None) -> EncodeRequest:
+    inputs = (EncodedImage(bytes(48), (3, 2, 2), 5),) * count
+    return EncodeRequest("", "image-classification", adapter, adapter, inputs)
+
+
+def test_pixels_are_bounded_over_all_adapters_and_processes() -> None:
+    load = SharedLoad(2)
+    bounds = Bounds(100, 10_000, 100, pixel_bytes=48 * 5)
+    one, other = Admission(load, bounds, 2), Admission(load, bounds, 2)
+    other.number = 1
+    first, second = images(3, "a"), images(2, "b")
+    admit(one, first)
+    admit(other, second)
+    for admission in (one, other):
+        with pytest.raises(Refusal, match="overloaded") as caught:
+            admit(admission, images(1, "c"))
+        assert caught.value.faults[0].found == "240 bytes of pixels, and 48 more asked for"
+        admit(admission, request("text"))  # has none
+    one.remove(first)
+    admit(other, images(3, "c"))
+    with pytest.raises(Refusal, match="overloaded"):
+        admit(one, images(9))
+    other.remove(images(3, "c"))
+    other.remove(second)
+    assert load.pixel_bytes() == 0
+    admit(one, images(9))  # more than ever fits, but alone
 
 
 def test_request_larger_than_its_adapters_tokens_runs_alone() -> None:
