@@ -1,7 +1,8 @@
 # CPU by default. With CUDA: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 FROM python:3.12-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=s3
+# vision: bases that take images.
+ARG EXTRAS=s3,vision
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/hira
 WORKDIR /src

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from server.demo import ADAPTERS_DIR, BASE_DIR
+from server.edge.service import RELOADABLE
 from server.settings import Settings
 from tests.server.live import Live, hira
 
@@ -99,6 +100,11 @@ def test_the_adapter_of_the_readme_can_be_served(live: Live, tmp_path: Path) -> 
 def test_every_setting_is_documented() -> None:
     missing = [name for name in Settings.model_fields if f"`{name}`" not in README]
     assert missing == []
+
+
+def test_what_is_reloaded_is_documented() -> None:
+    at_once = README.split("SIGHUP reads the settings again.", 1)[1].split("All others", 1)[0]
+    assert set(re.findall(r"`(\w+)`", at_once)) == set(RELOADABLE)
 
 
 def test_every_demo_adapter_has_a_card_with_its_score() -> None:
