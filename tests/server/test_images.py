@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from server.edge.admission import Admission
+from server.edge.middleware import Exchange
+from server.edge.native import Native
+from server.edge.shared import SharedLoad
+from server.edge.tickets import Bounds
+from server.errors import Refusal
 from server.images import Images, ImageTooLarge, looks_like_image
 from tests.server.tiny_bases import image, image_file
 
@@ -42,3 +50,25 @@ def test_all_pixels_of_a_request_are_bounded_before_any_is_decoded() -> None:
     two = images.encode([file] * 2, "image-classification")
     assert [len(one.pixels) for one in two] == [images.pixel_bytes] * 2
     assert len(decoded) == 2
+
+
+def test_images_that_do_not_fit_beside_others_are_not_even_decoded() -> None:
+    def processor(opened: Any, return_tensors: str) -> dict[str, Any]:
+        raise AssertionError("an image was decoded")
+
+    images = Images(processor, shape=(3, 2, 2), tokens=5, max_pixels=300, max_request_pixels=500)
+    load = SharedLoad(2)
+    bounds = Bounds(9, 1000, 9, pixel_bytes=3 * images.pixel_bytes)
+    load.set(1, requests=1, tokens=10, pixel_bytes=2 * images.pixel_bytes)
+    service: Any = SimpleNamespace(
+        settings=SimpleNamespace(max_inputs=8),
+        base=SimpleNamespace(inputs=images),
+        dispatcher=SimpleNamespace(admission=Admission(load, bounds, 2)),
+    )
+    call: Any = SimpleNamespace(scope={"hira": Exchange("id", 0.0, adapter="pets")})
+    files = (image_file(image(10, 25)),) * 2
+    with pytest.raises(Refusal, match="overloaded") as caught:
+        asyncio.run(
+            Native(service)._encoded(call, "-", files, "image-classification", truncation=False)
+        )
+    assert "bytes of pixels" in str(caught.value.faults[0].found)
