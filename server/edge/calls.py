@@ -18,6 +18,7 @@ from server.edge.middleware import Exchange, Json
 from server.edge.service import LONG_CHARACTERS, Service, Target
 from server.edge.tickets import Ticket
 from server.errors import Refusal
+from server.images import Images
 from server.messages import (
     TERMINAL,
     Encoded,
@@ -98,6 +99,40 @@ async def tokenize(
     finally:
         found.cancel()
         left.cancel()
+
+
+async def encoded(
+    request: HttpRequest,
+    service: Service,
+    inputs: Sequence[Any],
+    task: Task,
+    *,
+    truncation: bool,
+    field: str = "inputs",
+) -> tuple[Encoded, ...]:
+    """Token ids of texts, or pixels of images, whichever the base takes.
+
+    Raises:
+        Refusal: In the words of the tokenizer or the image processor; as `tokenize`; overloaded.
+    """
+    encoder: Any = service.base.inputs
+    if isinstance(encoder, Images):
+        count, adapter = len(inputs), exchange_of(request).adapter
+        # What they come to is known: no work on images that would be refused after it.
+        service.dispatcher.admission.check(
+            adapter, count * encoder.tokens, count * encoder.pixel_bytes
+        )
+        length = LONG_CHARACTERS + 1  # decoding takes its time, however small the file
+    else:
+        length = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in inputs)
+    found: tuple[Encoded, ...] = await tokenize(
+        request,
+        service,
+        length,
+        lambda: encoder.encode(inputs, task, truncation=truncation),
+        field,
+    )
+    return found
 
 
 async def _left(request: HttpRequest) -> None:

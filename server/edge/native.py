@@ -14,6 +14,7 @@ from server.edge.calls import (
     answer_headers,
     check_inputs,
     encode,
+    encoded,
     exchange_of,
     json_response,
     sse,
@@ -21,7 +22,7 @@ from server.edge.calls import (
     tokenize,
 )
 from server.edge.posted import Posted, posted
-from server.edge.service import LONG_CHARACTERS, Service, Target
+from server.edge.service import Service, Target
 from server.edge.words import check_words
 from server.errors import Refusal
 from server.images import Images, looks_like_image
@@ -203,17 +204,10 @@ class Native:
         one_by_one = given if isinstance(given, list) else [given]
         inputs: list[Any] = one_by_one if files is None else list(files)
         check_inputs(len(inputs), service)
-        length = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in one_by_one)
-        encoder: Any = service.base.inputs
-        if isinstance(encoder, Images):
-            length = LONG_CHARACTERS + 1  # decoding and scaling take their time
-            count, adapter = len(inputs), exchange_of(request).adapter
-            # What they come to is known: no work on images that would be refused after it.
-            service.dispatcher.admission.check(
-                adapter, count * encoder.tokens, count * encoder.pixel_bytes
-            )
-        elif files is not None or any(isinstance(one, str) and looks_like_image(one)
-                                      for one in inputs):  # fmt: skip
+        if not isinstance(service.base.inputs, Images) and (
+            files is not None
+            or any(isinstance(one, str) and looks_like_image(one) for one in inputs)
+        ):
             raise Refusal.because(
                 "invalid_input",
                 "This base takes texts, not images.",
@@ -222,10 +216,7 @@ class Native:
                 fix="Ask a server whose base is a vision transformer.",
                 field="inputs",
             )
-        found: tuple[Encoded, ...] = await tokenize(
-            request, service, length, lambda: encoder.encode(inputs, task, truncation=truncation)
-        )
-        return found
+        return await encoded(request, service, inputs, task, truncation=truncation)
 
     async def _predict_options(
         self, request: Request, parameters: PredictParameters, target: Target

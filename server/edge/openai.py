@@ -17,6 +17,7 @@ from server.edge.calls import (
     answer_headers,
     check_inputs,
     encode,
+    encoded,
     exchange_of,
     json_response,
     target_headers,
@@ -134,14 +135,13 @@ class OpenAI:
         if isinstance(given, str) or (given and isinstance(given[0], str)):
             texts = [given] if isinstance(given, str) else [str(one) for one in given]
             check_inputs(len(texts), service, "input")
-            inputs = await tokenize(
+            inputs = await encoded(
                 request,
                 service,
-                sum(map(len, texts)),
-                lambda: service.base.inputs.encode(
-                    texts, "feature-extraction", truncation=truncation
-                ),
-                "input",
+                texts,
+                "feature-extraction",
+                truncation=truncation,
+                field="input",
             )
         else:
             most = service.base.texts.max_tokens

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.datastructures import QueryParams
 
 from server.edge.admission import Admission
 from server.edge.middleware import Exchange
 from server.edge.native import Native
+from server.edge.openai import OpenAI
+from server.edge.posted import Posted
+from server.edge.service import LONG_CHARACTERS, Target
 from server.edge.shared import SharedLoad
 from server.edge.tickets import Bounds
 from server.errors import Refusal
 from server.images import Images, ImageTooLarge, looks_like_image
+from server.schemas import EmbedRequest
+from server.schemas_openai import EmbeddingRequest
 from tests.server.tiny_bases import image, image_file
 
 
@@ -72,3 +80,45 @@ def test_images_that_do_not_fit_beside_others_are_not_even_decoded() -> None:
             Native(service)._encoded(call, "-", files, "image-classification", truncation=False)
         )
     assert "bytes of pixels" in str(caught.value.faults[0].found)
+
+
+@pytest.mark.parametrize("verb", ["/embed", "/v1/embeddings"])
+def test_a_small_file_of_many_pixels_is_not_decoded_on_the_event_loop(verb: str) -> None:
+    lengths: list[int] = []
+
+    class Encoded(Exception):
+        """Far enough."""
+
+    async def tokenize(characters: int, *_: Any) -> None:
+        lengths.append(characters)
+        raise Encoded
+
+    async def receive() -> None:
+        await asyncio.sleep(30)
+
+    images = Images(None, shape=(3, 2, 2), tokens=5, max_pixels=300, max_request_pixels=500)
+    service: Any = SimpleNamespace(
+        settings=SimpleNamespace(max_inputs=8),
+        base=SimpleNamespace(inputs=images),
+        dispatcher=SimpleNamespace(admission=Admission(SharedLoad(1), Bounds(9, 1000, 9), 1)),
+        tokenize=tokenize,
+        deadline=lambda began, asked: began + 30,
+        target=lambda *_: Target(None, None, "feature-extraction"),
+    )
+    call: Any = SimpleNamespace(
+        scope={"hira": Exchange("id", time.monotonic())},
+        headers={},
+        receive=receive,
+        query_params=QueryParams(""),
+    )
+    text = base64.b64encode(image_file(image(10, 25))).decode()
+    assert len(text) <= LONG_CHARACTERS
+    body = EmbeddingRequest.model_validate({"model": "base", "input": text})
+    work = (
+        Native(service).embed(call, None, Posted(EmbedRequest(inputs=text)))
+        if verb == "/embed"
+        else OpenAI(service).embeddings(call, body)
+    )
+    with pytest.raises(Encoded):
+        asyncio.run(work)
+    assert lengths[0] > LONG_CHARACTERS
