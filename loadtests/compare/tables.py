@@ -14,11 +14,19 @@ from loadtests.compare.training import Trained
 
 # As model cards of such adapters print them, with what they were measured on.
 CARDS: Final = (
-    ("accuracy, HiRA, IMDB", "0.9293", "DistilBERT, 67 M parameters; all of IMDB"),
-    ("accuracy, QLoRA, SST-2", "0.9220", "DistilBERT; all of SST-2"),
-    ("samples/s, LoRA, WikiText-2", "181.72", "BERT base on a GPU; the text length is not given"),
-    ("peak memory, LoRA, WikiText-2", "3.09 GB", "of a GPU, in training"),
-    ("model size, LoRA, WikiText-2", "256.10 MB", "the whole model, not the adapter"),
+    ("accuracy, HiRA, IMDB", "0.9293", "DistilBERT; how many rows is not said"),
+    ("accuracy, QLoRA, SST-2", "0.9220", "DistilBERT; how many rows is not said"),
+    (
+        "samples/s, LoRA, WikiText-2",
+        "181.72",
+        "a GPU; texts of unknown length; BERT by name, DistilBERT by its count",
+    ),
+    ("peak memory, LoRA, WikiText-2", "3.09 GB", "of a GPU"),
+    (
+        "model size, LoRA, WikiText-2",
+        "256.10 MB",
+        "67,132,986 float32 numbers: the whole model, not the adapter",
+    ),
     ("perplexity, LoRA and Sparse LoRA, WikiText-2", "N/A", "no figure is given"),
 )
 MIB: Final = 1 << 20
@@ -88,7 +96,7 @@ def _about(task: Task, plan: Plan, served: Served, trained: Sequence[Trained]) -
     return (
         f"Base `{served.base}`. Trained on {report['train_rows']:,} {what} of at most "
         f"{task.max_tokens} tokens, the same and in the same order for every method; {aside}. "
-        f"{plan.epochs} epochs of batches of 16, weight decay 0.01, linear schedule, warm-up over "
+        f"Passes: {plan.epochs}, in batches of 16, weight decay 0.01, linear schedule, warm-up over "
         f"100 steps or half of all. Learning rate: {rates}. Measured on "
         f"{served.rows[task.key]:,} {unit} of the test part."
     )
@@ -190,7 +198,7 @@ def _cards(plan: Plan, served: Mapping[str, Served]) -> str:
     return text + (
         "\n\nWhat differs: here the encoder has 6 layers of width 384 (10.6 M parameters below its "
         "embeddings, DistilBERT 42.5 M) and was trained for sentence similarity, a run sees some "
-        "hundred or thousand rows in place of all of them, texts are cut earlier, and all runs on "
+        "hundred or thousand rows, texts are cut earlier, and all runs on "
         "two CPU cores that other work shared, without a GPU. The figures stand beside each "
         "other, they do not compete."
     )
