@@ -96,8 +96,8 @@ def _about(task: Task, plan: Plan, served: Served, trained: Sequence[Trained]) -
     return (
         f"Base `{served.base}`. Trained on {report['train_rows']:,} {what} of at most "
         f"{task.max_tokens} tokens, the same and in the same order for every method; {aside}. "
-        f"Passes: {plan.epochs}, in batches of 16, weight decay 0.01, linear schedule, warm-up over "
-        f"100 steps or half of all. Learning rate: {rates}. Measured on "
+        f"Passes: {plan.epochs}, in batches of 16, weight decay 0.01, linear schedule, warm-up "
+        f"over 100 steps or half of all. Learning rate: {rates}. Measured on "
         f"{served.rows[task.key]:,} {unit} of the test part."
     )
 
