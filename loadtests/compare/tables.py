@@ -58,7 +58,7 @@ def write(
         "# HiRA, LoRA, QLoRA and Sparse LoRA on one server",
         f"Made by `{command}`. Every figure of quality and speed below was measured through HTTP, "
         "on one running server for each base, in NF4, with all adapters of that base registered "
-        "at once. Nothing in the tables was typed in.",
+        "at once. Nothing in the tables was typed in but the figures of model cards.",
     ]
     for task in plan.tasks:
         one = served[task.kind]
@@ -66,7 +66,7 @@ def write(
         if task.key in one.mixed:
             parts.append(_mixed(one.mixed[task.key]))
     parts += ["## Memory of the servers", _servers(served)]
-    parts += ["## Beside the figures of model cards", _cards(plan, served)]
+    parts += ["## Beside the figures of model cards", _cards(served)]
     parts += ["## Machine", _machine(machine)]
     page = "\n\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
@@ -179,11 +179,8 @@ def _servers(served: Mapping[str, Served]) -> str:
     )
 
 
-def _cards(plan: Plan, served: Mapping[str, Served]) -> str:
-    here = {}
-    for task in plan.tasks:
-        for one in served[task.kind].measured:
-            here[task.key, one.method] = one
+def _cards(served: Mapping[str, Served]) -> str:
+    here = {(one.task, one.method): one for each in served.values() for one in each.measured}
     own = (
         _accuracy(here.get(("imdb", "hira-r8"))),
         _accuracy(here.get(("sst2", "qlora-r8"))),
