@@ -198,7 +198,8 @@ def _fuse(
     """Give the linear layers the fused kernel, if it is asked for, or can run under ``auto``."""
     parameters = list(model.parameters())
     device = parameters[0].device
-    dtype = next(one.dtype for one in parameters if one.is_floating_point())
+    floats = (one.dtype for one in parameters if one.is_floating_point())
+    dtype = next(floats, torch.float32)  # a lone 4-bit table has none
     if strategy != "fused":
         if strategy != "auto" or device.type != "cuda":
             return None

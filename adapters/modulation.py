@@ -67,6 +67,7 @@ class _Prepared:
     segments: Segments
     slots: Mapping[int, SlotFactors]
     dtype: torch.dtype
+    strategy: Strategy
     version: int
     ways: tuple[Way, ...]
     call: native_path.Call | None  # None: torch operators do it
@@ -161,6 +162,7 @@ class Modulator:
             and known.segments is segments
             and known.slots is slots
             and known.dtype == x.dtype
+            and known.strategy == self.strategy
             and known.version == self.folded.version
             and known.call is not None
         ):
@@ -270,7 +272,7 @@ def _prepare(
         call = native_path.Call.of(
             segments, found, choice.ways, kept, modulator.bounds_of(segments)
         )
-    return _Prepared(segments, slots, x.dtype, version, choice.ways, call)
+    return _Prepared(segments, slots, x.dtype, modulator.strategy, version, choice.ways, call)
 
 
 def _keep_what_pays(

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Condition, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,7 +74,8 @@ class Residency:
         self._adapted = adapted
         self._load = load
         self._device = adapted.device
-        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        on_cuda = self._device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
         self._folded = FoldedCache(folded_bytes, self._device)
         adapted.modulator.folded = self._folded
         self._wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
@@ -250,23 +251,18 @@ class Residency:
             if version is not None:
                 settled = self._load_one(version)
             if loose is not None:
-                loose.compact()  # here, because it takes a while and nobody may wait for it
+                loose.compact()  # not under the lock: it takes a while
             for done in settled:
                 self._tell(done)
 
     def _load_one(self, version: str) -> list[str]:
         """Disk to host; returns the version if it failed. What is compact there becomes whole."""
-        known = self._tiers.entries.get(version)  # it may be dropped at any time
-        if known is not None and known.packed is not None:
+        if (known := self._tiers.entries.get(version)) and known.packed:  # not dropped meanwhile
             known.packed.restore()
             return []
         try:
-            packed = pack(
-                self._load(version),
-                self.dtype,
-                self._device,
-                b_by_column=self._adapted.fused is not None,
-            )
+            fused = self._adapted.fused is not None
+            packed = pack(self._load(version), self.dtype, self._device, b_by_column=fused)
             self._adapted.check(packed.factors)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             with self._changed:

@@ -24,7 +24,14 @@ def valid_body(path: str) -> st.SearchStrategy[Any] | None:
     """Bodies that get past validation, so that what lies behind it is reached."""
     inputs = st.one_of(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
     tokens = st.integers(1, MOST_TOKENS)
-    sampled = {"temperature": st.floats(0.1, 2.0), "seed": st.integers(0, 2**31), "n": st.just(1)}
+    must: dict[str, st.SearchStrategy[Any]]
+    more: dict[str, st.SearchStrategy[Any]]
+    said: st.SearchStrategy[Any]
+    sampled: dict[str, st.SearchStrategy[Any]] = {
+        "temperature": st.floats(0.1, 2.0),
+        "seed": st.integers(0, 2**31),
+        "n": st.just(1),
+    }
     match path:
         case "/predict":
             top = st.fixed_dictionaries({}, optional={"top_k": st.integers(1, 5)})
@@ -40,7 +47,8 @@ def valid_body(path: str) -> st.SearchStrategy[Any] | None:
             must = {"model": NAMES, "prompt": inputs, "max_tokens": tokens}
             return st.fixed_dictionaries(must, optional=more)
         case "/v1/chat/completions":
-            said = st.fixed_dictionaries({"role": st.just("user"), "content": TEXTS})
+            roles = st.just("user")
+            said = st.fixed_dictionaries({"role": roles, "content": TEXTS})
             must = {"model": NAMES, "messages": st.lists(said, min_size=1, max_size=3)}
             return st.fixed_dictionaries({**must, "max_tokens": tokens}, optional=sampled)
         case "/v1/embeddings":

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from server.base_model import LoadedBase
+from server.engine_state import one_id
 from server.images import Images
 from server.messages import EncodedImage, EncodedInput
+from server.options import EngineOptions
 from server.text import Text
 
 
@@ -77,6 +79,19 @@ class Rows:
                 [item.type_ids or (0,) * len(item.token_ids) for item in items], 0, device
             )
         return Feed(arguments, ids.shape[1], ids, mask)
+
+
+def inputs_of(base: LoadedBase, options: EngineOptions) -> Text | Images:
+    """What turns inputs into what the base takes."""
+    if base.takes_images:
+        return Images.load(base.folder, base.config, max_pixels=options.max_image_pixels)
+    most = base.adapted.signature.max_length
+    return Text.load(
+        base.folder,
+        max_tokens=min(most, options.max_input_tokens or most),
+        vocab_size=base.adapted.signature.vocab_size or None,
+        pad_id=one_id(getattr(base.config, "pad_token_id", None)),
+    )
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:

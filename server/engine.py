@@ -25,7 +25,8 @@ from adapters.residency import Residency
 from adapters.store import Store
 from server.base_model import LoadedBase, load_base
 from server.encode import EncodeFigures, EncodeLane
-from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes, one_id
+from server.encode_rows import inputs_of
+from server.engine_state import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
 from server.generate import GenerateFigures, GenerateLane
 from server.generate_failures import cannot_generate
 from server.images import ImageInput, Images
@@ -96,7 +97,7 @@ class Engine:
         """
         base = load_base(options)
         signature = base.adapted.signature
-        inputs = _inputs(base, options)
+        inputs = inputs_of(base, options)
         store = Store(options.store_dir)
 
         def load(version: str) -> AdapterWeights:
@@ -402,16 +403,3 @@ class Engine:
     def _note_generate(self, figures: GenerateFigures, steps_before: int, seconds: float) -> None:
         if figures.steps > steps_before:
             self._last = StepFigures("generate", figures.last_rows, figures.last_adapters, seconds)
-
-
-def _inputs(base: LoadedBase, options: EngineOptions) -> Text | Images:
-    """What turns inputs into what the base takes."""
-    if base.takes_images:
-        return Images.load(base.folder, base.config, max_pixels=options.max_image_pixels)
-    most = base.adapted.signature.max_length
-    return Text.load(
-        base.folder,
-        max_tokens=min(most, options.max_input_tokens or most),
-        vocab_size=base.adapted.signature.vocab_size or None,
-        pad_id=one_id(getattr(base.config, "pad_token_id", None)),
-    )

@@ -116,11 +116,10 @@ def _sides(
             module=layer,
         ).to(device)
         holder = nn.Sequential(layer)
-        # Of the compute dtype: a model of 4-bit weights alone would not tell it.
-        holder.register_buffer("dtype", torch.empty(0, dtype=torch.bfloat16, device=device))
+        # A model of 4-bit weights alone would not tell the compute dtype.
         holder.append(nn.LayerNorm(1, dtype=torch.bfloat16, device=device))
         holder.get_output_embeddings = lambda: None  # type: ignore[assignment]
-        models.append(inject(holder, strategy=strategy))  # type: ignore[arg-type]
+        models.append(inject(holder, strategy=strategy))
     factors = [_factors(seed, device) for seed in range(case.adapters)]
     for adapted in models:
         for slot, one in enumerate(factors, start=1):

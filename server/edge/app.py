@@ -120,7 +120,7 @@ class HiraServer(LitServer):
                 route.path, route.endpoint, dependencies=guards, **route.options()
             )
         openapi = amended(self.app, [*self.spec.routes, *self.routes])
-        self.app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way
+        self.app.openapi = openapi  # FastAPI's own way
 
     def verify_worker_status(self) -> None:
         """Do not wait for the worker: until it is ready, clients are told so."""

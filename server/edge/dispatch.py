@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 TICK_S: Final = 0.25
+LOOK_TICKS: Final = 4
 STALE_S: Final = 5.0  # a worker that has not written its state for so long is not ready
 SEND_AT_ONCE: Final = 256
 REQUESTS_UID: Final = "requests"
@@ -358,9 +359,10 @@ class Dispatcher:
                 return
 
     async def _tick(self) -> None:
-        while True:
+        for tick in itertools.count():
             await asyncio.sleep(TICK_S)
             self.load.beat(self.number)
-            self._silent = self._epoch is not None and self.silent_s() > STALE_S
+            if tick % LOOK_TICKS == 0:  # the state may be large: it names every resident adapter
+                self._silent = self._epoch is not None and self.silent_s() > STALE_S
             if self.load.phase is Phase.STOPPING and self._tickets:
                 self.fail_all("draining", "The server stopped before the answer was there.")

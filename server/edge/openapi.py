@@ -17,7 +17,12 @@ from server.schemas import ProblemDetail
 
 JSON_TYPE: Final = "application/json"
 SSE_TYPE: Final = "text/event-stream"
-STREAMS: Final = "Where a stream is asked for: an event per token, in `data:` lines."
+# Of one server-sent event, as OpenAPI 3.2 has them: its fields as they are on the wire.
+EVENT: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "contentMediaType": JSON_TYPE}},
+}
 
 
 def amended(app: FastAPI, endpoints: Iterable[Endpoint]) -> Callable[[], dict[str, Any]]:
@@ -55,9 +60,17 @@ def _amend(operation: dict[str, Any], endpoint: Endpoint) -> None:
             continue
         if int(status) >= 400 and endpoint.error is ProblemDetail and endpoint.answers(int(status)):
             response["content"] = {PROBLEM_TYPE: content[JSON_TYPE]}
+        elif int(status) < 400 and endpoint.media_type == SSE_TYPE:
+            response["content"] = {SSE_TYPE: {"schema": _event(content[JSON_TYPE]["schema"])}}
         elif int(status) < 400 and endpoint.media_type != JSON_TYPE:
             response["content"] = {endpoint.media_type: {"schema": {"type": "string"}}}
         elif int(status) < 400 and endpoint.streams:
-            content[SSE_TYPE] = {"schema": {"type": "string", "description": STREAMS}}
+            content[SSE_TYPE] = {"schema": EVENT}
     if "security" in operation and endpoint.tag != "Admin":
         operation["security"].append({})  # no key is needed until the operator sets some
+
+
+def _event(content: dict[str, Any]) -> dict[str, Any]:
+    """An event whose data are JSON of this schema."""
+    told = {**EVENT["properties"]["data"], "contentSchema": content}
+    return {**EVENT, "properties": {"data": told}}

@@ -3,13 +3,23 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import sqlite3
+import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, InvalidName
+from adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterNotFound,
+    InvalidName,
+    RegistryUnavailable,
+)
 from adapters.migrations import STATE, SchemaTooNew
 from adapters.registry import Registry, check_name
 from adapters.signature import BaseSignature
@@ -122,6 +132,39 @@ def test_what_another_process_commits_is_seen_at_once(
         registry.resolve("a")
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["register", "replace", "pin", "remove"]),
+            st.integers(0, 3),
+            st.integers(0, 2),
+            st.booleans(),
+        ),
+        max_size=12,
+    )
+)
+def test_what_is_kept_in_memory_is_what_a_fresh_read_finds(
+    steps: list[tuple[str, int, int, bool]], base: BaseSignature, folders: list[Path]
+) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        writer = Registry(Path(root) / "registry.sqlite", Store(Path(root) / "store"))
+        reader = again(writer)
+        for action, name, folder, looks in steps:
+            with suppress(AdapterExists, AdapterNotFound):
+                if action in ("register", "replace"):
+                    writer.register(
+                        f"n{name}", folders[folder], base, source="", replace=action == "replace"
+                    )
+                elif action == "pin":
+                    writer.update(f"n{name}", pinned=bool(folder))
+                else:
+                    writer.remove(f"n{name}")
+            if looks:
+                assert reader.list() == again(writer).list()
+        assert reader.list() == again(writer).list()
+
+
 def test_names_are_listed_by_page(
     registry: Registry, base: BaseSignature, folders: list[Path]
 ) -> None:
@@ -210,6 +253,48 @@ def test_a_locked_database_is_waited_for(
     timer.start()
     assert registry.register("a", folders[0], base, source="x")[1]
     timer.join()
+
+
+def test_a_lock_that_stays_is_a_typed_error_and_readers_go_on(
+    tmp_path: Path,
+    registry: Registry,
+    base: BaseSignature,
+    folders: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = registry.register("a", folders[0], base, source="x")[0].version
+    registry.close()
+    monkeypatch.setattr("adapters.registry._BUSY_S", 0.1)
+    holder = sqlite3.connect(tmp_path / "registry.sqlite", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    for change in (
+        lambda: registry.register("b", folders[1], base, source="x"),
+        lambda: registry.update("a", pinned=True),
+        lambda: registry.remove("a"),
+    ):
+        with pytest.raises(RegistryUnavailable) as caught:
+            change()
+        assert "locked" in (caught.value.found or "")
+    assert registry.resolve("a").version == version
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert registry.register("b", folders[1], base, source="x")[1]
+
+
+def test_a_damaged_database_answers_nothing_and_a_restored_one_is_taken_up(
+    tmp_path: Path, registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    version = registry.register("a", folders[0], base, source="x")[0].version
+    registry.close()  # all of it is in the one file now
+    path = tmp_path / "registry.sqlite"
+    whole = path.read_bytes()
+    path.write_bytes(b"\x5a" * len(whole))
+    for _ in range(2):
+        for look in (registry.versions, registry.list, lambda: registry.resolve("a")):
+            with pytest.raises(RegistryUnavailable):
+                look()
+    path.write_bytes(whole)
+    assert registry.resolve("a").version == version
 
 
 def test_a_later_schema_is_not_touched(registry: Registry) -> None:

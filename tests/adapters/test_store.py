@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters.checkpoint import CONFIG_FILE, TENSOR_FILE
-from adapters.errors import AdapterNotFound, StoreFull
+from adapters.errors import AdapterNotFound, CorruptFile, StoreFull
 from adapters.store import Store, version_of
 from tests.adapters.folders import change_config, hira_folder
 
@@ -99,6 +99,21 @@ def test_the_size_limit_is_kept(tmp_path: Path, adapter: Path) -> None:
     assert store.nbytes() == size
 
 
+def test_bytes_follow_what_comes_and_goes(store: Store, adapter: Path, tmp_path: Path) -> None:
+    other = hira_folder(tmp_path / "other", rank=7)
+    assert store.nbytes() == 0
+    first, second = store.add(adapter), store.add(other)
+    both = store.nbytes()
+    assert both == Store(store.root).nbytes() > 0
+    store.remove(first)
+    rest = store.nbytes()
+    assert 0 < rest == Store(store.root).nbytes() < both
+    store.remove(second)
+    assert store.nbytes() == 0
+    store.add(adapter)
+    assert store.nbytes() == both - rest
+
+
 def test_what_is_stored_already_needs_no_room(tmp_path: Path, adapter: Path) -> None:
     size = sum(path.stat().st_size for path in adapter.iterdir())
     store = Store(tmp_path / "store", max_bytes=size)
@@ -155,3 +170,17 @@ def test_damage_is_found(store: Store, adapter: Path, tmp_path: Path) -> None:
     raw[-1] ^= 1
     path.write_bytes(raw)
     assert list(store.damaged()) == [version]
+
+
+def test_bytes_that_changed_are_found_when_they_are_read(store: Store, adapter: Path) -> None:
+    version = store.add(adapter)
+    assert store.sound_path(version) == store.path(version)
+    tensors = store.path(version) / TENSOR_FILE
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1  # one bit of the last tensor
+    tensors.chmod(0o600)
+    tensors.write_bytes(content)
+    with pytest.raises(CorruptFile, match="have changed"):
+        store.sound_path(version)
+    store.add(adapter)  # what the error tells people to do
+    assert store.sound_path(version) == store.path(version)

@@ -47,7 +47,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "roberta": ENCODER,
     "minilm": BARE,
     "opt": DECODER,
-    "gpt2": (*DECODER, "token-classification"),
+    "gpt2": (*DECODER, "token-classification", "feature-extraction"),
     "llama": (*DECODER, "token-classification"),
     "qwen2": (*DECODER, "token-classification"),
     "vit": ("image-classification", "feature-extraction"),

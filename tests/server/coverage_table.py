@@ -10,8 +10,8 @@ from tests.server.coverage_adapters import TASKS
 
 # Why there is no figure, by letter.
 REASONS = {
-    "a": "No family here with such layers has this task in transformers, or is an encoder (for "
-    "generation) or a decoder (for fill-mask).",
+    "a": "Only GPT-2 has Conv1D layers: a decoder, which fills no masks; its question answering is "
+    "not tried. Only ViT has Conv2d layers and classifies images, and it has no embedding table.",
     "b": "QLoRA is trained on 4-bit layers; embeddings, convolutions and plain layers are none.",
     "c": "The bare base does what needs no head of an adapter.",
 }
@@ -21,7 +21,7 @@ INTRODUCTION = """\
 Made by `python -m tests.server.coverage`. A figure is the largest relative error, ‖answer −
 float64‖ / ‖float64‖ over the scores, log-probabilities or vectors that the engine answered, of all
 families and storages of its row; computed in float32, one mixed batch per stage. The test that
-serves a cell is `{test}[family-storage]`, and it holds every figure below {bound:.0e}.
+serves a cell is `{test}[family-storage]`; it holds every figure below {bound:.0e}.
 
 | layer | families | storages of the linear layers |
 | --- | --- | --- |

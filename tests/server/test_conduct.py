@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save
 
+from server.demo import ADAPTERS_DIR
 from server.engine import Engine
 from server.errors import Refusal
 from server.messages import Event, Failure, Lift
 from tests.server import tiny_bases
+from tests.server.live import hira
 from tests.server.test_engine import World, by_id, outputs, preload, world
+from tests.server.test_faults import wait_for
 
 __all__ = ["world"]  # the fixture
 
@@ -65,3 +70,45 @@ def test_adapter_that_keeps_failing_is_quarantined_alone_until_it_is_lifted(
     engine.submit(Lift(bad))
     assert engine.snapshot().quarantined == {}
     assert outputs(ask("mood", 11)) == good
+
+
+@pytest.mark.http
+def test_quarantine_is_visible_over_http_and_lifted_by_a_patch(tmp_path: Path) -> None:
+    folder = ADAPTERS_DIR / "hira-imdb"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    wild = {
+        name: tensor * 1e15 if "lora_" in name or "hira_" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    files = [
+        ("files", (name, (folder / name).read_bytes()))
+        for name in ("adapter_config.json", "config.json")
+    ]
+    files.append(("files", ("adapter_model.safetensors", save(wild))))
+    with hira(tmp_path / "data", quarantine_failures=3) as live:
+
+        def ask(adapter: str) -> tuple[int, str]:
+            answer = live.client.post(f"/predict?adapter={adapter}", json={"inputs": "A film."})
+            return answer.status_code, answer.json()["code"] if answer.is_error else "fine"
+
+        def record() -> Any:
+            return live.client.get("/admin/adapters/wild", headers=live.admin).json()
+
+        added = live.client.post(
+            "/admin/adapters", data={"name": "wild"}, files=files, headers=live.admin
+        )
+        assert added.status_code == 201, added.text
+        assert added.json()["quarantined_until"] is None
+        for _ in range(3):
+            assert ask("wild") == (500, "adapter_failed")
+            assert ask("hira-sst2") == (200, "fine")
+        refused = live.client.post("/predict?adapter=wild", json={"inputs": "A film."})
+        assert refused.json()["code"] == "adapter_quarantined"
+        assert 1 <= int(refused.headers["Retry-After"]) <= 60
+        wait_for(lambda: record()["quarantined_until"] is not None)
+        assert "adapter_failed" in record()["quarantine_reason"]
+        assert live.metric('hira_adapters{state="quarantined"}') == 1
+        assert live.metric('hira_failures_total{adapter="wild",code="adapter_quarantined"}') == 1
+        live.client.patch("/admin/adapters/wild", json={"pinned": False}, headers=live.admin)
+        wait_for(lambda: ask("wild") == (500, "adapter_failed"))
+        assert ask("hira-sst2") == (200, "fine")

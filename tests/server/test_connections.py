@@ -264,7 +264,7 @@ def test_connections_that_end_leave_nothing_behind(live: Live) -> None:
     import psutil
 
     def descriptors() -> int:
-        return max(one.num_fds() for one in live.processes())
+        return max(int(one.num_fds()) for one in live.processes())
 
     time.sleep(PATIENCE_S + 0.5)
     before = descriptors()

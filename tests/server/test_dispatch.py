@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.edge.dispatch import STALE_S, TICK_S, Dispatcher
+from server.edge.dispatch import LOOK_TICKS, STALE_S, TICK_S, Dispatcher
 from server.edge.shared import Phase, SharedLoad
 from server.edge.tickets import Bounds
 from server.edge.wire import (
@@ -326,12 +326,12 @@ def test_silent_worker_is_not_given_new_requests(
 
     async def scenario(scene: Scene) -> None:
         beat(time.monotonic() - STALE_S - 1)
-        await asyncio.sleep(3 * TICK_S)
+        await asyncio.sleep((LOOK_TICKS + 2) * TICK_S)
         with pytest.raises(Refusal, match="worker_silent") as caught:
             scene.dispatcher.check_early(None)
         assert caught.value.status == 503
         beat(time.monotonic())
-        await asyncio.sleep(3 * TICK_S)
+        await asyncio.sleep((LOOK_TICKS + 2) * TICK_S)
         scene.dispatcher.check_early(None)
 
     play(tmp_path, worker, scenario)

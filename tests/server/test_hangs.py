@@ -18,13 +18,13 @@ from tests.server.test_faults import generate, predict, wait_for
 
 pytestmark = pytest.mark.http
 
-HANG_S = 6.0
+HANG_S = 12.0
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("hangs") / "data"
-    with fake(folder, hang_s=HANG_S, max_step_s=2, api_processes=2) as server:
+    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2) as server:
         yield server
 
 
