@@ -149,9 +149,9 @@ def test_every_figure_stands_in_the_row_of_its_own_task_and_method(tmp_path: Pat
     page = write(plan, trained, served, tmp_path, machine={}, command="x")
     for task in plan.tasks:
         part = page.split(f"## {task.title}\n")[1].split("\n## ")[0]
-        for one in METHODS:
-            (line,) = (row for row in part.splitlines() if row.startswith(f"| {one.title} |"))
-            mark = marks[task.key, one.key]
+        for method in METHODS:
+            (line,) = (row for row in part.splitlines() if row.startswith(f"| {method.title} |"))
+            mark = marks[task.key, method.key]
             shown = f"{mark:.2f}" if task.kind == "CAUSAL_LM" else f"{mark:.4f}"
             assert line.split(" | ")[1].startswith(shown)
     beside = page.split("## Beside")[1]
