@@ -32,7 +32,7 @@ from server.edge.wire import (
     write_state,
 )
 from server.messages import Event, Message
-from server.metrics import WorkerMetrics
+from server.metrics import WorkerMetrics, count_as
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class _Pump:
         self.transport = transport
         self.epoch = f"{os.getpid()}-{time.time_ns()}"
         self.started = time.time()
+        count_as(f"worker-{worker}")
         self.metrics = WorkerMetrics()
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()

@@ -18,7 +18,6 @@ from typing import Any, Final
 from server.edge.app import HiraServer
 from server.edge.shared import Phase
 from server.edge.wire import fault_path, read_state, state_path, stopping_path
-from server.metrics import forget_dead
 from server.settings import SettingsFault
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,6 @@ class Supervisor:
         self._look_for_ready(worker)  # also of a dead one: it may have been ready in between
         if worker.is_alive():
             return
-        forget_dead(worker.pid)
         reason = self._why(worker)
         state_path(self.settings.run_dir, 0).unlink(missing_ok=True)
         became_ready = self._ready_epoch is not None
@@ -213,8 +211,6 @@ class Supervisor:
             if child.is_alive() or self._stop_signals:
                 continue
             if number not in self._http_restart_at:
-                assert child.pid is not None
-                forget_dead(child.pid)
                 logger.error("HTTP process %d died (status %s)", number, child.exitcode)
                 self.load.forget(number)
                 self._http_restart_at[number] = now + HTTP_PAUSE_S
