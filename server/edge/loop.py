@@ -205,25 +205,23 @@ class _Pump:
 
     def _keep_beating(self) -> None:
         while not self.ending.wait(BEAT_S):
-            try:
-                self._beat()
-            except Exception:  # a full disk must not end the beat for good
-                logger.exception("The worker's state could not be written")
+            self._beat()
 
     def _beat(self) -> None:
         began = self.step_began
-        write_state(
-            self.run_dir,
-            WorkerState(
-                worker=self.worker,
-                epoch=self.epoch,
-                pid=os.getpid(),
-                started=self.started,
-                beat=time.monotonic(),
-                busy_s=time.monotonic() - began if began else 0.0,
-                snapshot=self.snapshot,
-            ),
+        state = WorkerState(
+            worker=self.worker,
+            epoch=self.epoch,
+            pid=os.getpid(),
+            started=self.started,
+            beat=time.monotonic(),
+            busy_s=time.monotonic() - began if began else 0.0,
+            snapshot=self.snapshot,
         )
+        try:
+            write_state(self.run_dir, state)
+        except Exception:  # a full disk, a folder that is gone: neither may end the beat for good
+            logger.exception("The worker's state could not be written")
 
     def _abandon(self, what: str) -> None:
         logger.error("LitServe's %s is gone; the worker ends", what)

@@ -43,7 +43,7 @@ class Supervisor:
     Args:
         server: Whose processes these are.
         on_ready: Called once, when the first worker answers.
-        upkeep: Called about once a second.
+        upkeep: Called about once a second, before anything is started anew.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Supervisor:
         self._reload = False
         self._was_ready = False
         self._ready_epoch: str | None = None
+        self._heard_at = 0.0  # the beat of the last state that was read
         self._worker_started = time.monotonic()
         self._failed_starts = 0
         self._killed_because: str | None = None
@@ -84,6 +85,7 @@ class Supervisor:
             StartFailed: The first worker could not be set up, or workers die one after another.
         """
         while not self._stop_signals:
+            self._upkeep()  # first: whoever is started needs the run folder
             self._kill_hung(http)
             self._check_worker()
             self._check_http(http)
@@ -91,7 +93,6 @@ class Supervisor:
             if self._reload:
                 self._reload = False
                 self._try_reload()
-            self._upkeep()
             self._sleep(http)
         self._drain()
 
@@ -152,11 +153,16 @@ class Supervisor:
         limit_s = self.settings.hang_s
         (worker,) = self.server.inference_workers
         state = read_state(self.settings.run_dir)
-        if state is not None and state.pid == worker.pid and worker.is_alive():
-            silent_s = time.monotonic() - state.beat
+        if state is not None and state.pid != worker.pid:
+            state = None  # of the worker before
+        if state is not None:
+            self._heard_at = state.beat
+        if self._ready_epoch is not None and worker.is_alive():
+            # A state that is gone after the worker was ready is silence as well.
+            silent_s = time.monotonic() - self._heard_at
             if silent_s > limit_s:
                 self._kill(worker, f"no sign of life for {silent_s:.0f} s")
-            elif state.busy_s > self.settings.max_step_s:
+            elif state is not None and state.busy_s > self.settings.max_step_s:
                 self._kill(worker, f"one step has taken {state.busy_s:.0f} s")
         for number, child in http.items():
             silent_s = self.load.silent_s(number)
@@ -177,6 +183,7 @@ class Supervisor:
         if state is None or state.pid != worker.pid:
             return
         self._ready_epoch = state.epoch
+        self._heard_at = state.beat
         if not self._was_ready:
             self._was_ready = True
             self._on_ready()
@@ -244,4 +251,7 @@ class Supervisor:
         self.load.phase = Phase.STOPPING
         if self.load.requests():
             time.sleep(0.6)  # the dispatchers see it within a tick and answer
-        stopping_path(self.settings.run_dir).touch()
+        try:
+            stopping_path(self.settings.run_dir).touch()
+        except OSError as error:  # the run folder is gone: the worker ends when it is idle
+            logger.error("The worker cannot be told that the drain is over: %s", error)
