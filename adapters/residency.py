@@ -243,7 +243,7 @@ class Residency:
                 if self._closed:
                     return
                 settled = self._place_waiting()
-                version = None if settled else self._next_to_load()
+                version = None if settled else self._tiers.next_to_load(self._wanted)
                 loose = None if settled else self._tiers.to_compact(self._wanted)
                 if not settled and version is None and loose is None:
                     self._changed.wait(self._until_grace_ends())
@@ -330,17 +330,6 @@ class Residency:
         with torch.cuda.stream(self._copies):
             yield
         self._copies.synchronize()
-
-    def _next_to_load(self) -> str | None:
-        waiting = sum(
-            packed.nbytes
-            for packed in (self._tiers.entries[version].packed for version in self._wanted)
-            if packed is not None
-        )
-        if waiting and waiting >= self._tiers.host_bytes:
-            return None  # those loaded must find slots first
-        packs = ((name, self._tiers.entries[name].packed) for name in self._wanted)
-        return next((name for name, packed in packs if not packed or packed.is_compact), None)
 
     def _until_grace_ends(self) -> float | None:
         if not self._wanted:

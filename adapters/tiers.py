@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -182,6 +182,16 @@ class Tiers:
         entry.packed.leave_device()
         self.free.append(entry.slot)
         entry.slot, entry.state = None, "absent"
+
+    def next_to_load(self, wanted: Iterable[str]) -> str | None:
+        """The first of ``wanted`` that is not whole in memory; None while those that are, and wait
+        for slots, fill the host tier."""
+        packs = {version: self.entries[version].packed for version in wanted}
+        # One without its zeros takes up no place in the queue: it is still to be made whole.
+        whole = [one for one in packs.values() if one is not None and not one.is_compact]
+        if whole and sum(one.nbytes for one in whole) >= self.host_bytes:
+            return None
+        return next((name for name, one in packs.items() if one is None or one.is_compact), None)
 
     def to_compact(self, waiting: Container[str]) -> PackedAdapter | None:
         """A pruned adapter out of its slot that still takes the memory of a whole one."""
