@@ -148,7 +148,7 @@ def test_a_burst_of_compact_adapters_that_are_larger_than_the_host_tier_is_serve
     try:
         for version in made:
             serve([version])
-        while residency._tiers.to_compact(()) is not None:
+        while residency._tiers.to_compact() is not None:
             assert time.monotonic() < until
             time.sleep(0.002)
         cold = [version for version in made if residency.state(version) != "ready"]
@@ -185,7 +185,7 @@ def test_the_host_tier_holds_more_pruned_adapters_and_they_answer_as_before() ->
             with torch.no_grad(), adapted.batch(from_rows([slots[version]] * 6)):
                 found.append(adapted.model(ids)[0].clone())
             residency.release([version])
-        while residency._tiers.to_compact(()) is not None:
+        while residency._tiers.to_compact() is not None:
             time.sleep(0.002)
         kept = [one.packed for one in residency._tiers.entries.values() if one.slot is None]
         assert all(one is not None and one.is_compact == (share > 0) for one in kept)
