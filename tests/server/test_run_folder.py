@@ -91,7 +91,7 @@ def test_folder_is_on_the_disk_where_memory_has_no_room(
     tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     room = SimpleNamespace(f_bavail=64, f_frsize=1_000_000)
-    monkeypatch.setattr(module.os, "statvfs", lambda _: room)
+    monkeypatch.setattr(os, "statvfs", lambda _: room)
     with run_folder(tmp_path / "run", 64_000_000):
         assert (tmp_path / "run").is_symlink()
     assert caplog.text == ""
