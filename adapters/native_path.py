@@ -31,6 +31,7 @@ def takes(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -
         and x.device.type == "cpu"
         and native_ops.available()
         and weight.shape[1] % native_ops.INPUTS_MULTIPLE == 0
+        and not weight.grouped
         and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
     )
 

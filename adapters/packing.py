@@ -109,9 +109,15 @@ class PackedAdapter:
     def compact(self) -> None:
         """Keep the host's copy without its zeros; takes milliseconds a megabyte."""
         assert self._host is not None
-        self._sparse = _Sparse.of(self._host)
+        sparse = _Sparse.of(self._host)
         self._rebind(torch.empty_like(self._host, device="meta"))
-        self._host = None
+        self._sparse, self._host = sparse, None
+
+    def stay_whole(self) -> None:
+        """Never ``compact`` it again, and count it as it is: that has failed."""
+        if self._host is not None:
+            self._rebind(self._host)
+        self._is_pruned = False
 
     def restore(self) -> None:
         """Make the host's copy whole again, bit by bit as it was."""

@@ -241,8 +241,10 @@ class QuantizedWeight:
         if self.kind == "int8" or self.shape[1] % self.block:
             raise ValueError(f"Rows of {self.kind} {self.shape} in blocks of {self.block}.")
         assert self.scales is not None
-        packed = self.stored.reshape(self.shape[0], -1)[ids].int()
-        values = _code_pairs(self.kind).to(self.device)[packed].view(*ids.shape, -1, self.block)
+        packed = self.stored.reshape(self.shape[0], -1)[ids]
+        packed = ungrouped(packed) if self.grouped else packed  # a group never crosses rows
+        pairs = _code_pairs(self.kind).to(self.device)[packed.int()]
+        values = pairs.view(*ids.shape, -1, self.block)
         scales = self.scales.view(self.shape[0], -1)[ids]
         return (values * scales.unsqueeze(-1)).view(*ids.shape, -1).to(dtype)
 

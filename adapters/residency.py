@@ -12,8 +12,6 @@ dtype, whether it has a slot or waits for the next request in the host tier.
 from __future__ import annotations
 
 import logging
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Condition, Thread
@@ -25,9 +23,9 @@ from adapters.background import step_back
 from adapters.errors import SlotNotResident
 from adapters.folded import FoldedCache
 from adapters.inject import AdaptedModel
-from adapters.packing import pack
+from adapters.packing import PackedAdapter, pack
 from adapters.slot_factors import SlotFactors
-from adapters.tiers import PINNED_QUARTERS, Entry, ResidencySnapshot, State, Tiers
+from adapters.tiers import PINNED_QUARTERS, ResidencySnapshot, State, Tiers, Vacated
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 # A version just placed keeps its slot this long for whoever asked for it, or versions that wait
 # for one slot would evict each other before any of them is used.
 _GRACE_S = 2.0
-_FAILURES_KEPT = 256
+_PAUSE_S = 0.1  # after a fault of the loader itself, lest it do nothing but repeat it
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +76,8 @@ class Residency:
         self._copies: Any = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
         self._folded = FoldedCache(folded_bytes, self._device)
         adapted.modulator.folded = self._folded
-        self._wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
         self._callbacks: list[Callable[[str], None]] = []
-        self._loads = self._failures = 0
+        self._loads = 0
         self._pins_reported: list[str] = []
         self._changed = Condition()
         self._closed = False
@@ -92,7 +89,8 @@ class Residency:
     def prefetch(self, version: str) -> None:
         """Ask for ``version`` in a slot; returns at once. Asking again, or when ready, is free."""
         with self._changed:
-            self._want(version)
+            if self._tiers.want(version):
+                self._changed.notify_all()
 
     def state(self, version: str) -> State:
         """``absent`` also for a version in the host tier: prefetch it, which is quick then."""
@@ -116,7 +114,7 @@ class Residency:
             SlotNotResident: Not all of them are ready; none is held then.
         """
         with self._changed:
-            held = self._slots_of(versions)
+            held = self._tiers.ready(versions)
             for version in versions:
                 if version in held:
                     continue
@@ -141,7 +139,7 @@ class Residency:
             Their slots.
         """
         with self._changed:
-            held = self._slots_of(versions)
+            held = self._tiers.ready(versions)
             for version in held:
                 self._tiers.entries[version].leases += 1
             return held
@@ -161,7 +159,7 @@ class Residency:
                 assert entry.leases > 0, version
                 entry.leases -= 1
                 if entry.doomed and not entry.leases:
-                    self._forget(version)
+                    self._tiers.forget(version)
             self._changed.notify_all()
 
     def set_pinned(self, versions: Collection[str]) -> None:
@@ -173,20 +171,21 @@ class Residency:
         with self._changed:
             self._tiers.pinned = tuple(dict.fromkeys(versions))
             for version in self._tiers.pinned[: self._tiers.most_pins]:
-                self._want(version)
+                self._tiers.want(version)
             self._report_pins()
             self._changed.notify_all()
 
     def drop(self, version: str) -> None:
-        """Forget ``version`` in every tier: at once, or when its last lease ends."""
+        """Forget ``version`` in every tier: at once, or when its last lease ends, or when it has
+        arrived in a slot that is being filled."""
         with self._changed:
             entry = self._tiers.entries.get(version)
             if entry is None:
                 return
-            if entry.leases:
+            if entry.leases or entry.is_arriving:
                 entry.doomed = True
             else:
-                self._forget(version)
+                self._tiers.forget(version)
                 self._changed.notify_all()
 
     def weights(self, version: str) -> AdapterWeights:
@@ -224,7 +223,7 @@ class Residency:
                 pins_without_room=tuple(excess),
                 loads=self._loads,
                 evictions=self._tiers.evictions,
-                failures=self._failures,
+                failures=self._tiers.failures,
             )
 
     def close(self) -> None:
@@ -238,86 +237,106 @@ class Residency:
 
     def _run(self) -> None:
         step_back()
-        while True:
-            with self._changed:
-                if self._closed:
-                    return
-                settled = self._place_waiting()
-                version = None if settled else self._next_to_load()
-                loose = None if settled else self._tiers.to_compact(self._wanted)
-                if not settled and version is None and loose is None:
-                    self._changed.wait(self._until_grace_ends())
-                    continue
-            if version is not None:
-                settled = self._load_one(version)
-            if loose is not None:
-                loose.compact()  # not under the lock: it takes a while
+        while not self._closed:
+            try:
+                settled = self._turn()
+            except Exception as error:  # noqa: BLE001  # nobody may wait for a dead thread
+                _log.exception("loading adapters failed, and those that waited with it")
+                with self._changed:
+                    waited = list(self._tiers.wanted)
+                    settled = [one for name in waited for one in self._tiers.fail(name, error)]
+                    if not self._closed:
+                        self._changed.wait(_PAUSE_S)
             for done in settled:
                 self._tell(done)
 
+    def _turn(self) -> list[str]:
+        """Fill slots, or else read one adapter, or else wait; returns what is ready or failed."""
+        with self._changed:
+            if self._closed:
+                return []
+            leaving, arriving, settled = self._tiers.divide_slots()
+            version: str | None = None
+            loose: PackedAdapter | None = None
+            if not arriving and not settled:
+                version = self._tiers.next_to_load()
+                loose = self._tiers.to_compact()
+                if version is None and loose is None:
+                    self._changed.wait(
+                        self._tiers.until_grace_ends() if self._tiers.wanted else None
+                    )
+        # Not under the lock, which those who answer requests wait for: this thread steps back.
+        if arriving:
+            settled += self._fill_slots(leaving, arriving)
+        if version is not None:
+            settled += self._load_one(version)
+        if loose is not None:
+            self._compact(loose)
+        return settled
+
     def _load_one(self, version: str) -> list[str]:
         """Disk to host; returns the version if it failed. What is compact there becomes whole."""
-        if (known := self._tiers.entries.get(version)) and known.packed:  # not dropped meanwhile
-            known.packed.restore()
-            return []
+        known = self._tiers.entries.get(version)  # None: dropped meanwhile
         try:
+            if known is not None and known.packed is not None:
+                known.packed.restore()
+                return []
             fused = self._adapted.fused is not None
             packed = pack(self._load(version), self.dtype, self._device, b_by_column=fused)
             self._adapted.check(packed.factors)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             with self._changed:
-                return self._fail(version, error)
+                return self._tiers.fail(version, error)
         with self._changed:
             entry = self._tiers.entries.get(version)
-            if entry is not None and version in self._wanted:
+            if entry is not None and version in self._tiers.wanted:
                 entry.packed = packed
                 self._loads += 1
-                self._tiers.trim_host(self._wanted)
+                self._tiers.trim_host()
         return []
 
-    def _place_waiting(self) -> list[str]:
-        """Host to slots, in the order asked; stops at the first that must wait."""
-        settled: list[str] = []
-        copied: list[tuple[str, Mapping[str, SlotFactors]]] = []
-        with self._copying():
-            for version in list(self._wanted):
-                entry = self._tiers.entries[version]
-                packed = entry.packed
-                if packed is None or packed.is_compact:
-                    continue  # it is still being read; those behind it may go first
-                obstacle = self._tiers.obstacle(packed.nbytes)
-                if obstacle is not None:
-                    settled += self._fail(version, obstacle)
-                    continue
-                if not self._tiers.make_room(version, packed.nbytes):
-                    break
-                try:
-                    copied.append((version, packed.to_device(self._device)))
-                except Exception as error:  # noqa: BLE001  # out of device memory, for one
-                    packed.leave_device()
-                    settled += self._fail(version, error)
-                    continue
-                entry.slot = self._tiers.free.pop()
-        for version, factors in copied:
-            settled += self._install(version, factors)
-        if settled:
-            self._tiers.trim_host(self._wanted)
-            self._report_pins()
-        return settled
-
-    def _install(self, version: str, factors: Mapping[str, SlotFactors]) -> list[str]:
-        entry = self._tiers.entries[version]
-        assert entry.slot is not None
+    def _compact(self, packed: PackedAdapter) -> None:
         try:
-            self._adapted.install(entry.slot, factors, checked=True)
-        except Exception as error:  # noqa: BLE001  # out of device memory, for one
-            self._tiers.leave_slot(entry)
-            return self._fail(version, error)
-        entry.state = "ready"
-        entry.kept_until = time.monotonic() + self.grace_s
-        self._tiers.entries.move_to_end(version)
-        del self._wanted[version]
-        return [version]
+            packed.compact()
+        except Exception:  # noqa: BLE001  # out of memory, for one: then it is kept as it is
+            _log.exception("an adapter could not be kept without its zeros")
+            packed.stay_whole()
+            with self._changed:
+                self._tiers.trim_host()
+
+    def _fill_slots(self, leaving: list[Vacated], arriving: list[str]) -> list[str]:
+        """Host to slots, for those that were given one; nobody else touches these slots."""
+        for vacated in leaving:
+            self._tiers.empty(vacated)
+        copied: dict[str, Mapping[str, SlotFactors]] = {}
+        errors: dict[str, Exception] = {}
+        with self._copying():
+            for version in arriving:
+                packed = self._tiers.entries[version].packed
+                assert packed is not None
+                try:
+                    copied[version] = packed.to_device(self._device)
+                except Exception as error:  # noqa: BLE001  # out of device memory, for one
+                    errors[version] = error
+        for version, factors in copied.items():
+            slot = self._tiers.entries[version].slot
+            assert slot is not None
+            try:
+                self._adapted.install(slot, factors, checked=True)
+            except Exception as error:  # noqa: BLE001  # out of device memory, for one
+                errors[version] = error
+        with self._changed:
+            settled = []
+            for version in arriving:
+                error = errors.get(version)
+                settled += (
+                    self._tiers.arrive(version, self.grace_s)
+                    if error is None
+                    else self._tiers.fail(version, error)
+                )
+            self._tiers.trim_host()
+            self._report_pins()
+            return settled
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
@@ -331,24 +350,6 @@ class Residency:
             yield
         self._copies.synchronize()
 
-    def _next_to_load(self) -> str | None:
-        waiting = sum(
-            packed.nbytes
-            for packed in (self._tiers.entries[version].packed for version in self._wanted)
-            if packed is not None
-        )
-        if waiting and waiting >= self._tiers.host_bytes:
-            return None  # those loaded must find slots first
-        packs = ((name, self._tiers.entries[name].packed) for name in self._wanted)
-        return next((name for name, packed in packs if not packed or packed.is_compact), None)
-
-    def _until_grace_ends(self) -> float | None:
-        if not self._wanted:
-            return None
-        now = time.monotonic()
-        ends = [e.kept_until for e in self._tiers.entries.values() if e.kept_until > now]
-        return max(0.001, min(ends) - now) if ends else None
-
     def _tell(self, version: str) -> None:
         for callback in list(self._callbacks):
             try:
@@ -357,15 +358,6 @@ class Residency:
                 _log.exception("a residency callback failed for %s", version)
 
     # All below: with the lock held.
-
-    def _slots_of(self, versions: Collection[str]) -> dict[str, int]:
-        """Of those that are ready."""
-        found = {version: self._tiers.entries.get(version) for version in versions}
-        return {
-            version: entry.slot
-            for version, entry in found.items()
-            if entry is not None and entry.slot is not None and entry.state == "ready"
-        }
 
     def _use(self, versions: Collection[str]) -> None:
         for version in versions:
@@ -386,32 +378,3 @@ class Residency:
                 self._tiers.device_bytes * PINNED_QUARTERS // 4,
             )
         self._pins_reported = excess
-
-    def _want(self, version: str) -> None:
-        entry = self._tiers.entries.get(version)
-        if entry is None:
-            entry = self._tiers.entries[version] = Entry()
-        entry.doomed = False
-        if entry.state == "ready" or version in self._wanted:
-            return
-        entry.state, entry.error = "loading", None
-        self._wanted[version] = None
-        self._changed.notify_all()
-
-    def _fail(self, version: str, error: Exception) -> list[str]:
-        entry = self._tiers.entries.get(version)
-        if entry is None or version not in self._wanted:
-            return []
-        del self._wanted[version]
-        entry.state, entry.error, entry.packed = "failed", error, None
-        self._failures += 1
-        failed = [name for name, other in self._tiers.entries.items() if other.state == "failed"]
-        for name in failed[:-_FAILURES_KEPT]:
-            del self._tiers.entries[name]
-        return [version]
-
-    def _forget(self, version: str) -> None:
-        entry = self._tiers.entries.pop(version)
-        self._wanted.pop(version, None)
-        if entry.slot is not None:
-            self._tiers.leave_slot(entry)

@@ -6,11 +6,12 @@ calls it with its lock held.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from adapters.errors import StoreFull
 from adapters.inject import AdaptedModel
@@ -19,7 +20,10 @@ from adapters.packing import PackedAdapter
 State = Literal["absent", "loading", "ready", "failed"]
 Tier = Literal["device", "host", "loading", "failed"]
 
+_FAILURES_KEPT = 256
 PINNED_QUARTERS = 3  # of the device bytes that pinned versions may take
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,11 @@ class Entry:
     error: Exception | None = None
 
     @property
+    def is_arriving(self) -> bool:
+        """Whether the loader is filling its slot: only the loader may empty it then."""
+        return self.slot is not None and self.state == "loading"
+
+    @property
     def tier(self) -> Tier:
         """Where it is, for people."""
         if self.state == "ready":
@@ -84,6 +93,13 @@ class Entry:
         if self.state in ("loading", "failed"):
             return self.state
         return "host"
+
+
+class Vacated(NamedTuple):
+    """A slot that the books have taken from an adapter, whose factors are still to leave it."""
+
+    slot: int
+    packed: PackedAdapter
 
 
 class Tiers:
@@ -105,7 +121,8 @@ class Tiers:
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self.free = list(range(slots, 0, -1))
         self.pinned: tuple[str, ...] = ()  # as asked for; see divide_pins
-        self.evictions = 0
+        self.wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
+        self.evictions = self.failures = 0
         self._adapted = adapted
 
     @property
@@ -139,6 +156,86 @@ class Tiers:
             beside -= 0 if name == version else size
         return held, excess
 
+    def want(self, version: str) -> bool:
+        """Put ``version`` in the queue, unless it is ready; whether it was not in it."""
+        entry = self.entries.get(version)
+        if entry is None:
+            entry = self.entries[version] = Entry()
+        entry.doomed = False
+        if entry.state == "ready" or version in self.wanted:
+            return False
+        entry.state, entry.error = "loading", None
+        self.wanted[version] = None
+        return True
+
+    def divide_slots(self) -> tuple[list[Vacated], list[str], list[str]]:
+        """Give slots to those that wait, in the order asked, up to the first that must wait on.
+
+        Nothing is copied yet.
+
+        Returns:
+            What is to be emptied, who is to be put in, and who failed.
+        """
+        leaving: list[Vacated] = []
+        arriving: list[str] = []
+        failed: list[str] = []
+        for version in list(self.wanted):
+            entry = self.entries[version]
+            packed = entry.packed
+            if packed is None or packed.is_compact:
+                continue  # it is still being read; those behind it may go first
+            obstacle = self.obstacle(packed.nbytes)
+            if obstacle is not None:
+                failed += self.fail(version, obstacle)
+                continue
+            gone = self.make_room(version, packed.nbytes)
+            if gone is None:
+                break
+            leaving += gone
+            arriving.append(version)
+            entry.slot = self.free.pop()
+        return leaving, arriving, failed
+
+    def arrive(self, version: str, grace_s: float) -> list[str]:
+        """The slot of ``version`` is filled; returns it, unless it was dropped meanwhile."""
+        entry = self.entries[version]
+        del self.wanted[version]
+        entry.state = "ready"
+        if entry.doomed:
+            self.forget(version)
+            return []
+        entry.kept_until = time.monotonic() + grace_s
+        self.entries.move_to_end(version)
+        return [version]
+
+    def fail(self, version: str, error: Exception) -> list[str]:
+        """It cannot be had; returns it, unless nobody waits for it. What it held is let go."""
+        entry = self.entries.get(version)
+        if entry is None or version not in self.wanted:
+            return []
+        del self.wanted[version]
+        if entry.slot is not None:
+            try:
+                self.leave_slot(entry)
+            except Exception:  # noqa: BLE001  # it is empty in the books: the next fills it anew
+                _log.exception("the slot of %s could not be emptied", version)
+        entry.state, entry.error, entry.packed = "failed", error, None
+        self.failures += 1
+        if entry.doomed:
+            del self.entries[version]
+            return []
+        failed = [name for name, other in self.entries.items() if other.state == "failed"]
+        for name in failed[:-_FAILURES_KEPT]:
+            del self.entries[name]
+        return [version]
+
+    def forget(self, version: str) -> None:
+        """Let go of all of it; its slot is in no batch's use."""
+        entry = self.entries.pop(version)
+        self.wanted.pop(version, None)
+        if entry.slot is not None:
+            self.leave_slot(entry)
+
     def obstacle(self, need: int) -> Exception | None:
         """Why ``need`` bytes can never be in a slot, or None."""
         if need <= self.device_bytes:
@@ -150,9 +247,12 @@ class Tiers:
             fix="Allow more memory for adapters on the device, or use a smaller rank.",
         )
 
-    def make_room(self, version: str, need: int) -> bool:
-        """Free a slot and ``need`` bytes for ``version``, oldest use first; if it cannot, do
-        nothing: False."""
+    def make_room(self, version: str, need: int) -> list[Vacated] | None:
+        """Free a slot and ``need`` bytes for ``version``, oldest use first.
+
+        Returns:
+            What is to be emptied before the room is used; None, with nothing changed, if it cannot.
+        """
         now = time.monotonic()
         pinned = frozenset(self.divide_pins(version, need)[0])
         free, used = len(self.free), self.device_used()
@@ -168,42 +268,73 @@ class Tiers:
             leave.append(name)
             free, used = free + 1, used - entry.packed.nbytes
         if not free or used + need > self.device_bytes:
-            return False
-        for name in leave:
-            self.leave_slot(self.entries[name])
-            self.evictions += 1
-        return True
+            return None
+        self.evictions += len(leave)
+        return [self._vacate(self.entries[name]) for name in leave]
 
     def leave_slot(self, entry: Entry) -> None:
         """Empty the entry's slot; its factors stay in host memory."""
+        self.empty(self._vacate(entry))
+
+    def empty(self, vacated: Vacated) -> None:
+        """Take the factors out of a slot that is free, or given to another, in the books."""
+        self._adapted.uninstall(vacated.slot)
+        vacated.packed.leave_device()
+
+    def _vacate(self, entry: Entry) -> Vacated:
         assert entry.slot is not None
         assert entry.packed is not None
-        self._adapted.uninstall(entry.slot)
-        entry.packed.leave_device()
+        vacated = Vacated(entry.slot, entry.packed)
         self.free.append(entry.slot)
         entry.slot, entry.state = None, "absent"
+        return vacated
 
-    def to_compact(self, waiting: Container[str]) -> PackedAdapter | None:
+    def next_to_load(self) -> str | None:
+        """The first that is wanted and not whole in memory; None while those that are, and wait
+        for slots, fill the host tier."""
+        packs = {version: self.entries[version].packed for version in self.wanted}
+        # One without its zeros takes up no place in the queue: it is still to be made whole.
+        whole = [one for one in packs.values() if one is not None and not one.is_compact]
+        if whole and sum(one.nbytes for one in whole) >= self.host_bytes:
+            return None
+        return next((name for name, one in packs.items() if one is None or one.is_compact), None)
+
+    def to_compact(self) -> PackedAdapter | None:
         """A pruned adapter out of its slot that still takes the memory of a whole one."""
         for version, entry in self.entries.items():
-            packed = entry.packed if entry.slot is None and version not in waiting else None
+            packed = entry.packed if entry.slot is None and version not in self.wanted else None
             if packed is not None and packed.is_loose:
                 return packed
         return None
 
-    def trim_host(self, waiting: Container[str]) -> None:
-        """Bring the host tier into its budget, oldest use first; those ``waiting`` stay."""
+    def trim_host(self) -> None:
+        """Bring the host tier into its budget, oldest use first; those that are wanted stay."""
         used = self.host_used()
         for version, entry in list(self.entries.items()):
             if used <= self.host_bytes:
                 return
-            if entry.packed is None or version in waiting:
+            if entry.packed is None or version in self.wanted:
                 continue
             if entry.slot is None:
                 used -= entry.packed.host_nbytes(in_slot=False)
                 del self.entries[version]
             else:
                 used -= entry.packed.release_host_factors()
+
+    def ready(self, versions: Collection[str]) -> dict[str, int]:
+        """The slots of those of ``versions`` that are ready."""
+        found = {version: self.entries.get(version) for version in versions}
+        return {
+            version: entry.slot
+            for version, entry in found.items()
+            if entry is not None and entry.slot is not None and entry.state == "ready"
+        }
+
+    def until_grace_ends(self) -> float | None:
+        """Seconds until the first version just placed may leave; None when there is none."""
+        now = time.monotonic()
+        ends = [one.kept_until for one in self.entries.values() if one.kept_until > now]
+        return max(0.001, min(ends) - now) if ends else None
 
     def device_used(self) -> int:
         """Bytes of factors in slots."""

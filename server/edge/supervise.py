@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 LOOK_S: Final = 0.25
-HEALTHY_S: Final = 60.0  # a worker that ran so long starts afresh with its pauses
+HEALTHY_S: Final = 20.0  # a worker that ran so long starts afresh with its pauses
 PAUSE_MAX_S: Final = 60.0
 # A process killed while it waits in LitServe's response queue leaves that wait behind in the
 # queue's process: for the rest of its second it swallows what was meant for the successor.

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-from adapters import fused
+from adapters import fused, native_path
 from adapters.errors import SegmentMismatch, SlotNotResident, UnsupportedOption
 from adapters.inject import AdaptedModel, inject
-from adapters.kernels import triton_tiles
+from adapters.kernels import native_ops, triton_tiles
 from adapters.kernels.reference import modulated_linear
-from adapters.layers import AdaptedLinear
+from adapters.kernels.triton_operands import pack_weight
+from adapters.layers import AdaptedLinear, quantize_embedding
 from adapters.modulation import SlotFactors
 from adapters.packing import pack
 from adapters.quant import QuantizedWeight
@@ -297,6 +298,58 @@ def test_the_probe_finds_a_kernel_that_is_wrong(
 
     monkeypatch.setattr(kernels, "hira_linear", wrong)
     assert fused._probe_error(torch.float16, CPU) > fused._PROBE_TOLERANCE
+
+
+class _Tied(nn.Module):
+    """A 4-bit table, and an output layer on the same bytes."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)  # first: its dtype is the model's
+        self.table = nn.Embedding(rows, width)
+        self.head = nn.Linear(width, rows, bias=False)
+        self.head.weight = self.table.weight
+        self.half()
+        quantize_embedding(self.table, "nf4", tied=[self.head])
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2,), (3, 5), ()])
+def test_a_table_tied_to_a_fused_head_gives_the_same_rows(
+    kernels: ModuleType, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = _Tied(32, 256)
+    ids = torch.randint(32, shape)
+    before = model.table(ids)
+    adapted = inject(model, strategy="fused")
+    assert isinstance(adapted.layers["head"], AdaptedLinear)
+    assert adapted.layers["head"].quantized.grouped
+    assert torch.equal(model.table(ids), before)
+    # What an adapter modulates is the same rows: y = E[x] + E[x] ⊙ (A[:, x]ᵀ Bᵀ).
+    factors = random_factors(adapted.signature, ["table"], dtype=torch.float16, rank=3)
+    adapted.install(1, factors)
+    own = factors["table"].to(torch.float32)
+    flat = ids.reshape(1, -1)
+    with adapted.batch(from_rows([1] * flat.numel()), from_rows([1])):
+        found = model.table(flat)
+    base = before.reshape(1, -1, 256).float()
+    assert_close(found, base * (1 + own.a[:, flat[0]].t() @ own.b.t()), LAYER_TOLERANCE)
+
+
+def test_the_cpu_kernel_refuses_codes_in_the_order_of_the_fused_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native_ops, "available", lambda: True)
+    weight = QuantizedWeight.from_dense(torch.randn(16, 256), "nf4")
+    x = torch.randn(2, 256).bfloat16()
+    assert native_path.takes(x, weight, None)
+    assert weight.scales is not None
+    weight.take_order(pack_weight(weight.stored, weight.scales, "nf4", weight.shape, weight.block))
+    assert not native_path.takes(x, weight, None)
 
 
 def test_forcing_the_kernel_where_it_cannot_run_is_refused(

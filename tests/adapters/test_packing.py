@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.checkpoint import AdapterWeights, Factors, load_adapter
-from adapters.inject import inject
+from adapters.inject import AdaptedModel, inject
 from adapters.packing import PackedAdapter, pack
 from adapters.residency import Residency
 from adapters.segments import from_rows
@@ -108,20 +108,64 @@ def test_a_dense_adapter_stays_as_it_is(weights: AdapterWeights) -> None:
     assert not packed.is_loose
 
 
-def test_the_host_tier_holds_more_pruned_adapters_and_they_answer_as_before() -> None:
-    """One slot, and host memory for four dense adapters: five pruned ones stay in it, and one that
-    is being loaded."""
-    adapted = inject(build("distilbert"))
+def _six(adapted: AdaptedModel) -> dict[str, Any]:
+    """Adapters of one size."""
     paths = [path for path in adapted.signature.layers if path.endswith(("q_lin", "v_lin"))]
     made: dict[str, Any] = {}
     for seed in range(6):
         factors = random_factors(adapted.signature, paths, method="lora", rank=8, seed=seed)
-        plain: Any = AdapterWeights(
+        made[f"v{seed}"] = AdapterWeights(
             config=_config(),
             factors={path: Factors(one.a, one.b, one.scale) for path, one in factors.items()},
             head={}, labels=None, task="fill-mask",
         )  # fmt: skip
-        made[f"v{seed}"] = plain
+    return made
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_burst_of_compact_adapters_that_are_larger_than_the_host_tier_is_served(
+    slots: int,
+) -> None:
+    """Without their zeros all six fit; made whole at once they would not."""
+    adapted = inject(build("distilbert"))
+    made = _six(adapted)
+    size = pack(made["v0"], torch.float32, CPU).nbytes
+    residency = Residency(
+        adapted, lambda version: pruned(made[version], 0.5), slots=slots, device_bytes=10 * size,
+        host_bytes=3 * size, folded_bytes=0, dtype=torch.float32, grace_s=0.01,
+    )  # fmt: skip
+    until = time.monotonic() + 20
+
+    def serve(burst: list[str]) -> None:
+        waiting = dict.fromkeys(burst)
+        while waiting:
+            for version in waiting:  # again, too: it may leave before it is seen
+                residency.prefetch(version)
+            assert time.monotonic() < until, f"{list(waiting)} were never placed"
+            waiting = {v: None for v in waiting if residency.state(v) != "ready"}
+            time.sleep(0.002)
+
+    try:
+        for version in made:
+            serve([version])
+        while residency._tiers.to_compact() is not None:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        cold = [version for version in made if residency.state(version) != "ready"]
+        assert len(cold) == len(made) - slots
+        reads = residency.snapshot().loads
+        for _ in range(3):
+            serve(list(made))
+        assert residency.snapshot().loads == reads, "they were in memory"
+    finally:
+        residency.close()
+
+
+def test_the_host_tier_holds_more_pruned_adapters_and_they_answer_as_before() -> None:
+    """One slot, and host memory for four dense adapters: five pruned ones stay in it, and one that
+    is being loaded."""
+    adapted = inject(build("distilbert"))
+    made = _six(adapted)
     size = pack(made["v0"], torch.float32, CPU).nbytes
 
     def answers(share: float) -> tuple[list[torch.Tensor], int]:
@@ -141,7 +185,7 @@ def test_the_host_tier_holds_more_pruned_adapters_and_they_answer_as_before() ->
             with torch.no_grad(), adapted.batch(from_rows([slots[version]] * 6)):
                 found.append(adapted.model(ids)[0].clone())
             residency.release([version])
-        while residency._tiers.to_compact(()) is not None:
+        while residency._tiers.to_compact() is not None:
             time.sleep(0.002)
         kept = [one.packed for one in residency._tiers.entries.values() if one.slot is None]
         assert all(one is not None and one.is_compact == (share > 0) for one in kept)
