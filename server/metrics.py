@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +27,7 @@ BASE_LABEL: Final = "base"
 OTHER_LABEL: Final = "_other"  # no adapter can have this name
 ADAPTER_BYTES: Final = 90_000  # that the series of one name take, about, for each HTTP process
 SPARE_BYTES: Final = 1_000_000
+LOOK_S: Final = 1.0
 MAX_ADAPTER_LABELS: Final = 512  # those beyond share one
 
 REQUEST_SECONDS: Final = (
@@ -61,9 +63,31 @@ def count_as(role: str) -> None:
     from prometheus_client import values
 
     if FOLDER_VARIABLE in os.environ:
-        counting: Any = values.MultiProcessValue(lambda: role)  # type: ignore[no-untyped-call]
+        files = _Files(role, Path(os.environ[FOLDER_VARIABLE]))
+        counting: Any = values.MultiProcessValue(files.name)  # type: ignore[no-untyped-call]
         counting.role = role
         values.ValueClass = counting
+
+
+class _Files:
+    """Names the files of a role; anew when their folder has been replaced, for what is counted in
+    a deleted file is seen by nobody. prometheus_client asks at every count and then begins at 0."""
+
+    def __init__(self, role: str, folder: Path) -> None:
+        self._role = role
+        self._folder = folder
+        self._inode = folder.stat().st_ino
+        self._turn = 0
+        self._looked = time.monotonic()
+
+    def name(self) -> str:
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            with suppress(OSError):  # gone: the files stay in use until there is a new folder
+                inode = self._folder.stat().st_ino
+                self._turn += inode != self._inode
+                self._inode = inode
+        return f"{self._role}-{self._turn}" if self._turn else self._role
 
 
 def most_bytes(http_processes: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from server import encode_read, postprocess
+from server import postprocess
 from server.heads import TaskHead
 from server.messages import EncodeResult, Failure
 from tests.server import tiny_bases
@@ -70,7 +70,7 @@ def fail_in_the_reading(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("this one")
         return real(*given, top_k=top_k, **more)
 
-    monkeypatch.setattr(encode_read.postprocess, "classify", classify)
+    monkeypatch.setattr(postprocess, "classify", classify)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_lost_device_is_not_taken_for_the_fault_of_a_row(
     def classify(*given: Any, **more: Any) -> Any:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(encode_read.postprocess, "classify", classify)
+    monkeypatch.setattr(postprocess, "classify", classify)
     with pytest.raises(torch.AcceleratorError):
         ask(lane)
     lane.lane.close()

@@ -181,3 +181,40 @@ def test_successor_of_a_dead_process_counts_on_in_its_files(tmp_path: Path) -> N
     assert 'adapter="name-0"' in scrapes[-1]
     assert 'adapter="name-1"' not in scrapes[-1], "the bound is of all that have been one role"
     assert 'adapter="_other",endpoint="/predict",status="200"} 3.0' in scrapes[-1]
+
+
+REPLACED = """
+import shutil, sys
+from pathlib import Path
+from server import metrics
+metrics.LOOK_S = 0.0
+folder = Path(sys.argv[1])
+metrics.prepare(folder)
+metrics.count_as("http-0")
+here = metrics.HttpMetrics()
+
+def count(times):
+    for _ in range(times):
+        here.request("/predict", "imdb", 200, 0.01)
+
+count(5)
+folder.rename(folder.with_name("aside"))
+count(1)
+folder.mkdir()
+count(3)
+body, _ = metrics.exposition(metrics.Live(), "")
+print(body.decode())
+"""
+
+
+def test_counts_go_on_in_a_folder_that_was_made_anew(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REPLACED, str(tmp_path / "metrics")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    line = 'hira_requests_total{adapter="imdb",endpoint="/predict",status="200"} 3.0'
+    assert line in done.stdout

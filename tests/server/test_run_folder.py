@@ -91,7 +91,7 @@ def test_folder_is_on_the_disk_where_memory_has_no_room(
     tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     room = SimpleNamespace(f_bavail=64, f_frsize=1_000_000)
-    monkeypatch.setattr(module.os, "statvfs", lambda _: room)
+    monkeypatch.setattr(os, "statvfs", lambda _: room)
     with run_folder(tmp_path / "run", 64_000_000):
         assert (tmp_path / "run").is_symlink()
     assert caplog.text == ""
@@ -128,6 +128,11 @@ def predict(live: Live) -> int:
     return live.client.post("/predict?adapter=hira-sst2", json={"inputs": "fine"}).status_code
 
 
+def counted(live: Live) -> float:
+    labels = 'adapter="hira-sst2",endpoint="/predict",status="200"'
+    return live.metric(f"hira_requests_total{{{labels}}}")
+
+
 @pytest.mark.http
 def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_death(
     tmp_path: Path,
@@ -135,10 +140,10 @@ def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_d
     with hira(tmp_path / "data") as live:
         pid, place = live.worker_pid, live.folder / "run"
         shutil.rmtree(place.resolve())
-        wait_for((place / "worker-0.json").exists)
-        wait_for(lambda: live.client.get("/health/ready").status_code == 200)
+        wait_for((place / "worker-0.json").exists, 60)
+        wait_for(lambda: live.client.get("/health/ready").status_code == 200, 60)
         assert live.worker_pid == pid, "a worker that lives is not replaced"
-        assert predict(live) == 200
+        wait_for(lambda: predict(live) == 200 and counted(live) > 0, 60)
         shutil.rmtree(place.resolve())
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: (place / "worker-0.json").exists() and live.worker_pid != pid, 60)
