@@ -31,7 +31,7 @@ from adapters.quant import WeightKind
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _FEWEST_WEIGHTS = 1 << 14  # of a layer: below, every strategy takes microseconds
 _MOST_CLASSES = 6
 
@@ -102,7 +102,7 @@ def _shapes(adapted: AdaptedModel) -> dict[ShapeClass, tuple[tuple[int, int], We
 
 def _machine(device: torch.device, dtype: torch.dtype, kinds: list[str]) -> dict[str, Any]:
     """All that the figures depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
@@ -114,7 +114,8 @@ def _machine(device: torch.device, dtype: torch.dtype, kinds: list[str]) -> dict
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

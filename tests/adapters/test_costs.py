@@ -128,7 +128,8 @@ def test_shape_classes_are_powers_of_two() -> None:
 
 # Milliseconds of whole layer calls as they were measured, torch operators alone on two cores: a
 # square layer's width, the rank, adapters x rows each, then fold, expand and kept.
-RECORDED: tuple[tuple[int, int, int, int, dict[Way, float]], ...] = (
+Recorded = tuple[int, int, int, int, dict[Way, float]]
+RECORDED: tuple[Recorded, ...] = (
     (768, 32, 8, 256, {"fold": 8.3, "kept": 6.3}),
     (768, 32, 16, 1, {"fold": 4.7, "expand": 3.3, "kept": 0.83}),
     (2048, 8, 16, 1, {"fold": 17.6, "expand": 5.6, "kept": 6.8}),
@@ -147,10 +148,11 @@ FITTED = {
 AT_MOST = 1.25
 
 
-@pytest.mark.parametrize(("width", "rank", "adapters", "each", "ms"), RECORDED)
+@pytest.mark.parametrize("case", RECORDED)
 def test_predictions_are_near_what_was_recorded(
-    width: int, rank: int, adapters: int, each: int, ms: dict[Way, float]
+    case: Recorded,
 ) -> None:
+    width, rank, adapters, each, ms = case
     for way, recorded in ms.items():
         work = (Rows(each, rank, way == "kept"),) * adapters
         choice = choose((("torch", FITTED[width]),), width * width, work, way)
@@ -159,10 +161,9 @@ def test_predictions_are_near_what_was_recorded(
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
-@pytest.mark.parametrize(("width", "rank", "adapters", "each", "ms"), RECORDED)
-def test_the_choice_is_near_the_best_that_was_recorded(
-    width: int, rank: int, adapters: int, each: int, ms: dict[Way, float], is_kept: bool
-) -> None:
+@pytest.mark.parametrize("case", RECORDED)
+def test_the_choice_is_near_the_best_that_was_recorded(case: Recorded, is_kept: bool) -> None:
+    width, rank, adapters, each, ms = case
     work = (Rows(each, rank, is_kept),) * adapters
     ways = set(choose((("torch", FITTED[width]),), width * width, work).ways)
     (way,) = ways
