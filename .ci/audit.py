@@ -2,7 +2,8 @@
 
 Fails for an advisory that `audit.json` does not list as looked at. Where the service cannot be
 reached it fails for nothing, and says from when the last known state is. `--record` writes what was
-found, with the day, to `audit.json`.
+found, with the day, to `audit.json`: that nothing could be asked, too, so that the file never tells
+of other versions than those in `constraints.txt`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,18 @@ def ask() -> tuple[dict[str, Any] | None, str]:
     return report, ""
 
 
+def record(digest: str, state: str, looked_at: dict[str, str]) -> dict[str, Any]:
+    """Write, and return, what is known from today on of the versions with this digest."""
+    known = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "constraints_sha256": digest,
+        "state": state,
+        "looked_at": looked_at,
+    }
+    KNOWN.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return known
+
+
 def main() -> int:
     known = json.loads(KNOWN.read_text(encoding="utf-8"))
     digest = hashlib.sha256(PINS.read_bytes()).hexdigest()
@@ -53,6 +66,8 @@ def main() -> int:
         print(f"  last known state, of {known['date']}: {known['state']}")
         if known["constraints_sha256"] != digest:
             print("  constraints.txt has changed since")
+            if "--record" in sys.argv[1:]:
+                record(digest, f"not audited: {why}", known["looked_at"])
         return 0
     asked = report["dependencies"]
     skipped = [one["name"] for one in asked if "vulns" not in one]
@@ -68,13 +83,8 @@ def main() -> int:
         print(f"  not known to the service: {', '.join(sorted(skipped))}")
     if "--record" in sys.argv[1:]:
         before = known["looked_at"]
-        known = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "constraints_sha256": digest,
-            "state": state,
-            "looked_at": {one: before.get(one, text) for one, text in advisories.items()},
-        }
-        KNOWN.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        looked_at = {one: before.get(one, text) for one, text in advisories.items()}
+        known = record(digest, state, looked_at)
     fresh = sorted(set(advisories) - set(known["looked_at"]))
     for one in fresh:
         print(f"  {one}: {advisories[one]}")

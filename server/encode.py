@@ -250,7 +250,8 @@ class EncodeLane:
         )
 
     def _forward(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
-        """An output, or the exception that took its place, for each row."""
+        """An output, or the exception that took its place, for each row: what raises is run apart,
+        by adapter and then by halves, until only the rows that are at fault have failed."""
         try:
             with torch.inference_mode():
                 return self._answer(rows, slots)
@@ -258,17 +259,17 @@ class EncodeLane:
             if failures.is_lost(error):
                 raise
             keys = dict.fromkeys(row.key for row in rows)
-            no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if len(keys) > 1:
                 # One adapter alone may be at fault; rows of one adapter are neighbours.
                 log.warning("A batch of %d adapters failed; each is run alone", len(keys))
                 parts = [[row for row in rows if row.key == key] for key in keys]
-            elif no_memory and len(rows) > 1:
+            elif len(rows) > 1:
+                log.warning("%d rows of version %s failed; halves are run", len(rows), rows[0].key)
                 half = len(rows) // 2
                 parts = [list(rows[:half]), list(rows[half:])]
             else:
-                log.exception("Encoding %d rows of version %s failed", len(rows), rows[0].key)
-                return [error.with_traceback(None)] * len(rows)
+                log.exception("Encoding a row of version %s failed", rows[0].key)
+                return [error.with_traceback(None)]
         return [output for part in parts for output in self._forward(part, slots)]
 
     def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
@@ -297,14 +298,8 @@ class EncodeLane:
                 ids=ids[indices],
                 mask=mask[indices],
             )
-            answers: Sequence[Any]
-            try:
-                weights = None if key is None else self._residency.weights(key)
-                answers = self._reader.read(group, weights)
-            except Exception as error:
-                if not failures.is_expected(error):
-                    log.exception("The head of version %s failed", key)
-                answers = [error.with_traceback(None)] * len(indices)
+            weights = None if key is None else self._residency.weights(key)
+            answers = self._reader.read_apart(group, weights)
             for index, answer in zip(indices, answers, strict=True):
                 outputs[index] = answer
         return outputs

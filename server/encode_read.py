@@ -6,8 +6,9 @@ client sees in ``server.postprocess``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from adapters import segments
 from adapters.tasks import HEADED
 from server import postprocess
 from server.base_model import LoadedBase
-from server.encode_failures import TaskMismatch
+from server.encode_failures import TaskMismatch, is_expected, is_lost
 from server.heads import Heads
 from server.images import Images
 from server.messages import EncodeRequest, Task
@@ -24,6 +25,8 @@ from server.text import Text
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,38 @@ class Group:
     mask: torch.Tensor
 
     def each(self, answer: Callable[[int], Any]) -> list[Any]:
-        """The answer, or the NotFinite that took its place, for each row."""
+        """The answer, or the exception that took its place, for each row.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
         found: list[Any] = []
         for index in range(len(self.items)):
             try:
                 found.append(answer(index))
-            except postprocess.NotFinite as error:
-                found.append(error)
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                if not is_expected(error):
+                    log.exception("A row of version %s failed", self.version)
+                found.append(error.with_traceback(None))
         return found
+
+    def halves(self) -> list[Group]:
+        """The group as two, in order."""
+        half = len(self.items) // 2
+        return [self._rows(slice(None, half)), self._rows(slice(half, None))]
+
+    def _rows(self, rows: slice) -> Group:
+        return replace(
+            self,
+            requests=self.requests[rows],
+            items=self.items[rows],
+            hidden=self.hidden[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+            ids=self.ids[rows],
+            mask=self.mask[rows],
+        )
 
 
 class Reader:
@@ -91,6 +118,24 @@ class Reader:
 
     def forget(self, version: str) -> None:
         self._heads.forget(version)
+
+    def read_apart(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+        """``read``, but what it raises takes the place of answers: of all rows where they have it
+        in common, else only of the rows at fault, which are found by halves.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        try:
+            return self.read(group, weights)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            if is_expected(error) or len(group.items) == 1:
+                if not is_expected(error):
+                    log.exception("The head of version %s failed", group.version)
+                return [error.with_traceback(None)] * len(group.items)
+        return [answer for half in group.halves() for answer in self.read_apart(half, weights)]
 
     def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
         """An answer, or an exception of that row's own, for each row of the group.

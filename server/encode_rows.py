@@ -84,7 +84,12 @@ class Rows:
 def inputs_of(base: LoadedBase, options: EngineOptions) -> Text | Images:
     """What turns inputs into what the base takes."""
     if base.takes_images:
-        return Images.load(base.folder, base.config, max_pixels=options.max_image_pixels)
+        return Images.load(
+            base.folder,
+            base.config,
+            max_pixels=options.max_image_pixels,
+            max_request_pixels=options.max_request_pixels,
+        )
     most = base.adapted.signature.max_length
     return Text.load(
         base.folder,

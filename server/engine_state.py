@@ -110,7 +110,13 @@ class Conduct:
         self._versions.pop(request_id, None)
 
     def note(self, events: Sequence[Event]) -> None:
-        """Take note of how requests ended."""
+        """Take note of how the requests of one step ended.
+
+        What they may have in common, such as one forward or one load, is one failure of their
+        version; and none where it has answered another request as well.
+        """
+        answered: set[str] = set()
+        failed: dict[str, str] = {}
         for event in events:
             if isinstance(event, TokenEvent):
                 continue
@@ -118,11 +124,14 @@ class Conduct:
             if version is None:
                 continue
             if not isinstance(event, Failure):
-                self._quarantine.succeeded(version)
+                answered.add(version)
             elif event.code in OWN_FAULTS:
-                reason = f"{event.code}: {event.message}"
-                if self._quarantine.failed(version, reason, time.monotonic()):
-                    log.error("Adapter version %s is quarantined: %s", version, reason)
+                failed[version] = f"{event.code}: {event.message}"
+        for version in answered:
+            self._quarantine.succeeded(version)
+        for version in failed.keys() - answered:
+            if self._quarantine.failed(version, failed[version], time.monotonic()):
+                log.error("Adapter version %s is quarantined: %s", version, failed[version])
 
     def lift(self, version: str) -> None:
         """Try a version again."""

@@ -25,11 +25,12 @@ PROCESSOR_FILE: Final = "preprocessor_config.json"
 ASPECT_MAX: Final = 50
 # Families that fit their positions to the size of the image.
 _ANY_SIZE: Final = frozenset({"dinov2"})
-_DATA_URL: Final = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+# Possessive: texts come from strangers, and a pattern that tries again would take squared time.
+_DATA_URL: Final = re.compile(r"data:image/[a-z0-9.+-]++;base64,", re.IGNORECASE)
 # How the base64 of PNG, JPEG, GIF and WebP files begins.
 _BASE64_STARTS: Final = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 _BASE64_CHARACTERS_MIN: Final = 64
-_BASE64: Final = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/\s]++={0,2}\s*+")
 
 
 class ImageTooLarge(InvalidInput):
@@ -59,24 +60,33 @@ class Images:
         shape: ``(channels, height, width)`` of what it makes of any image.
         tokens: Patches in that.
         max_pixels: Of an image as it arrives.
+        max_request_pixels: Of all images of one request.
     """
 
     def __init__(
-        self, processor: Any, *, shape: tuple[int, int, int], tokens: int, max_pixels: int
+        self,
+        processor: Any,
+        *,
+        shape: tuple[int, int, int],
+        tokens: int,
+        max_pixels: int,
+        max_request_pixels: int,
     ) -> None:
         self.processor = processor
         self.shape = shape
         self.tokens = tokens
         self.max_pixels = max_pixels
+        self.max_request_pixels = max_request_pixels
 
     @classmethod
-    def load(cls, folder: Path, config: Any, *, max_pixels: int) -> Images:
+    def load(cls, folder: Path, config: Any, *, max_pixels: int, max_request_pixels: int) -> Images:
         """Load the processor that lies beside a base, and try it on two images.
 
         Args:
             folder: The base's.
             config: The base's.
             max_pixels: Of an image as it arrives.
+            max_request_pixels: Of all images of one request.
 
         Raises:
             ImageProcessorError: Pillow is not installed, there is no processor, or it makes
@@ -118,7 +128,13 @@ class Images:
             )
         patch_height, patch_width = _pair(config.patch_size)
         tokens = (height // patch_height) * (width // patch_width) + 1
-        return cls(processor, shape=(channels, height, width), tokens=tokens, max_pixels=max_pixels)
+        return cls(
+            processor,
+            shape=(channels, height, width),
+            tokens=tokens,
+            max_pixels=max_pixels,
+            max_request_pixels=max_request_pixels,
+        )
 
     def encode(
         self, images: Sequence[ImageInput], task: Task, *, truncation: bool = False
@@ -132,22 +148,35 @@ class Images:
 
         Raises:
             InvalidInput: Not an image, of a format that is not read, damaged, or as good as a line.
-            ImageTooLarge: More pixels than ``max_pixels``.
+            ImageTooLarge: More pixels than ``max_pixels``, or in all than ``max_request_pixels``.
         """
-        return tuple(self._encode(one, index) for index, one in enumerate(images))
+        # All headers before any pixel: a request that asks for too much costs next to nothing.
+        opened = [self._open(one, index) for index, one in enumerate(images)]
+        pixels = sum(one.size[0] * one.size[1] for one in opened)
+        if pixels > self.max_request_pixels:
+            raise ImageTooLarge(
+                "The images have too many pixels together.",
+                found=f"{pixels} pixels in {len(opened)} images",
+                expected=f"at most {self.max_request_pixels} pixels",
+                fix="Scale them down, or send several requests.",
+            )
+        found: list[EncodedImage] = []
+        while opened:  # each decoded image is let go before the next
+            found.append(self._encode(opened.pop(0), len(found)))
+        return tuple(found)
 
-    def _encode(self, image: ImageInput, index: int) -> EncodedImage:
-        raw = image if isinstance(image, bytes) else _from_text(image, index)
-        opened = self._open(raw, index)
-        found = self.processor(opened, return_tensors="np")["pixel_values"][0]
+    def _encode(self, opened: Any, index: int) -> EncodedImage:
+        upright = self._decoded(opened, index)
+        found = self.processor(upright, return_tensors="np")["pixel_values"][0]
         return EncodedImage(found.astype("<f4").tobytes(), self.shape, self.tokens)
 
-    def _open(self, raw: bytes, index: int) -> Any:
-        """The decoded image, upright, in the base's number of channels."""
+    def _open(self, image: ImageInput, index: int) -> Any:
+        """An image of which no more than the header is read."""
         import io
 
-        from PIL import Image, ImageOps
+        from PIL import Image
 
+        raw = image if isinstance(image, bytes) else _from_text(image, index)
         try:
             opened = Image.open(io.BytesIO(raw), formats=FORMATS)
             width, height = opened.size
@@ -164,6 +193,12 @@ class Images:
                 expected=f"no side longer than {ASPECT_MAX} times the other",
                 fix="Crop the image.",
             )
+        return opened
+
+    def _decoded(self, opened: Any, index: int) -> Any:
+        """The image upright, in the base's number of channels."""
+        from PIL import ImageOps
+
         try:
             upright = ImageOps.exif_transpose(opened)
             return upright.convert("L" if self.shape[0] == 1 else "RGB")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Task = Literal[
     "text-classification",
@@ -20,6 +20,7 @@ Task = Literal[
     "question-answering",
     "image-classification",
 ]
+DEFAULT_WORDS: Final = 5  # of a filled mask
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 

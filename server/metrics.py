@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 BASE_LABEL: Final = "base"
 OTHER_LABEL: Final = "_other"  # no adapter can have this name
-# Every name costs about 90 kB of series in an HTTP process; those beyond share one label.
-MAX_ADAPTER_LABELS: Final = 512
+ADAPTER_BYTES: Final = 90_000  # that the series of one name take, about, for each HTTP process
+SPARE_BYTES: Final = 1_000_000
+MAX_ADAPTER_LABELS: Final = 512  # those beyond share one
 
 REQUEST_SECONDS: Final = (
     0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
@@ -48,20 +49,34 @@ def prepare(folder: Path) -> None:
     os.environ[FOLDER_VARIABLE] = str(folder)
 
 
-def forget_dead(pid: int) -> None:
-    """Let go of what a dead process left that must not be summed any more."""
-    from prometheus_client import multiprocess
+def count_as(role: str) -> None:
+    """From now on this process counts in the files of its role, on top of what is in them.
+
+    By process id, which is prometheus_client's way, every process that dies would leave its files
+    behind for good. Its successor takes them over: they do not add up, and no counter goes back.
+
+    Args:
+        role: No two processes may have the same at one time. Without ``_``.
+    """
+    from prometheus_client import values
 
     if FOLDER_VARIABLE in os.environ:
-        multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+        counting: Any = values.MultiProcessValue(lambda: role)  # type: ignore[no-untyped-call]
+        counting.role = role
+        values.ValueClass = counting
+
+
+def most_bytes(http_processes: int) -> int:
+    """What all files of counts together may come to take."""
+    return http_processes * MAX_ADAPTER_LABELS * ADAPTER_BYTES + SPARE_BYTES
 
 
 class AdapterLabels:
     """Adapter names as label values, at most so many: the rest share one."""
 
-    def __init__(self, most: int = MAX_ADAPTER_LABELS) -> None:
+    def __init__(self, most: int = MAX_ADAPTER_LABELS, seen: Iterable[str] = ()) -> None:
         self._most = most
-        self._seen: set[str] = set()
+        self._seen = set(seen)
 
     def of(self, adapter: str | None) -> str:
         if adapter is None:
@@ -80,7 +95,7 @@ class HttpMetrics:
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
         registry = registry or REGISTRY
-        self._labels = AdapterLabels()
+        self._labels = AdapterLabels(seen=_counted_before())
         self._requests = Counter(
             "hira_requests_total",
             "Requests answered.",
@@ -282,6 +297,21 @@ def adapter_usage() -> dict[str, tuple[int, float | None]]:
                 elif metric.name != "hira_requests":
                     last[adapter] = max(last.get(adapter, 0.0), sample.value)
     return {name: (int(count), last.get(name)) for name, count in counts.items()}
+
+
+def _counted_before() -> set[str]:
+    """Names in the files that this process has taken over."""
+    from prometheus_client import multiprocess, values
+
+    if FOLDER_VARIABLE not in os.environ:
+        return set()
+    role = getattr(values.ValueClass, "role", os.getpid())
+    file = Path(os.environ[FOLDER_VARIABLE], f"counter_{role}.db")
+    if not file.exists():
+        return set()
+    found = multiprocess.MultiProcessCollector.merge([str(file)])  # type: ignore[no-untyped-call]
+    names = {sample.labels.get("adapter") for metric in found for sample in metric.samples}
+    return names - {None, "", BASE_LABEL, OTHER_LABEL}
 
 
 def _stored() -> CollectorRegistry:

@@ -46,6 +46,7 @@ class EngineOptions:
     kv_bytes: int = 256 * MIB
     max_input_tokens: int | None = None  # None: the context of the base
     max_image_pixels: int = 1 << 24  # of an image as it arrives
+    max_request_pixels: int = 1 << 26  # of all images of one request
     allow_prefix_sharing: bool = False
 
     quarantine_failures: int = 5  # of one adapter, in a row

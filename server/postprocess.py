@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from server.messages import EncodedInput
+from server.messages import DEFAULT_WORDS, EncodedInput
 from server.text import Text
 
 Apply = Literal["softmax", "sigmoid", "none"]
 Pooling = Literal["mean", "cls", "last"]
 
-DEFAULT_WORDS = 5  # of a filled mask
 DEFAULT_ANSWERS = 1  # to a question
 ANSWER_TOKENS = 15  # an answer is no longer than this
 _WORD_STRATEGIES = ("first", "average", "max")

@@ -42,6 +42,7 @@ class TokenChooser:
         self.sampled = options.do_sample and options.temperature > 0
         self.penalized = options.repetition_penalty != 1.0
         self._generator: torch.Generator | None = None
+        self._drawn: float | None = None  # for the token that is not noted yet
         self._length = len(prompt)
         self._history = torch.empty(0, dtype=torch.long)
         if self.penalized:
@@ -54,20 +55,28 @@ class TokenChooser:
         return self._history[: self._length]
 
     def note(self, token_id: int) -> None:
-        """Remember a token that was chosen."""
+        """Remember a token that was chosen, and taken: the next one has a number of its own."""
+        self._drawn = None
         if self.penalized and self._length < len(self._history):
             self._history[self._length] = token_id
             self._length += 1
 
     def draw(self) -> float:
-        """The next number of this request's own sequence, in [0, 1)."""
+        """The number of the next token, in the request's own sequence, in [0, 1).
+
+        The same until the token is noted: a step that fails after this, for whatever is in it, is
+        run again and must choose the same.
+        """
+        if self._drawn is not None:
+            return self._drawn
         if self._generator is None:
             self._generator = torch.Generator()
             if self.options.seed is None:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(self.options.seed % (1 << 63))
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        self._drawn = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._drawn
 
 
 def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choice]:
@@ -75,7 +84,7 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
 
     Args:
         logits: [n, vocabulary], of the model, any float dtype; left as they are.
-        choosers: One per row. Each sampled one is asked for one number.
+        choosers: One per row. Each sampled one is asked for the number of its next token.
 
     Returns:
         One choice per row, in order.

@@ -167,6 +167,9 @@ class Settings(BaseSettings):
         None, "Tokens of one input (default: the context of the base).", "Budgets"
     )
     max_image_pixels: Positive = setting(1 << 24, "Pixels of one image as it arrives.", "Budgets")
+    max_request_pixels: Positive = setting(
+        1 << 26, "Pixels of all images of one request as they arrive.", "Budgets"
+    )
     prefix_sharing: bool = setting(False, "Share KV between equal prompt prefixes.", "Budgets")
 
     # Admission
@@ -181,6 +184,9 @@ class Settings(BaseSettings):
     max_inputs: Positive = setting(256, "Inputs of one request.", "Admission")
     max_new_tokens: Positive = setting(4096, "Tokens that one request may generate.", "Admission")
     max_body_bytes: Bytes = setting(8 * MIB, "Size limit of a request body.", "Admission")
+    max_pending_body_bytes: Bytes = setting(
+        256 * MIB, "Bodies of unanswered requests, in one HTTP process.", "Admission"
+    )
     max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = setting(
         32768, "Size limit of a request's line and headers.", "Admission"
     )
@@ -296,6 +302,7 @@ class Settings(BaseSettings):
             kv_bytes=int(self.kv_bytes),
             max_input_tokens=self.max_input_tokens,
             max_image_pixels=self.max_image_pixels,
+            max_request_pixels=self.max_request_pixels,
             allow_prefix_sharing=self.prefix_sharing,
             quarantine_failures=self.quarantine_failures,
             quarantine_s=self.quarantine_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -59,6 +60,28 @@ def test_service_out_of_reach_is_said_and_fails_nothing(
     said = capsys.readouterr().out
     assert "NOT REACHED (no network)" in said
     assert "last known state, of 20" in said
+
+
+def test_what_is_recorded_is_of_the_versions_that_are_pinned(audit: ModuleType) -> None:
+    known = json.loads((ROOT / ".ci" / "audit.json").read_text())
+    digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes()).hexdigest()
+    assert known["constraints_sha256"] == digest, "run: .venv/bin/python .ci/audit.py --record"
+
+
+def test_versions_that_nobody_could_ask_about_are_recorded_as_not_audited(
+    audit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(audit, "ask", lambda: (None, "no network"))
+    monkeypatch.setattr(audit.sys, "argv", ["audit.py", "--record"])
+    before = audit.KNOWN.read_text()
+    audit.main()
+    assert audit.KNOWN.read_text() == before, "the same versions: what is known of them stays"
+    monkeypatch.setattr(audit, "PINS", tmp_path / "constraints.txt")
+    audit.PINS.write_text("a==1.0\n")
+    audit.main()
+    known = json.loads(audit.KNOWN.read_text())
+    assert known["constraints_sha256"] == hashlib.sha256(b"a==1.0\n").hexdigest()
+    assert known["state"] == "not audited: no network"
 
 
 def test_report_that_knows_no_package_is_not_taken_for_a_sound_one(

@@ -12,10 +12,12 @@ import pytest
 
 from loadtests.compare import scores
 from loadtests.compare.ask import classify, cut, likelihood
+from loadtests.compare.measuring import Measured, Served
 from loadtests.compare.plan import METHODS, OWN_RATES, full_plan, quick_plan
 from loadtests.compare.sources import test_rows as rows_of_test
 from loadtests.compare.sources import training_file
-from loadtests.compare.tables import table
+from loadtests.compare.tables import table, write
+from loadtests.compare.training import Trained
 
 PUBLIC = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -117,3 +119,43 @@ def test_no_row_of_the_test_part_is_trained_on(tmp_path: Path) -> None:
 
 def test_a_table_is_markdown() -> None:
     assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_every_figure_stands_in_the_row_of_its_own_task_and_method(tmp_path: Path) -> None:
+    plan = full_plan()
+    report = {"train_rows": 10, "eval_rows": 2, "resident_peak_bytes": 1 << 30}
+    trained = [Trained(task, one, tmp_path, report) for task in plan.tasks for one in METHODS]
+    marks: dict[tuple[str, str], float] = {}
+    measured: dict[str, list[Measured]] = {"SEQ_CLS": [], "CAUSAL_LM": []}
+    for number, one in enumerate(trained):
+        mark = marks[one.task.key, one.method.key] = 0.5 + number / 100
+        names = ("accuracy", "margin", "f1", "rows_per_s", "perplexity", "word_perplexity")
+        figures = dict.fromkeys((*names, "bits_per_byte", "tokens_per_s"), mark)
+        record = {"parameters": number, "bytes": number, "sparsity": 0.0}
+        measured[one.task.kind].append(Measured(one.task.key, one.method.key, record, figures))
+    served = {
+        kind: Served(
+            base=kind,
+            adapters=len(own),
+            rows={task.key: 9 for task in plan.tasks},
+            measured=tuple(own),
+            mixed={},
+            idle_bytes={"worker-0": 1},
+            peak_bytes={"worker": 1, "all processes": 2},
+            load=(0.0, 0.0),
+        )
+        for kind, own in measured.items()
+    }
+    page = write(plan, trained, served, tmp_path, machine={}, command="x")
+    for task in plan.tasks:
+        part = page.split(f"## {task.title}\n")[1].split("\n## ")[0]
+        for method in METHODS:
+            (line,) = (row for row in part.splitlines() if row.startswith(f"| {method.title} |"))
+            mark = marks[task.key, method.key]
+            shown = f"{mark:.2f}" if task.kind == "CAUSAL_LM" else f"{mark:.4f}"
+            assert line.split(" | ")[1].startswith(shown)
+    beside = page.split("## Beside")[1]
+    assert f"| {marks['imdb', 'hira-r8']:.4f} |" in beside
+    assert f"| {marks['sst2', 'qlora-r8']:.4f} |" in beside
+    known = json.loads((tmp_path / "results.json").read_text())
+    assert len(known["trained"]) == len(trained)

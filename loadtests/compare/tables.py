@@ -14,11 +14,19 @@ from loadtests.compare.training import Trained
 
 # As model cards of such adapters print them, with what they were measured on.
 CARDS: Final = (
-    ("accuracy, HiRA, IMDB", "0.9293", "DistilBERT, 67 M parameters; all of IMDB"),
-    ("accuracy, QLoRA, SST-2", "0.9220", "DistilBERT; all of SST-2"),
-    ("samples/s, LoRA, WikiText-2", "181.72", "BERT base on a GPU; the text length is not given"),
-    ("peak memory, LoRA, WikiText-2", "3.09 GB", "of a GPU, in training"),
-    ("model size, LoRA, WikiText-2", "256.10 MB", "the whole model, not the adapter"),
+    ("accuracy, HiRA, IMDB", "0.9293", "DistilBERT; how many rows is not said"),
+    ("accuracy, QLoRA, SST-2", "0.9220", "DistilBERT; how many rows is not said"),
+    (
+        "samples/s, LoRA, WikiText-2",
+        "181.72",
+        "a GPU; texts of unknown length; BERT by name, DistilBERT by its count",
+    ),
+    ("peak memory, LoRA, WikiText-2", "3.09 GB", "of a GPU"),
+    (
+        "model size, LoRA, WikiText-2",
+        "256.10 MB",
+        "67,132,986 float32 numbers: the whole model, not the adapter",
+    ),
     ("perplexity, LoRA and Sparse LoRA, WikiText-2", "N/A", "no figure is given"),
 )
 MIB: Final = 1 << 20
@@ -50,7 +58,7 @@ def write(
         "# HiRA, LoRA, QLoRA and Sparse LoRA on one server",
         f"Made by `{command}`. Every figure of quality and speed below was measured through HTTP, "
         "on one running server for each base, in NF4, with all adapters of that base registered "
-        "at once. Nothing in the tables was typed in.",
+        "at once. Nothing in the tables was typed in but the figures of model cards.",
     ]
     for task in plan.tasks:
         one = served[task.kind]
@@ -58,7 +66,7 @@ def write(
         if task.key in one.mixed:
             parts.append(_mixed(one.mixed[task.key]))
     parts += ["## Memory of the servers", _servers(served)]
-    parts += ["## Beside the figures of model cards", _cards(plan, served)]
+    parts += ["## Beside the figures of model cards", _cards(served)]
     parts += ["## Machine", _machine(machine)]
     page = "\n\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
@@ -88,8 +96,8 @@ def _about(task: Task, plan: Plan, served: Served, trained: Sequence[Trained]) -
     return (
         f"Base `{served.base}`. Trained on {report['train_rows']:,} {what} of at most "
         f"{task.max_tokens} tokens, the same and in the same order for every method; {aside}. "
-        f"{plan.epochs} epochs of batches of 16, weight decay 0.01, linear schedule, warm-up over "
-        f"100 steps or half of all. Learning rate: {rates}. Measured on "
+        f"Passes: {plan.epochs}, in batches of 16, weight decay 0.01, linear schedule, warm-up "
+        f"over 100 steps or half of all. Learning rate: {rates}. Measured on "
         f"{served.rows[task.key]:,} {unit} of the test part."
     )
 
@@ -171,11 +179,8 @@ def _servers(served: Mapping[str, Served]) -> str:
     )
 
 
-def _cards(plan: Plan, served: Mapping[str, Served]) -> str:
-    here = {}
-    for task in plan.tasks:
-        for one in served[task.kind].measured:
-            here[task.key, one.method] = one
+def _cards(served: Mapping[str, Served]) -> str:
+    here = {(one.task, one.method): one for each in served.values() for one in each.measured}
     own = (
         _accuracy(here.get(("imdb", "hira-r8"))),
         _accuracy(here.get(("sst2", "qlora-r8"))),
@@ -190,7 +195,7 @@ def _cards(plan: Plan, served: Mapping[str, Served]) -> str:
     return text + (
         "\n\nWhat differs: here the encoder has 6 layers of width 384 (10.6 M parameters below its "
         "embeddings, DistilBERT 42.5 M) and was trained for sentence similarity, a run sees some "
-        "hundred or thousand rows in place of all of them, texts are cut earlier, and all runs on "
+        "hundred or thousand rows, texts are cut earlier, and all runs on "
         "two CPU cores that other work shared, without a GPU. The figures stand beside each "
         "other, they do not compete."
     )

@@ -68,8 +68,12 @@ class Admission:
             expected = f"at most {token_share}"
         else:
             return
+        raise self.overloaded(found, expected)
+
+    def overloaded(self, found: str, expected: str) -> Refusal:
+        """The refusal of one who comes too many, counted among those who will come back."""
         retry_s = self.retry_after_s()
-        raise Refusal.because(
+        return Refusal.because(
             "overloaded",
             "Too much is waiting already.",
             found=found,

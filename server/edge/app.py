@@ -40,6 +40,7 @@ from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.spec import HiraSpec
 from server.errors import Fault, Refusal
+from server.metrics import count_as
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,7 @@ class HiraServer(LitServer):
         """Life of one HTTP process."""
         number = int(app.response_queue_id)  # type: ignore[attr-defined]
         service = self.service
+        count_as(f"http-{number}")
         service.open()
         self.spec.attach(self.response_buffer)
         await service.dispatcher.start(number, self._get_request_queue(self.spec.api_path))

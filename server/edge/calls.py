@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.edge.dispatch import Dispatcher
 from server.edge.middleware import Exchange, Json
-from server.edge.service import Service, Target
+from server.edge.service import LONG_CHARACTERS, Service, Target
 from server.edge.tickets import Ticket
 from server.errors import Refusal
 from server.messages import (
@@ -34,6 +34,7 @@ from server.messages import (
 
 BASE_VERSION: Final = "base"
 SSE: Final = "text/event-stream"
+T = TypeVar("T")
 
 
 def exchange_of(request: HttpRequest) -> Exchange:
@@ -67,6 +68,44 @@ def check_inputs(count: int, service: Service, field: str = "inputs") -> None:
         )
 
 
+def deadline_of(request: HttpRequest, service: Service) -> float:
+    """When a call must be done, counted from its arrival, as ``time.monotonic()`` counts."""
+    return service.deadline(exchange_of(request).began, request.headers.get("x-timeout-seconds"))
+
+
+async def tokenize(
+    request: HttpRequest,
+    service: Service,
+    characters: int,
+    work: Callable[[], T],
+    field: str = "inputs",
+) -> T:
+    """`Service.tokenize` for a call: within its deadline, and while its client is there.
+
+    Raises:
+        Refusal: What the tokenizer says; overloaded, deadline_exceeded or cancelled.
+    """
+    deadline = deadline_of(request, service)
+    if characters <= LONG_CHARACTERS:
+        return await service.tokenize(characters, work, field, deadline)
+    found = asyncio.ensure_future(service.tokenize(characters, work, field, deadline))
+    left = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((found, left), return_when=asyncio.FIRST_COMPLETED)
+        if found.done():
+            return found.result()
+        raise Refusal.because("cancelled", "The client left.")
+    finally:
+        found.cancel()
+        left.cancel()
+
+
+async def _left(request: HttpRequest) -> None:
+    """Wait until the client leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 @contextmanager
 def watching(
     request: HttpRequest, dispatcher: Dispatcher, tickets: Sequence[Ticket]
@@ -74,8 +113,7 @@ def watching(
     """Cancel the tickets as soon as the client leaves."""
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        await _left(request)
         for ticket in tickets:
             dispatcher.cancel(ticket)
 
@@ -110,7 +148,7 @@ async def encode(
         top_k=top_k,
         options=options or {},
         submitted=time.monotonic(),
-        deadline=service.deadline(request.headers.get("x-timeout-seconds")),
+        deadline=deadline_of(request, service),
     )
     with (
         service.dispatcher.admit(message) as ticket,
@@ -147,7 +185,7 @@ class Generations:
         self.prompts = tuple(token_ids for token_ids, _ in prompts)
         self._stack = ExitStack()
         self.tickets: list[Ticket] = []
-        deadline = service.deadline(request.headers.get("x-timeout-seconds"))
+        deadline = deadline_of(request, service)
         messages: list[Request] = [
             GenerateRequest(
                 id="",

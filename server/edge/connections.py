@@ -1,6 +1,7 @@
 """What one connection may cost: the size of a request's head, and the time a client may take.
 
-uvicorn bounds none of these with its fast parser: a head may be endless or never end, a client that
+uvicorn bounds none of these with its fast parser: a head may be endless or never end, as may the
+trailers of a chunked body, which it adds to the headers of the running request; a client that
 stops reading holds its answer for ever, and connections are as many as come. A head that has
 arrived whole is refused by the `Gate`, which knows how to answer; the others are answered here.
 """
@@ -81,6 +82,7 @@ class Connection(HttpToolsProtocol):
         self._count = count
         self._in_head = True
         self._head_bytes = 0
+        self._framing_bytes = 0  # since the last byte of a body: chunk sizes, trailers
         self._waits_since = math.inf  # monotonic, for a head; inf while a request runs
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -114,10 +116,15 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
+        else:
+            self._framing_bytes += len(data)
         super().data_received(data)
         if self.parser is None or self.transport.is_closing():
             return
-        if self._in_head and self._head_bytes > self._limits.head_bytes:
+        if not self._in_head and self._framing_bytes > self._limits.head_bytes:
+            self._count("head_too_large")
+            self.transport.abort()  # its request runs, or has its answer: there is no other to give
+        elif self._in_head and self._head_bytes > self._limits.head_bytes:
             self._refuse(self._too_large(f"more than {self._limits.head_bytes} bytes"))
         elif self._is_idle():
             # A part of a head, the rest of a body that nobody reads, or empty lines.
@@ -127,9 +134,17 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # else it is a trailer, which nothing here has a use for
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._head_bytes = 0
+        self._head_bytes = self._framing_bytes = 0
         self._stop_awaiting()
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.head_bytes:

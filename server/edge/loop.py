@@ -32,7 +32,7 @@ from server.edge.wire import (
     write_state,
 )
 from server.messages import Event, Message
-from server.metrics import WorkerMetrics
+from server.metrics import WorkerMetrics, count_as
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class _Pump:
         self.transport = transport
         self.epoch = f"{os.getpid()}-{time.time_ns()}"
         self.started = time.time()
+        count_as(f"worker-{worker}")
         self.metrics = WorkerMetrics()
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
@@ -204,25 +205,23 @@ class _Pump:
 
     def _keep_beating(self) -> None:
         while not self.ending.wait(BEAT_S):
-            try:
-                self._beat()
-            except Exception:  # a full disk must not end the beat for good
-                logger.exception("The worker's state could not be written")
+            self._beat()
 
     def _beat(self) -> None:
         began = self.step_began
-        write_state(
-            self.run_dir,
-            WorkerState(
-                worker=self.worker,
-                epoch=self.epoch,
-                pid=os.getpid(),
-                started=self.started,
-                beat=time.monotonic(),
-                busy_s=time.monotonic() - began if began else 0.0,
-                snapshot=self.snapshot,
-            ),
+        state = WorkerState(
+            worker=self.worker,
+            epoch=self.epoch,
+            pid=os.getpid(),
+            started=self.started,
+            beat=time.monotonic(),
+            busy_s=time.monotonic() - began if began else 0.0,
+            snapshot=self.snapshot,
         )
+        try:
+            write_state(self.run_dir, state)
+        except Exception:  # a full disk, a folder that is gone: neither may end the beat for good
+            logger.exception("The worker's state could not be written")
 
     def _abandon(self, what: str) -> None:
         logger.error("LitServe's %s is gone; the worker ends", what)

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.edge.bodies import HeldBody
 from server.edge.connections import HEAD_FAULT
 from server.edge.service import Service
 from server.errors import PROBLEM_TYPE, Refusal
@@ -32,6 +33,7 @@ access_logger = logging.getLogger("server.access")
 QUERY_BYTES: Final = 4096
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 INFERENCE: Final = frozenset({"/predict", "/embed", "/generate", "/generate_stream"})
+UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
 PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
 # As ASGI has headers: they go out with every response, so they are not made anew for each.
 SAFE_HEADERS: Final = (
@@ -114,12 +116,17 @@ class Gate:
                 self._add_headers(scope, exchange, message)
             await send(message)
 
+        held = self.service.bodies.hold()
         try:
-            uploads = scope["path"].startswith("/admin/")
+            # An upload goes to disk as it comes; everything else is held in memory.
+            form = headers.get("content-type", "").startswith("multipart/")
+            uploads = form and scope["path"] == UPLOADS and scope["method"] == "POST"
             limit = self._limit(scope, headers, uploads=uploads)
             self._admit(scope, headers)
-            patience_s = self.service.settings.client_timeout_s
-            await self.app(scope, _bounded(receive, limit, patience_s, uploads=uploads), finish)
+            bounded = self._bounded(receive, limit, None if uploads else held)
+            if not uploads:
+                self._hold(held, _stated_bytes(headers))
+            await self.app(scope, bounded, finish)
         except Refusal as refusal:
             await error_response(scope, refusal)(scope, receive, finish)
         except ClientDisconnect:
@@ -136,6 +143,7 @@ class Gate:
             )
             await error_response(scope, failed)(scope, receive, finish)
         finally:
+            held.release()
             self._note(scope, exchange)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
@@ -164,10 +172,54 @@ class Gate:
                 found=f"{len(scope['query_string'])} bytes",
                 expected=f"at most {QUERY_BYTES}",
             )
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > limit:
+        length = _stated_bytes(headers)
+        if length > limit:
             raise too_large(limit, uploads=uploads, found=f"{length} bytes")
         return limit
+
+    def _hold(self, held: HeldBody, size_bytes: int) -> None:
+        most = int(self.service.settings.max_pending_body_bytes)
+        held.grow(size_bytes, most, self.service.dispatcher.admission)
+
+    def _bounded(self, receive: Receive, limit: int, held: HeldBody | None) -> Receive:
+        """Count the body as it comes, and give it up when it is too large or too slow.
+
+        The patience is for the whole of a body; for every piece of an upload, which may be
+        gigabytes, and of which nothing is held.
+        """
+        patience_s = self.service.settings.client_timeout_s
+        taken, complete = 0, False
+        began = time.monotonic()
+
+        async def bounded() -> Message:
+            nonlocal taken, complete
+            if complete:
+                # The endpoint waits for the client to leave: as long as it likes.
+                return await receive()
+            left_s = max(0.0, began + patience_s - time.monotonic()) if held else patience_s
+            try:
+                async with asyncio.timeout(left_s):
+                    message = await receive()
+            except TimeoutError:
+                refusal = Refusal.because(
+                    "body_too_slow",
+                    "The body did not arrive in time.",
+                    expected=f"{patience_s:g} s",
+                    headers={"Connection": "close"},
+                )
+                raise BodyRefused(refusal) from None
+            taken += len(message.get("body", b""))
+            if taken > limit:
+                raise BodyRefused(too_large(limit, uploads=held is None))
+            if held is not None:
+                try:
+                    self._hold(held, taken)
+                except Refusal as refusal:
+                    raise BodyRefused(refusal) from None
+            complete = not message.get("more_body", False)
+            return message
+
+        return bounded
 
     def _add_headers(self, scope: Scope, exchange: Exchange, message: Message) -> None:
         headers = list(message.get("headers", ()))
@@ -213,43 +265,15 @@ def too_large(limit: int, *, uploads: bool, found: str | None = None) -> Refusal
     )
 
 
+def _stated_bytes(headers: Headers) -> int:
+    """How long a body says that it is; 0 where it does not."""
+    length = headers.get("content-length", "")
+    return int(length) if length.isdigit() else 0
+
+
 def _adapter_of(query: bytes) -> str | None:
     """The adapter that a query names, or None where it names none or several."""
     if b"adapter=" not in query:
         return None
     names = [value for name, value in parse_qsl(query.decode("latin-1")) if name == "adapter"]
     return names[0] if len(names) == 1 else None
-
-
-def _bounded(receive: Receive, limit: int, patience_s: float, *, uploads: bool) -> Receive:
-    """Count the body as it comes, and give it up when it is too large or too slow.
-
-    The patience is for the whole of a body; for every piece of an upload, which may be gigabytes.
-    """
-    taken, complete = 0, False
-    began = time.monotonic()
-
-    async def bounded() -> Message:
-        nonlocal taken, complete
-        if complete:
-            # The endpoint waits for the client to leave: as long as it likes.
-            return await receive()
-        left_s = patience_s if uploads else max(0.0, began + patience_s - time.monotonic())
-        try:
-            async with asyncio.timeout(left_s):
-                message = await receive()
-        except TimeoutError:
-            refusal = Refusal.because(
-                "body_too_slow",
-                "The body did not arrive in time.",
-                expected=f"{patience_s:g} s",
-                headers={"Connection": "close"},
-            )
-            raise BodyRefused(refusal) from None
-        taken += len(message.get("body", b""))
-        if taken > limit:
-            raise BodyRefused(too_large(limit, uploads=uploads))
-        complete = not message.get("more_body", False)
-        return message
-
-    return bounded

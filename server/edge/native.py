@@ -18,9 +18,11 @@ from server.edge.calls import (
     json_response,
     sse,
     target_headers,
+    tokenize,
 )
 from server.edge.posted import Posted, posted
 from server.edge.service import LONG_CHARACTERS, Service, Target
+from server.edge.words import check_words
 from server.errors import Refusal
 from server.images import Images, looks_like_image
 from server.messages import (
@@ -81,10 +83,17 @@ class Native:
         target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
         exchange_of(request).adapter = target.adapter
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
-        options = await self._predict_options(body.parameters, target)
+        options = await self._predict_options(request, body.parameters, target)
         inputs = await self._encoded(
-            body.inputs, sent.files, target.task, truncation=body.parameters.truncation
+            request, body.inputs, sent.files, target.task, truncation=body.parameters.truncation
         )
+        if target.task == "fill-mask":
+            check_words(
+                inputs,
+                service.base.texts,
+                top_k=body.parameters.top_k,
+                targets=options.get("targets"),
+            )
         result = await encode(
             request,
             service,
@@ -112,7 +121,7 @@ class Native:
         exchange_of(request).adapter = target.adapter
         parameters = body.parameters
         inputs = await self._encoded(
-            body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
+            request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
         )
         options: dict[str, Any] = {"normalize": parameters.normalize}
         if parameters.pooling is not None:
@@ -173,6 +182,7 @@ class Native:
 
     async def _encoded(
         self,
+        request: Request,
         given: Any,
         files: tuple[bytes, ...] | None,
         task: Task,
@@ -182,6 +192,7 @@ class Native:
         """Token ids of texts, or pixels of images.
 
         Args:
+            request: The call.
             given: The body's ``inputs``.
             files: Uploaded in place of them, or None.
 
@@ -206,13 +217,13 @@ class Native:
                 fix="Ask a server whose base is a vision transformer.",
                 field="inputs",
             )
-        found: tuple[Encoded, ...] = await service.tokenize(
-            length, lambda: encoder.encode(inputs, task, truncation=truncation)
+        found: tuple[Encoded, ...] = await tokenize(
+            request, service, length, lambda: encoder.encode(inputs, task, truncation=truncation)
         )
         return found
 
     async def _predict_options(
-        self, parameters: PredictParameters, target: Target
+        self, request: Request, parameters: PredictParameters, target: Target
     ) -> dict[str, Any]:
         options: dict[str, Any] = {}
         for name, tasks in TASK_PARAMETERS.items():
@@ -231,7 +242,9 @@ class Native:
         words = options.get("targets")
         if words is not None:
             text = self.service.base.texts
-            options["targets"] = await self.service.tokenize(
+            options["targets"] = await tokenize(
+                request,
+                self.service,
                 sum(len(str(word)) for word in words),
                 lambda: text.targets(words),
                 "parameters.targets",
@@ -246,7 +259,9 @@ class Native:
         target = service.target(names, GENERATE_TASKS, "/generate")
         exchange_of(request).adapter = target.adapter
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
-        token_ids = await service.tokenize(
+        token_ids = await tokenize(
+            request,
+            service,
             len(body.inputs),
             lambda: service.base.texts.encode_prompt(
                 body.inputs,

@@ -20,6 +20,7 @@ from server.edge.calls import (
     exchange_of,
     json_response,
     target_headers,
+    tokenize,
 )
 from server.edge.native import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
 from server.edge.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
@@ -72,7 +73,7 @@ class OpenAI:
         check_new_tokens(wanted, self.service, "max_tokens")
         scores = bool(body.echo) and (body.logprobs is not None or wanted == 0)
         _check_scoring(body, wanted, scores=scores)
-        prompts = await self._prompts(body.prompt, wanted)
+        prompts = await self._prompts(request, body.prompt, wanted)
         spell = self.service.base.texts.spell
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
@@ -105,7 +106,9 @@ class OpenAI:
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             check_new_tokens(asked, self.service, limit)
         # Without a limit: what is left of the context, so that a long conversation is not refused.
-        prompt = await self.service.tokenize(
+        prompt = await tokenize(
+            request,
+            self.service,
             sum(len(message["content"]) for message in messages),
             lambda: text.encode_chat(messages, max_new_tokens=asked or 1),
             "messages",
@@ -131,7 +134,9 @@ class OpenAI:
         if isinstance(given, str) or (given and isinstance(given[0], str)):
             texts = [given] if isinstance(given, str) else [str(one) for one in given]
             check_inputs(len(texts), service, "input")
-            inputs = await service.tokenize(
+            inputs = await tokenize(
+                request,
+                service,
                 sum(map(len, texts)),
                 lambda: service.base.inputs.encode(
                     texts, "feature-extraction", truncation=truncation
@@ -238,7 +243,7 @@ class OpenAI:
         }
 
     async def _prompts(
-        self, prompt: str | list[str] | list[int] | list[list[int]], wanted: int
+        self, request: Request, prompt: str | list[str] | list[int] | list[list[int]], wanted: int
     ) -> list[tuple[int, ...]]:
         text = self.service.base.texts
         if isinstance(prompt, str):
@@ -249,7 +254,9 @@ class OpenAI:
             most = text.max_tokens
             return self._token_lists(prompt, "prompt", most, room=wanted)
         check_inputs(len(texts), self.service, "prompt")
-        return await self.service.tokenize(
+        return await tokenize(
+            request,
+            self.service,
             sum(map(len, texts)),
             lambda: [text.encode_prompt(one, max_new_tokens=wanted) for one in texts],
             "prompt",

@@ -71,7 +71,12 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
         inputs: Text | Images
         prompts: Text | None = None
         if plan.takes_images:
-            inputs = Images.load(plan.folder, plan.config, max_pixels=settings.max_image_pixels)
+            inputs = Images.load(
+                plan.folder,
+                plan.config,
+                max_pixels=settings.max_image_pixels,
+                max_request_pixels=settings.max_request_pixels,
+            )
         else:
             limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
             vocabulary = signature.vocab_size or None

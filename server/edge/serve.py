@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from server.edge.admin import Admin, admin_routes
 from server.edge.api import ENGINE
 from server.edge.keys import admin_key
 from server.edge.run import banner, run_service
+from server.edge.run_folder import RunFolder, run_folder
 from server.edge.service import Service
 from server.edge.supervise import StartFailed
 from server.edge.wire import read_state
@@ -32,7 +32,6 @@ from server.settings import Settings
 
 LOCK_FILE: Final = "server.lock"
 COLLECT_S: Final = 60.0
-MEMORY_DIR: Final = "/dev/shm"
 
 logger = logging.getLogger(__name__)
 
@@ -61,38 +60,55 @@ def serve(
         staging = settings.data_dir / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(mode=0o700)
-        _make_run_dir(settings.run_dir)
-        metrics.prepare(settings.metrics_dir)
         logs.configure(settings.log_level, access=settings.access_log)
-        place, name, adapters = prepare.chosen(settings)
-        base = prepare.load_base(settings, place, name)
-        _, key_file = admin_key(settings.admin_key, settings.data_dir)
-        store = Store(
-            settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
-        )
-        try:
-            with database_faults(settings.database):
-                registry = Registry(settings.database, store)
-                registry.check()
-        except RegistryUnusable as error:
-            raise StartFailed(str(error)) from None
-        prepare.register(registry, base, adapters, settings)
-        service = Service(settings, base, registry, reload)
-        registry.close()  # what is forked from here on must open its own
+        need_bytes = metrics.most_bytes(settings.api_processes)
+        with run_folder(settings.run_dir, need_bytes) as folder:
+            _serve_in(folder, settings, reload=reload, say=say, engine=engine)
 
-        def ready() -> None:
-            for line in banner(service, key_file):
-                say(line)
 
-        run_service(
-            service,
-            admin_routes(Admin(service)),
-            base=place,
-            engine=engine,
-            on_ready=ready,
-            upkeep=Collector(service).look,
-        )
-        _remove_run_dir(settings.run_dir)
+def _serve_in(
+    folder: RunFolder,
+    settings: Settings,
+    *,
+    reload: Callable[[], Settings],
+    say: Callable[[str], None],
+    engine: str,
+) -> None:
+    metrics.prepare(settings.metrics_dir)
+    place, name, adapters = prepare.chosen(settings)
+    base = prepare.load_base(settings, place, name)
+    _, key_file = admin_key(settings.admin_key, settings.data_dir)
+    store = Store(
+        settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
+    )
+    try:
+        with database_faults(settings.database):
+            registry = Registry(settings.database, store)
+            registry.check()
+    except RegistryUnusable as error:
+        raise StartFailed(str(error)) from None
+    prepare.register(registry, base, adapters, settings)
+    service = Service(settings, base, registry, reload)
+    registry.close()  # what is forked from here on must open its own
+    collector = Collector(service)
+
+    def ready() -> None:
+        for line in banner(service, key_file):
+            say(line)
+
+    def upkeep() -> None:
+        if folder.restore():
+            settings.metrics_dir.mkdir()
+        collector.look()
+
+    run_service(
+        service,
+        admin_routes(Admin(service)),
+        base=place,
+        engine=engine,
+        on_ready=ready,
+        upkeep=upkeep,
+    )
 
 
 class Collector:
@@ -115,28 +131,6 @@ class Collector:
         except (AdapterError, OSError) as error:
             # In the main process: a registry that is locked for a while must not end the server.
             logger.error("Versions that nobody names were not collected: %s", error)
-
-
-def _make_run_dir(place: Path) -> None:
-    """An empty folder for the state of running processes, in memory where the system allows it.
-
-    Metrics are in sparse files that are mapped into memory: on a disk that is full, the kernel ends
-    whoever touches a new page of one. Nothing in this folder needs to outlive the server.
-    """
-    _remove_run_dir(place)
-    try:
-        place.symlink_to(tempfile.mkdtemp(prefix="hira-run-", dir=MEMORY_DIR))
-    except OSError:  # no such folder, or not for us
-        place.mkdir(mode=0o700)
-
-
-def _remove_run_dir(place: Path) -> None:
-    """Also what a server that was killed left behind."""
-    if place.is_symlink():
-        shutil.rmtree(place.readlink(), ignore_errors=True)
-        place.unlink()
-    else:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from adapters.errors import AdapterError
+from server.edge.bodies import BodyBudget
 from server.edge.dispatch import Dispatcher
+from server.edge.encoders import Encoders, EncodersFull
 from server.edge.keys import Keyring, admin_key
 from server.edge.shared import SharedLoad
 from server.edge.tickets import Bounds
@@ -54,6 +56,7 @@ RELOADABLE: Final = (
     "max_inputs",
     "max_new_tokens",
     "max_body_bytes",
+    "max_pending_body_bytes",
     "max_upload_bytes",
     "max_queue_requests",
     "max_queue_tokens",
@@ -144,6 +147,7 @@ class Service:
         self.dispatcher = Dispatcher(
             self.load, bounds_of(settings), settings.api_processes, settings.run_dir
         )
+        self.bodies = BodyBudget()
         self.metrics: HttpMetrics | None = None
         self.started = time.time()
         self.read_settings = reload
@@ -151,14 +155,14 @@ class Service:
         self.keys = self._keyring()
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
         # Not asyncio's default threads: LitServe's response task lives there and must never wait.
-        self._encoders: ThreadPoolExecutor | None = None
+        self._encoders: Encoders | None = None
         self._workers: ThreadPoolExecutor | None = None
 
     def open(self) -> None:
         """Take up service in an HTTP process: threads, metrics and connections of its own."""
         self.registry.reopen()
         self.metrics = HttpMetrics()
-        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._encoders = Encoders()
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="admin")
         self.dispatcher.on_event = self._count
 
@@ -168,9 +172,10 @@ class Service:
             self.metrics.refusal(code)
 
     def close(self) -> None:
-        for pool in (self._encoders, self._workers):
-            if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+        if self._encoders is not None:
+            self._encoders.close()
+        if self._workers is not None:
+            self._workers.shutdown(wait=False, cancel_futures=True)
         self.registry.close()
 
     def refresh(self) -> None:
@@ -209,24 +214,37 @@ class Service:
         """Run something slow off the event loop, on threads of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
-    async def tokenize(self, characters: int, work: Callable[[], T], field: str = "inputs") -> T:
+    async def tokenize(
+        self, characters: int, work: Callable[[], T], field: str, deadline: float
+    ) -> T:
         """Run the tokenizer: at once for short texts, off the event loop for long ones.
 
         Args:
             characters: How long the texts are in all.
             work: What to run.
             field: Where the body has the texts, for an error.
+            deadline: Of the request, as ``time.monotonic()`` counts.
 
         Raises:
-            Refusal: In the tokenizer's words.
+            Refusal: In the tokenizer's words; overloaded or deadline_exceeded.
         """
         try:
             if characters <= LONG_CHARACTERS:
                 return work()
-            return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+            assert self._encoders is not None
+            most = max(1, self.settings.max_queue_requests // self.settings.api_processes)
+            return await self._encoders.run(work, deadline=deadline, most=most)
         except TextError as error:
             fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
             raise Refusal((fault,)) from None
+        except EncodersFull as error:
+            raise self.dispatcher.admission.overloaded(str(error), f"at most {most}") from None
+        except TimeoutError:
+            raise Refusal.because(
+                "deadline_exceeded",
+                "The deadline passed before the inputs were encoded.",
+                fix="Ask for less, allow more time, or send fewer requests at once.",
+            ) from None
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The registry's record of an adapter.
@@ -296,10 +314,11 @@ class Service:
             )
         return Target(name, record.version, cast(Task, record.task))
 
-    def deadline(self, asked: str | None) -> float:
-        """When a request that starts now must be done, as ``time.monotonic()`` counts.
+    def deadline(self, began: float, asked: str | None) -> float:
+        """When a request must be done, as ``time.monotonic()`` counts.
 
         Args:
+            began: When its head arrived, on the same clock.
             asked: The client's ``X-Timeout-Seconds``.
 
         Raises:
@@ -319,7 +338,7 @@ class Service:
                     expected=f"seconds above 0, at most {self.settings.max_timeout_s:g}",
                     field="X-Timeout-Seconds",
                 )
-        return time.monotonic() + seconds
+        return began + seconds
 
     def _bare_base(self, tasks: Collection[Task], verb: str, field: str) -> Target:
         if verb in {"/embed", "/v1/embeddings"}:

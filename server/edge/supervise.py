@@ -18,14 +18,13 @@ from typing import Any, Final
 from server.edge.app import HiraServer
 from server.edge.shared import Phase
 from server.edge.wire import fault_path, read_state, state_path, stopping_path
-from server.metrics import forget_dead
 from server.settings import SettingsFault
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 LOOK_S: Final = 0.25
-HEALTHY_S: Final = 60.0  # a worker that ran so long starts afresh with its pauses
+HEALTHY_S: Final = 20.0  # a worker that ran so long starts afresh with its pauses
 PAUSE_MAX_S: Final = 60.0
 # A process killed while it waits in LitServe's response queue leaves that wait behind in the
 # queue's process: for the rest of its second it swallows what was meant for the successor.
@@ -44,7 +43,7 @@ class Supervisor:
     Args:
         server: Whose processes these are.
         on_ready: Called once, when the first worker answers.
-        upkeep: Called about once a second.
+        upkeep: Called about once a second, before anything is started anew.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class Supervisor:
         self._reload = False
         self._was_ready = False
         self._ready_epoch: str | None = None
+        self._heard_at = 0.0  # the beat of the last state that was read
         self._worker_started = time.monotonic()
         self._failed_starts = 0
         self._killed_because: str | None = None
@@ -85,6 +85,7 @@ class Supervisor:
             StartFailed: The first worker could not be set up, or workers die one after another.
         """
         while not self._stop_signals:
+            self._upkeep()  # first: whoever is started needs the run folder
             self._kill_hung(http)
             self._check_worker()
             self._check_http(http)
@@ -92,7 +93,6 @@ class Supervisor:
             if self._reload:
                 self._reload = False
                 self._try_reload()
-            self._upkeep()
             self._sleep(http)
         self._drain()
 
@@ -127,7 +127,6 @@ class Supervisor:
         self._look_for_ready(worker)  # also of a dead one: it may have been ready in between
         if worker.is_alive():
             return
-        forget_dead(worker.pid)
         reason = self._why(worker)
         state_path(self.settings.run_dir, 0).unlink(missing_ok=True)
         became_ready = self._ready_epoch is not None
@@ -154,11 +153,16 @@ class Supervisor:
         limit_s = self.settings.hang_s
         (worker,) = self.server.inference_workers
         state = read_state(self.settings.run_dir)
-        if state is not None and state.pid == worker.pid and worker.is_alive():
-            silent_s = time.monotonic() - state.beat
+        if state is not None and state.pid != worker.pid:
+            state = None  # of the worker before
+        if state is not None:
+            self._heard_at = state.beat
+        if self._ready_epoch is not None and worker.is_alive():
+            # A state that is gone after the worker was ready is silence as well.
+            silent_s = time.monotonic() - self._heard_at
             if silent_s > limit_s:
                 self._kill(worker, f"no sign of life for {silent_s:.0f} s")
-            elif state.busy_s > self.settings.max_step_s:
+            elif state is not None and state.busy_s > self.settings.max_step_s:
                 self._kill(worker, f"one step has taken {state.busy_s:.0f} s")
         for number, child in http.items():
             silent_s = self.load.silent_s(number)
@@ -179,6 +183,7 @@ class Supervisor:
         if state is None or state.pid != worker.pid:
             return
         self._ready_epoch = state.epoch
+        self._heard_at = state.beat
         if not self._was_ready:
             self._was_ready = True
             self._on_ready()
@@ -213,8 +218,6 @@ class Supervisor:
             if child.is_alive() or self._stop_signals:
                 continue
             if number not in self._http_restart_at:
-                assert child.pid is not None
-                forget_dead(child.pid)
                 logger.error("HTTP process %d died (status %s)", number, child.exitcode)
                 self.load.forget(number)
                 self._http_restart_at[number] = now + HTTP_PAUSE_S
@@ -248,4 +251,7 @@ class Supervisor:
         self.load.phase = Phase.STOPPING
         if self.load.requests():
             time.sleep(0.6)  # the dispatchers see it within a tick and answer
-        stopping_path(self.settings.run_dir).touch()
+        try:
+            stopping_path(self.settings.run_dir).touch()
+        except OSError as error:  # the run folder is gone: the worker ends when it is idle
+            logger.error("The worker cannot be told that the drain is over: %s", error)

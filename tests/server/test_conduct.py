@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save
 
 from server.demo import ADAPTERS_DIR
 from server.engine import Engine
+from server.engine_state import Conduct
 from server.errors import Refusal
-from server.messages import Event, Failure, Lift
+from server.messages import EncodeRequest, EncodeResult, Event, Failure, Lift
 from tests.server import tiny_bases
 from tests.server.live import hira
 from tests.server.test_engine import World, by_id, outputs, preload, world
@@ -70,6 +71,36 @@ def test_adapter_that_keeps_failing_is_quarantined_alone_until_it_is_lifted(
     engine.submit(Lift(bad))
     assert engine.snapshot().quarantined == {}
     assert outputs(ask("mood", 11)) == good
+
+
+def conduct_of(*requests: str) -> Conduct:
+    """Of which these requests of one version run; three failures in a row are too many."""
+    conduct = Conduct(3, 60.0)
+    for request in requests:
+        assert conduct.admit(running(request)) is None
+    return conduct
+
+
+def running(request: str) -> EncodeRequest:
+    return EncodeRequest(request, "feature-extraction", "mood", "v", ())
+
+
+def test_one_fault_that_many_requests_share_is_one_failure() -> None:
+    conduct = conduct_of(*"abcdefg")
+    conduct.note([Failure(one, "internal", "The forward failed.") for one in "abcde"])
+    assert conduct.quarantined() == {}
+    conduct.note([Failure("f", "internal", "The forward failed.")])
+    assert conduct.quarantined() == {}
+    conduct.note([Failure("g", "internal", "The forward failed.")])
+    assert set(conduct.quarantined()) == {"v"}
+
+
+def test_a_version_that_answers_in_the_same_step_has_not_failed() -> None:
+    conduct = conduct_of(*"abcdef")
+    for good, bad in ("ab", "cd", "ef"):
+        result = EncodeResult(good, ((0.0,),), "v", 1, 0.0, 0.0)
+        conduct.note([result, Failure(bad, "internal", "The forward failed.")])
+    assert conduct.quarantined() == {}
 
 
 @pytest.mark.http

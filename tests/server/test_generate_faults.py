@@ -83,6 +83,31 @@ def test_a_request_whose_step_fails_fails_alone(monkeypatch: pytest.MonkeyPatch)
     assert nothing_is_held(stage)
 
 
+def test_a_neighbour_that_fails_after_the_draw_changes_no_seeded_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampling = {"do_sample": True, "temperature": 5.0, "ignore_eos": True}
+    asked = [(prompt, 100 + i) for i, prompt in enumerate(prompts(4, 20, seed=6))]
+
+    def answers(stage: Stage) -> dict[str, list[int]]:
+        return {one.id: ids_of(one) for one in stage.drain() if one.id != "bad"}
+
+    quiet, stage = Stage(), Stage()
+    for prompt, seed in asked:
+        quiet.submit("a", prompt, seed=seed, id=f"{seed}", **sampling)
+        stage.submit("a", prompt, seed=seed, id=f"{seed}", **sampling)
+
+    def explode(logits: torch.Tensor, choosers: list[Any]) -> list[Choice]:
+        made = choose(logits, choosers)
+        if any(one.options.seed == 666 for one in choosers):
+            raise RuntimeError("this one")
+        return made
+
+    monkeypatch.setattr(generate_batch, "choose", explode)
+    stage.submit("a", [5, 6, 7], seed=666, id="bad", **sampling)
+    assert answers(stage) == answers(quiet)
+
+
 def test_a_lost_device_ends_the_engine_and_not_its_requests_one_by_one() -> None:
     stage = Stage()
 

@@ -112,9 +112,10 @@ folder.mkdir()
 (folder / "counter_1.db").write_text("left over")
 metrics.prepare(folder)
 children = []
-for _ in range(3):
+for number in range(3):
     pid = os.fork()
     if pid == 0:
+        metrics.count_as(f"http-{number}")
         here = metrics.HttpMetrics()
         for _ in range(5):
             here.request("/predict", "imdb", 200, 0.01)
@@ -122,7 +123,6 @@ for _ in range(3):
     children.append(pid)
 for pid in children:
     os.waitpid(pid, 0)
-    metrics.forget_dead(pid)
 body, kind = metrics.exposition(metrics.Live(), "")
 print(kind)
 print(body.decode())
@@ -141,3 +141,43 @@ def test_counts_of_all_processes_are_summed_and_left_overs_removed(tmp_path: Pat
     line = 'hira_requests_total{adapter="imdb",endpoint="/predict",status="200"} 15.0'
     assert line in done.stdout
     assert done.stdout.startswith("text/plain")
+
+
+CRASHES = """
+import os, sys
+from pathlib import Path
+from server import metrics
+folder = Path(sys.argv[1])
+metrics.prepare(folder)
+for crash in range(4):
+    pid = os.fork()
+    if pid == 0:
+        metrics.count_as("http-0")
+        here = metrics.HttpMetrics()
+        here._labels._most = 2
+        here.request("/predict", "imdb", 200, 0.01)
+        here.request("/predict", f"name-{crash}", 200, 0.01)
+        os._exit(1)
+    os.waitpid(pid, 0)
+    body, _ = metrics.exposition(metrics.Live(), "")
+    print([one for one in body.decode().splitlines() if one.startswith("hira_requests_total")])
+print(sorted(one.name for one in folder.iterdir()))
+"""
+
+
+def test_successor_of_a_dead_process_counts_on_in_its_files(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHES, str(tmp_path / "metrics")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    *scrapes, files = done.stdout.splitlines()
+    for crash, lines in enumerate(scrapes, 1):
+        assert f'adapter="imdb",endpoint="/predict",status="200"}} {crash}.0' in lines
+    assert files == "['counter_http-0.db', 'gauge_max_http-0.db', 'histogram_http-0.db']"
+    assert 'adapter="name-0"' in scrapes[-1]
+    assert 'adapter="name-1"' not in scrapes[-1], "the bound is of all that have been one role"
+    assert 'adapter="_other",endpoint="/predict",status="200"} 3.0' in scrapes[-1]

@@ -112,16 +112,31 @@ def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
         one = choose(logits[2:3], [alone])[0]
         many = choose(logits, [*others[:2], crowded, *others[2:]])[2]
         assert one.token_id == many.token_id
+        for chooser in (alone, crowded, *others):
+            chooser.note(one.token_id)
+
+
+def test_a_choice_that_is_made_again_is_the_same_until_its_token_is_taken() -> None:
+    logits = torch.zeros(1, 1000)
+    options = SamplingOptions(do_sample=True, seed=7)
+    once, again = TokenChooser(options, [1]), TokenChooser(options, [1])
+    for _ in range(10):
+        token = choose(logits, [once])[0].token_id
+        choose(logits, [again])  # of a step that failed after it
+        assert choose(logits, [again])[0].token_id == token
+        once.note(token)
+        again.note(token)
 
 
 def test_without_a_seed_two_requests_differ() -> None:
     logits = torch.zeros(1, 1000)
     sampled = SamplingOptions(do_sample=True)
     first, second = TokenChooser(sampled, [1]), TokenChooser(sampled, [1])
-    pairs = [
-        (choose(logits, [first])[0].token_id, choose(logits, [second])[0].token_id)
-        for _ in range(8)
-    ]
+    pairs = []
+    for _ in range(8):
+        pairs.append([choose(logits, [one])[0].token_id for one in (first, second)])
+        first.note(pairs[-1][0])
+        second.note(pairs[-1][1])
     assert any(a != b for a, b in pairs)
 
 
@@ -131,7 +146,9 @@ def test_draws_follow_the_distribution() -> None:
     chooser = TokenChooser(SamplingOptions(do_sample=True, seed=3), [1])
     counts = torch.zeros(12)
     for _ in range(4000):
-        counts[choose(logits, [chooser])[0].token_id] += 1
+        token = choose(logits, [chooser])[0].token_id
+        chooser.note(token)
+        counts[token] += 1
     assert (counts / 4000 - logits[0].softmax(-1)).abs().max() < 0.03
 
 

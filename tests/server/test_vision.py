@@ -238,7 +238,7 @@ def test_what_is_no_usable_image_is_refused_by_name(
     base: Path, sent: Any, code: str, found: str
 ) -> None:
     plan = plan_base(tiny_bases.options(base, base.parent / "store"))
-    images = Images.load(base, plan.config, max_pixels=50_000)
+    images = Images.load(base, plan.config, max_pixels=50_000, max_request_pixels=1 << 20)
     with pytest.raises(InvalidInput) as caught:
         images.encode([image_file(image(16, 16)), sent], "image-classification")
     assert caught.value.code == code

@@ -195,6 +195,8 @@ def test_images_on_a_base_of_texts(tmp_path: Path) -> None:
         for part, known in zip((first, second), scores, strict=True):
             assert sum(known.values()) == pytest.approx(1.0, abs=1e-4)
             assert all(known[entry["token"]] == entry["score"] for entry in part)
+        greedy = {"inputs": ["[MASK] " * 30] * 24, "parameters": {"top_k": 1 << 20}}
+        refused(server.client.post("/predict", json=greedy), 413, "request_too_large")
         wrong = server.client.post(
             "/predict",
             json={"inputs": "a [MASK]", "parameters": {"targets": ["fine", "no such word"]}},

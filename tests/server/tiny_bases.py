@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
     RobertaConfig,
     RobertaForMaskedLM,
     ViTConfig,
@@ -95,6 +96,26 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     )
 
 
+def qwen2_tokenizer() -> Qwen2Tokenizer:
+    """The same words in byte-level BPE: transformers loads no other kind for this family."""
+    words = [word for word in WORDS if word.isalpha()]
+    vocabulary = [*SPECIAL, "Ġ", *sorted(set("".join(words)))]
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words, key=len, reverse=True):  # a word within another is merged after it
+        pairs = [(word[:end], word[end]) for end in range(1, len(word))]
+        merges += [pair for pair in pairs if pair not in merges]
+    merges += [("Ġ", word) for word in words]
+    vocabulary += dict.fromkeys(left + right for left, right in merges if left + right not in words)
+    vocabulary += [word for word in words if word not in vocabulary]
+    return Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(vocabulary)},
+        merges=merges,
+        unk_token="[UNK]",
+        eos_token="[SEP]",
+        pad_token="[PAD]",
+    )
+
+
 def base_folder(folder: Path, kind: str, *, seed: int = 0) -> Path:
     """A random base with visible differences between inputs, saved as a hub would have it."""
     torch.manual_seed(seed)
@@ -148,7 +169,7 @@ def base_folder(folder: Path, kind: str, *, seed: int = 0) -> Path:
         processor = {"image_processor_type": "ViTImageProcessor", "size": IMAGE_SIDE}
         (target / "preprocessor_config.json").write_text(json.dumps(processor))
         return target
-    tokenizer(kind).save_pretrained(target)
+    (qwen2_tokenizer() if kind == "qwen2" else tokenizer(kind)).save_pretrained(target)
     return target
 
 
