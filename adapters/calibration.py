@@ -1,11 +1,8 @@
-"""Measures the coefficients of ``adapters.costs`` on the machine at hand, once.
+"""The coefficients of ``adapters.costs`` on the machine at hand: measured once, and kept.
 
-A few probes for every shape class of the model, a tenth of a second or so for each, on random
-weights no larger than half a million. On a CPU they run in one thread and are measured in its own
-processor time, so what else runs on the machine at the start does not count; what threads share
-among them is divided by their number afterwards. What was found is kept in a file that names the
-machine, the threads and the versions it holds for; with another, or one that cannot be read, it is
-measured again.
+``adapters.probes`` measures every shape class of the model. What it found is kept in a file that
+names the machine, the threads and the versions it holds for; with another, or one that cannot be
+read, it is measured again.
 """
 
 from __future__ import annotations
@@ -17,40 +14,26 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
-from itertools import cycle
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapters import native_path
+from adapters import probes
 from adapters.costs import UNMEASURED, Backend, CostModel, Costs, ShapeClass
 from adapters.inject import AdaptedModel
-from adapters.kernels import native_ops, torch_ops
+from adapters.kernels import native_ops
 from adapters.layers import AdaptedLinear
-from adapters.quant import QuantizedWeight, WeightKind
-from adapters.segments import from_runs
-from adapters.slot_factors import SlotFactors
-from adapters.torch_path import Sources, Work, run_into
-from adapters.workspace import Workspace
+from adapters.quant import WeightKind
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_ROUNDS = 5
-_PATIENCE_S = 2.0  # after which no further round begins
+_FORMAT = 2
 _FEWEST_WEIGHTS = 1 << 14  # of a layer: below, every strategy takes microseconds
-_MOST_WEIGHTS = 1 << 19  # of a probe: costs are per weight, so larger ones tell nothing new
 _MOST_CLASSES = 6
-# Kept weights are read from memory: together they are larger than a cache of the processor.
-_RING_WEIGHTS = 24 << 20
-_RING_SEGMENTS = 64
-_LOW_RANK, _RANK, _HIGH_RANK = 8, 32, 64
-_SEGMENTS = 3
-
-Probe = Callable[[], object]
 
 
 def calibrate(adapted: AdaptedModel, dtype: torch.dtype, folder: Path | None = None) -> CostModel:
@@ -78,17 +61,26 @@ def calibrate(adapted: AdaptedModel, dtype: torch.dtype, folder: Path | None = N
     if not missing:
         return CostModel(table)
     began = time.perf_counter()
+    unsure: dict[ShapeClass, set[str]] = {}
     try:
         with torch.inference_mode():
             for key, (shape, kind) in missing.items():
-                table[key] = _measure(shape, kind, dtype, adapted.device)
+                table[key], doubtful = probes.measure(shape, kind, dtype, adapted.device)
+                if doubtful:
+                    unsure[key] = doubtful
     except (RuntimeError, ValueError) as error:
         _log.warning("The strategies could not be measured (%s): built-in costs are used.", error)
         return UNMEASURED
     took_s = time.perf_counter() - began
     _log.info("Measured the strategies for %d shapes in %.2f s.", len(missing), took_s)
-    if path is not None:
-        _write(path, machine, table)
+    for key, doubtful in unsure.items():
+        _log.warning(
+            "The machine was too busy to measure all of %s: built-in costs stand for %s until the "
+            "next start.", key, ", ".join(sorted(doubtful)),
+        )  # fmt: skip
+    sure = {key: costs for key, costs in table.items() if key not in unsure}
+    if path is not None and any(key in sure for key in missing):
+        _write(path, machine, sure)
     return CostModel(table)
 
 
@@ -110,7 +102,7 @@ def _shapes(adapted: AdaptedModel) -> dict[ShapeClass, tuple[tuple[int, int], We
 
 def _machine(device: torch.device, dtype: torch.dtype, kinds: list[str]) -> dict[str, Any]:
     """All that the figures depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
@@ -122,7 +114,8 @@ def _machine(device: torch.device, dtype: torch.dtype, kinds: list[str]) -> dict
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -148,7 +141,9 @@ def _read(path: Path, machine: Mapping[str, Any]) -> dict[ShapeClass, dict[Backe
         return table
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         _log.warning("%s cannot be used (%s): the strategies are measured anew.", path, error)
         return {}
 
@@ -187,214 +182,5 @@ def _write(
         temporary.replace(path)
     except OSError as error:
         _log.warning("%s cannot be written (%s): the next start measures again.", path, error)
-
-
-def _measure(
-    shape: tuple[int, int], kind: WeightKind, dtype: torch.dtype, device: torch.device
-) -> dict[Backend, Costs]:
-    out_features = min(shape[0], max(64, _MOST_WEIGHTS // shape[1]))
-    bench = _Bench((out_features, shape[1]), kind, dtype, device)
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    try:
-        if threads > 1:
-            torch.set_num_threads(1)
-        times = bench.run()
-    finally:
-        if threads > 1:
-            torch.set_num_threads(threads)
-    share = bench.memory_share(times, threads)
-    found: dict[Backend, Costs] = {"torch": _shared(bench.torch_costs(times), threads, share)}
-    if bench.has_native:
-        found["native"] = _shared(bench.native_costs(times), threads, share)
-    return found
-
-
-def _shared(costs: Costs, threads: int, memory_share: float) -> Costs:
-    """What one thread takes, shared among ``threads``: all but the calls themselves."""
-    divided = {
-        field.name: getattr(costs, field.name) / threads
-        for field in fields(Costs)
-        if field.name not in {"call_ns", "segment_ns", "kept", "granule", "lone_rows"}
-    }
-    return replace(costs, **divided, kept=costs.kept * memory_share)
-
-
-class _Bench:
-    """The probes for one shape, and how costs follow from their times."""
-
-    def __init__(
-        self, shape: tuple[int, int], kind: WeightKind, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator).to(device, dtype)
-
-        self.device = device
-        self.count = shape[0] * shape[1]
-        self.workspace = Workspace()
-        self.weight = QuantizedWeight.from_dense(
-            random(*shape), "none" if kind == "dense" else kind, double_quant=False
-        )
-        self.tiny = QuantizedWeight.from_dense(random(32, 32))
-        self.x = random(128, shape[1])
-        self.small = random(1, 32)
-        self.factors = {
-            rank: SlotFactors("hira", random(rank, shape[1]), random(shape[0], rank) * 0.01)
-            for rank in (_LOW_RANK, _RANK, _HIGH_RANK)
-        }
-        self.dense = random(*shape)
-        self.room = torch.empty_like(self.dense)
-        self.segments = min(_RING_SEGMENTS, max(2, _RING_WEIGHTS // self.count))
-        # Written, or all of it would be one and the same page.
-        ring = torch.ones(self.segments * self.count, dtype=dtype, device=device)
-        self.ring = ring.view(self.segments, *shape)
-        self.has_native = native_path.takes(self.x, self.weight, None) and all(
-            own.native_record for own in self.factors.values()
-        )
-
-    def run(self) -> dict[str, float]:
-        """Nanoseconds of each probe, the least of some rounds."""
-        probes = self._torch_probes()
-        if self.has_native:
-            probes |= self._native_probes()
-        for probe in probes.values():
-            probe()
-        best = dict.fromkeys(probes, math.inf)
-        end = time.perf_counter() + _PATIENCE_S
-        for _ in range(_ROUNDS):
-            for name, probe in probes.items():
-                best[name] = min(best[name], self._time(probe))
-            if time.perf_counter() > end:
-                break
-        return best
-
-    def memory_share(self, times: Mapping[str, float], threads: int) -> float:
-        """What part of the time to read kept weights remains when ``threads`` do.
-
-        Between all of it, where one uses up the memory's bandwidth, and an equal share.
-        """
-        if not self.has_native or threads == 1:
-            return 1 / threads
-        probe = self._native_probes()["n kept"]
-        best = math.inf
-        for _ in range(_ROUNDS):
-            began = time.perf_counter_ns()
-            probe()
-            best = min(best, float(time.perf_counter_ns() - began))
-        return min(1.0, max(1 / threads, best / times["n kept"]))
-
-    def _time(self, probe: Probe) -> float:
-        """Nanoseconds: of this thread's processor time, or on another device as a clock has it."""
-        if self.device.type == "cpu":
-            began = time.thread_time_ns()
-            probe()
-            return float(time.thread_time_ns() - began)
-        self._settle()
-        began = time.perf_counter_ns()
-        probe()
-        self._settle()
-        return float(time.perf_counter_ns() - began)
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _native_probes(self) -> dict[str, Probe]:
-        def modulated(rank: int, rows: int, way: bytes) -> Probe:
-            record = self.factors[rank].native_record + way
-            every = from_runs((slot, rows) for slot in range(_SEGMENTS))
-            bounds = native_ops.pack_bounds(every)
-            call = native_path.Call(every.rows, bounds, record * _SEGMENTS)
-            return self._native(call)
-
-        few = native_ops.lone_rows()
-        kept = from_runs((slot, 1) for slot in range(self.segments))
-        records = b"".join(native_ops.BARE + native_ops.as_kept(one) for one in self.ring)
-        ring = native_path.Call(kept.rows, native_ops.pack_bounds(kept), records)
-        tiny = native_path.Call.of_base(1)
-        return {
-            "n call": lambda: native_path.run(self.small, self.tiny, tiny, None, self.workspace),
-            "n one": self._native(native_path.Call.of_base(1)),
-            "n few": self._native(native_path.Call.of_base(few)),
-            "n tile": self._native(native_path.Call.of_base(16)),
-            "n many": self._native(native_path.Call.of_base(128)),
-            "n fold low": modulated(_LOW_RANK, 16, native_ops.AS_FOLD),
-            "n fold high": modulated(_HIGH_RANK, 16, native_ops.AS_FOLD),
-            "n expand": modulated(_RANK, 1, native_ops.AS_EXPAND),
-            "n kept": self._native(ring),
-        }
-
-    def _native(self, call: native_path.Call) -> Probe:
-        x = self.x[: call.rows]
-        return lambda: native_path.run(x, self.weight, call, None, self.workspace)
-
-    def _torch_probes(self) -> dict[str, Probe]:
-        def fold(rank: int, room: torch.Tensor | None = None) -> None:
-            own = self.factors[rank]
-            room = torch.empty_like(self.dense) if room is None else room
-            torch_ops.fold_into(room, self.dense, own.a, own.b)
-
-        def matmul(weight: torch.Tensor, rows: int) -> Probe:
-            y = self.x.new_empty(rows, weight.shape[0])
-            return lambda: torch_ops.linear_into(y, self.x[:rows], weight, None)
-
-        tiny = self.tiny.dequantize(dtype=self.x.dtype)
-        tiny_y = self.x.new_empty(1, 32)
-        kept = cycle([matmul(one, 1) for one in self.ring])
-        every = from_runs((slot, 1) for slot in range(_SEGMENTS))
-        expand = [Work(part, "expand", None, self.factors[_RANK]) for part in every.parts]
-        y = self.x.new_empty(_SEGMENTS, self.dense.shape[0])
-        sources = Sources(lambda: self.dense, lambda _: self.room)
-        return {
-            "t call": lambda: torch_ops.linear_into(tiny_y, self.small, tiny, None),
-            "t decode": lambda: self.workspace.dequantized(self.weight, self.x.dtype),
-            "t tile": matmul(self.dense, 16),
-            "t many": matmul(self.dense, 128),
-            "t fold low": lambda: fold(_LOW_RANK, self.room),
-            "t fold high": lambda: fold(_HIGH_RANK, self.room),
-            "t expand": lambda: run_into(y, self.x[:_SEGMENTS], expand, sources, self.workspace),
-            "t kept": lambda: [next(kept)() for _ in range(_SEGMENTS)],
-            "fill": lambda: fold(_RANK),
-        }
-
-    def native_costs(self, times: Mapping[str, float]) -> Costs:
-        n, few = self.count, native_ops.lone_rows()
-        call = times["n call"]
-        row = (times["n many"] - times["n tile"]) / 112 / n
-        lone = (times["n few"] - times["n one"]) / max(1, few - 1) / n
-        decode = (times["n one"] - call) / n - lone
-        rank_steps = _SEGMENTS * (_HIGH_RANK - _LOW_RANK)
-        fold_rank = (times["n fold high"] - times["n fold low"]) / rank_steps / n
-        shared = decode + call / n
-        fold = (times["n fold low"] / n - shared) / _SEGMENTS - 16 * row - _LOW_RANK * fold_rank
-        expand = (times["n expand"] / n - shared) / _SEGMENTS / _RANK
-        kept = (times["n kept"] - call) / self.segments / n - lone
-        return Costs(
-            call_ns=max(0.0, call), segment_ns=0.0, decode=max(0.0, decode), multiply=0.0,
-            row=max(0.0, row), lone_row=max(0.0, lone), fold=max(0.0, fold),
-            fold_rank=max(0.0, fold_rank), expand=max(0.0, expand), kept=max(0.0, kept),
-            fill=self._fill(times), granule=16, lone_rows=few,
-        )  # fmt: skip
-
-    def torch_costs(self, times: Mapping[str, float]) -> Costs:
-        n = self.count
-        call = times["t call"]
-        row = (times["t many"] - times["t tile"]) / 112 / n
-        multiply = (times["t tile"] - call) / n - 16 * row
-        fold_rank = (times["t fold high"] - times["t fold low"]) / (_HIGH_RANK - _LOW_RANK) / n
-        segment = 2 * call  # two small operators more than the matmul
-        fold = (times["t fold low"] - segment) / n - _LOW_RANK * fold_rank
-        expand = ((times["t expand"] / _SEGMENTS - segment) / n - row) / _RANK
-        kept = (times["t kept"] / _SEGMENTS - call) / n - max(0.0, multiply) - row
-        return Costs(
-            call_ns=max(0.0, call), segment_ns=max(0.0, segment),
-            decode=max(0.0, times["t decode"] / n), multiply=max(0.0, multiply),
-            row=max(0.0, row), lone_row=max(0.0, row), fold=max(0.0, fold),
-            fold_rank=max(0.0, fold_rank), expand=max(0.0, expand), kept=max(0.0, kept),
-            fill=self._fill(times),
-        )  # fmt: skip
-
-    def _fill(self, times: Mapping[str, float]) -> float:
-        by_rank = (times["t fold high"] - times["t fold low"]) * _RANK / (_HIGH_RANK - _LOW_RANK)
-        return max(0.0, (times["fill"] + times["t decode"] - max(0.0, by_rank)) / self.count)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -132,7 +132,7 @@ class AdaptedModel:
     def uninstall(self, slot: int) -> None:
         """Empty a slot that no batch uses; an empty one stays empty."""
         self._installed.discard(slot)
-        self.modulator.folded.forget(slot)
+        self.modulator.forget(slot)
         for layer in self.layers.values():
             layer.slots.pop(slot, None)
         if self.fused is not None:

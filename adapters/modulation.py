@@ -104,6 +104,11 @@ class Modulator:
         finally:
             self.plan = before
 
+    def forget(self, slot: int) -> None:
+        """Drop what was derived from a slot that no batch uses any more; in any thread."""
+        self.folded.forget(slot)  # with this, nothing that was prepared holds any longer:
+        self._prepared.clear()  # it would only keep factors alive
+
     def base_linear(
         self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -349,7 +349,9 @@ def _available() -> Iterator[None]:
     except IntegrityError:
         raise  # a matter of the rows, not of the database
     except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0][:200]
+        cause = getattr(error, "orig", None) or error
+        lines = str(cause).splitlines() or [type(cause).__name__]  # a driver may say nothing
+        reason = lines[0][:200]
         if "full" in reason:
             raise StoreFull(
                 "The registry's disk is full.", fix="Free disk space, or remove adapters."

@@ -328,12 +328,10 @@ class Residency:
         with self._changed:
             settled = []
             for version in arriving:
-                error = errors.get(version)
-                settled += (
-                    self._tiers.arrive(version, self.grace_s)
-                    if error is None
-                    else self._tiers.fail(version, error)
-                )
+                if version in errors:
+                    settled += self._tiers.fail(version, errors[version])
+                else:
+                    settled += self._tiers.arrive(version, self.grace_s)
             self._tiers.trim_host()
             self._report_pins()
             return settled

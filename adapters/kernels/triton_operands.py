@@ -279,9 +279,11 @@ class FactorTable:
 
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors; mutates the table. Emptying twice is harmless."""
-        if 0 < slot < self.slots:
-            self._ranks[slot] = None
-            self._alive.pop(slot, None)
+        if not 0 < slot < self.slots or self._ranks[slot] is None:
+            return
+        self._ranks[slot] = None
+        self.addresses[slot].zero_()  # rank 0: whoever came here by mistake would read nothing
+        self._alive.pop(slot, None)
 
 
 def check_operands(

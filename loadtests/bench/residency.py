@@ -25,7 +25,7 @@ import torch
 
 from adapters.registry import Registry
 from adapters.store import Store
-from loadtests.bench.stock import Source, Stock, request, serve, stocked, zipf
+from loadtests.bench.stock import Source, Stock, raise_if_failed, request, serve, stocked, zipf
 from loadtests.bench.timing import THREADS, Figure, Report, percentile, ratio_of
 from server.engine import Engine
 from server.messages import Preload
@@ -304,10 +304,17 @@ def _window(engine: Engine, warm: Sequence[str], cold: Sequence[str]) -> tuple[l
     took = 0.0
     while waiting:
         for event in engine.step():
+            raise_if_failed(event)
             latencies.append(time.perf_counter() - waiting.pop(event.id))
             if not took:
                 ask()
-        if not took and all(engine.residency.state(version) == "ready" for version in cold):
+        if took:
+            continue
+        states = {version: engine.residency.state(version) for version in cold}
+        for version, state in states.items():
+            if state == "failed":
+                raise SystemExit(f"{version} failed to load: {engine.residency.error(version)}")
+        if all(state == "ready" for state in states.values()):
             took = time.perf_counter() - began
     return latencies, took
 

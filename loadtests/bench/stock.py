@@ -27,7 +27,7 @@ from loadtests.bench.generation import LABELS, save_base
 from loadtests.bench.modulation import RANK, dense_model, llama_config
 from loadtests.bench.timing import THREADS
 from server.engine import Engine
-from server.messages import TERMINAL, EncodedInput, EncodeRequest, Failure
+from server.messages import TERMINAL, EncodedInput, EncodeRequest, Event, Failure
 from server.options import EngineOptions
 
 TARGETS = ("q_proj", "v_proj")
@@ -158,6 +158,12 @@ def request(version: str | None, seed: int) -> EncodeRequest:
     )
 
 
+def raise_if_failed(event: Event) -> None:
+    """End the run when a request has failed: its time is no latency."""
+    if isinstance(event, Failure):
+        raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
+
+
 def serve(engine: Engine, versions: Sequence[str], clients: int) -> list[float]:
     """One request for each of ``versions``, from ``clients`` that each wait for their answer.
 
@@ -181,8 +187,7 @@ def serve(engine: Engine, versions: Sequence[str], clients: int) -> list[float]:
         if not engine.has_work():
             engine.wait(1.0)
         for event in engine.step():
-            if isinstance(event, Failure):
-                raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
+            raise_if_failed(event)
             if isinstance(event, TERMINAL):
                 latencies.append(time.perf_counter() - waiting.pop(event.id))
                 ask()

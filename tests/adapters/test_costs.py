@@ -124,3 +124,48 @@ def test_a_shape_that_was_not_measured_gets_the_nearest_class(shape: tuple[int, 
 def test_shape_classes_are_powers_of_two() -> None:
     assert ShapeClass.of((768, 768)) == ShapeClass(19, 10)
     assert ShapeClass.of((3072, 768)).distance(ShapeClass.of((768, 3072))) == 2
+
+
+# Milliseconds of whole layer calls as they were measured, torch operators alone on two cores: a
+# square layer's width, the rank, adapters x rows each, then fold, expand and kept.
+Recorded = tuple[int, int, int, int, dict[Way, float]]
+RECORDED: tuple[Recorded, ...] = (
+    (768, 32, 8, 256, {"fold": 8.3, "kept": 6.3}),
+    (768, 32, 16, 1, {"fold": 4.7, "expand": 3.3, "kept": 0.83}),
+    (2048, 8, 16, 1, {"fold": 17.6, "expand": 5.6, "kept": 6.8}),
+    (2048, 32, 8, 1, {"fold": 13.6, "expand": 9.5, "kept": 4.0}),
+)
+# What follows from them for a weight of each width; no call and no segment costs anything beside.
+FITTED = {
+    width: replace(
+        PLAIN, call_ns=0.0, segment_ns=0.0, decode=decode, multiply=0.0, row=0.0051,
+        lone_row=0.0051, fold=fold, fold_rank=0.0054, expand=expand, kept=kept,
+    )
+    for width, decode, fold, expand, kept in (
+        (768, 0.36, 0.3, 0.0102, 0.083), (2048, 0.2, 0.207, 0.0083, 0.105),
+    )
+}  # fmt: skip
+AT_MOST = 1.25
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_predictions_are_near_what_was_recorded(
+    case: Recorded,
+) -> None:
+    width, rank, adapters, each, ms = case
+    for way, recorded in ms.items():
+        work = (Rows(each, rank, way == "kept"),) * adapters
+        choice = choose((("torch", FITTED[width]),), width * width, work, way)
+        assert choice.ways == (way,) * adapters
+        assert choice.ns / 1e6 == pytest.approx(recorded, rel=0.15)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("case", RECORDED)
+def test_the_choice_is_near_the_best_that_was_recorded(case: Recorded, is_kept: bool) -> None:
+    width, rank, adapters, each, ms = case
+    work = (Rows(each, rank, is_kept),) * adapters
+    ways = set(choose((("torch", FITTED[width]),), width * width, work).ways)
+    (way,) = ways
+    best = min(recorded for other, recorded in ms.items() if is_kept or other != "kept")
+    assert ms.get(way, float("inf")) <= AT_MOST * best

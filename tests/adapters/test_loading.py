@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tests.adapters.tiny_models import build
 def passes_of(made: Residency, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The versions that each copy to the device brings, from now on."""
     passes: list[list[str]] = []
-    copying, install = made._copying, made._install
+    copying, arrive = made._copying, made._tiers.arrive
 
     @contextmanager
     def counted() -> Iterator[None]:
@@ -38,12 +38,12 @@ def passes_of(made: Residency, monkeypatch: pytest.MonkeyPatch) -> list[list[str
         with copying():
             yield
 
-    def noted(version: str, factors: Mapping[str, Any]) -> list[str]:
+    def noted(version: str, grace_s: float) -> list[str]:
         passes[-1].append(version)
-        return install(version, factors)
+        return arrive(version, grace_s)
 
     monkeypatch.setattr(made, "_copying", counted)
-    monkeypatch.setattr(made, "_install", noted)
+    monkeypatch.setattr(made._tiers, "arrive", noted)
     return passes
 
 

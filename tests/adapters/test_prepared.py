@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ from adapters.kernels import native_ops
 from adapters.layers import AdaptedLinear
 from adapters.quant import QuantizedWeight
 from adapters.segments import from_rows
+from adapters.signature import Method
 from tests.adapters.tiny_models import random_factors
 
 CPU = torch.device("cpu")
@@ -121,3 +125,19 @@ def test_no_weight_is_kept_where_it_does_not_pay(dtype: torch.dtype) -> None:
     for _ in range(20):
         _answers(adapted, x, [1, 1])
     assert len(adapted.modulator.folded) == 0
+
+
+@pytest.mark.skipif(not native_ops.available(), reason="the compiled kernel is not there")
+@pytest.mark.parametrize("method", ["hira", "lora"])
+def test_nothing_prepared_keeps_factors_that_have_left(method: Method) -> None:
+    adapted = _model(torch.bfloat16)
+    adapted.modulator.strategy = "native"
+    factors = random_factors(adapted.signature, ["0"], method=method, dtype=torch.bfloat16)
+    left = weakref.ref(factors["0"].a)
+    adapted.install(1, factors)
+    del factors
+    _answers(adapted, torch.randn(2, SHAPE[1]).bfloat16(), [1, 0])
+    assert left() is not None
+    adapted.uninstall(1)
+    gc.collect()
+    assert left() is None

@@ -21,7 +21,7 @@ from adapters.errors import (
     RegistryUnavailable,
 )
 from adapters.migrations import STATE, SchemaTooNew
-from adapters.registry import Registry, check_name
+from adapters.registry import Registry, _available, check_name
 from adapters.signature import BaseSignature
 from adapters.store import Store
 from tests.adapters.folders import change_config, hira_folder, small_base
@@ -295,6 +295,13 @@ def test_a_damaged_database_answers_nothing_and_a_restored_one_is_taken_up(
                 look()
     path.write_bytes(whole)
     assert registry.resolve("a").version == version
+
+
+@pytest.mark.parametrize("message", ["", "\n", "gone\nfor good"])
+def test_a_driver_that_says_little_is_an_error_all_the_same(message: str) -> None:
+    with pytest.raises(RegistryUnavailable) as caught, _available():
+        raise sa.exc.OperationalError("SELECT 1", {}, sqlite3.OperationalError(message))
+    assert caught.value.found == (message.splitlines() or ["OperationalError"])[0]
 
 
 def test_a_later_schema_is_not_touched(registry: Registry) -> None:

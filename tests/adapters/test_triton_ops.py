@@ -305,6 +305,7 @@ def test_wrong_calls_are_refused_before_anything_is_written(ops: ModuleType) -> 
     table.place(1, {0: random_adapter(shape, 8)})
     table.place(2, {0: random_adapter(shape, 8)})
     table.clear(2)
+    assert table.addresses[1].any() and not table.addresses[2].any()  # noqa: PT018
     x = torch.randn(4, 128).to(torch.bfloat16)
     out = torch.full((4, 32), 7.0)
     good: dict[str, Any] = {
