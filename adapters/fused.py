@@ -3,7 +3,7 @@
 The kernel (``adapters.kernels.triton_ops``) takes HiRA rows and rows of the bare base, straight
 from 4-bit storage. Around it, here, are LoRA's two thin products and the biases that adapters
 bring. What it does not take (a weight that is not 4-bit, a rank above 128, rows of another type) is
-computed by the torch operators, segment by segment, never left out.
+left to the modulator, which computes it by the torch operators, segment by segment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,16 +28,14 @@ from adapters.kernels.triton_operands import (
     pack_weight,
 )
 from adapters.kernels.triton_tiles import BatchTiles
+from adapters.layer_call import LayerCall
 from adapters.quant import QuantizedWeight
 from adapters.segments import BASE_SLOT, Segments, from_runs
 from adapters.slot_factors import SlotFactors
 
-if TYPE_CHECKING:
-    from adapters.modulation import Modulator
-
 _FIRST_SLOTS = 17
-_TILES_KEPT = 4  # segment tables of one forward: tokens, sequences, logits, and one to spare
-_BASE_TILES_KEPT = 64
+# Segment tables of one forward: tokens, sequences, logits, one to spare, and each of the bare base.
+_TILES_KEPT = 8
 _LEAST_CAPABILITY = (8, 0)  # the kernels are compiled, in tests, for 8.0 to 9.0
 # Of the probe, relative to its largest answer: bfloat16 rounds by 2⁻⁸.
 _PROBE_TOLERANCE = 2e-2
@@ -51,7 +49,6 @@ class _Layer:
 
     index: int
     weight: PackedWeight
-    stored: QuantizedWeight
 
 
 class FusedLayers:
@@ -88,7 +85,6 @@ class FusedLayers:
         shapes = [layer.weight.shape for layer in self._layers.values()]
         self._table = FactorTable(_FIRST_SLOTS, shapes, dtype, self.device)
         self._tiles: list[BatchTiles] = []  # latest last
-        self._base_tiles: dict[int, BatchTiles] = {}  # by rows
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,10 +93,11 @@ class FusedLayers:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def takes(self, path: str, x: torch.Tensor) -> bool:
+    def takes(self, call: LayerCall) -> bool:
         """Whether the kernel serves this layer for these rows."""
+        x = call.x
         return (
-            path in self._layers
+            call.path in self._layers
             and x.dtype == self._table.dtype
             and x.device == self.device
             and x.numel() > 0
@@ -131,39 +128,28 @@ class FusedLayers:
         """Empty a slot that no batch uses."""
         self._table.clear(slot)
 
-    def linear(
-        self,
-        path: str,
-        x: torch.Tensor,
-        slots: Mapping[int, SlotFactors],
-        segments: Segments,
-        *,
-        bias: torch.Tensor | None,
-        modulator: Modulator,
-    ) -> torch.Tensor:
-        """As ``modulated_linear``, for a layer and rows that ``takes`` holds for.
+    def linear(self, call: LayerCall) -> tuple[torch.Tensor, list[int]]:
+        """Compute a call that ``takes`` holds for, but for the segments that the kernel does not.
 
         Args:
-            path: The layer.
-            x: ``[rows, in]``.
-            slots: Factors of this layer by slot, as ``place`` gave them.
-            segments: Cover the rows of ``x``.
-            bias: ``[out]`` in the dtype of ``x``, or None.
-            modulator: Computes the segments that the kernel does not take.
+            call: Its factors are as ``place`` gave them.
 
         Returns:
-            A new ``[rows, out]`` in the dtype of ``x``.
+            A new ``[rows, out]`` in the dtype of ``x``, and the numbers of the segments whose rows
+            are still to be computed.
 
         Raises:
             SegmentMismatch: The segments do not cover the rows.
             SlotNotResident: A segment's slot holds nothing.
         """
-        layer = self._layers[path]
-        found = [slots.get(part.slot) for part in segments.parts]
+        x, bias = call.x, call.bias
+        layer = self._layers[call.path]
+        found = call.factors
         # A bias of an adapter's own takes the place of the layer's: then each segment adds its own.
         own = any(factors is not None and factors.bias is not None for factors in found)
-        y = self._run(layer, x, self._tiles_of(segments), None if own else bias)
-        for part, entry in zip(segments.parts, found, strict=True):
+        y = self._run(layer, x, self._tiles_of(call.segments), None if own else bias)
+        left: list[int] = []
+        for place, (part, entry) in enumerate(zip(call.segments.parts, found, strict=True)):
             rows = slice(part.start, part.stop)
             if entry is None:
                 if own and bias is not None:
@@ -171,8 +157,7 @@ class FusedLayers:
                 continue
             factors = entry.to(x.dtype)
             if factors.method == "hira" and not self._table.rank(part.slot, layer.index):
-                alone = from_runs([(part.slot, part.rows)])
-                y[rows] = modulator.linear(x[rows], layer.stored, slots, alone, bias, layer=path)
+                left.append(place)
                 continue
             if own:
                 added = bias if factors.bias is None else factors.bias
@@ -180,20 +165,7 @@ class FusedLayers:
                     y[rows].add_(added)
             if factors.method == "lora":
                 torch_ops.add_lora(y[rows], x[rows], factors.a, factors.b, factors.scale)
-        return y
-
-    def base_linear(self, path: str, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W0ᵀ + bias for ``[..., in]``: ``[..., out]``, for what ``takes`` holds for."""
-        layer = self._layers[path]
-        rows = x.reshape(-1, x.shape[-1])
-        count = len(rows)
-        if count not in self._base_tiles:
-            if len(self._base_tiles) >= _BASE_TILES_KEPT:
-                self._base_tiles.clear()
-            every = from_runs([(BASE_SLOT, count)])
-            self._base_tiles[count] = BatchTiles(every, self.device)
-        y = self._run(layer, rows, self._base_tiles[count], bias)
-        return y.view(*x.shape[:-1], layer.weight.shape[0])
+        return y, left
 
     def _run(
         self, layer: _Layer, x: torch.Tensor, tiles: BatchTiles, bias: torch.Tensor | None
@@ -301,7 +273,7 @@ def _packed(weights: Mapping[str, QuantizedWeight]) -> dict[str, _Layer]:
             except ShapeMismatch:  # rows of an odd number of inputs
                 continue
             shared[address] = weight.take_order(packed)
-        layers[path] = _Layer(len(layers), shared[address], weight)
+        layers[path] = _Layer(len(layers), shared[address])
     return layers
 
 

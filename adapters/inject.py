@@ -17,10 +17,12 @@ from torch import nn
 from adapters.errors import MissingTensors, NonFinite, ShapeMismatch, SlotNotResident
 from adapters.fused import FusedLayers, obstacle
 from adapters.layers import AdaptedLayer, AdaptedLinear, adapt_in_place
-from adapters.modulation import Modulator, SlotFactors, Strategy
+from adapters.modulation import Modulator
 from adapters.plan import Plan
 from adapters.segments import BASE_SLOT, Segments
 from adapters.signature import BaseSignature, LayerSignature, describe, target_modules
+from adapters.slot_factors import SlotFactors
+from adapters.strategy import Strategy
 
 _log = logging.getLogger(__name__)
 
@@ -38,14 +40,17 @@ class AdaptedModel:
         layers: Mapping[str, AdaptedLayer],
         signature: BaseSignature,
         modulator: Modulator,
-        fused: FusedLayers | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
         self.signature = signature
         self.modulator = modulator
-        self.fused = fused  # None: no layer uses the fused kernel
         self._installed: set[int] = set()
+
+    @property
+    def fused(self) -> FusedLayers | None:
+        """The layers on the fused kernel; None: no layer uses it."""
+        return self.modulator.fused
 
     @property
     def device(self) -> torch.device:
@@ -189,13 +194,14 @@ def inject(model: nn.Module, *, name: str = "", strategy: Strategy = "auto") -> 
             replacement = AdaptedLinear(module, layer, modulator, is_output)
             model.set_submodule(layer.path, replacement)
             layers[layer.path] = replacement
-    return AdaptedModel(model, layers, signature, modulator, _fuse(model, layers, strategy))
+    modulator.fused = _fuse(model, layers, strategy)
+    return AdaptedModel(model, layers, signature, modulator)
 
 
 def _fuse(
     model: nn.Module, layers: Mapping[str, AdaptedLayer], strategy: Strategy
 ) -> FusedLayers | None:
-    """Give the linear layers the fused kernel, if it is asked for, or can run under ``auto``."""
+    """The linear layers on the fused kernel, if it is asked for, or can run under ``auto``."""
     parameters = list(model.parameters())
     device = parameters[0].device
     floats = (one.dtype for one in parameters if one.is_floating_point())
@@ -208,10 +214,7 @@ def _fuse(
             _log.warning("Torch operators run the adapters, not the fused kernel: %s", reason)
             return None
     linear = {path: one for path, one in layers.items() if isinstance(one, AdaptedLinear)}
-    fused = FusedLayers({path: one.quantized for path, one in linear.items()}, dtype, device)
-    for one in linear.values():
-        one.fused = fused
-    return fused
+    return FusedLayers({path: one.quantized for path, one in linear.items()}, dtype, device)
 
 
 def _check_shapes(layer: LayerSignature, entry: SlotFactors) -> None:

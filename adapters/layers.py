@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters.fused import FusedLayers
-from adapters.modulation import Modulator, SlotFactors
+from adapters.layer_call import LayerCall
+from adapters.modulation import Modulator
 from adapters.quant import QuantizedWeight
 from adapters.segments import Segments
 from adapters.signature import LayerSignature
+from adapters.slot_factors import SlotFactors
 
 EMBEDDING_BLOCK = 64  # numbers of a 4-bit table that share a scale; rows share none
 
@@ -55,7 +56,6 @@ class AdaptedLinear(nn.Module):
         self.is_output = is_output
         self.slots: dict[int, SlotFactors] = {}
         self.modulator = modulator
-        self.fused: FusedLayers | None = None  # set where the fused kernel runs
         self.quantized = _quantized_weight(base, signature)
         self.weight: Any = base.weight
         bias: Any = base.bias
@@ -69,25 +69,17 @@ class AdaptedLinear(nn.Module):
             SegmentMismatch: The rows are in no segment table of the current batch.
         """
         modulator, path = self.modulator, self.layer_signature.path
-        fused = self.fused if self.fused is not None and self.fused.takes(path, x) else None
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        rows = x.reshape(-1, self.in_features)
         plan = modulator.plan
         if plan is None or not plan.touches(self.slots):
-            weight = self.quantized
-            if weight.kind == "dense":
-                return F.linear(x, weight.dequantize(dtype=weight.stored.dtype), bias)
-            if fused is not None:
-                return fused.base_linear(path, x, bias)
-            return modulator.base_linear(x, weight, bias)
-        segments = plan.of_rows(x.shape[:-1], path, self.is_output)
-        rows = x.reshape(-1, self.in_features)
-        if fused is not None:
-            y = fused.linear(path, rows, self.slots, segments, bias=bias, modulator=modulator)
+            segments = modulator.base_segments(rows.shape[0])
         else:
-            y = modulator.linear(rows, self.quantized, self.slots, segments, bias, layer=path)
-        return y.view(*x.shape[:-1], self.out_features)
+            segments = plan.of_rows(x.shape[:-1], path, self.is_output)
+        call = LayerCall(path, rows, self.quantized, self.slots, segments, bias)
+        return modulator.linear(call).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -9,95 +9,110 @@
     fused     all but lora in one pass over W0, by the GPU kernel: ``adapters.fused``
     reference float64, as the equations are written
 
-``auto`` takes, for every layer and segment, what ``adapters.costs`` predicts to be the cheapest.
-The arithmetic is in ``adapters.kernels``; layers and residency bring weights, factors and cache.
+``auto`` takes, for every layer and segment, what was the fastest when ``adapters.autotune`` timed
+it, and before that what ``strategy.default_way`` says. A layer makes a ``LayerCall``; the modulator
+settles who computes it and how each of its segments, and ``fused``, ``native_path`` or
+``torch_path`` does. Layers and residency bring weights, factors and the cache of folded weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from adapters import native_path
-from adapters.costs import UNMEASURED, CostModel, Offers, Rows, Way, choose
-from adapters.costs import saving_ns as predicted_saving_ns
+from adapters import native_path, torch_path
+from adapters.autotune import Autotuner
 from adapters.folded import FoldedCache
-from adapters.kernels import native_ops, reference, torch_ops
+from adapters.fused import FusedLayers
+from adapters.kernels import native_ops, reference
+from adapters.layer_call import LayerCall
 from adapters.plan import Plan
-from adapters.quant import QuantizedWeight
-from adapters.segments import Segment, Segments
+from adapters.segments import BASE_SLOT, Segments, from_runs
 from adapters.slot_factors import SlotFactors
-from adapters.torch_path import Sources, Work, run_into
+from adapters.strategy import (
+    Backend,
+    Candidate,
+    Group,
+    Part,
+    Strategy,
+    Way,
+    default_way,
+    groups_of,
+    ways_of,
+)
 from adapters.workspace import Workspace
 
-__all__ = [
-    "STRATEGIES",
-    "Modulator",
-    "SlotFactors",
-    "Strategy",
-    "Workspace",
-    "modulated_linear",
-]
-
-Strategy = Literal["auto", "fold", "expand", "cached", "native", "fused", "reference"]
-STRATEGIES: tuple[Strategy, ...] = (
-    "auto",
-    "fold",
-    "expand",
-    "cached",
-    "native",
-    "fused",
-    "reference",
-)
-
 _FORCED: Mapping[Strategy, Way] = {"fold": "fold", "expand": "expand", "cached": "kept"}
-# Calls of the bare base whose bounds are kept ready, one for each number of rows.
-_BASE_CALLS_KEPT = 256
+# Tables of the bare base that are kept ready, one for each number of rows.
+_BASE_TABLES_KEPT = 256
+# Calls for which what was settled holds at most: what is timed meanwhile is to be heeded.
+_SETTLED_CALLS = 64
+_FEWEST_WEIGHTS = 1 << 14  # of a layer worth timing: below, every strategy takes microseconds
+# A folded weight that is kept is written to fresh memory, one of the moment to a warm buffer.
+_KEEPING_OVER_FOLDING = 2.0
 
 
 @dataclass(slots=True)
-class _Prepared:
-    """What was settled for a layer and a segment table; true while ``version`` is the cache's."""
+class _Settled:
+    """How the latest call of a layer was computed; true while ``version`` is the cache's."""
 
     segments: Segments
     slots: Mapping[int, SlotFactors]
     dtype: torch.dtype
     strategy: Strategy
     version: int
-    ways: tuple[Way, ...]
-    call: native_path.Call | None  # None: torch operators do it
+    ways: Sequence[Way]
+    records: native_path.Records | None  # None: torch operators compute it
+    calls_left: int
+
+    def holds(self, call: LayerCall, strategy: Strategy, version: int) -> bool:
+        return (
+            self.calls_left > 0
+            and self.segments is call.segments
+            and self.slots is call.slots
+            and self.dtype == call.x.dtype
+            and self.strategy == strategy
+            and self.version == version
+        )
 
 
 class Modulator:
     """The state that all layers of one model share: the strategy, the buffers, the current plan.
 
     One thread runs forwards; nothing here is guarded against two.
+
+    Args:
+        strategy: How HiRA rows are computed.
+        tuner: What times the strategies; None leaves all to the rule.
     """
 
-    def __init__(self, strategy: Strategy = "auto", costs: CostModel = UNMEASURED) -> None:
+    def __init__(self, strategy: Strategy = "auto", tuner: Autotuner | None = None) -> None:
         self.strategy: Strategy = strategy
-        self.costs = costs
+        self.tuner = tuner
         self.workspace = Workspace()
         self.folded = FoldedCache(0, torch.device("cpu"))
+        self.fused: FusedLayers | None = None  # None: no layer uses the fused kernel
         self.plan: Plan | None = None
         self._tokens = Segments(())  # of the latest plan
         self._bounds: tuple[Segments, bytes] = (Segments(()), b"")  # of the latest native call
-        self._prepared: dict[str, _Prepared] = {}  # by layer, of its latest call
-        self._alone: dict[int, native_path.Call] = {}  # for so many rows of the base
+        self._settled: dict[str, _Settled] = {}  # by layer, of its latest call
+        self._base_tables: dict[int, Segments] = {}  # for so many rows of the base
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
         """Make ``plan`` current; what was current before comes back."""
-        # Steps of one batch are alike: the very same table lets layers keep what they prepared.
+        # Steps of one batch are alike: the very same table lets layers keep what they settled.
         if plan.tokens == self._tokens:
             plan.tokens = self._tokens
         self._tokens = plan.tokens
         self.folded.count_forward(plan.slots)
+        if self.tuner is not None:
+            self.tuner.begin_forward()
         before, self.plan = self.plan, plan
         try:
             yield
@@ -106,293 +121,208 @@ class Modulator:
 
     def forget(self, slot: int) -> None:
         """Drop what was derived from a slot that no batch uses any more; in any thread."""
-        self.folded.forget(slot)  # with this, nothing that was prepared holds any longer:
-        self._prepared.clear()  # it would only keep factors alive
+        self.folded.forget(slot)  # with this, nothing that was settled holds any longer:
+        self._settled.clear()  # it would only keep factors alive
 
-    def base_linear(
-        self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """x W0ᵀ + bias, by the faster of the compiled kernel and torch: ``[..., out]``."""
-        count = x.numel() // x.shape[-1]
-        if count and weight.kind in ("nf4", "fp4") and self.runs_native(x, weight, bias):
-            offers = self.offers(weight, has_native=True)
-            size = weight.shape[0] * weight.shape[1]
-            if choose(offers, size, (Rows(count, 0),)).backend == "native":
-                alone = self._alone.get(count)
-                if alone is None:
-                    if len(self._alone) >= _BASE_CALLS_KEPT:
-                        self._alone.clear()
-                    alone = self._alone[count] = native_path.Call.of_base(count)
-                y = native_path.run(x.reshape(count, -1), weight, alone, bias, self.workspace)
-                return y.view(*x.shape[:-1], weight.shape[0])
-        return F.linear(x, self.workspace.dequantized(weight, x.dtype), bias)
+    def base_segments(self, rows: int) -> Segments:
+        """The table of so many rows of the bare base; the same one each time."""
+        table = self._base_tables.get(rows)
+        if table is None:
+            if len(self._base_tables) >= _BASE_TABLES_KEPT:
+                self._base_tables.clear()
+            table = self._base_tables[rows] = from_runs([(BASE_SLOT, rows)] if rows else [])
+        return table
 
-    def offers(self, weight: QuantizedWeight, *, has_native: bool) -> Offers:
-        """What the backends that may be used take for a layer like ``weight``."""
-        offers = self.costs.offers(weight.shape, has_native=has_native)
-        if self.strategy == "native":
-            return tuple(one for one in offers if one[0] == "native") or offers
-        return offers
+    def linear(self, call: LayerCall) -> torch.Tensor:
+        """Compute a call: a new ``[rows, out]`` in the dtype of ``x``, not overlapping any buffer.
 
-    def bounds_of(self, segments: Segments) -> bytes:
+        Raises:
+            SegmentMismatch: The segments do not cover the rows; checked before any write.
+        """
+        call.segments.check_covers(call.x.shape[0])
+        if self.fused is not None and self.fused.takes(call):
+            y, left = self.fused.linear(call)
+            for place in left:
+                part = call.segments.parts[place]
+                y[part.start : part.stop] = self._by_operators(call.of_segments([place]))
+            return y
+        if self.strategy == "reference":
+            return _reference(call)
+        return self._by_operators(call)
+
+    def _by_operators(self, call: LayerCall) -> torch.Tensor:
+        settled = self._settled.get(call.path)
+        if settled is None or not settled.holds(call, self.strategy, self.folded.version):
+            settled = self._settled[call.path] = self._settle(call)
+        settled.calls_left -= 1
+        if settled.records is not None:
+            return native_path.run(call, settled.records, self.workspace)
+        return torch_path.run(call, settled.ways, self.workspace, self.folded)
+
+    def _settle(self, call: LayerCall) -> _Settled:
+        """Choose for every segment; times what is due, and folds what pays from now on."""
+        native = self.strategy in {"auto", "native"} and native_path.takes(call)
+        backends: list[Backend] = ["native", "torch"] if native else ["torch"]
+        if native and self.strategy == "native":
+            backends = ["native"]
+        groups = self._groups(call)
+        heed = (
+            self.tuner if call.weight.shape[0] * call.weight.shape[1] >= _FEWEST_WEIGHTS else None
+        )
+        calls_left = _SETTLED_CALLS
+        if heed is not None and self.strategy in {"auto", "native"}:
+            keeps = self.strategy == "auto" and self.folded.budget_bytes > 0
+            for group in groups:
+                candidates = _candidates(group, backends, keeps)
+                if len(candidates) > 1:
+                    self._time(call, group, candidates, heed)
+                    if not heed.is_settled(group.bucket):
+                        calls_left = 1
+                if keeps and group.largest.rank and not group.largest.is_kept:
+                    self._keep_what_pays(call, group, candidates, heed)
+            groups = self._groups(call)
+        version = self.folded.version
+        backend, ways = choose_ways(
+            groups, len(call.segments.parts), backends, heed, _FORCED.get(self.strategy)
+        )
+        records = None
+        if backend == "native":
+            bounds = self._bounds_of(call.segments)
+            records = native_path.pack(call, ways, bounds, self.workspace, self.folded)
+        return _Settled(
+            call.segments, call.slots, call.x.dtype, self.strategy, version, ways, records,
+            calls_left,
+        )  # fmt: skip
+
+    def _groups(self, call: LayerCall) -> tuple[Group, ...]:
+        dtype, uses_kept = call.x.dtype, self.strategy in {"auto", "cached"}
+        parts = tuple(
+            Part(part.rows, 0)
+            if own is None or own.method == "lora"
+            else Part(
+                part.rows,
+                own.rank,
+                uses_kept and self.folded.has(part.slot, call.path, dtype),
+            )
+            for part, own in zip(call.segments.parts, call.factors, strict=True)
+        )
+        storage = f"{call.weight.kind} {str(dtype).removeprefix('torch.')}"
+        return groups_of(call.weight.shape, storage, parts)
+
+    def _time(
+        self, call: LayerCall, group: Group, candidates: Sequence[Candidate], tuner: Autotuner
+    ) -> None:
+        if tuner.is_due(group.bucket, candidates):
+            alone, count = call.of_segments(group.places), len(group.places)
+            runs = {one: self._run_of(alone, one[0], (one[1],) * count) for one in candidates}
+            tuner.run(group.bucket, runs)
+
+    def _run_of(
+        self, call: LayerCall, backend: Backend, ways: Sequence[Way]
+    ) -> Callable[[], torch.Tensor]:
+        if backend == "torch":
+            return partial(torch_path.run, call, ways, self.workspace, self.folded)
+        bounds = native_ops.pack_bounds(call.segments)
+        records = native_path.pack(call, ways, bounds, self.workspace, self.folded)
+        return partial(native_path.run, call, records, self.workspace)
+
+    def _keep_what_pays(
+        self, call: LayerCall, group: Group, candidates: Sequence[Candidate], tuner: Autotuner
+    ) -> None:
+        """Fold what saves more time than it takes; by what was timed, so not before."""
+        times = {one: tuner.ns(group.bucket, one) for one in candidates}
+        known = {one: ns for one, ns in times.items() if ns is not None}
+        if len(known) < len(times):
+            return
+        # What weights that are kept took goes before: it is of the memory that they lie in.
+        kept = [tuner.ns(group.bucket, (backend, "kept")) for backend, _ in candidates]
+        with_kept = [ns for ns in kept if ns is not None]
+        with_kept = with_kept or [ns for (_, way), ns in known.items() if way == "held"]
+        without = min(ns for (_, way), ns in known.items() if way != "held")
+        count = len(group.places)
+        saving = (without - min(with_kept)) / count
+        folding = max(0.0, known["torch", "fold"] - known["torch", "held"]) / count
+        weights = torch_path.Weights(call, self.workspace, self.folded)
+        nbytes = call.weight.shape[0] * call.weight.shape[1] * call.x.dtype.itemsize
+        for place in group.places:
+            slot = call.segments.parts[place].slot
+            if self.folded.has(slot, call.path, call.x.dtype):  # by an earlier segment
+                continue
+            if self.folded.is_worth(slot, nbytes, saving, _KEEPING_OVER_FOLDING * folding):
+                weights.keep(slot, call.slots[slot].to(call.x.dtype), saving)
+
+    def _bounds_of(self, segments: Segments) -> bytes:
         """``native_ops.pack_bounds``, made once for the many layers of a forward."""
         if self._bounds[0] is not segments:
             self._bounds = (segments, native_ops.pack_bounds(segments))
         return self._bounds[1]
 
-    def runs_native(
-        self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
-    ) -> bool:
-        """Whether the compiled kernel may be used, is there, and takes these rows and weights."""
-        return self.strategy in ("auto", "native") and native_path.takes(x, weight, bias)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        weight: QuantizedWeight,
-        slots: Mapping[int, SlotFactors],
-        segments: Segments,
-        bias: torch.Tensor | None,
-        *,
-        layer: str,
-    ) -> torch.Tensor:
-        """``modulated_linear`` with this model's strategy, buffers and cache.
+def choose_ways(
+    groups: Sequence[Group],
+    count: int,
+    backends: Sequence[Backend],
+    tuner: Autotuner | None,
+    forced: Way | None = None,
+) -> tuple[Backend, list[Way]]:
+    """Who computes a call, and how each of its ``count`` segments; pure, given what was timed.
 
-        What was settled for the layer's latest call is used again while it holds. That asks that
-        ``slots`` only change by ``AdaptedModel.install`` and ``uninstall``, which say so.
-        """
-        known = self._prepared.get(layer)
-        if (
-            known is not None
-            and known.segments is segments
-            and known.slots is slots
-            and known.dtype == x.dtype
-            and known.strategy == self.strategy
-            and known.version == self.folded.version
-            and known.call is not None
-        ):
-            return native_path.run(x, weight, known.call, bias, self.workspace)
-        segments.check_covers(x.shape[0])
-        if self.strategy == "reference":
-            return _reference(x, weight, slots, segments, bias)
-        known = self._prepared[layer] = _prepare(
-            x, weight, slots, segments, bias, modulator=self, layer=layer
-        )
-        return _run(x, weight, known, bias, modulator=self, layer=layer)
-
-
-def modulated_linear(
-    x: torch.Tensor,
-    weight: QuantizedWeight,
-    slots: Mapping[int, SlotFactors],
-    segments: Segments,
-    bias: torch.Tensor | None = None,
-    *,
-    modulator: Modulator,
-    layer: str = "",
-) -> torch.Tensor:
-    """y[rows of s] = x[rows of s] · (W0 ⊙ (1 + B_s A_s))ᵀ + bias, for every segment s in one call.
-
-    LoRA segments get x W0ᵀ + s (x Aᵀ) Bᵀ + bias; slots without factors here the bare base.
+    The fastest way of every group, by the backend whose sum is the least; where a bucket was not
+    timed, ``default_way`` by the first backend.
 
     Args:
-        x: ``[rows, in]``, in the dtype to compute in.
-        weight: W0 ``[out, in]``.
-        slots: Factors of this layer by slot, in any dtype.
-        segments: Cover the rows of ``x``.
-        bias: ``[out]`` in the dtype of ``x``, or None.
-        modulator: The strategy, the buffers and the cache of folded weights; its buffers are
-            overwritten.
-        layer: The key of this layer in the cache.
-
-    Returns:
-        A new ``[rows, out]`` in the dtype of ``x``, not overlapping any buffer.
-
-    Raises:
-        SegmentMismatch: The segments do not cover the rows; checked before any write.
+        groups: Together all segments.
+        count: Of segments.
+        backends: Those that may be used, the one to prefer first.
+        tuner: What was timed; None: nothing.
+        forced: The way of every modulated segment. ``kept`` keeps what is not there.
     """
-    segments.check_covers(x.shape[0])
-    if modulator.strategy == "reference":
-        return _reference(x, weight, slots, segments, bias)
-    prepared = _prepare(x, weight, slots, segments, bias, modulator=modulator, layer=layer)
-    return _run(x, weight, prepared, bias, modulator=modulator, layer=layer)
+    choices: list[tuple[float, Backend, list[Way]]] = []
+    for backend in backends:
+        total, is_known = 0.0, True
+        ways: list[Way] = ["base"] * count
+        for group in groups:
+            part = group.largest
+            times = {} if tuner is None else _times(tuner, group, backend)
+            if forced is not None and part.rank:
+                way = forced
+            elif len(times) < len(ways_of(part)):
+                way, is_known = default_way(part), False
+            else:
+                way = min(times, key=times.__getitem__)
+                total += times[way]
+            for place in group.places:
+                ways[place] = way
+        if not is_known:
+            total = -math.inf if backend == backends[0] else math.inf
+        choices.append((total, backend, ways))
+    _, backend, ways = min(choices, key=lambda one: one[0])
+    return backend, ways
 
 
-def _run(
-    x: torch.Tensor,
-    weight: QuantizedWeight,
-    prepared: _Prepared,
-    bias: torch.Tensor | None,
-    *,
-    modulator: Modulator,
-    layer: str,
-) -> torch.Tensor:
-    if prepared.call is not None:
-        return native_path.run(x, weight, prepared.call, bias, modulator.workspace)
-    work = [
-        _work(part, prepared.slots, way, dtype=x.dtype, bias=bias)
-        for part, way in zip(prepared.segments.parts, prepared.ways, strict=True)
-    ]
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    base = _Base(weight, x.dtype, modulator)
-    sources = Sources(base.weight, lambda item: _folded(item, base, modulator, layer))
-    run_into(y, x, work, sources, modulator.workspace)
-    return y
+def _times(tuner: Autotuner, group: Group, backend: Backend) -> dict[Way, float]:
+    found = {way: tuner.ns(group.bucket, (backend, way)) for way in ways_of(group.largest)}
+    return {way: ns for way, ns in found.items() if ns is not None}
 
 
-def _prepare(
-    x: torch.Tensor,
-    weight: QuantizedWeight,
-    slots: Mapping[int, SlotFactors],
-    segments: Segments,
-    bias: torch.Tensor | None,
-    *,
-    modulator: Modulator,
-    layer: str,
-) -> _Prepared:
-    """Choose for every segment; folds what is worth keeping from now on."""
-    found = [slots.get(part.slot) for part in segments.parts]
-    native = bool(segments.parts) and modulator.runs_native(x, weight, bias)
-    native = native and all(factors is None or factors.native_record for factors in found)
-    size = weight.shape[0] * weight.shape[1]
-    offers = modulator.offers(weight, has_native=native)
-    uses_kept = modulator.strategy in ("auto", "cached")
-    if modulator.strategy == "auto" and modulator.folded.budget_bytes:
-        _keep_what_pays(x, weight, segments, found, offers, modulator=modulator, layer=layer)
-    folded = modulator.folded
-    work = tuple(
-        Rows(part.rows, 0)
-        if factors is None or factors.method == "lora"
-        else Rows(part.rows, factors.rank, uses_kept and folded.has(part.slot, layer, x.dtype))
-        for part, factors in zip(segments.parts, found, strict=True)
-    )
-    version = folded.version
-    choice = choose(offers, size, work, _FORCED.get(modulator.strategy))
-    call = None
-    if choice.backend == "native":
-        kept = [
-            folded.get(part.slot, layer) if way == "kept" else None
-            for part, way in zip(segments.parts, choice.ways, strict=True)
-        ]
-        call = native_path.Call.of(
-            segments, found, choice.ways, kept, modulator.bounds_of(segments)
-        )
-    return _Prepared(segments, slots, x.dtype, modulator.strategy, version, choice.ways, call)
+def _candidates(group: Group, backends: Sequence[Backend], keeps: bool) -> list[Candidate]:
+    """What is timed for a group: all that is possible, and what a kept weight would take."""
+    ways = ways_of(group.largest)
+    if keeps and group.largest.rank and not group.largest.is_kept:
+        ways = (*ways, "held")
+    return [(backend, way) for backend in backends for way in ways]
 
 
-def _keep_what_pays(
-    x: torch.Tensor,
-    weight: QuantizedWeight,
-    segments: Segments,
-    found: list[SlotFactors | None],
-    offers: Offers,
-    *,
-    modulator: Modulator,
-    layer: str,
-) -> None:
-    folded = modulator.folded
-    size = weight.shape[0] * weight.shape[1]
-    base = _Base(weight, x.dtype, modulator)
-    for part, factors in zip(segments.parts, found, strict=True):
-        if factors is None or factors.method == "lora":
-            continue
-        if folded.has(part.slot, layer, x.dtype):
-            continue
-        saving = predicted_saving_ns(offers, size, part.rows, factors.rank)
-        fill = min(costs.fill_ns(size, factors.rank) for _, costs in offers)
-        if folded.is_worth(part.slot, size * x.dtype.itemsize, saving, fill):
-            _fold_to_keep((part.slot, layer), factors.to(x.dtype), base, folded, saving)
-
-
-@dataclass(slots=True)
-class _Base:
-    """W0 of one call, dequantized when first needed: a call may do with folded weights alone."""
-
-    stored: QuantizedWeight
-    dtype: torch.dtype
-    modulator: Modulator
-    dense: torch.Tensor | None = None
-
-    def weight(self) -> torch.Tensor:
-        if self.dense is None:
-            self.dense = self.modulator.workspace.dequantized(self.stored, self.dtype)
-        return self.dense
-
-
-def _work(
-    part: Segment,
-    slots: Mapping[int, SlotFactors],
-    way: Way,
-    *,
-    dtype: torch.dtype,
-    bias: torch.Tensor | None,
-) -> Work:
-    factors = slots.get(part.slot)
-    if factors is None:
-        return Work(part, "base", bias)
-    factors = factors.to(dtype)
-    if factors.bias is not None:
-        bias = factors.bias
-    if factors.method == "lora":
-        return Work(part, "lora", bias, factors)
-    return Work(part, "expand" if way == "expand" else "fold", bias, factors)
-
-
-def _folded(item: Work, base: _Base, modulator: Modulator, layer: str) -> torch.Tensor:
-    """W0 ⊙ (1 + BA) of the item's slot: kept, kept from now on, or in a buffer of the moment."""
-    assert item.factors is not None
-    slot = item.part.slot
-    if modulator.strategy in ("auto", "cached"):
-        kept = modulator.folded.get(slot, layer)
-        if kept is not None and kept.dtype == base.dtype:
-            return kept
-    if modulator.strategy == "cached":
-        kept = _fold_to_keep((slot, layer), item.factors, base, modulator.folded)
-        if kept is not None:
-            return kept
-    w0 = base.weight()
-    room = modulator.workspace.take("folded", (w0.shape[0], w0.shape[1]), base.dtype, w0.device)
-    torch_ops.fold_into(room, w0, item.factors.a, item.factors.b)
-    return room
-
-
-def _fold_to_keep(
-    key: tuple[int, str],
-    factors: SlotFactors,
-    base: _Base,
-    folded: FoldedCache,
-    saving_ns: float = 0.0,
-) -> torch.Tensor | None:
-    w0 = base.weight()
-    shape = (w0.shape[0], w0.shape[1])
-    room = folded.reserve(*key, shape, base.dtype, saving_ns)
-    if room is None:
-        return None
-    try:
-        torch_ops.fold_into(room, w0, factors.a, factors.b)
-    except BaseException:
-        # What was reserved holds nothing yet; a later call must not find it.
-        folded.discard(*key)
-        raise
-    return room
-
-
-def _reference(
-    x: torch.Tensor,
-    weight: QuantizedWeight,
-    slots: Mapping[int, SlotFactors],
-    segments: Segments,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def _reference(call: LayerCall) -> torch.Tensor:
     truth = reference.modulated_linear(
-        x,
-        weight.dequantize(dtype=torch.float32),
+        call.x,
+        call.weight.dequantize(dtype=torch.float32),
         {
-            slot: (f.method, f.a, f.b, f.scale, f.bias)
-            for slot, f in ((slot, slots.get(slot)) for slot in segments.slots)
-            if f is not None
+            part.slot: (own.method, own.a, own.b, own.scale, own.bias)
+            for part, own in zip(call.segments.parts, call.factors, strict=True)
+            if own is not None
         },
-        segments,
-        bias,
+        call.segments,
+        call.bias,
     )
-    return truth.to(x.dtype)
+    return truth.to(call.x.dtype)

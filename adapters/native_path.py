@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.costs import Way
+from adapters.folded import FoldedCache
 from adapters.kernels import native_ops, torch_ops
-from adapters.quant import QuantizedWeight
-from adapters.segments import BASE_SLOT, Segment, Segments, from_runs
+from adapters.layer_call import LayerCall
+from adapters.segments import Segment
 from adapters.slot_factors import SlotFactors
+from adapters.strategy import Way
 from adapters.workspace import Workspace
 
 _AS: Mapping[Way, bytes] = {
@@ -24,81 +25,73 @@ _AS: Mapping[Way, bytes] = {
 }
 
 
-def takes(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> bool:
-    """Whether the kernel is there and takes these rows, weights and bias."""
+def takes(call: LayerCall) -> bool:
+    """Whether the kernel is there and takes these rows, weights, factors and bias."""
+    x, weight, bias = call.x, call.weight, call.bias
+    found = [own for own in call.factors if own is not None]
     return (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
+        and x.shape[0] > 0
         and native_ops.available()
         and weight.shape[1] % native_ops.INPUTS_MULTIPLE == 0
         and not weight.grouped
         and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
+        and all(own.native_record for own in found)
+        # Rows of a bare weight that is not decoded first are torch's own trade.
+        and (bool(found) or weight.kind in {"nf4", "fp4"})
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Records:
     """What the kernel reads of the segments of one call; holds addresses of factors and weights.
 
     Args:
-        rows: That the segments cover.
         bounds: Of ``native_ops.pack_bounds``.
-        records: One a segment, joined.
+        segments: A record each, joined.
         lora: What the kernel leaves to torch: its rows are base rows to it.
     """
 
-    rows: int
     bounds: bytes
-    records: bytes
-    lora: tuple[tuple[Segment, SlotFactors], ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        segments: Segments,
-        factors: Sequence[SlotFactors | None],
-        ways: Sequence[Way],
-        kept: Sequence[torch.Tensor | None],
-        bounds: bytes,
-    ) -> Call:
-        """The call whose segments bring ``factors`` and are computed in ``ways``.
-
-        It is valid while they and the folded weights ``kept``, of segments of that way, live.
-        """
-        records: list[bytes] = []
-        lora: list[tuple[Segment, SlotFactors]] = []
-        for part, own, way, weight in zip(segments.parts, factors, ways, kept, strict=True):
-            if own is None:
-                records.append(native_ops.BASE_RECORD)
-                continue
-            assert own.native_record
-            tail = _AS[way] if weight is None else native_ops.as_kept(weight)
-            records.append(own.native_record + tail)
-            if own.method == "lora":
-                lora.append((part, own))
-        return cls(segments.rows, bounds, b"".join(records), tuple(lora))
-
-    @classmethod
-    def of_base(cls, rows: int) -> Call:
-        """The call for ``rows`` rows of the bare base."""
-        every = from_runs([(BASE_SLOT, rows)])
-        return cls(rows, native_ops.pack_bounds(every), native_ops.BASE_RECORD)
+    segments: bytes
+    lora: tuple[tuple[Segment, SlotFactors], ...]
 
 
-def run(
-    x: torch.Tensor,
-    weight: QuantizedWeight,
-    call: Call,
-    bias: torch.Tensor | None,
-    workspace: Workspace,
-) -> torch.Tensor:
-    """A new ``[rows, out]`` of ``x`` ``[rows, in]``, for which ``takes`` holds."""
-    assert x.shape[0] == call.rows
+def pack(
+    call: LayerCall, ways: Sequence[Way], bounds: bytes, workspace: Workspace, folded: FoldedCache
+) -> Records:
+    """The records of a call whose segments are computed in ``ways``.
+
+    They are valid while the factors and the kept folded weights live.
+    """
+    records: list[bytes] = []
+    lora: list[tuple[Segment, SlotFactors]] = []
+    for part, own, way in zip(call.segments.parts, call.factors, ways, strict=True):
+        if own is None:
+            records.append(native_ops.BASE_RECORD)
+            continue
+        weight = None
+        if way == "kept":
+            weight = folded.get(part.slot, call.path)
+            assert weight is not None
+        elif way == "held":
+            weight = workspace.take("folded", call.weight.shape, call.x.dtype, call.x.device)
+        tail = _AS[way] if weight is None else native_ops.as_kept(weight)
+        records.append(own.native_record + tail)
+        if own.method == "lora":
+            lora.append((part, own))
+    return Records(bounds, b"".join(records), tuple(lora))
+
+
+def run(call: LayerCall, records: Records, workspace: Workspace) -> torch.Tensor:
+    """A new ``[rows, out]``, for a call that ``takes`` holds for."""
+    weight = call.weight
     stored, kind, block = weight.stored, weight.kind, weight.block
     if not native_ops.takes_weight(kind, weight.shape, block):
-        stored, kind, block = workspace.dequantized(weight, x.dtype).contiguous(), "dense", 0
-    x = x.contiguous()
-    y = x.new_empty(x.shape[0], weight.shape[0])
+        stored, kind, block = workspace.dequantized(weight, call.x.dtype).contiguous(), "dense", 0
+    x = call.x.contiguous()
+    y = call.new_output()
     native_ops.linear_into(
         y,
         x,
@@ -106,12 +99,12 @@ def run(
         scales=weight.scales,
         kind=kind,
         block=block,
-        bias=bias,
-        bounds=call.bounds,
-        records=call.records,
+        bias=call.bias,
+        bounds=records.bounds,
+        records=records.segments,
         scratch=workspace.bytes_on_cpu,
     )
-    for part, factors in call.lora:
+    for part, factors in records.lora:
         rows = slice(part.start, part.stop)
         torch_ops.add_lora(y[rows], x[rows], factors.a, factors.b, factors.scale)
     return y

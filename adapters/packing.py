@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from adapters.errors import MissingTensors
-from adapters.modulation import SlotFactors
+from adapters.slot_factors import SlotFactors
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights, Factors

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from adapters.calibration import calibrate
+from adapters.autotune import Autotuner
 from adapters.errors import UnsupportedOption
 from adapters.inject import AdaptedModel, inject
 from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
@@ -112,7 +112,7 @@ def load_base(options: EngineOptions) -> LoadedBase:
             error.message, found=error.found, expected=error.expected, fix=error.fix
         ) from error
     if options.modulation == "auto":
-        adapted.modulator.costs = calibrate(adapted, dtype, options.cache_dir)
+        adapted.modulator.tuner = Autotuner(options.cache_dir, device)
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from adapters.strategy import Strategy
+
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
-Modulation = Literal["auto", "native", "fold", "expand", "cached", "fused", "reference"]
 
 MIB = 1 << 20
 
@@ -24,7 +25,7 @@ class EngineOptions:
 
     base: str  # a folder or a hub id
     store_dir: Path  # adapters by version, as adapters.store lays them out
-    cache_dir: Path  # calibration and other files that can be made again
+    cache_dir: Path  # times of strategies and other files that can be made again
     revision: str | None = None
     quantization: Quantization = "nf4"
     double_quant: bool = True
@@ -33,7 +34,7 @@ class EngineOptions:
     device: Device = "auto"
     threads: int | None = None  # None: one per physical core that the process may use
 
-    modulation: Modulation = "auto"
+    modulation: Strategy = "auto"
     slots: int = 256  # adapters on the device at once
     device_bytes: int = 1024 * MIB  # their factors in the compute dtype
     host_bytes: int = 2048 * MIB  # factors kept in memory off the device

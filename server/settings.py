@@ -33,7 +33,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from server.options import MIB, Device, DType, EngineOptions, Modulation, Quantization
+from adapters.strategy import Strategy
+from server.options import MIB, Device, DType, EngineOptions, Quantization
 
 PREFIX: Final = "HIRA_"
 CONFIG_FILE: Final = Path("hira.toml")
@@ -129,7 +130,7 @@ class Settings(BaseSettings):
     dtype: DType = setting("auto", "Compute type.", "Base")
     device: Device = setting("auto", "Where the base runs.", "Base")
     threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
-    modulation: Modulation = setting("auto", "Strategy of the adapted layers.", "Base")
+    modulation: Strategy = setting("auto", "Strategy of the adapted layers.", "Base")
 
     # Where it listens and keeps its state
     host: str = setting("127.0.0.1", "Address to listen on.", "Server")

@@ -18,8 +18,8 @@ from torch import nn
 from adapters.fused import obstacle
 from adapters.inject import inject
 from adapters.kernels.reference import modulated_linear
-from adapters.modulation import SlotFactors
 from adapters.segments import from_rows
+from adapters.slot_factors import SlotFactors
 from loadtests.bench.timing import Budget, Figure, Report, alternate
 
 WIDTH = 4096

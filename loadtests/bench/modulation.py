@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapters.calibration import calibrate
+from adapters.autotune import Autotuner
 from adapters.folded import FoldedCache
 from adapters.inject import AdaptedModel, inject
 from adapters.layers import AdaptedLinear
-from adapters.modulation import SlotFactors
 from adapters.segments import from_rows
 from adapters.signature import BaseSignature
+from adapters.slot_factors import SlotFactors
 from loadtests.bench import peers
 from loadtests.bench.timing import Budget, Figure, Report, Samples, alternate
 
@@ -131,7 +131,7 @@ def random_factors(
 def _measure(shape: Shape, cases: list[Case], budget: Budget, report: Report) -> None:
     dense = dense_model(shape)
     adapted = inject(peers.quantized(dense))
-    adapted.modulator.costs = calibrate(adapted, torch.bfloat16)
+    adapted.modulator.tuner = Autotuner()
     _tell_memory(shape, adapted, report)
     most = max(case.adapters for case in cases)
     factors = [random_factors(adapted.signature, TARGETS[shape], seed) for seed in range(most)]

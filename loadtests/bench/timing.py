@@ -174,7 +174,7 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
     import torch
 
-    from adapters.calibration import processor
+    from adapters.autotune import processor
     from adapters.kernels import native_ops
 
     return {

@@ -10,7 +10,7 @@ from bitsandbytes import functional
 from torch import nn
 
 from adapters.kernels.reference import modulated_weight
-from adapters.modulation import SlotFactors
+from adapters.slot_factors import SlotFactors
 from tests.adapters.tiny_models import Quantization, build
 
 

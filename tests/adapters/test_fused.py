@@ -7,7 +7,7 @@ small; the truth is the same 4-bit model in float32 with every linear layer in f
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +22,12 @@ from adapters.inject import AdaptedModel, inject
 from adapters.kernels import native_ops, triton_tiles
 from adapters.kernels.reference import modulated_linear
 from adapters.kernels.triton_operands import pack_weight
+from adapters.layer_call import LayerCall
 from adapters.layers import AdaptedLinear, quantize_embedding
-from adapters.modulation import SlotFactors
 from adapters.packing import pack
 from adapters.quant import QuantizedWeight
 from adapters.segments import Segments, from_rows, from_runs
+from adapters.slot_factors import SlotFactors
 from tests.adapters.tiny_models import (
     VOCAB,
     FakeFactors,
@@ -277,12 +278,15 @@ def test_emptied_slot_is_refused_and_segments_must_cover_the_rows(kernels: Modul
     adapted.install(1, random_factors(adapted.signature, ["0"], rank=8, dtype=torch.float16))
     assert adapted.fused is not None
     x = torch.zeros(4, 256).half()
-    more: dict[str, Any] = {"bias": None, "modulator": adapted.modulator}
+
+    def call(rows: int) -> LayerCall:
+        return LayerCall("0", x, layer.quantized, layer.slots, from_runs([(1, rows)]))
+
     with pytest.raises(SegmentMismatch):
-        adapted.fused.linear("0", x, layer.slots, from_runs([(1, 3)]), **more)
+        adapted.fused.linear(call(3))
     adapted.uninstall(1)
     with pytest.raises(SlotNotResident):
-        adapted.fused.linear("0", x, layer.slots, from_runs([(1, 4)]), **more)
+        adapted.fused.linear(call(4))
 
 
 def test_the_probe_finds_a_kernel_that_is_wrong(
@@ -345,11 +349,11 @@ def test_the_cpu_kernel_refuses_codes_in_the_order_of_the_fused_one(
 ) -> None:
     monkeypatch.setattr(native_ops, "available", lambda: True)
     weight = QuantizedWeight.from_dense(torch.randn(16, 256), "nf4")
-    x = torch.randn(2, 256).bfloat16()
-    assert native_path.takes(x, weight, None)
+    call = LayerCall("l", torch.randn(2, 256).bfloat16(), weight, {}, from_runs([(0, 2)]))
+    assert native_path.takes(call)
     assert weight.scales is not None
     weight.take_order(pack_weight(weight.stored, weight.scales, "nf4", weight.shape, weight.block))
-    assert not native_path.takes(x, weight, None)
+    assert not native_path.takes(call)
 
 
 def test_forcing_the_kernel_where_it_cannot_run_is_refused(
@@ -367,5 +371,3 @@ def test_forcing_the_kernel_where_it_cannot_run_is_refused(
 def test_by_itself_a_cpu_model_does_not_use_it(kernels: ModuleType) -> None:
     adapted = inject(build("llama", quantization="nf4", dtype=torch.float16))
     assert adapted.fused is None
-    every: Mapping[str, Any] = adapted.layers
-    assert all(one.fused is None for one in every.values() if isinstance(one, AdaptedLinear))

@@ -11,8 +11,8 @@ from adapters.errors import MissingTensors, NonFinite, ShapeMismatch, SlotNotRes
 from adapters.folded import FoldedCache
 from adapters.inject import inject
 from adapters.layers import AdaptedLinear
-from adapters.modulation import SlotFactors
 from adapters.segments import from_rows
+from adapters.slot_factors import SlotFactors
 from tests.adapters.tiny_models import BUILDERS, CAUSAL, VOCAB, build, random_factors
 
 

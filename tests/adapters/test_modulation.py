@@ -11,18 +11,15 @@ from hypothesis import strategies as st
 from adapters.errors import SegmentMismatch
 from adapters.folded import FoldedCache
 from adapters.kernels import reference, torch_ops
-from adapters.modulation import (
-    STRATEGIES,
-    Modulator,
-    SlotFactors,
-    Strategy,
-    Workspace,
-    modulated_linear,
-)
+from adapters.layer_call import LayerCall
+from adapters.modulation import Modulator
 from adapters.plan import Plan
 from adapters.quant import QuantizedWeight
 from adapters.segments import Segments, from_rows, from_runs
 from adapters.signature import Method
+from adapters.slot_factors import SlotFactors
+from adapters.strategy import STRATEGIES, Strategy
+from adapters.workspace import Workspace
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 CPU = torch.device("cpu")
@@ -32,6 +29,18 @@ def modulator(strategy: Strategy, folded_bytes: int = 1 << 24) -> Modulator:
     made = Modulator(strategy)
     made.folded = FoldedCache(folded_bytes, CPU)
     return made
+
+
+def linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    slots: dict[int, SlotFactors],
+    segments: Segments,
+    bias: torch.Tensor | None = None,
+    *,
+    modulator: Modulator,
+) -> torch.Tensor:
+    return modulator.linear(LayerCall("l", x, weight, slots, segments, bias))
 
 
 def random_slot(
@@ -113,7 +122,7 @@ def test_every_strategy_is_exact_to_rounding(
     shared = modulator(strategy)
     expected = truth(x, weight, slots, segments, bias)
     for _ in range(2):  # the second call finds used buffers and a filled cache
-        found = modulated_linear(x, weight, slots, segments, bias, modulator=shared, layer="l")
+        found = linear(x, weight, slots, segments, bias, modulator=shared)
         assert found.dtype == dtype
         assert relative_error(found, expected) < TOLERANCE[dtype]
 
@@ -126,12 +135,12 @@ def test_rows_have_the_same_answer_alone_and_in_any_batch(
 ) -> None:
     x, weight, slots, segments, bias = _build(case, torch.float32)
     shared = modulator(strategy)
-    together = modulated_linear(x, weight, slots, segments, bias, modulator=shared, layer="l")
+    together = linear(x, weight, slots, segments, bias, modulator=shared)
     for part in segments.parts:
         rows = slice(part.start, part.stop)
-        alone = modulated_linear(
+        alone = linear(
             x[rows], weight, slots, from_runs([(part.slot, part.rows)]), bias,
-            modulator=shared, layer="l",
+            modulator=shared,
         )  # fmt: skip
         assert relative_error(alone, together[rows].double()) < TOLERANCE[torch.float32]
 
@@ -143,7 +152,7 @@ def test_inputs_are_not_written(case: dict[str, Any]) -> None:
     tensors = [x, weight.stored, *(t for f in slots.values() for t in (f.a, f.b))]
     before = [tensor.clone() for tensor in tensors]
     for strategy in STRATEGIES:
-        modulated_linear(x, weight, slots, segments, bias, modulator=modulator(strategy))
+        linear(x, weight, slots, segments, bias, modulator=modulator(strategy))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
@@ -163,9 +172,7 @@ def test_small_modulations_survive_bfloat16(rows: int, size: float) -> None:
     assert bool(((folded.double() - exact).abs() <= 2**-8 * rounded).all())
     x = torch.randn(rows, shape[1], generator=generator).bfloat16()
     for strategy in STRATEGIES:
-        found = modulated_linear(
-            x, weight, {1: slot}, from_runs([(1, rows)]), modulator=modulator(strategy)
-        )
+        found = linear(x, weight, {1: slot}, from_runs([(1, rows)]), modulator=modulator(strategy))
         expected = truth(x, weight, {1: slot}, from_runs([(1, rows)]), None)
         assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
 
@@ -177,7 +184,7 @@ def test_long_expansions_are_cut_to_the_limit() -> None:
     segments = from_runs([(1, 90), (2, 3)])
     x = torch.randn(93, 64, generator=generator)
     shared = modulator("expand")
-    found = modulated_linear(x, weight, slots, segments, modulator=shared)
+    found = linear(x, weight, slots, segments, modulator=shared)
     assert relative_error(found, truth(x, weight, slots, segments, None)) < 1e-5
     assert shared.workspace.nbytes <= 4096 * (16 + 64) * 4
 
@@ -186,9 +193,7 @@ def test_long_expansions_are_cut_to_the_limit() -> None:
 def test_segments_that_do_not_cover_the_rows_are_refused(strategy: Strategy) -> None:
     weight = QuantizedWeight.from_dense(torch.randn(8, 8))
     with pytest.raises(SegmentMismatch):
-        modulated_linear(
-            torch.randn(3, 8), weight, {}, from_rows([0, 0]), modulator=modulator(strategy)
-        )
+        linear(torch.randn(3, 8), weight, {}, from_rows([0, 0]), modulator=modulator(strategy))
 
 
 def test_factors_of_another_dtype_are_converted() -> None:
@@ -198,9 +203,7 @@ def test_factors_of_another_dtype_are_converted() -> None:
     x = torch.randn(5, 64, generator=generator)
     segments = from_runs([(1, 5)])
     for strategy in STRATEGIES:
-        found = modulated_linear(
-            x, weight, {1: slot}, segments, modulator=modulator(strategy), layer="l"
-        )
+        found = linear(x, weight, {1: slot}, segments, modulator=modulator(strategy))
         assert relative_error(found, truth(x, weight, {1: slot}, segments, None)) < 1e-5
 
 
@@ -210,9 +213,9 @@ def test_output_overlaps_no_buffer() -> None:
     slots = {1: random_slot((64, 64), 4, generator)}
     x = torch.randn(5, 64, generator=generator)
     shared = modulator("auto")
-    first = modulated_linear(x, weight, slots, from_runs([(1, 5)]), modulator=shared)
+    first = linear(x, weight, slots, from_runs([(1, 5)]), modulator=shared)
     kept = first.clone()
-    modulated_linear(x * 2, weight, slots, from_runs([(1, 5)]), modulator=shared)
+    linear(x * 2, weight, slots, from_runs([(1, 5)]), modulator=shared)
     assert torch.equal(first, kept)
 
 
@@ -224,8 +227,8 @@ def test_buffers_made_in_inference_mode_serve_outside_of_it() -> None:
     for strategy in STRATEGIES:
         shared = modulator(strategy)
         with torch.inference_mode():
-            inside = modulated_linear(x, weight, slots, from_runs([(1, 5)]), modulator=shared)
-        outside = modulated_linear(x, weight, slots, from_runs([(1, 5)]), modulator=shared)
+            inside = linear(x, weight, slots, from_runs([(1, 5)]), modulator=shared)
+        outside = linear(x, weight, slots, from_runs([(1, 5)]), modulator=shared)
         assert torch.equal(inside, outside)
 
 
@@ -241,7 +244,7 @@ def test_cached_strategy_never_exceeds_its_budget() -> None:
     for step in range(20):
         segments = from_runs([(1 + (step * 3 + k) % 7, 2) for k in range(5)])
         x = torch.randn(10, 64, generator=generator)
-        found = modulated_linear(x, weight, slots, segments, modulator=shared, layer="l")
+        found = linear(x, weight, slots, segments, modulator=shared)
         assert relative_error(found, truth(x, weight, slots, segments, None)) < 1e-5
         assert cache.nbytes <= 3 * one
     assert len(cache) == 3
@@ -255,12 +258,12 @@ def test_cached_weight_is_used_and_forgotten_with_its_slot() -> None:
     slots = {1: random_slot((64, 64), 4, generator)}
     shared = modulator("cached")
     x = torch.randn(2, 64, generator=generator)
-    before = modulated_linear(x, weight, slots, from_rows([1, 1]), modulator=shared, layer="l")
+    before = linear(x, weight, slots, from_rows([1, 1]), modulator=shared)
     slots[1] = replace(slots[1], b=slots[1].b * 2)
-    stale = modulated_linear(x, weight, slots, from_rows([1, 1]), modulator=shared, layer="l")
+    stale = linear(x, weight, slots, from_rows([1, 1]), modulator=shared)
     assert torch.equal(before, stale)
     shared.folded.forget(1)
-    fresh = modulated_linear(x, weight, slots, from_rows([1, 1]), modulator=shared, layer="l")
+    fresh = linear(x, weight, slots, from_rows([1, 1]), modulator=shared)
     assert relative_error(fresh, truth(x, weight, slots, from_rows([1, 1]), None)) < 1e-5
     assert not torch.equal(before, fresh)
 
@@ -320,9 +323,9 @@ def test_a_fold_that_failed_is_not_found_again(monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         patch.setattr(torch_ops, "fold_into", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            modulated_linear(x, weight, slots, segments, modulator=made, layer="l")
+            linear(x, weight, slots, segments, modulator=made)
     assert not made.folded.has(1, "l")
-    y = modulated_linear(x, weight, slots, segments, modulator=made, layer="l")
+    y = linear(x, weight, slots, segments, modulator=made)
     torch.testing.assert_close(
         y.double(), truth(x, weight, slots, segments, None), rtol=1e-4, atol=1e-4
     )

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from adapters.kernels import native_ops, reference
 from adapters.kernels.native_ops import Level
-from adapters.modulation import Modulator, SlotFactors, modulated_linear
+from adapters.layer_call import LayerCall
+from adapters.modulation import Modulator
 from adapters.quant import QuantizedWeight
 from adapters.segments import Segments, from_runs
+from adapters.slot_factors import SlotFactors
+from adapters.strategy import Strategy
 
 TOLERANCE = 1e-2
 Way = Literal["fold", "expand", "kept"]
@@ -303,8 +306,9 @@ def test_strategy_falls_back_to_torch(
         segments = from_runs([(1, 3), (0, 2), (2, 20), (1, 1)])
         x = torch.randn(segments.rows, shape[1], generator=generator).bfloat16()
         expected = truth(x, weight, slots, segments)
-        for strategy in ("auto", "native"):
-            found = modulated_linear(x, weight, slots, segments, modulator=Modulator(strategy))
+        strategies: tuple[Strategy, ...] = ("auto", "native")
+        for strategy in strategies:
+            found = Modulator(strategy).linear(LayerCall("l", x, weight, slots, segments))
             assert relative_error(found, expected) < TOLERANCE
 
 
@@ -313,6 +317,8 @@ def test_strategy_falls_back_to_torch(
 def test_bare_base_layer_is_exact_to_rounding(case: dict[str, Any]) -> None:
     x, weight, _, segments, bias = build(case)
     expected = truth(x, weight, {}, segments, bias)
-    found = Modulator().base_linear(x.view(1, *x.shape), weight, bias)
-    assert found.shape == (1, segments.rows, case["shape"][0])
-    assert relative_error(found[0], expected) < TOLERANCE
+    shared = Modulator()
+    call = LayerCall("l", x, weight, {}, shared.base_segments(segments.rows), bias)
+    found = shared.linear(call)
+    assert found.shape == (segments.rows, case["shape"][0])
+    assert relative_error(found, expected) < TOLERANCE

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from adapters.inject import inject
-from adapters.modulation import SlotFactors
 from adapters.segments import from_rows
 from adapters.signature import Method
+from adapters.slot_factors import SlotFactors
 from tests.adapters.tiny_models import VOCAB, Quantization, build
 
 peft = pytest.importorskip("peft", reason="PEFT is an extra of the project (train)")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.costs import UNMEASURED, CostModel, Costs, ShapeClass
+from adapters import modulation
+from adapters.autotune import Autotuner
 from adapters.folded import FoldedCache
 from adapters.inject import AdaptedModel, inject
 from adapters.kernels import native_ops
@@ -17,6 +18,7 @@ from adapters.layers import AdaptedLinear
 from adapters.quant import QuantizedWeight
 from adapters.segments import from_rows
 from adapters.signature import Method
+from adapters.strategy import Bucket, Candidate
 from tests.adapters.tiny_models import random_factors
 
 CPU = torch.device("cpu")
@@ -25,14 +27,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def _model(
-    dtype: torch.dtype, costs: CostModel = UNMEASURED, folded_bytes: int = 0
+    dtype: torch.dtype, tuner: Autotuner | None = None, folded_bytes: int = 0
 ) -> AdaptedModel:
     torch.manual_seed(0)
     adapted = inject(nn.Sequential(nn.Linear(SHAPE[1], SHAPE[0])).to(dtype))
     layer = adapted.layers["0"]
     assert isinstance(layer, AdaptedLinear)
     layer.quantized = QuantizedWeight.from_dense(layer.weight.detach(), "nf4")
-    adapted.modulator.costs = costs
+    adapted.modulator.tuner = tuner
     adapted.modulator.folded = FoldedCache(folded_bytes, CPU)
     return adapted
 
@@ -52,18 +54,17 @@ def _answers(adapted: AdaptedModel, x: torch.Tensor, slots: list[int]) -> torch.
     return found
 
 
-# What is kept costs nothing to read: it pays at once.
-KEEN = CostModel(
-    {
-        ShapeClass(14, 7): {
-            backend: Costs(
-                call_ns=1.0, segment_ns=1.0, decode=1.0, multiply=1.0, row=1.0, lone_row=1.0,
-                fold=50.0, fold_rank=1.0, expand=50.0, kept=0.0, fill=60.0, granule=16,
-            )
-            for backend in ("native", "torch")
-        }
-    }
-)  # fmt: skip
+class _Keen(Autotuner):
+    """As timed where a kept weight is nearly free to read: it pays at once."""
+
+    def ns(self, bucket: Bucket, candidate: Candidate) -> float | None:
+        del bucket
+        return 1.0 if candidate[1] in {"kept", "held", "base"} else 1000.0
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modulation, "_FEWEST_WEIGHTS", 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +84,7 @@ def test_a_slot_that_changes_hands_is_computed_anew(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_auto_keeps_folded_weights_once_they_pay(dtype: torch.dtype) -> None:
     one = SHAPE[0] * SHAPE[1] * dtype.itemsize
-    adapted = _model(dtype, KEEN, folded_bytes=2 * one + 5)
+    adapted = _model(dtype, _Keen(), folded_bytes=2 * one + 5)
     folded = adapted.modulator.folded
     for slot in (1, 2, 3):
         _install(adapted, slot, slot, dtype)
@@ -103,7 +104,7 @@ def test_auto_keeps_folded_weights_once_they_pay(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(not native_ops.available(), reason="the compiled kernel is not there")
 def test_kept_weights_are_what_the_kernel_reads() -> None:
-    adapted = _model(torch.bfloat16, KEEN, folded_bytes=1 << 20)
+    adapted = _model(torch.bfloat16, _Keen(), folded_bytes=1 << 20)
     _install(adapted, 1, 1, torch.bfloat16)
     x = torch.randn(2, SHAPE[1]).bfloat16()
     for _ in range(12):

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapters.modulation import SlotFactors
 from adapters.signature import BaseSignature, Method
+from adapters.slot_factors import SlotFactors
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 

@@ -13,7 +13,7 @@ import torch
 
 from adapters.errors import CorruptFile
 from adapters.inject import inject
-from adapters.modulation import SlotFactors
+from adapters.slot_factors import SlotFactors
 from server.base_plan import BaseModelError
 from server.generate import GenerateLane
 from server.generate_batch import MIN_PREFILL_TOKENS
