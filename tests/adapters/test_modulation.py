@@ -124,7 +124,10 @@ def test_every_strategy_is_exact_to_rounding(
     for _ in range(2):  # the second call finds used buffers and a filled cache
         found = linear(x, weight, slots, segments, bias, modulator=shared)
         assert found.dtype == dtype
-        assert relative_error(found, expected) < TOLERANCE[dtype]
+        # A lone output can cancel to almost nothing, so an absolute floor stands beside the ratio.
+        floor = 2 * float(x.double().norm(dim=1).max())
+        distance = float((found.double() - expected).norm())
+        assert distance < TOLERANCE[dtype] * (float(expected.norm()) + floor)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
