@@ -20,6 +20,7 @@ from typing import IO, cast
 
 from adapters.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
+from adapters.header import PICKLE_FIX
 from adapters.store import CARD_FILE
 
 WANTED = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE)
@@ -173,7 +174,7 @@ def _danger(member: _Member) -> UnsafeFormat | None:
             "The adapter is a pickle, which can run code when it is read.",
             found=shown,
             expected=TENSOR_FILE,
-            fix="Save it with save_pretrained(safe_serialization=True).",
+            fix=PICKLE_FIX,
         )
     return None
 

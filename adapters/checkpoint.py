@@ -8,20 +8,30 @@ together. Nothing is written, and what a tensor proves goes before what the conf
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
+from adapters.base_files import Difference
 from adapters.config import AdapterConfig, parse_config
 from adapters.errors import (
     AdapterError,
     AdapterFaults,
     BaseMismatch,
     UnsafeFormat,
+    UnsupportedOption,
 )
-from adapters.header import TensorEntry, inspect_values, open_regular, read_header, read_tensor
+from adapters.header import (
+    PICKLE_FIX,
+    TensorEntry,
+    inspect_values,
+    open_regular,
+    read_header,
+    read_tensor,
+)
 from adapters.labels import Labels, TaskConfig, read_task_config
 from adapters.layout import Layout
 from adapters.recent import Recent
@@ -118,12 +128,14 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     config_json = _read_small(folder, CONFIG_FILE)
     task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
     path = folder / TENSOR_FILE
+    if not path.exists():
+        parse_config(config_json)  # another program's folder is named as that
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise UnsafeFormat(
             "The adapter is a pickle, which can run code when it is read.",
             found="adapter_model.bin",
             expected=TENSOR_FILE,
-            fix="Save it with save_pretrained(safe_serialization=True).",
+            fix=PICKLE_FIX,
         )
     with open_regular(path) as file:
         entries = read_header(file)
@@ -135,14 +147,20 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         layout, task, config = plan.layout, plan.task, plan.layout.config
         faults: list[AdapterError] = []
         tensors: dict[str, torch.Tensor] = {}
-        nonzero = 0
+        nonzero = {"A": 0, "B": 0}
+        copies = {entry.name for _, entry in layout.copies}
+        for parameter, entry in layout.copies:
+            faults += _copy_faults(file, parameter, entry, base)
         for entry in entries.values():
+            if entry.name in copies:
+                continue  # the base's own is used
             tensor = read_tensor(file, entry)
             values = inspect_values(tensor, entry.name)
             if values.fault is not None:
                 faults.append(values.fault)
-            if isinstance(parse_key(entry.name), FactorKey):
-                nonzero += values.nonzero
+            key = parse_key(entry.name)
+            if isinstance(key, FactorKey):
+                nonzero[key.side] += values.nonzero
             tensors[entry.name] = tensor
     head = {key.name: tensors[entry.name] for key, entry in layout.saved}
     labels: Labels | None = None
@@ -166,9 +184,47 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         task=task,
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
-        nonzero=nonzero,
-        notes=plan.notes,
+        nonzero=sum(nonzero.values()),
+        notes=(*plan.notes, *_without_effect(nonzero)),
     )
+
+
+def _copy_faults(
+    file: BinaryIO, parameter: str, entry: TensorEntry, base: BaseSignature
+) -> list[AdapterError]:
+    """What is wrong with a tensor that should be the base's own ``parameter``, to the bit."""
+    if base.files is None:
+        difference = Difference("the base's files are not at hand here")
+    else:
+        found = base.files.difference(parameter, file, entry)
+        if found is None:
+            return []
+        difference = found
+    beside_factors = ".base_layer." in entry.name
+    if not difference.comparable and beside_factors:
+        fix = "Save it with save_pretrained(..., save_embedding_layers=False)."
+    elif difference.expected.startswith("shape"):
+        fix = "Serve the base as it was resized for the training: save it with save_pretrained."
+    elif beside_factors:
+        fix = "Register it on a server of the very base that it was trained on."
+    else:
+        fix = "Target the module with HiRA or LoRA in place of modules_to_save."
+    return [
+        UnsupportedOption(
+            "The adapter brings a weight of the base itself, and another one than this base's."
+            if beside_factors
+            else "A module of the base itself was trained and saved whole.",
+            found=f"{parameter}: {difference.found}",
+            expected=difference.expected,
+            fix=fix,
+        )
+    ]
+
+
+def _without_effect(nonzero: Mapping[str, int]) -> Iterator[str]:
+    for side, count in nonzero.items():
+        if not count:
+            yield f"every {side} is zero: the layers answer as the base's own, as before training"
 
 
 def _plan(

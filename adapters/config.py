@@ -18,12 +18,18 @@ from adapters.errors import (
     UnsupportedMethod,
     UnsupportedOption,
 )
+from adapters.foreign import LOOKALIKES, foreign_format
 from adapters.strict_json import MAX_RANK, Reader, show, strict_json
 
 Method = Literal["hira", "lora"]
 
 ALL_LINEAR = "all-linear"
 TASK_TYPES = frozenset({"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+
+_TASK_FIXES: Final = {
+    "SEQ_2_SEQ_LM": "If it was trained on a decoder such as Llama, or GPT-2: set task_type to "
+    "CAUSAL_LM in adapter_config.json, which changes no tensor. Encoder-decoders are not served.",
+}
 
 # The options of peft.LoraConfig and peft.HiraConfig, each in exactly one of three sets.
 HONOURED: Final[Mapping[Method, frozenset[str]]] = {
@@ -201,9 +207,12 @@ def parse_config(raw: bytes) -> AdapterConfig:
     """
     content = strict_json(raw, "adapter_config.json")
     peft_type = content.get("peft_type")
+    foreign = foreign_format(content)
+    if foreign is not None:
+        raise foreign
     if peft_type not in ("HIRA", "LORA"):
         raise UnsupportedMethod(
-            "This PEFT method is not served.",
+            "This PEFT method is not served." + LOOKALIKES.get(str(peft_type), ""),
             found=f"peft_type {show(peft_type)}",
             expected="HIRA or LORA",
             fix="Train the adapter with peft.HiraConfig or peft.LoraConfig.",
@@ -277,6 +286,7 @@ def _refusals(content: Mapping[str, Any], method: Method) -> list[AdapterError]:
                 "This task is not served.",
                 found=f"task_type = {show(task_type)}",
                 expected="one of " + ", ".join(sorted(TASK_TYPES)) + ", or null",
+                fix=_TASK_FIXES.get(task_type),
             )
         )
     return faults

@@ -47,6 +47,10 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BF16": torch.bfloat16,
 }
 _SUM_DTYPE = torch.float32
+PICKLE_FIX: Final = (
+    "Save it with save_pretrained(safe_serialization=True); "
+    "what the HiRA authors' own code saved: hira convert SOURCE DEST."
+)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # How pickles begin: torch.save's zip, and a bare pickle of protocol 2 to 5.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -129,7 +133,7 @@ def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
             "The tensors are a pickle, which can run code when it is read.",
             found="adapter_model.safetensors that begins like a pickle",
             expected="the safetensors format",
-            fix="Save the adapter with save_pretrained(safe_serialization=True).",
+            fix=PICKLE_FIX,
         )
     if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
         raise _corrupt(

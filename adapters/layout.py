@@ -1,4 +1,8 @@
-"""The tensors of an adapter file, sorted to the layers of one base; collects what does not fit."""
+"""The tensors of an adapter file, sorted to the layers of one base; collects what does not fit.
+
+Which other base an adapter may be for, and which part of a name is one too many, are the business
+of ``misfits``.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,11 @@ from adapters.errors import (
     UnsupportedOption,
 )
 from adapters.header import TensorEntry
+from adapters.misfits import odd_part, other_base
 from adapters.pairs import bias_faults, pair_faults, some
 from adapters.signature import BaseSignature
 from adapters.tasks import HEADED, Task
-from adapters.tensor_keys import BiasKey, FactorKey, SavedKey, parse_key
+from adapters.tensor_keys import BiasKey, FactorKey, SavedKey, parse_key, wrappers
 
 
 @dataclass
@@ -34,12 +39,19 @@ class Layout:
     biases: dict[str, TensorEntry] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)  # base path → path in the file
     saved: list[tuple[SavedKey, TensorEntry]] = field(default_factory=list)
+    # Of the base's own tensors, by their paths in the base; harmless if they are true copies.
+    copies: list[tuple[str, TensorEntry]] = field(default_factory=list)
+    _wrappers: set[str] = field(default_factory=set)
+    _adapters: dict[str | None, str] = field(default_factory=dict)  # name → a tensor that has it
     _unmatched: list[str] = field(default_factory=list)
     _other_method: list[str] = field(default_factory=list)
     _faults: list[AdapterError] = field(default_factory=list)
 
     def take(self, entry: TensorEntry) -> None:
         key = parse_key(entry.name)
+        self._wrappers.update(wrappers(entry.name))
+        if isinstance(key, FactorKey):
+            self._adapters.setdefault(key.adapter, entry.name)
         if key is None:
             self._unmatched.append(entry.name)
         elif isinstance(key, SavedKey):
@@ -71,25 +83,20 @@ class Layout:
 
     def _take_bias(self, key: BiasKey, entry: TensorEntry) -> None:
         layer = self.base.resolve(key.path)
-        if layer is None or self.config.bias == "none" or layer.path in self.biases:
+        if layer is not None and layer.has_bias and self.config.bias == "none":
+            self.copies.append((f"{layer.path}.bias", entry))  # beside the weight's
+        elif layer is None or self.config.bias == "none" or layer.path in self.biases:
             self._unmatched.append(entry.name)
         else:
             self.biases[layer.path] = entry
 
     def _take_saved(self, key: SavedKey, entry: TensorEntry) -> None:
-        inside = self.base.prefix and key.path.startswith(f"{self.base.prefix}.")
-        if inside or self.base.resolve(key.path) is not None:
-            is_copy = key.path.endswith(".base_layer")  # beside the factors of an embedding
-            self._faults.append(
-                UnsupportedOption(
-                    "A module of the base itself was trained and saved whole.",
-                    found=key.path,
-                    expected="only a task head in modules_to_save",
-                    fix="Save it with save_pretrained(..., save_embedding_layers=False)."
-                    if is_copy
-                    else "Target the module with HiRA or LoRA in place of modules_to_save.",
-                )
-            )
+        path = self.base.own_path(key.path.removesuffix(".base_layer"))
+        layer = self.base.resolve(path)
+        inside = self.base.prefix and path.startswith(f"{self.base.prefix}.")
+        if inside or layer is not None:
+            own = path if layer is None else layer.path
+            self.copies.append((f"{own}.{key.parameter}", entry))
         elif not self.config.saves(key.path):
             self._unmatched.append(entry.name)
         elif any(key.name == other.name for other, _ in self.saved):
@@ -115,6 +122,26 @@ class Layout:
                 )
             ]
         found = [*self._faults]
+        names = set(self._adapters) - {"default"} if len(self._adapters) == 2 else self._adapters
+        if len(names) > 1:
+            found.append(
+                UnmatchedTensors(
+                    "The file holds the factors of several adapters.",
+                    found=some([self._adapters[name] for name in names]),
+                    expected="one adapter",
+                    fix="Save each alone: save_pretrained(folder, selected_adapters=[NAME]).",
+                )
+            )
+        part = odd_part(self._unmatched, self.base)
+        if part is not None:
+            found.append(part)
+            return found
+        other = other_base(
+            self._unmatched, self.pairs, self._missing(task), self.base, self.config.base_name
+        )
+        if other is not None:
+            found.append(other)
+            return found
         if self._unmatched and not self.pairs:
             found.append(
                 BaseMismatch(
@@ -160,7 +187,7 @@ class Layout:
                 )
             )
         found += bias_faults(self.base.layers, self.pairs, self.biases, self.config.bias)
-        missing = [path for path in self._expected(task) if path not in self.pairs]
+        missing = self._missing(task)
         if missing:
             found.append(
                 MissingTensors(
@@ -202,16 +229,30 @@ class Layout:
                 fix="Correct r or rank_pattern in adapter_config.json.",
             )
 
+    def _missing(self, task: Task) -> list[str]:
+        """Paths of this base that the configuration targets, and the file has no factors of."""
+        return [path for path in self._expected(task) if path not in self.pairs]
+
     def _expected(self, task: Task) -> Iterator[str]:
         """Paths of this base that the configuration targets."""
         prefix = f"{self.base.prefix}." if self.base.prefix else ""
-        bare = any(layer != spelled for layer, spelled in self.spelled.items())
+        # What the file says in place of the prefix: nothing, or the prefix of a task class.
+        others = (
+            spelled.removesuffix(layer.removeprefix(prefix))
+            for layer, spelled in self.spelled.items()
+            if layer != spelled
+        )
+        other = next(others, None)
         for path, layer in self.base.layers.items():
             in_backbone = path.startswith(prefix)
             # The language-model head is not part of a classifier's model, or of a bare backbone.
-            if not in_backbone and (bare or task not in ("text-generation", "fill-mask")):
+            if not in_backbone and (
+                other is not None or task not in ("text-generation", "fill-mask")
+            ):
                 continue
-            spelled = path[len(prefix) :] if bare and in_backbone else path
+            spelled = path
+            if other is not None and in_backbone:
+                spelled = other + path.removeprefix(prefix)
             is_linear = layer.kind not in ("embedding", "conv")
             if self.config.all_linear and not (is_linear and path not in self.base.output_layers):
                 continue
@@ -219,6 +260,14 @@ class Layout:
                 yield path
 
     def notes(self) -> Iterator[str]:
+        """What changes no answer, for a person to read."""
+        if self._wrappers:
+            yield "left out of the tensors' names: " + ", ".join(sorted(self._wrappers))
+        for adapter in set(self._adapters) - {None, "default"}:
+            yield f"the tensors' names carry the adapter's own name, {adapter}, which is left out"
+        if self.copies:
+            paths = some([path for path, _ in self.copies])
+            yield f"left out, because they are the base's own to the bit: {paths}"
         claims: dict[tuple[int, int], list[str]] = {}
         for path, pair in self.pairs.items():
             proven = pair["A"].shape[0]

@@ -14,7 +14,14 @@ from adapters.architectures import HEADS, KNOWN, counted
 from adapters.cards import Finding
 from adapters.checkpoint import TENSOR_FILE
 from adapters.errors import AdapterError, AdapterFaults, UnsafeFormat
-from adapters.header import TensorEntry, inspect_values, open_regular, read_header, read_tensor
+from adapters.header import (
+    PICKLE_FIX,
+    TensorEntry,
+    inspect_values,
+    open_regular,
+    read_header,
+    read_tensor,
+)
 from adapters.signature import BaseSignature
 from adapters.tensor_keys import BiasKey, FactorKey, SavedKey, parse_key
 
@@ -97,7 +104,7 @@ def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
             "The adapter is a pickle, which can run code when it is read.",
             found="adapter_model.bin",
             expected=TENSOR_FILE,
-            fix="Save it with save_pretrained(safe_serialization=True).",
+            fix=PICKLE_FIX,
         )
     layout = Layout()
     tensor_bytes = 0

@@ -10,16 +10,20 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Literal
 
 from torch import nn
 
+from adapters.base_files import BaseFiles
 from adapters.errors import ShapeMismatch, UnsupportedOption
 
 LayerKind = Literal["linear", "conv1d_transposed", "embedding", "conv"]
 Method = Literal["hira", "lora"]
 
+# Where task classes of transformers have the backbone that its other classes have elsewhere: those
+# for question answering on Arcee, Llama, Qwen2, Qwen3, SmolLM3 and their kin say ``transformer``.
+TASK_PREFIXES: Final = ("transformer",)
 UNBOUNDED_LENGTH_TOKENS = 1 << 20  # for models without absolute positions, such as T5
 
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -93,6 +97,7 @@ class BaseSignature:
         max_length: Tokens that one input may have.
         layers: Every layer that an adapter could target, the language-model head included.
         output_layers: Those that PEFT's ``all-linear`` leaves out.
+        files: Its weights on disk, where they are at hand; no part of what a base is.
     """
 
     name: str
@@ -104,13 +109,24 @@ class BaseSignature:
     max_length: int
     layers: Mapping[str, LayerSignature]
     output_layers: frozenset[str]
+    files: BaseFiles | None = field(default=None, compare=False, repr=False)
+
+    def own_path(self, path: str) -> str:
+        """``path`` with this base's prefix in place of one that only task classes have."""
+        head, _, rest = path.partition(".")
+        if not rest or head not in TASK_PREFIXES or head == self.prefix or not self.prefix:
+            return path
+        if any(layer.startswith((f"{head}.", f"{self.prefix}.{head}.")) for layer in self.layers):
+            return path  # a part of this very base
+        return f"{self.prefix}.{rest}"
 
     def resolve(self, path: str) -> LayerSignature | None:
         """Find the layer that ``path`` of a PEFT key means, or None.
 
         An adapter made on the bare backbone lacks the prefix; one made on a task model of another
-        class has it. The path is tried as it is, with the prefix, and without.
+        class has it, or that class's own. The path is tried as it is, with the prefix, and without.
         """
+        path = self.own_path(path)
         found = self.layers.get(path)
         if found is None and self.prefix:
             found = self.layers.get(f"{self.prefix}.{path}")
@@ -120,7 +136,8 @@ class BaseSignature:
 
     def to_json(self) -> str:
         """A stable text form; ``from_json`` is its inverse."""
-        fields = asdict(self)
+        fields = asdict(replace(self, files=None))
+        del fields["files"]
         fields["layers"] = [asdict(layer) for layer in self.layers.values()]
         fields["output_layers"] = sorted(self.output_layers)
         return json.dumps(fields, sort_keys=True)

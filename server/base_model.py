@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from adapters.autotune import Autotuner
+from adapters.base_files import BaseFiles
 from adapters.errors import UnsupportedOption
 from adapters.inject import AdaptedModel, inject
 from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
@@ -80,7 +81,10 @@ def signature_of(options: EngineOptions) -> BaseSignature:
     Raises:
         BaseModelError: As ``load_base``, but for memory.
     """
-    return describe(_skeleton(plan_base(options)), options.base)
+    plan = plan_base(options)
+    skeleton = _skeleton(plan)
+    signature = describe(skeleton, options.base)
+    return replace(signature, files=BaseFiles.of(plan.folder, skeleton, signature.prefix))
 
 
 def load_base(options: EngineOptions) -> LoadedBase:
@@ -111,6 +115,9 @@ def load_base(options: EngineOptions) -> LoadedBase:
         raise BaseModelError(
             error.message, found=error.found, expected=error.expected, fix=error.fix
         ) from error
+    signature = adapted.signature
+    files = BaseFiles.of(plan.folder, skeleton, signature.prefix)
+    adapted.signature = replace(signature, files=files)
     if options.modulation == "auto":
         adapted.modulator.tuner = Autotuner(options.cache_dir, device)
     return LoadedBase(adapted, model.config, dtype, device, plan.folder)
