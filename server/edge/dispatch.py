@@ -89,7 +89,7 @@ class Dispatcher:
         self._ids = itertools.count()
         self._tickets: dict[str, Ticket] = {}
         self._epoch: str | None = None
-        self._dead_epoch: str | None = None  # whose end is known, though its file may still be there
+        self._dead_epoch: str | None = None  # whose end is known, if its file still is there
         self._broken = False  # a part of this process died, and it is about to end
         self._silent = False  # a worker is there and does not say so any more
         self._lost = False  # a worker was there and is gone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import Any
 
 from fastapi import Request, Response
 
@@ -14,7 +14,6 @@ from server.edge.service import Service
 from server.edge.wire import WorkerState, read_state
 from server.metrics import Live, exposition
 from server.schemas import Health
-
 
 
 class Observe:

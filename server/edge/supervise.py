@@ -191,8 +191,9 @@ class Supervisor:
             elif state is not None and state.queue_silent_s > limit_s:
                 # Nobody can be served without it, nor be told so: end rather than hang.
                 self.server.queues.kill()
+                silent_s = state.queue_silent_s
                 raise StartFailed(
-                    f"LitServe's queue process gave no sign of life for {state.queue_silent_s:.0f} s"
+                    f"LitServe's queue process gave no sign of life for {silent_s:.0f} s"
                 )
         for number, child in http.items():
             silent_s = self.load.silent_s(number)

@@ -21,7 +21,6 @@ from server.settings import load_settings
 from server.text import InputTooLong, InvalidInput, Text, TextInput
 from tests.server import shifted_clock
 
-
 BROKEN_BEAT = "break-beat"
 
 

@@ -14,8 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.fake_server import BROKEN_BEAT
 from tests.server.fake_engine import SLOW_SEED
+from tests.server.fake_server import BROKEN_BEAT
 from tests.server.live import Live, fake
 from tests.server.test_faults import predict, wait_for
 
