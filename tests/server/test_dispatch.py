@@ -362,7 +362,11 @@ def test_death_of_a_part_ends_the_process_and_answers_all(
     async def scenario(scene: Scene) -> None:
         dispatcher, loop = scene.dispatcher, asyncio.get_running_loop()
         dispatcher.end = lambda: ended.append("in order")
-        watch_threads(lambda name: loop.call_soon_threadsafe(dispatcher.give_up, name) and None)
+
+        def died(name: str) -> None:
+            loop.call_soon_threadsafe(dispatcher.give_up, name)
+
+        watch_threads(died)
         with ExitStack() as stack:
             if part == "sender":
                 scene.wire.error = error
