@@ -70,6 +70,7 @@ TABLE: Final[Mapping[str, Row]] = {
     "starting": Row(503, "The server is starting"),
     "registry_unavailable": Row(503, "The registry cannot be read or written"),
     "draining": Row(503, "The server is stopping"),
+    "restarting": Row(503, "The HTTP process is being restarted"),
     "worker_lost": Row(503, "The inference worker was lost"),
     "worker_silent": Row(503, "The inference worker does not answer"),
     "adapter_quarantined": Row(503, "The adapter failed too often"),

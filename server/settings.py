@@ -214,6 +214,9 @@ class Settings(BaseSettings):
     max_step_s: Annotated[float, Field(gt=0, le=86400)] = setting(
         300.0, "Seconds that one step of the engine may take before its worker is killed.", "Faults"
     )
+    max_setup_s: Annotated[float, Field(gt=0, le=86400)] = setting(
+        900.0, "Seconds that a worker may take to load the base before it is killed.", "Faults"
+    )
     quarantine_failures: Positive = setting(
         5, "Failures in a row within a minute that quarantine an adapter.", "Faults"
     )

@@ -7,6 +7,7 @@ LitAPI, whatever the number of endpoints.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -19,12 +20,22 @@ from litserve.specs.base import LitSpec
 
 from server.edge import logs
 from server.edge.lifeline import die_with_parent
+from server.edge.watch import watch_threads
 from server.edge.wire import fault_path, replace_text
 from server.messages import Event, Message
 from server.options import EngineOptions
 
 ENGINE: Final = "server.engine:Engine.build"
 SETUP_FAILED: Final = 3  # exit status of a worker whose engine could not be built
+ENGINE_FAILED: Final = 70  # exit status of one that lost a part that it cannot do without
+
+logger = logging.getLogger(__name__)
+
+
+def abandon(part: str) -> None:
+    """End the worker at once: HTTP processes see it and tell clients, the main one restarts it."""
+    logger.error("The worker ends without its %s, and is started anew", part)
+    os._exit(ENGINE_FAILED)
 
 
 class StepLike(Protocol):
@@ -103,6 +114,7 @@ class HiraAPI(LitAPI):
         die_with_parent(self.main_pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         logs.configure(self.log_level, access=False)
+        watch_threads(abandon)  # before the engine makes its own
         module, _, attribute = self.engine_path.partition(":")
         try:
             build: Any = importlib.import_module(module)

@@ -39,6 +39,7 @@ from server.edge.openapi import amended
 from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.spec import HiraSpec
+from server.edge.watch import watch_threads, watched
 from server.errors import Fault, Refusal
 from server.metrics import count_as
 
@@ -50,6 +51,10 @@ END_S: Final = 2.0  # for an HTTP process whose requests have ended, to close it
 JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
 BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
 _bearer = HTTPBearer(auto_error=False)
+
+
+class AnswersLost(Exception):
+    """Answers of the worker did not arrive: who waits for them is not known."""
 
 
 class HttpServer(uvicorn.Server):
@@ -169,6 +174,7 @@ class HiraServer(LitServer):
             child = multiprocessing.get_context("fork").Process(
                 target=HttpServer(config).run, args=(sockets,), name=f"http-{number}"
             )
+            self.service.load.beat(number)  # silent from here on: a start that hangs is ended too
             child.start()
             assert child.pid is not None
             self.service.load.set_pid(number, child.pid)
@@ -206,30 +212,34 @@ class HiraServer(LitServer):
         count_as(f"http-{number}")
         service.open()
         self.spec.attach(self.response_buffer)
-        await service.dispatcher.start(number, self._get_request_queue(self.spec.api_path))
+        dispatcher, loop = service.dispatcher, asyncio.get_running_loop()
+        watch_threads(lambda name: _tell(loop, dispatcher.give_up, name))
+        await dispatcher.start(number, self._get_request_queue(self.spec.api_path))
         ending = asyncio.Event()
-        receiving = asyncio.create_task(self._receive(number, ending), name="responses")
-        following = asyncio.create_task(service.follow_registry(), name="registry")
+        receiving = watched(self._receive(number, ending), "responses", dispatcher.give_up)
+        following = watched(service.follow_registry(), "registry", dispatcher.give_up)
         try:
             yield
         finally:
             following.cancel()
-            await service.dispatcher.stop()
+            await dispatcher.stop()
             ending.set()
             receiving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await receiving
+            await asyncio.wait((receiving,))
             service.close()
 
     async def _receive(self, number: int, ending: asyncio.Event) -> None:
-        """LitServe's response task, which ends at its first error, begun again when it does."""
-        while not ending.is_set():  # it swallows its own cancellation
-            await response_queue_to_buffer(
-                self._transport, self.response_buffer, number, self.litapi_connector
-            )
-            if not ending.is_set():
-                logger.error("LitServe's response task ended; it is started again")
-                await asyncio.sleep(0.1)
+        """LitServe's response task, which ends at its first error; it swallows its own
+        cancellation.
+
+        Raises:
+            AnswersLost: It ended unasked, and what it had taken from the queue is lost.
+        """
+        await response_queue_to_buffer(
+            self._transport, self.response_buffer, number, self.litapi_connector
+        )
+        if not ending.is_set():
+            raise AnswersLost("LitServe's response task ended at an error")
 
     # Guards
 
@@ -246,6 +256,12 @@ class HiraServer(LitServer):
         key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
     ) -> None:
         self.service.keys.admit_admin(request.headers.get("authorization"))
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[str], None], name: str) -> None:
+    """From a thread; not when the loop has ended already, and the process with it."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, name)
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,12 @@ from typing import Any, Final
 from server.edge.admission import Admission
 from server.edge.shared import Phase, SharedLoad
 from server.edge.tickets import Bounds, RequestQueue, Ticket
+from server.edge.watch import watched
 from server.edge.wire import (
     Events,
     Requests,
     WorkerReady,
+    WorkerState,
     read_state,
     request_id,
 )
@@ -47,13 +50,22 @@ TICK_S: Final = 0.25
 LOOK_TICKS: Final = 4
 STALE_S: Final = 5.0  # a worker that has not written its state for so long is not ready
 SEND_AT_ONCE: Final = 256
+END_S: Final = 5
 REQUESTS_UID: Final = "requests"
 WHY_NOT: Final = {
     "draining": "The server is stopping and takes no new requests.",
+    "restarting": "This HTTP process is being restarted; others may be there.",
     "starting": "The base model is still being loaded.",
     "worker_lost": "The inference worker is being restarted.",
     "worker_silent": "The inference worker gives no sign of life.",
 }
+
+
+def end_in_order() -> None:
+    """Have this process finish its answers and end, as when the main process asks for it, but
+    within seconds: its successor waits for that."""
+    signal.alarm(END_S)  # which ends it whatever it waits for
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Dispatcher:
@@ -73,9 +85,12 @@ class Dispatcher:
         self.processes = processes
         self.number = 0
         self.on_event: Callable[[Request, Event], None] | None = None
+        self.end: Callable[[], None] = end_in_order
         self._ids = itertools.count()
         self._tickets: dict[str, Ticket] = {}
         self._epoch: str | None = None
+        self._dead_epoch: str | None = None  # whose end is known, if its file still is there
+        self._broken = False  # a part of this process died, and it is about to end
         self._silent = False  # a worker is there and does not say so any more
         self._lost = False  # a worker was there and is gone
         self._pidfd: int | None = None
@@ -94,14 +109,12 @@ class Dispatcher:
         self._outbox = queue.SimpleQueue()
         self.admission.publish()
         self.load.beat(number)
-        state = read_state(self.run_dir)
-        if state is not None:
-            self._greet(WorkerReady(state.epoch, state.pid))
+        self._look(read_state(self.run_dir))
         self._sender = threading.Thread(
             target=self._send, args=(requests,), name="requests", daemon=True
         )
         self._sender.start()
-        self._ticker = asyncio.create_task(self._tick(), name="dispatcher-tick")
+        self._ticker = watched(self._tick(), "dispatcher-tick", self.give_up)
 
     async def stop(self) -> None:
         """End what still runs and let go of threads and file descriptors."""
@@ -113,6 +126,23 @@ class Dispatcher:
             await asyncio.to_thread(self._sender.join, 2.0)
         self._forget_worker()
 
+    def give_up(self, part: str) -> None:
+        """A part that this process cannot do without has died: answer all that runs, and end.
+
+        Called on the event loop. The main process starts a successor, and the worker cancels what
+        this process had it do.
+        """
+        if self._broken:
+            return
+        self._broken = True
+        logger.error("This HTTP process ends without its %s", part)
+        self.fail_all(
+            "restarting",
+            "The HTTP process failed while this request ran.",
+            fix="Send the request again; a new process is being started.",
+        )
+        self.end()
+
     # What endpoints use
 
     @property
@@ -120,6 +150,8 @@ class Dispatcher:
         """``ready``, or the code of the refusal that a request would get now."""
         if self.load.phase is not Phase.SERVING:
             return "draining"
+        if self._broken:
+            return "restarting"
         if self._epoch is None:
             return "worker_lost" if self._lost else "starting"
         return "worker_silent" if self._silent else "ready"
@@ -140,8 +172,7 @@ class Dispatcher:
 
     def silent_s(self) -> float:
         """How long ago the worker last wrote its state."""
-        state = read_state(self.run_dir)
-        return math.inf if state is None else time.monotonic() - state.beat
+        return _silent_s(read_state(self.run_dir))
 
     def check_early(self, adapter: str | None) -> None:
         """Refuse what would be refused whatever its body says, before that is read.
@@ -150,7 +181,7 @@ class Dispatcher:
             adapter: As the query names it; None where it does not.
 
         Raises:
-            Refusal: starting, draining, worker_lost, worker_silent or overloaded.
+            Refusal: starting, draining, restarting, worker_lost, worker_silent or overloaded.
         """
         self._check_status()
         self.admission.check_early(adapter)
@@ -163,7 +194,7 @@ class Dispatcher:
         reason, cancels the work.
 
         Raises:
-            Refusal: starting, draining, worker_lost, worker_silent, overloaded or
+            Refusal: starting, draining, restarting, worker_lost, worker_silent, overloaded or
                 deadline_exceeded.
         """
         self._check(request)
@@ -276,9 +307,12 @@ class Dispatcher:
     def _deliver(self, ticket: Ticket, event: Event) -> None:
         if ticket.ended:
             return
-        if self.on_event is not None:
-            self.on_event(ticket.request, event)
         ticket.put(event)
+        if self.on_event is not None:
+            try:
+                self.on_event(ticket.request, event)
+            except Exception:  # a count may be lost, an answer or those behind it may not
+                logger.exception("An event could not be counted")
 
     def _release(self, ticket: Ticket) -> None:
         del self._tickets[ticket.request.id]
@@ -299,12 +333,15 @@ class Dispatcher:
 
     def _greet(self, ready: WorkerReady) -> None:
         """Take up with a worker and watch its pid: when it dies the kernel says so at once."""
-        if ready.epoch == self._epoch:
+        if ready.epoch in {self._epoch, self._dead_epoch}:
             return
         try:
             pidfd = os.pidfd_open(ready.pid)
         except ProcessLookupError:
             return  # it died before we heard of it
+        except OSError as error:  # no descriptor is left, for one: the next look tries again
+            logger.error("The worker %d cannot be watched: %s", ready.pid, error)
+            return
         if self._epoch is not None:
             self._worker_died()
         self._forget_worker()
@@ -313,6 +350,7 @@ class Dispatcher:
         self._loop.add_reader(pidfd, self._worker_died)
 
     def _worker_died(self) -> None:
+        self._dead_epoch = self._epoch
         self._forget_worker()
         self._lost = True
         logger.error("The inference worker was lost with %d requests", len(self._tickets))
@@ -348,21 +386,24 @@ class Dispatcher:
             messages = tuple(message for meant_for, message in batch if meant_for == epoch)
             if epoch is None or not messages:
                 continue
-            try:
-                requests.put(
-                    (self.number, REQUESTS_UID, time.monotonic(), Requests(epoch, messages))
-                )
-            except (OSError, EOFError) as error:
-                logger.error("LitServe's request queue is gone: %s", error)
-                assert self._loop is not None
-                self._loop.call_soon_threadsafe(self._worker_died)
-                return
+            envelope = Requests(epoch, messages, os.getpid())
+            requests.put((self.number, REQUESTS_UID, time.monotonic(), envelope))
+
+    def _look(self, state: WorkerState | None) -> None:
+        """Take up with the worker that the state file tells of, should its greeting be lost."""
+        if state is not None:
+            self._greet(WorkerReady(state.epoch, state.pid))
+        self._silent = self._epoch is not None and _silent_s(state) > STALE_S
 
     async def _tick(self) -> None:
         for tick in itertools.count():
             await asyncio.sleep(TICK_S)
             self.load.beat(self.number)
             if tick % LOOK_TICKS == 0:  # the state may be large: it names every resident adapter
-                self._silent = self._epoch is not None and self.silent_s() > STALE_S
+                self._look(read_state(self.run_dir))
             if self.load.phase is Phase.STOPPING and self._tickets:
                 self.fail_all("draining", "The server stopped before the answer was there.")
+
+
+def _silent_s(state: WorkerState | None) -> float:
+    return math.inf if state is None else time.monotonic() - state.beat

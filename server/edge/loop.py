@@ -2,7 +2,9 @@
 
 Three threads: one blocks on the request queue, one on sending, and the main one does nothing but
 step the engine, so the device never waits for a queue. Requests of another epoch, left in the queue
-when an earlier worker died, are dropped: their clients have their answer already.
+when an earlier worker died, are dropped: their clients have their answer already. So are those of
+an HTTP process that died, and what it had under way is cancelled: it has no clients any more.
+When any of the threads dies, the worker does.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
 
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
-from server.edge.api import EngineLike, HiraAPI
+from server.edge.api import EngineLike, HiraAPI, abandon
+from server.edge.callers import Callers, UnderWay
 from server.edge.wire import (
     EVENTS_UID,
     Events,
@@ -31,7 +34,7 @@ from server.edge.wire import (
     stopping_path,
     write_state,
 )
-from server.messages import Event, Message
+from server.messages import Cancel, Event
 from server.metrics import WorkerMetrics, count_as
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,13 @@ logger = logging.getLogger(__name__)
 READ_S: Final = 0.2
 IDLE_S: Final = 0.25
 BEAT_S: Final = 1.0
-ENGINE_FAILED: Final = 70
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """An HTTP process died."""
+
+    pid: int
 
 
 class EngineLoop(LitLoop):
@@ -87,8 +96,11 @@ class _Pump:
         self.started = time.time()
         count_as(f"worker-{worker}")
         self.metrics = WorkerMetrics()
-        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Requests | _Gone] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+        self.callers = Callers()
+        self.under_way = UnderWay()
+        self.queue_heard = time.monotonic()  # when the queues' process last answered
         self.ending = threading.Event()
         self.step_began = 0.0  # monotonic; 0 between steps
         self.snapshot: dict[str, Any] = {}
@@ -107,14 +119,14 @@ class _Pump:
         ]
         for thread in threads:
             thread.start()
-        for http_process in range(self.loop.http_processes):
-            self._put(http_process, WorkerReady(self.epoch, os.getpid()))
         try:
+            for http_process in range(self.loop.http_processes):
+                self._put(http_process, WorkerReady(self.epoch, os.getpid()))
             self._pump()
-        except Exception:
+        except BaseException:
             # The engine fails single requests itself; after this its state is not known.
-            logger.exception("The engine failed; the worker ends and is started anew")
-            os._exit(ENGINE_FAILED)
+            logger.exception("The engine failed")
+            abandon("engine")
         self.outbox.put(self.engine.close())
         self.outbox.put(None)
         threads[1].join(timeout=2.0)
@@ -132,6 +144,7 @@ class _Pump:
                 events = engine.step()
                 self.step_began = 0.0
                 if events:
+                    self.under_way.end(events)
                     self.outbox.put(events)
                 step = engine.last_step
                 if step is not None and step is not seen:
@@ -156,7 +169,20 @@ class _Pump:
     def _take(self) -> None:
         """Hand over what has arrived."""
         while not self.inbox.empty():
-            self.engine.submit(self.inbox.get())
+            arrived = self.inbox.get()
+            if isinstance(arrived, _Gone):
+                abandoned = self.under_way.abandoned(arrived.pid)
+                logger.warning(
+                    "HTTP process %d is gone: %d requests are cancelled",
+                    arrived.pid,
+                    len(abandoned),
+                )
+                for one in abandoned:
+                    self.engine.submit(Cancel(one))
+                continue
+            for message in arrived.messages:
+                self.under_way.begin(arrived.pid, message)
+                self.engine.submit(message)
 
     def _look(self) -> None:
         """On the engine's thread: what it says of itself, for readiness and the gauges."""
@@ -173,14 +199,18 @@ class _Pump:
             try:
                 _, _, _, envelope = self.requests.get(timeout=READ_S)
             except queue.Empty:
-                continue
-            except (OSError, EOFError):
-                self._abandon("request queue")
-                return
+                envelope = None
+            self.queue_heard = time.monotonic()
+            # Before what has just come, which may be of the same process.
+            gone = self.callers.gone()
+            for pid in gone:
+                self.inbox.put(_Gone(pid))
             if isinstance(envelope, Requests) and envelope.epoch == self.epoch:
-                for message in envelope.messages:
-                    self.inbox.put(message)
-                self.engine.wake()
+                if self.callers.lives(envelope.pid):
+                    self.inbox.put(envelope)
+            elif not gone:
+                continue
+            self.engine.wake()
 
     def _write(self) -> None:
         while (events := self.outbox.get()) is not None:
@@ -191,17 +221,14 @@ class _Pump:
                 self._put(http_process, Events(self.epoch, tuple(batch)))
 
     def _put(self, http_process: int, envelope: Events | WorkerReady) -> None:
-        try:
-            self.loop.put_response(
-                self.transport,
-                http_process,
-                EVENTS_UID,
-                envelope,
-                LitAPIStatus.OK,
-                LoopResponseType.STREAMING,
-            )
-        except (OSError, EOFError):
-            self._abandon("response queue")
+        self.loop.put_response(
+            self.transport,
+            http_process,
+            EVENTS_UID,
+            envelope,
+            LitAPIStatus.OK,
+            LoopResponseType.STREAMING,
+        )
 
     def _keep_beating(self) -> None:
         while not self.ending.wait(BEAT_S):
@@ -217,12 +244,9 @@ class _Pump:
             beat=time.monotonic(),
             busy_s=time.monotonic() - began if began else 0.0,
             snapshot=self.snapshot,
+            queue_silent_s=max(0.0, time.monotonic() - self.queue_heard - READ_S),
         )
         try:
             write_state(self.run_dir, state)
         except Exception:  # a full disk, a folder that is gone: neither may end the beat for good
             logger.exception("The worker's state could not be written")
-
-    def _abandon(self, what: str) -> None:
-        logger.error("LitServe's %s is gone; the worker ends", what)
-        os._exit(ENGINE_FAILED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import Any
 
 from fastapi import Request, Response
 
@@ -14,8 +14,6 @@ from server.edge.service import Service
 from server.edge.wire import WorkerState, read_state
 from server.metrics import Live, exposition
 from server.schemas import Health
-
-STUCK_S: Final = 120.0  # a single step never takes so long: the device hangs
 
 
 class Observe:
@@ -63,7 +61,7 @@ class Observe:
         silent_s = self.service.dispatcher.silent_s()
         if silent_s > STALE_S:
             return "worker_silent", f"The worker has not been heard for {silent_s:.0f} s."
-        if state is not None and state.busy_s > STUCK_S:
+        if state is not None and state.busy_s > self.service.settings.max_step_s:
             return "worker_stuck", f"One step has been running for {state.busy_s:.0f} s."
         return "ready", None
 

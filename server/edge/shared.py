@@ -64,7 +64,7 @@ class SharedLoad:
         return sum(self._pixel_bytes)
 
     def beat(self, http_process: int) -> None:
-        """This HTTP process is alive; it says so several times a second."""
+        """This HTTP process is alive; it says so several times a second, its maker before it is."""
         self._beats[http_process] = time.monotonic()
 
     def silent_s(self, http_process: int) -> float:

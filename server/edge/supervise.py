@@ -84,17 +84,32 @@ class Supervisor:
         Raises:
             StartFailed: The first worker could not be set up, or workers die one after another.
         """
+        duties: tuple[Callable[[], None], ...] = (
+            self._upkeep,  # first: whoever is started needs the run folder
+            self._check_queues,  # whose process the others may have to ask
+            lambda: self._kill_hung(http),
+            self._check_worker,
+            lambda: self._check_http(http),
+            self._try_reload,
+            lambda: self._sleep(http),
+        )
         while not self._stop_signals:
-            self._upkeep()  # first: whoever is started needs the run folder
-            self._kill_hung(http)
-            self._check_worker()
-            self._check_http(http)
-            self._check_queues()
-            if self._reload:
-                self._reload = False
-                self._try_reload()
-            self._sleep(http)
+            done = [self._does(duty) for duty in duties]  # each, whatever becomes of the others
+            if not all(done):
+                time.sleep(LOOK_S)
         self._drain()
+
+    def _does(self, duty: Callable[[], None]) -> bool:
+        """Whether a duty was done. One that fails is tried again at the next turn: with this
+        process all others would end."""
+        try:
+            duty()
+        except StartFailed:
+            raise
+        except Exception:
+            logger.exception("A duty of the main process failed and is tried again")
+            return False
+        return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -128,7 +143,10 @@ class Supervisor:
         if worker.is_alive():
             return
         reason = self._why(worker)
-        state_path(self.settings.run_dir, 0).unlink(missing_ok=True)
+        try:
+            state_path(self.settings.run_dir, 0).unlink(missing_ok=True)
+        except OSError as error:  # it names a process that is no more
+            logger.error("The dead worker's state could not be removed: %s", error)
         became_ready = self._ready_epoch is not None
         self._ready_epoch = None
         if not self._was_ready:
@@ -157,13 +175,26 @@ class Supervisor:
             state = None  # of the worker before
         if state is not None:
             self._heard_at = state.beat
-        if self._ready_epoch is not None and worker.is_alive():
+        if not worker.is_alive() or self._restart_at is not None:
+            pass
+        elif self._ready_epoch is None:
+            loading_s = time.monotonic() - self._worker_started
+            if state is None and loading_s > self.settings.max_setup_s:
+                self._kill(worker, f"not ready after {loading_s:.0f} s (max_setup_s)")
+        else:
             # A state that is gone after the worker was ready is silence as well.
             silent_s = time.monotonic() - self._heard_at
             if silent_s > limit_s:
                 self._kill(worker, f"no sign of life for {silent_s:.0f} s")
             elif state is not None and state.busy_s > self.settings.max_step_s:
                 self._kill(worker, f"one step has taken {state.busy_s:.0f} s")
+            elif state is not None and state.queue_silent_s > limit_s:
+                # Nobody can be served without it, nor be told so: end rather than hang.
+                self.server.queues.kill()
+                silent_s = state.queue_silent_s
+                raise StartFailed(
+                    f"LitServe's queue process gave no sign of life for {silent_s:.0f} s"
+                )
         for number, child in http.items():
             silent_s = self.load.silent_s(number)
             if child.is_alive() and silent_s > limit_s:
@@ -198,16 +229,20 @@ class Supervisor:
 
     def _why(self, worker: Any) -> str:
         path = fault_path(self.settings.run_dir, 0)
-        if path.exists():
+        try:
             reason = path.read_text(encoding="utf-8").strip()
             path.unlink()
             return reason
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            logger.error("Why the worker ended cannot be read: %s", error)
         if self._killed_because is not None:
             reason, self._killed_because = f"killed: {self._killed_because}", None
             return reason
         code = worker.exitcode
         if code is not None and code < 0:
-            name = signal.Signals(-code).name
+            name = _signal_name(-code)
             hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
             return f"killed by {name}{hint}"
         return f"exit status {code}"
@@ -228,6 +263,9 @@ class Supervisor:
 
     def _try_reload(self) -> None:
         """Read the settings here first: the HTTP processes only hear of those that are right."""
+        if not self._reload:
+            return
+        self._reload = False
         try:
             self.server.service.read_settings()
         except SettingsFault as fault:
@@ -255,3 +293,10 @@ class Supervisor:
             stopping_path(self.settings.run_dir).touch()
         except OSError as error:  # the run folder is gone: the worker ends when it is idle
             logger.error("The worker cannot be told that the drain is over: %s", error)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have none
+        return f"signal {number}"

@@ -8,6 +8,7 @@ takes the other's leftovers for its own.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from server.messages import Event, Message
+
+logger = logging.getLogger(__name__)
 
 EVENTS_UID: Final = "events"  # the one key under which every HTTP process listens
 
@@ -26,6 +29,7 @@ class Requests:
 
     epoch: str
     messages: tuple[Message, ...]
+    pid: int  # of the HTTP process
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class WorkerState:
     beat: float  # time.monotonic() of the last writing: one clock for all processes
     busy_s: float  # how long the present step has taken; 0 between steps
     snapshot: Mapping[str, Any] = field(default_factory=dict)
+    queue_silent_s: float = 0.0  # how long the queues' process has not answered
 
 
 def state_path(run_dir: Path, worker: int) -> Path:
@@ -100,8 +105,15 @@ def write_state(run_dir: Path, state: WorkerState) -> None:
 
 
 def read_state(run_dir: Path, worker: int = 0) -> WorkerState | None:
-    """The worker's last word, or None when it has not spoken."""
+    """The worker's last word, or None when it has not spoken, or cannot be understood.
+
+    A word that cannot be read is none: whoever waits for it sees a silent worker and does what is
+    due then, rather than end himself.
+    """
     try:
         return WorkerState(**json.loads(state_path(run_dir, worker).read_text(encoding="utf-8")))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        logger.error("The worker's state cannot be read: %s", error)
         return None

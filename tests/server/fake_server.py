@@ -5,18 +5,23 @@ Run as a program by `tests.server.live`; the registry is a dictionary, a token i
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from server import metrics
+from server.edge.shared import SharedLoad
 from server.messages import EncodedInput, Task
 from server.settings import load_settings
 from server.text import InputTooLong, InvalidInput, Text, TextInput
 from tests.server import shifted_clock
+
+BROKEN_BEAT = "break-beat"
 
 
 @dataclass
@@ -86,6 +91,20 @@ class Characters(Text):
         return tuple(map(ord, prompt))
 
 
+def break_beat(load: SharedLoad, order: Path) -> None:
+    """Have the heartbeat of one HTTP process fail once, as soon as the file ``order`` is there."""
+    beat, main_pid = load.beat, os.getpid()
+
+    def fallible(number: int) -> None:
+        if os.getpid() != main_pid and order.exists():
+            order.unlink()
+            raise OSError(5, "asked for")
+        beat(number)
+
+    given: Any = load
+    given.beat = fallible
+
+
 def main(engine: str) -> None:
     settings = load_settings({})
     shifted_clock.install(settings.data_dir)
@@ -110,6 +129,7 @@ def main(engine: str) -> None:
     )
     registry: Any = FakeRegistry()
     service = Service(settings, base, registry, lambda: load_settings({}))
+    break_beat(service.load, settings.data_dir / BROKEN_BEAT)
     try:
         run_service(
             service,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from server.edge.dispatch import LOOK_TICKS, STALE_S, TICK_S, Dispatcher
 from server.edge.shared import Phase, SharedLoad
 from server.edge.tickets import Bounds
+from server.edge.watch import watch_threads
 from server.edge.wire import (
     Events,
     Requests,
@@ -54,8 +56,11 @@ class Wire:
         self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.open = threading.Event()
         self.open.set()
+        self.error: Exception | None = None
 
     def put(self, item: Any) -> None:
+        if self.error is not None:
+            raise self.error
         self.items.put(item)
         assert self.open.wait(10)
 
@@ -333,6 +338,137 @@ def test_silent_worker_is_not_given_new_requests(
         beat(time.monotonic())
         await asyncio.sleep((LOOK_TICKS + 2) * TICK_S)
         scene.dispatcher.check_early(None)
+
+    play(tmp_path, worker, scenario)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    while not what():
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "an error of the disk"), ValueError("unforeseen")])
+@pytest.mark.parametrize("part", ["sender", "ticker"])
+def test_death_of_a_part_ends_the_process_and_answers_all(
+    tmp_path: Path,
+    worker: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to be as before
+    ended: list[str] = []
+
+    async def scenario(scene: Scene) -> None:
+        dispatcher, loop = scene.dispatcher, asyncio.get_running_loop()
+        dispatcher.end = lambda: ended.append("in order")
+
+        def died(name: str) -> None:
+            loop.call_soon_threadsafe(dispatcher.give_up, name)
+
+        watch_threads(died)
+        with ExitStack() as stack:
+            if part == "sender":
+                scene.wire.error = error
+            else:
+                monkeypatch.setattr(scene.load, "beat", lambda _: raise_(error))
+            ticket = stack.enter_context(dispatcher.admit(encode_request()))
+            event = await ticket.next()
+            assert isinstance(event, Failure)
+            assert event.code == "restarting"
+            with pytest.raises(Refusal, match="restarting") as caught:
+                dispatcher.check_early(None)
+            assert caught.value.status == 503
+        assert dispatcher.status == "restarting", "and so it is not ready"
+        dispatcher.give_up("another")
+        assert ended == ["in order"]
+
+    play(tmp_path, worker, scenario)
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_greeting_that_was_lost_is_made_up_for(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.worker.kill()
+        await until(lambda: scene.dispatcher.status == "worker_lost")
+        now = time.monotonic()
+        sleep = "import time; time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", sleep]) as second:
+            write_state(tmp_path, WorkerState(0, "second", second.pid, now, now, 0.0))
+            await until(lambda: scene.dispatcher.status == "ready")
+            with scene.dispatcher.admit(encode_request()):
+                item = await asyncio.to_thread(scene.wire.items.get, True, 5.0)
+                assert item[3].epoch == "second"
+                assert item[3].pid == os.getpid()
+            second.kill()
+
+    play(tmp_path, worker, scenario)
+
+
+def test_state_that_a_dead_worker_left_does_not_bring_it_back(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        now = time.monotonic()
+        state = WorkerState(0, scene.epoch, worker.pid, now, now, 0.0)
+        scene.worker.kill()  # and not waited for: its pid is still taken
+        await until(lambda: scene.dispatcher.status == "worker_lost")
+        scene.dispatcher._look(state)
+        assert scene.dispatcher.status == "worker_lost"
+
+    play(tmp_path, worker, scenario)
+
+
+def test_worker_that_cannot_be_watched_yet_is_taken_up_later(
+    tmp_path: Path, worker: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(SharedLoad(1), WIDE, 1, tmp_path)
+        await dispatcher.start(0, Wire())
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "pidfd_open", lambda _: raise_(OSError(24, "no descriptor left")))
+            dispatcher.append([WorkerReady("first", worker.pid), "OK"])
+        assert dispatcher.status == "starting"
+        now = time.monotonic()
+        dispatcher._look(WorkerState(0, "first", worker.pid, now, now, 0.0))
+        assert dispatcher.status == "ready"
+        await dispatcher.stop()
+
+    asyncio.run(run())
+
+
+def test_state_that_cannot_be_read_is_silence(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    state_path(tmp_path, 0).mkdir()  # EISDIR
+
+    async def scenario(scene: Scene) -> None:
+        await until(lambda: scene.dispatcher.status == "worker_silent")
+        state_path(tmp_path, 0).rmdir()
+        now = time.monotonic()
+        write_state(tmp_path, WorkerState(0, scene.epoch, worker.pid, now, now, 0.0))
+        await until(lambda: scene.dispatcher.status == "ready")
+
+    play(tmp_path, worker, scenario)
+
+
+def test_event_that_cannot_be_counted_is_an_answer_all_the_same(
+    tmp_path: Path, worker: subprocess.Popen[bytes]
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.dispatcher.on_event = lambda *_: raise_(OSError(28, "no room for counters"))
+        with (
+            scene.dispatcher.admit(encode_request()) as one,
+            scene.dispatcher.admit(encode_request()) as two,
+        ):
+            scene.say(result(one.request.id, "one"), result(two.request.id, "two"))
+            assert await one.next() == result(one.request.id, "one")
+            assert await two.next() == result(two.request.id, "two")
 
     play(tmp_path, worker, scenario)
 

@@ -8,12 +8,14 @@ import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
 from tests.server.fake_engine import SLOW_SEED
+from tests.server.fake_server import BROKEN_BEAT
 from tests.server.live import Live, fake
 from tests.server.test_faults import predict, wait_for
 
@@ -93,6 +95,23 @@ def test_stopped_http_process_is_replaced(live: Live) -> None:
     for _ in range(20):
         assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
     assert "HTTP process 0: no sign of life" in live.log.read_text()
+
+
+def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Path) -> None:
+    with fake(tmp_path / "data") as live, ThreadPoolExecutor(4) as pool:
+        cancelled = 'hira_adapters{state="cancelled"}'
+        running = [pool.submit(generate_slowly, live) for _ in range(3)]
+        wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 3, PATIENCE_S)
+        (live.folder / BROKEN_BEAT).touch()
+        answers = [one.result() for one in running]
+        assert {(one.status_code, one.json()["code"]) for one in answers} == {(503, "restarting")}
+        live.wait_ready()
+        # Their process is gone, and the worker has stopped what it did for it.
+        wait_for(lambda: live.metric(cancelled) == 3, PATIENCE_S)
+        assert predict(live).status_code == 200
+        log = live.log.read_text()
+        assert "asked for" in log, "why, with its traceback"
+        assert "without its dispatcher-tick" in log
 
 
 def test_crash_loop_backs_off_and_says_so(live: Live) -> None:
