@@ -93,6 +93,7 @@ class BaseSignature:
         max_length: Tokens that one input may have.
         layers: Every layer that an adapter could target, the language-model head included.
         output_layers: Those that PEFT's ``all-linear`` leaves out.
+        digest: Of its weights, as whoever made this knows them; empty when nobody read them.
     """
 
     name: str
@@ -104,6 +105,7 @@ class BaseSignature:
     max_length: int
     layers: Mapping[str, LayerSignature]
     output_layers: frozenset[str]
+    digest: str = ""
 
     def resolve(self, path: str) -> LayerSignature | None:
         """Find the layer that ``path`` of a PEFT key means, or None.

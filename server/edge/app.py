@@ -204,7 +204,7 @@ class HiraServer(LitServer):
         number = int(app.response_queue_id)  # type: ignore[attr-defined]
         service = self.service
         count_as(f"http-{number}")
-        service.open()
+        service.open(number)
         self.spec.attach(self.response_buffer)
         await service.dispatcher.start(number, self._get_request_queue(self.spec.api_path))
         ending = asyncio.Event()
@@ -239,6 +239,7 @@ class HiraServer(LitServer):
         key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
     ) -> None:
         self.service.keys.admit_inference(request.headers.get("authorization"))
+        await self.service.catch_up()
 
     async def _admit_admin(
         self,
@@ -246,6 +247,7 @@ class HiraServer(LitServer):
         key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
     ) -> None:
         self.service.keys.admit_admin(request.headers.get("authorization"))
+        await self.service.catch_up()
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
