@@ -22,6 +22,8 @@ ADAPTERS = sa.Table(
     sa.Column("created", sa.String(40), nullable=False),  # ISO 8601, UTC
     sa.Column("source", sa.Text, nullable=False),
     sa.Column("facts", sa.JSON, nullable=False),
+    # Digest of the base that this version was checked on; null: written before it was kept.
+    sa.Column("base_digest", sa.String(64), nullable=True),
 )
 STATE = sa.Table(
     "state",
@@ -41,7 +43,13 @@ def _first(connection: sa.Connection) -> None:
     connection.execute(sa.insert(STATE), {"id": 1, "schema_version": 0, "generation": 0})
 
 
-MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_first,)
+def _base_digest(connection: sa.Connection) -> None:
+    present = {column["name"] for column in sa.inspect(connection).get_columns(ADAPTERS.name)}
+    if ADAPTERS.c.base_digest.name not in present:  # tables made by _first today have it already
+        connection.execute(sa.DDL("ALTER TABLE adapters ADD COLUMN base_digest VARCHAR(64)"))
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_first, _base_digest)
 
 
 def migrate(connection: sa.Connection) -> None:

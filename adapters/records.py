@@ -35,6 +35,7 @@ class AdapterRecord:
         source: Where it came from.
         base_name: The base that its configuration names.
         notes: Contradictions between what it claims and what it is.
+        base_digest: Of the base that this version was checked on; None when it is not known.
     """
 
     name: str
@@ -52,10 +53,21 @@ class AdapterRecord:
     source: str
     base_name: str | None
     notes: tuple[str, ...]
+    base_digest: str | None = None
+
+    def fits(self, base_digest: str) -> bool:
+        """Whether it was checked on the base of this digest; an empty one means any base."""
+        return not base_digest or self.base_digest == base_digest
 
 
 def record_of(
-    name: str, version: str, weights: AdapterWeights, *, source: str, pinned: bool
+    name: str,
+    version: str,
+    weights: AdapterWeights,
+    *,
+    source: str,
+    pinned: bool,
+    base_digest: str = "",
 ) -> AdapterRecord:
     """The record of a checked adapter, created now."""
     return AdapterRecord(
@@ -74,6 +86,7 @@ def record_of(
         source=source,
         base_name=weights.config.base_name,
         notes=weights.notes,
+        base_digest=base_digest or None,
     )
 
 
@@ -84,6 +97,7 @@ def write(connection: sa.Connection, record: AdapterRecord, *, update: bool) -> 
         "pinned": record.pinned,
         "created": record.created.isoformat(),
         "source": record.source,
+        "base_digest": record.base_digest,
         "facts": {
             "method": record.method,
             "task": record.task,
@@ -110,6 +124,15 @@ def set_pinned(connection: sa.Connection, name: str, *, pinned: bool) -> None:
     count_change(connection)
 
 
+def set_base(connection: sa.Connection, version: str, base_digest: str) -> None:
+    """Every name on ``version`` was checked on the base of this digest."""
+    table = ADAPTERS
+    connection.execute(
+        sa.update(table).where(table.c.version == version), {"base_digest": base_digest}
+    )
+    count_change(connection)
+
+
 def read_one(connection: sa.Connection, name: str) -> AdapterRecord | None:
     """The record of a name, as this transaction sees it."""
     row = connection.execute(sa.select(ADAPTERS).where(ADAPTERS.c.name == name)).first()
@@ -121,20 +144,22 @@ def read_changes(
 ) -> dict[str, AdapterRecord]:
     """Every record by name, in the order of names; those of ``known`` that still hold are kept.
 
-    What a name is on, its pin and the time it came there tell whether a row has changed; the rest,
-    which is most of the work of reading one, is read of changed rows alone.
+    What a name is on, its pin, its base and the time it came there tell whether a row has changed;
+    the rest, which is most of the work of reading one, is read of changed rows alone.
     """
     columns = ADAPTERS.c
-    marks = sa.select(columns.name, columns.version, columns.pinned, columns.created)
+    marks = sa.select(
+        columns.name, columns.version, columns.pinned, columns.base_digest, columns.created
+    )
     found: dict[str, AdapterRecord | None] = {}
-    for name, version, pinned, created in connection.execute(marks.order_by(columns.name)):
+    for name, *mark, created in connection.execute(marks.order_by(columns.name)):
         record = known.get(name)
-        same = record is not None and (record.version, record.pinned) == (version, pinned)
-        found[name] = (
-            record
-            if same and record is not None and record.created.isoformat() == created
-            else None
-        )
+        if record is not None and (
+            [record.version, record.pinned, record.base_digest] != mark
+            or record.created.isoformat() != created
+        ):
+            record = None
+        found[name] = record
     changed = [name for name, record in found.items() if record is None]
     fresh: dict[str, AdapterRecord] = {}
     for start in range(0, len(changed), _NAMES_A_QUERY):
@@ -157,6 +182,7 @@ def from_row(row: Any) -> AdapterRecord:
         pinned=row.pinned,
         created=datetime.fromisoformat(row.created),
         source=row.source,
+        base_digest=row.base_digest,
         labels=None if labels is None else tuple(labels),
         ranks=tuple(facts.pop("ranks")),
         targets=tuple(facts.pop("targets")),
@@ -168,6 +194,11 @@ def from_row(row: Any) -> AdapterRecord:
 def with_pin(record: AdapterRecord, *, pinned: bool) -> AdapterRecord:
     """The same record, pinned or not."""
     return replace(record, pinned=pinned)
+
+
+def with_base(record: AdapterRecord, base_digest: str) -> AdapterRecord:
+    """The same record, checked on the base of this digest."""
+    return replace(record, base_digest=base_digest)
 
 
 def delete(connection: sa.Connection, name: str) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import builtins
 import logging
-import os
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from adapters.checkpoint import AdapterWeights, load_adapter
+from adapters.database import connected, time_limit
 from adapters.errors import (
+    AdapterError,
     AdapterExists,
     AdapterNotFound,
     InvalidName,
@@ -36,7 +37,9 @@ from adapters.records import (
     read_changes,
     read_one,
     record_of,
+    set_base,
     set_pinned,
+    with_base,
     with_pin,
     write,
 )
@@ -45,7 +48,6 @@ from adapters.store import Store, version_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 GRACE_S = 300.0  # bytes that no row names any more are kept this long for requests under way
-_BUSY_S = 5.0
 
 __all__ = ["AdapterRecord", "Registry", "check_name"]
 
@@ -86,7 +88,8 @@ class Registry:
     ) -> tuple[AdapterRecord, bool]:
         """Check the adapter in ``folder``, store its bytes, and put ``name`` on it.
 
-        Idempotent: the same content under the same name changes nothing but the pin.
+        Idempotent: the same content under the same name changes nothing but the pin, and the base
+        that it is known to fit.
 
         Args:
             name: ``[a-z0-9][a-z0-9._-]{0,63}``.
@@ -94,7 +97,7 @@ class Registry:
             base: What it must fit.
             source: For the record.
             replace: Whether ``name`` may move from another version to this one.
-            pinned: Keep it on the device.
+            pinned: Keep it on the device. A name that is pinned stays so until ``update``.
             check: Raises what else may be wrong with an adapter, such as its head.
 
         Returns:
@@ -116,16 +119,23 @@ class Registry:
             if taken is not None:  # else nothing is hashed twice
                 _check_free(name, taken, version_of(folder))
         version = self.store.add(folder)
-        record = record_of(name, version, weights, source=source, pinned=pinned)
+        record = record_of(
+            name, version, weights, source=source, pinned=pinned, base_digest=base.digest
+        )
         with self._transaction() as connection:
             present = read_one(connection, name)
             if present is not None and present.version == version:
-                if present.pinned != pinned and pinned:
+                if pinned and not present.pinned:
                     set_pinned(connection, name, pinned=True)
                     present = with_pin(present, pinned=True)
+                if not present.fits(base.digest):
+                    set_base(connection, version, base.digest)
+                    present = with_base(present, base.digest)
                 return present, False
             if not replace:
                 _check_free(name, present, version)
+            if present is not None and present.pinned:
+                record = with_pin(record, pinned=True)  # the pin is the name's, not the content's
             self.store.touch(version)  # or the collector could take it before the row is there
             try:
                 write(connection, record, update=present is not None)
@@ -218,6 +228,38 @@ class Registry:
                     removed.append(version)
         return removed
 
+    def records(self) -> Mapping[str, AdapterRecord]:
+        """Every record by name, in the order of names, as last committed by any process."""
+        with self._lock:
+            self._refresh()
+            return self._known
+
+    def check_base(
+        self, base: BaseSignature, check: Callable[[AdapterWeights], None]
+    ) -> builtins.list[AdapterRecord]:
+        """Find out which names fit ``base``; call at start.
+
+        Versions of which it is not known what they were checked on, because an older release wrote
+        them, are checked now as ``register`` does, and those that fit are recorded.
+
+        Args:
+            base: With its digest; without one everything fits.
+            check: As for ``register``.
+
+        Returns:
+            The records that were checked on another base, or fit none that is known.
+        """
+        unknown = {one.version for one in self._all() if base.digest and one.base_digest is None}
+        for version in sorted(unknown):
+            try:
+                check(load_adapter(self.store.path(version), base))
+            except (AdapterError, OSError) as error:
+                _log.warning("Version %s does not fit the base: %s", version, error)
+                continue
+            with self._transaction() as connection:
+                set_base(connection, version, base.digest)
+        return [one for one in self._all() if not one.fits(base.digest)]
+
     def check(self) -> builtins.list[str]:
         """Repair what a crash left; call at start, while nothing else uses the store.
 
@@ -258,18 +300,28 @@ class Registry:
     def _connected(self) -> sa.Engine:
         with self._lock:
             if self._engine is None:
-                self._engine = _make_engine(self.url)
+                self._engine = connected(self.url)
             return self._engine
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with _available(), self._connected().connect() as connection:
+        with (
+            _available(),
+            self._connected().connect() as connection,
+            time_limit(connection),
+            connection.begin(),
+        ):
             yield connection
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
         """One write transaction; it holds the database's write lock from its first statement."""
-        with _available(), self._connected().begin() as connection:
+        with (
+            _available(),
+            self._connected().connect() as connection,
+            time_limit(connection),  # its commit included
+            connection.begin(),
+        ):
             if self._is_sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
@@ -281,14 +333,17 @@ class Registry:
 
     def _refresh(self) -> None:
         """Read the table again if any process has committed since; called with the lock held."""
-        try:
-            with _available():
-                self._read_changes()
-        except RegistryUnavailable:
-            # What was known may be outdated: nothing is answered from it. The connection goes too,
-            # because after damage, or a server that went away, only a new one can work.
-            self._drop_watch()
-            raise
+        for last in (self._watch is None, True):
+            try:
+                with _available():
+                    self._read_changes()
+                return
+            except RegistryUnavailable:
+                # The connection goes, because after damage, or a server that went away and has come
+                # back, only a new one can work; with a new one at once, before anybody hears of it.
+                self._drop_watch()
+                if last:
+                    raise
 
     def _drop_watch(self) -> None:
         watch, self._watch, self._known_at = self._watch, None, None
@@ -302,15 +357,19 @@ class Registry:
             self._watch = (
                 self._connected().connect().execution_options(isolation_level="AUTOCOMMIT")
             )
+        with time_limit(self._watch):
+            self._read_watched(self._watch)
+
+    def _read_watched(self, watch: sa.Connection) -> None:
         if self._is_sqlite:
             # Two pages of shared memory: it moves with every commit of every other connection.
             # All writes go through other connections than this one.
-            driver: Any = self._watch.connection.driver_connection
+            driver: Any = watch.connection.driver_connection
             now: Any = driver.execute("PRAGMA data_version").fetchone()[0]
         else:
-            now = self._watch.execute(sa.select(STATE.c.generation)).scalar_one()
+            now = watch.execute(sa.select(STATE.c.generation)).scalar_one()
         if now != self._known_at:
-            self._known = read_changes(self._watch, self._known)
+            self._known = read_changes(watch, self._known)
             self._known_at = now
 
 
@@ -371,24 +430,3 @@ def _not_found(name: str) -> AdapterNotFound:
         expected="a registered name",
         fix="GET /v1/models lists the names.",
     )
-
-
-def _make_engine(url: str) -> sa.Engine:
-    if not url.startswith("sqlite"):
-        return sa.create_engine(url, pool_pre_ping=True)
-    path = sa.make_url(url).database
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(
-        url, connect_args={"timeout": _BUSY_S, "check_same_thread": False}, poolclass=sa.QueuePool
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def _configure(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # transactions are begun by hand, below
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}").close()
-        if path and os.path.exists(path):
-            os.chmod(path, 0o600)
-
-    return engine

@@ -1,7 +1,7 @@
 """Which adapters are where: on disk, in host memory, in a slot of the device; and moving them.
 
-One thread of its own loads, checks and places adapters, so a cold adapter delays only its own
-requests. A version in use (leased) or pinned never leaves its slot; pins that would leave others no
+Threads of its own read and check adapters, LOADS at once, of which large ones take all but one;
+another places them. So a cold adapter delays only its own requests, however large it is. A version in use (leased) or pinned never leaves its slot; pins that would leave others no
 room are not kept (``Tiers.divide_pins``). More versions than slots queue. A version that nobody
 asks for costs nothing here: disk is the registry's business.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 # A version just placed keeps its slot this long for whoever asked for it, or versions that wait
 # for one slot would evict each other before any of them is used.
 _GRACE_S = 2.0
+LOADS = 3  # adapters that are read at once
+LARGE_BYTES = 32 << 20  # of a file; so large ones leave one of the LOADS to the others
 _PAUSE_S = 0.1  # after a fault of the loader itself, lest it do nothing but repeat it
 
 _log = logging.getLogger(__name__)
@@ -43,13 +46,14 @@ class Residency:
 
     Args:
         adapted: The model whose layers have the slots.
-        load: Reads a version's checked weights; called in the loader's thread.
+        load: Reads a version's checked weights; called in several threads at once.
         slots: Adapters in slots at once.
         device_bytes: Budget of their factors, in the compute dtype.
         host_bytes: Budget of factors kept out of slots, and of heads.
         folded_bytes: Budget of cached folded weights.
         dtype: The compute dtype.
         grace_s: How long a version just placed is kept for whoever asked for it.
+        size: Bytes of a version's file, found out quickly; 0 when it is not known.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Residency:
         folded_bytes: int,
         dtype: torch.dtype,
         grace_s: float = _GRACE_S,
+        size: Callable[[str], int] = lambda _: 0,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots must be 1 or more, not {slots}")
@@ -71,6 +76,7 @@ class Residency:
         self.grace_s = grace_s
         self._adapted = adapted
         self._load = load
+        self._size = size
         self._device = adapted.device
         on_cuda = self._device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
@@ -81,6 +87,11 @@ class Residency:
         self._pins_reported: list[str] = []
         self._changed = Condition()
         self._closed = False
+        self._reading: dict[str, int] = {}  # bytes by version, of those that are being read
+        self._unread: dict[str, Exception] = {}  # those that could not be, to be told of
+        self._readers = ThreadPoolExecutor(
+            LOADS, thread_name_prefix="adapter-reader", initializer=step_back
+        )
         self._thread = Thread(target=self._run, name="adapter-loader", daemon=True)
         self._thread.start()
 
@@ -227,11 +238,12 @@ class Residency:
             )
 
     def close(self) -> None:
-        """Stop the loader; what is in slots stays usable."""
+        """Stop the loaders; what is in slots stays usable."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._readers.shutdown(cancel_futures=True)
 
     # The loader's thread.
 
@@ -251,15 +263,23 @@ class Residency:
                 self._tell(done)
 
     def _turn(self) -> list[str]:
-        """Fill slots, or else read one adapter, or else wait; returns what is ready or failed."""
+        """Fill slots, or else make one adapter whole or compact, or else wait; have others read.
+
+        Returns:
+            What is ready or has failed.
+        """
         with self._changed:
             if self._closed:
                 return []
+            unread, self._unread = self._unread, {}
+            failed = [one for name in unread for one in self._tiers.fail(name, unread[name])]
+            self._read_more()
             leaving, arriving, settled = self._tiers.divide_slots()
+            settled += failed
             version: str | None = None
             loose: PackedAdapter | None = None
             if not arriving and not settled:
-                version = self._tiers.next_to_load()
+                version = self._tiers.next_to_restore()
                 loose = self._tiers.to_compact()
                 if version is None and loose is None:
                     self._changed.wait(
@@ -269,31 +289,42 @@ class Residency:
         if arriving:
             settled += self._fill_slots(leaving, arriving)
         if version is not None:
-            settled += self._load_one(version)
+            settled += self._restore(version)
         if loose is not None:
             self._compact(loose)
         return settled
 
-    def _load_one(self, version: str) -> list[str]:
-        """Disk to host; returns the version if it failed. What is compact there becomes whole."""
+    def _restore(self, version: str) -> list[str]:
+        """What is compact in host memory becomes whole; returns the version if that failed."""
         known = self._tiers.entries.get(version)  # None: dropped meanwhile
         try:
             if known is not None and known.packed is not None:
                 known.packed.restore()
-                return []
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
+            with self._changed:
+                return self._tiers.fail(version, error)
+        return []
+
+    def _read(self, version: str) -> None:
+        """Disk to host, in a reader's thread; the loader tells of it when it failed."""
+        packed: PackedAdapter | None = None
+        failure: Exception | None = None
+        try:
             fused = self._adapted.fused is not None
             packed = pack(self._load(version), self.dtype, self._device, b_by_column=fused)
             self._adapted.check(packed.factors)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
-            with self._changed:
-                return self._tiers.fail(version, error)
+            failure = error
         with self._changed:
+            del self._reading[version]
             entry = self._tiers.entries.get(version)
-            if entry is not None and version in self._tiers.wanted:
+            if failure is not None:
+                self._unread[version] = failure
+            elif entry is not None and version in self._tiers.wanted and entry.packed is None:
                 entry.packed = packed
                 self._loads += 1
                 self._tiers.trim_host()
-        return []
+            self._changed.notify_all()
 
     def _compact(self, packed: PackedAdapter) -> None:
         try:
@@ -356,6 +387,23 @@ class Residency:
                 _log.exception("a residency callback failed for %s", version)
 
     # All below: with the lock held.
+
+    def _read_more(self) -> None:
+        """Have those that are wanted read from disk, first asked for first, while readers are free
+        and what waits for slots leaves room in the host tier."""
+        pending = [one for one in self._tiers.to_read() if one not in self._reading]
+        for version in pending:
+            if len(self._reading) >= LOADS:
+                return
+            taken = self._tiers.waiting_bytes() + sum(self._reading.values())
+            if taken and taken >= self._tiers.host_bytes:
+                return
+            size = self._size(version)
+            large = sum(one >= LARGE_BYTES for one in self._reading.values())
+            if size >= LARGE_BYTES and large >= LOADS - 1:
+                continue  # smaller ones may pass it
+            self._reading[version] = size
+            self._readers.submit(self._read, version)
 
     def _use(self, versions: Collection[str]) -> None:
         for version in versions:

@@ -98,6 +98,7 @@ class BaseSignature:
         layers: Every layer that an adapter could target, the language-model head included.
         output_layers: Those that PEFT's ``all-linear`` leaves out.
         files: Its weights on disk, where they are at hand; no part of what a base is.
+        digest: Of its weights, as whoever made this knows them; empty when nobody read them.
     """
 
     name: str
@@ -109,6 +110,7 @@ class BaseSignature:
     max_length: int
     layers: Mapping[str, LayerSignature]
     output_layers: frozenset[str]
+    digest: str = ""
     files: BaseFiles | None = field(default=None, compare=False, repr=False)
 
     def own_path(self, path: str) -> str:

@@ -10,6 +10,7 @@ either all of it or nothing. Names, and which versions are still needed, are the
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +52,7 @@ class Store:
         self.max_bytes = max_bytes
         self._versions = root / "versions"
         self._staging = root / "staging"
+        self._lock_file = root / "lock"  # held while bytes are counted and an entry appears
         self._sizes: dict[str, int] = {}  # by version: an entry never changes while it is there
         for folder in (self._versions, self._staging):
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +73,17 @@ class Store:
         with _full_as_store_full():
             try:
                 staged.mkdir()
-                self._check_room(folder)
+                if self.max_bytes is not None and not self.has(version_of(folder)):
+                    self._check_room(folder)  # before anything is copied
                 for name in _present(folder):
                     _copy_durably(folder / name, staged / name)
                 version = version_of(staged)
                 _sync_folder(staged)
-                self._publish(staged, version)
+                with self._alone():
+                    # Counted again: others may have stored theirs while this one was copied.
+                    if not self.has(version):
+                        self._check_room(staged)
+                    self._publish(staged, version)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
         return version
@@ -178,7 +185,7 @@ class Store:
         return folder
 
     def _check_room(self, folder: Path) -> None:
-        if self.max_bytes is None or self.has(version_of(folder)):
+        if self.max_bytes is None:
             return
         needed = sum((folder / name).stat().st_size for name in _present(folder))
         used = self.nbytes()
@@ -189,6 +196,16 @@ class Store:
                 expected=f"at most {self.max_bytes} bytes",
                 fix="Remove adapters, or raise the store's size limit.",
             )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else, in whatever thread or process, adds an entry meanwhile."""
+        handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)  # and with it the lock
 
     def _publish(self, staged: Path, version: str) -> None:
         folder = self._versions / version

@@ -21,6 +21,9 @@ State = Literal["absent", "loading", "ready", "failed"]
 Tier = Literal["device", "host", "loading", "failed"]
 
 _FAILURES_KEPT = 256
+# Smaller adapters may be placed before one for which there is no room, for so long; then they wait
+# behind it, or a stream of them could keep it waiting for ever.
+PASS_S = 10.0
 PINNED_QUARTERS = 3  # of the device bytes that pinned versions may take
 
 _log = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class Entry:
         kept_until: Monotonic end of its grace; 0 once it was leased.
         doomed: Dropped while in use; leaves with its last lease.
         error: Why it failed.
+        stuck_since: Monotonic, when it was first found to have no room; 0 when it was not.
     """
 
     state: State = "loading"
@@ -79,6 +83,7 @@ class Entry:
     kept_until: float = 0.0  # monotonic; its grace, until first leased
     doomed: bool = False  # dropped while in use
     error: Exception | None = None
+    stuck_since: float = 0.0
 
     @property
     def is_arriving(self) -> bool:
@@ -164,14 +169,13 @@ class Tiers:
         entry.doomed = False
         if entry.state == "ready" or version in self.wanted:
             return False
-        entry.state, entry.error = "loading", None
+        entry.state, entry.error, entry.stuck_since = "loading", None, 0.0
         self.wanted[version] = None
         return True
 
     def divide_slots(self) -> tuple[list[Vacated], list[str], list[str]]:
-        """Give slots to those that wait, in the order asked, up to the first that must wait on.
-
-        Nothing is copied yet.
+        """Give slots to those that wait, in the order asked; those that find room may pass one
+        that does not, until it has waited for PASS_S. Nothing is copied yet.
 
         Returns:
             What is to be emptied, who is to be put in, and who failed.
@@ -190,7 +194,12 @@ class Tiers:
                 continue
             gone = self.make_room(version, packed.nbytes)
             if gone is None:
-                break
+                now = time.monotonic()
+                entry.stuck_since = entry.stuck_since or now
+                if now - entry.stuck_since >= PASS_S:
+                    break
+                continue
+            entry.stuck_since = 0.0
             leaving += gone
             arriving.append(version)
             entry.slot = self.free.pop()
@@ -289,15 +298,24 @@ class Tiers:
         entry.slot, entry.state = None, "absent"
         return vacated
 
-    def next_to_load(self) -> str | None:
-        """The first that is wanted and not whole in memory; None while those that are, and wait
-        for slots, fill the host tier."""
-        packs = {version: self.entries[version].packed for version in self.wanted}
+    def to_read(self) -> list[str]:
+        """Those that are wanted and not in memory, first asked for first."""
+        return [version for version in self.wanted if self.entries[version].packed is None]
+
+    def waiting_bytes(self) -> int:
+        """Bytes of those that are whole in memory and wait for slots."""
+        packs = (self.entries[version].packed for version in self.wanted)
         # One without its zeros takes up no place in the queue: it is still to be made whole.
-        whole = [one for one in packs.values() if one is not None and not one.is_compact]
-        if whole and sum(one.nbytes for one in whole) >= self.host_bytes:
+        return sum(one.nbytes for one in packs if one is not None and not one.is_compact)
+
+    def next_to_restore(self) -> str | None:
+        """The first that is wanted and in memory without its zeros; None while those that are
+        whole, and wait for slots, fill the host tier."""
+        waiting = self.waiting_bytes()
+        if waiting and waiting >= self.host_bytes:
             return None
-        return next((name for name, one in packs.items() if one is None or one.is_compact), None)
+        packs = ((version, self.entries[version].packed) for version in self.wanted)
+        return next((name for name, one in packs if one is not None and one.is_compact), None)
 
     def to_compact(self) -> PackedAdapter | None:
         """A pruned adapter out of its slot that still takes the memory of a whole one."""

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapters.checkpoint import AdapterWeights, load_adapter
-from adapters.errors import UnsupportedOption
+from adapters.checkpoint import TENSOR_FILE, AdapterWeights, load_adapter
+from adapters.errors import AdapterNotFound, UnsupportedOption
 from adapters.residency import Residency
 from adapters.store import Store
 from server.base_model import LoadedBase, load_base
@@ -111,6 +111,12 @@ class Engine:
                 )
             return weights
 
+        def size(version: str) -> int:
+            try:
+                return (store.path(version) / TENSOR_FILE).stat().st_size
+            except (AdapterNotFound, OSError):
+                return 0  # loading it says what is wrong
+
         residency = Residency(
             base.adapted,
             load,
@@ -119,6 +125,7 @@ class Engine:
             host_bytes=options.host_bytes,
             folded_bytes=options.folded_bytes,
             dtype=base.dtype,
+            size=size,
         )
         linear, other = base.adapted.base_bytes()
         return cls(

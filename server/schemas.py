@@ -233,6 +233,7 @@ class AdapterAnswer(Answer):
     base: str | None
     source: str
     pinned: bool
+    served: bool = Field(description="Whether it was checked on the base that is served.")
     created: str
     residency: str
     requests: int

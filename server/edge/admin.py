@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,14 +86,12 @@ class Admin:
         limit: int = Query(default=100, ge=1, le=PAGE_MAX),
     ) -> Response:
         """List adapters by name."""
-        records, total = await self._in_thread(
-            lambda: self.service.registry.list(offset=offset, limit=limit, prefix=prefix)
-        )
+        records = self.service.names.listed(prefix=prefix)
         known = await self._known()
         return Json(
             {
-                "adapters": [_answer(one, known) for one in records],
-                "total": total,
+                "adapters": [self._answer(one, known) for one in records[offset : offset + limit]],
+                "total": len(records),
                 "offset": offset,
                 "limit": limit,
             }
@@ -101,24 +100,24 @@ class Admin:
     async def show(self, request: Request, name: str = Name) -> Response:
         """Show one adapter."""
         record = self.service.record(name, "name")
-        return Json(_answer(record, await self._known()))
+        return Json(self._answer(record, await self._known()))
 
     async def change(self, request: Request, body: PatchRequest, name: str = Name) -> Response:
         """Pin or unpin an adapter, or bring it to the device; any change lifts a quarantine."""
-        record = self.service.record(name, "name")
+        asks_device = body.preload or body.pinned
+        found = self.service.served_record if asks_device else self.service.record
+        record = found(name, "name")
         pinned = body.pinned
         if pinned is not None:
-            record = await self._in_thread(
-                lambda: self.service.registry.update(name, pinned=pinned)
-            )
+            record = await self._change(lambda: self.service.registry.update(name, pinned=pinned))
         self.service.dispatcher.tell(Lift(record.version))
-        if body.preload or pinned:
+        if asks_device:
             self.service.dispatcher.tell(Preload(record.version))
-        return Json(_answer(record, await self._known()))
+        return Json(self._answer(record, await self._known()))
 
     async def remove(self, request: Request, name: str = Name) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
-        await self._in_thread(lambda: self.service.registry.remove(name))
+        await self._change(lambda: self.service.registry.remove(name))
         return Response(status_code=204)
 
     async def _register(self, wish: Wish, folder: Path, source: str) -> Response:
@@ -130,7 +129,7 @@ class Admin:
                 expected="another name",
                 field="name",
             )
-        record, created = await self._in_thread(
+        record, created = await self._change(
             lambda: self.service.registry.register(
                 wish.name,
                 folder,
@@ -145,22 +144,23 @@ class Admin:
         if wish.preload or wish.pinned:
             self.service.dispatcher.tell(Preload(record.version))
         return Json(
-            _answer(record, await self._known()),
+            self._answer(record, await self._known()),
             201 if created else 200,
             headers={"Location": f"/admin/adapters/{record.name}"},
         )
 
     async def _in_thread(self, work: Any) -> Any:
-        """Run registry work off the event loop, its errors as refusals."""
-        try:
+        """Run something slow off the event loop, its errors as refusals."""
+        with _refused():
             return await self.service.in_thread(work)
-        except AdapterError as error:
-            raise Refusal.of(error) from None
-        except OSError as error:
-            if error.errno not in {28, 122}:  # ENOSPC, EDQUOT
-                raise
-            full = StoreFull("The disk is full.", fix="Free space, or remove adapters.")
-            raise Refusal.of(full) from None
+
+    async def _change(self, work: Any) -> Any:
+        """Change the registry off the event loop, its errors as refusals."""
+        with _refused():
+            return await self.service.change_registry(work)
+
+    def _answer(self, record: AdapterRecord, known: Known) -> dict[str, Any]:
+        return _answer(record, known, served=record.fits(self.service.names.base_digest))
 
     async def _known(self) -> Known:
         state = read_state(self.service.settings.run_dir)
@@ -169,7 +169,21 @@ class Admin:
         return Known(residency, quarantined, await self.service.in_thread(adapter_usage))
 
 
-def _answer(record: AdapterRecord, known: Known) -> dict[str, Any]:
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turn errors of the registry and the disk into refusals."""
+    try:
+        yield
+    except AdapterError as error:
+        raise Refusal.of(error) from None
+    except OSError as error:
+        if error.errno not in {28, 122}:  # ENOSPC, EDQUOT
+            raise
+        full = StoreFull("The disk is full.", fix="Free space, or remove adapters.")
+        raise Refusal.of(full) from None
+
+
+def _answer(record: AdapterRecord, known: Known, *, served: bool) -> dict[str, Any]:
     requests, last_used = known.usage.get(record.name, (0, None))
     until, why = known.quarantined.get(record.version, (None, None))
     return AdapterAnswer(
@@ -186,6 +200,7 @@ def _answer(record: AdapterRecord, known: Known) -> dict[str, Any]:
         base=record.base_name,
         source=record.source,
         pinned=record.pinned,
+        served=served,
         created=record.created.isoformat(),
         residency=known.residency.get(record.version, "disk"),
         requests=requests,

@@ -210,7 +210,7 @@ class HiraServer(LitServer):
         number = int(app.response_queue_id)  # type: ignore[attr-defined]
         service = self.service
         count_as(f"http-{number}")
-        service.open()
+        service.open(number)
         self.spec.attach(self.response_buffer)
         dispatcher, loop = service.dispatcher, asyncio.get_running_loop()
         watch_threads(lambda name: _tell(loop, dispatcher.give_up, name))
@@ -249,6 +249,7 @@ class HiraServer(LitServer):
         key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
     ) -> None:
         self.service.keys.admit_inference(request.headers.get("authorization"))
+        await self.service.catch_up()
 
     async def _admit_admin(
         self,
@@ -256,6 +257,7 @@ class HiraServer(LitServer):
         key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
     ) -> None:
         self.service.keys.admit_admin(request.headers.get("authorization"))
+        await self.service.catch_up()
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[str], None], name: str) -> None:

@@ -52,9 +52,7 @@ class OpenAI:
     async def models(self, request: Request) -> Response:
         """The base and every adapter."""
         base = self.service.base
-        records, _ = await self.service.in_thread(
-            lambda: self.service.registry.list(offset=0, limit=MAX_MODELS)
-        )
+        records = self.service.names.listed(fitting=True)[:MAX_MODELS]
         own = [self._model(base.name, base.created, None)]
         adapters = [self._model(one.name, one.created.timestamp(), base.name) for one in records]
         return json_response({"object": "list", "data": own + adapters}, {})
@@ -64,7 +62,7 @@ class OpenAI:
         base = self.service.base
         if self.service.is_base(model):
             return json_response(self._model(base.name, base.created, None), {})
-        record = self.service.record(model, "model")
+        record = self.service.served_record(model, "model")
         return json_response(self._model(record.name, record.created.timestamp(), base.name), {})
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:

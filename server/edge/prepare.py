@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import replace
@@ -17,6 +18,8 @@ from server.metrics import BASE_LABEL
 from server.settings import AdapterSource, Settings
 
 DEMO_NAME: Final = "hira-demo-base"
+
+logger = logging.getLogger(__name__)
 
 
 def chosen(settings: Settings) -> tuple[str, str, tuple[AdapterSource, ...]]:
@@ -57,6 +60,7 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from server.base_digest import checkpoint_digest
     from server.base_model import BaseModelError, signature_of
     from server.base_plan import plan_base
     from server.images import ImageProcessorError, Images
@@ -66,8 +70,8 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
     torch.set_num_threads(1)
     options = settings.engine_options(place)
     try:
-        signature = replace(signature_of(options), name=name)
         plan = plan_base(options)
+        signature = replace(signature_of(options), name=name, digest=checkpoint_digest(plan.folder))
         inputs: Text | Images
         prompts: Text | None = None
         if plan.takes_images:
@@ -126,3 +130,25 @@ def register(
                 )
         except AdapterError as error:
             raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None
+
+
+def check_base(registry: Registry, base: Base) -> None:
+    """Say how many of the registered adapters fit the base, and which do not: those are refused.
+
+    Raises:
+        StartFailed: The registry cannot be used.
+    """
+    try:
+        others = registry.check_base(base.signature, base.check_head)
+        total = len(registry.records())
+    except AdapterError as error:
+        raise StartFailed(f"the registry cannot be used: {error}") from None
+    if others:
+        logger.warning(
+            "%d of %d adapters fit the base %s; not served, because they were registered for "
+            "another base: %s",
+            total - len(others),
+            total,
+            base.name,
+            ", ".join(one.name for one in others),
+        )

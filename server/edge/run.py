@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from adapters.records import AdapterRecord
 from server.edge.api import HiraAPI
 from server.edge.app import HiraServer
 from server.edge.lifeline import bind_forked_children
@@ -20,6 +21,7 @@ from server.edge.supervise import Supervisor
 from server.version import package_version
 
 BACKLOG: Final = 2048
+SHOWN: Final = 8  # names in a line
 
 
 def run_service(
@@ -77,9 +79,8 @@ def run_service(
 def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     """What a person sees when the server is ready."""
     settings, base = service.settings, service.base
-    records, total = service.registry.list(offset=0, limit=8)
-    names = ", ".join(record.name for record in records)
-    more = f", and {total - len(records)} more" if total > len(records) else ""
+    records, fitting = service.names.listed(), service.names.listed(fitting=True)
+    kept = [one for one in records if one not in fitting]
     host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
     url = f"http://{host}:{settings.port}"
     double = ", double quantization" if settings.double_quant else ""
@@ -88,6 +89,14 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     )
     yield f"hira-server {package_version()} is ready at {url}"
     yield f"  base       {base.name} ({stored})"
-    yield f"  adapters   {total}: {names}{more}" if total else "  adapters   none yet"
+    yield f"  adapters   {len(fitting)}: {_names(fitting)}" if records else "  adapters   none yet"
+    if kept:
+        yield f"  not served {len(kept)}, made for another base: {_names(kept)}"
     yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
     yield f"  try        {url}/docs"
+
+
+def _names(records: Sequence[AdapterRecord]) -> str:
+    """The first few names, and how many more there are."""
+    more = f", and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
+    return ", ".join(record.name for record in records[:SHOWN]) + more

@@ -88,6 +88,7 @@ def _serve_in(
     except RegistryUnusable as error:
         raise StartFailed(str(error)) from None
     prepare.register(registry, base, adapters, settings)
+    prepare.check_base(registry, base)
     service = Service(settings, base, registry, reload)
     registry.close()  # what is forked from here on must open its own
     collector = Collector(service)
@@ -117,17 +118,21 @@ class Collector:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._at = time.monotonic()
+        self._grace_s = 0.0
 
     def look(self) -> None:
         if time.monotonic() - self._at < COLLECT_S:
             return
         self._at = time.monotonic()
+        self._service.refresh()  # nobody else in this process takes over what SIGHUP changed
         settings = self._service.settings
+        # No request lives longer than max_timeout_s, so none can still need what is older. One
+        # that was admitted before the limit was lowered has the longer one still.
+        self._grace_s = max(self._grace_s, settings.max_timeout_s + 60.0)
         state = read_state(settings.run_dir)
         resident = set() if state is None else set(state.snapshot.get("residency", {}))
         try:
-            # No request lives longer than max_timeout_s, so none can still need what is older.
-            self._service.registry.collect_garbage(resident, grace_s=settings.max_timeout_s + 60.0)
+            self._service.registry.collect_garbage(resident, grace_s=self._grace_s)
         except (AdapterError, OSError) as error:
             # In the main process: a registry that is locked for a while must not end the server.
             logger.error("Versions that nobody names were not collected: %s", error)

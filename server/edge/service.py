@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from adapters.errors import AdapterError
+from adapters.names import POLL_S, Names
 from server.edge.bodies import BodyBudget
 from server.edge.dispatch import Dispatcher
 from server.edge.encoders import Encoders, EncodersFull
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-REGISTRY_S: Final = 1.0
 LONG_CHARACTERS: Final = 8192  # texts longer than this are tokenized off the event loop
 # What may change while the server runs.
 RELOADABLE: Final = (
@@ -146,6 +147,11 @@ class Service:
         self.base = base
         self.registry = registry
         self.load = SharedLoad(settings.api_processes)
+        self.names = Names(registry, self.load.registry_changes, base_digest=base.signature.digest)
+        self.names.refresh()  # an HTTP process that starts while the database is away has these
+        self._number = 0
+        self._changing = threading.Lock()
+        self._reading: asyncio.Future[bool] | None = None
         self.dispatcher = Dispatcher(
             self.load, bounds_of(settings), settings.api_processes, settings.run_dir
         )
@@ -159,9 +165,16 @@ class Service:
         # Not asyncio's default threads: LitServe's response task lives there and must never wait.
         self._encoders: Encoders | None = None
         self._workers: ThreadPoolExecutor | None = None
+        self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
 
-    def open(self) -> None:
-        """Take up service in an HTTP process: threads, metrics and connections of its own."""
+    def open(self, number: int) -> None:
+        """Take up service in an HTTP process: threads, metrics and connections of its own.
+
+        Args:
+            number: Of the HTTP process.
+        """
+        self._number = number
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self.registry.reopen()
         self.metrics = HttpMetrics()
         self._encoders = Encoders()
@@ -178,6 +191,8 @@ class Service:
             self._encoders.close()
         if self._workers is not None:
             self._workers.shutdown(wait=False, cancel_futures=True)
+        if self._reader is not None:
+            self._reader.shutdown(wait=False, cancel_futures=True)
         self.registry.close()
 
     def refresh(self) -> None:
@@ -202,15 +217,40 @@ class Service:
         told: object = None
         while True:
             epoch = self.dispatcher.epoch
-            try:
-                now = (epoch, await self.in_thread(self._known_versions))
-            except Exception:  # the registry may be locked or gone for a while: try again
-                logger.exception("The registry cannot be read")
-            else:
-                if epoch is not None and now != told:
-                    self.dispatcher.tell(now[1])
-                    told = now
-            await asyncio.sleep(REGISTRY_S)
+            await self._read_registry()
+            now = (epoch, self._known_versions())
+            if epoch is not None and now != told:
+                self.dispatcher.tell(now[1])
+                told = now
+            await asyncio.sleep(POLL_S)
+
+    async def catch_up(self) -> None:
+        """Return when every change that was acknowledged so far, by any HTTP process, is known
+        here, or the registry cannot be read: ``record`` then says so where it matters.
+
+        At once when nothing has changed, and while the registry is known to be away.
+        """
+        changes = self.load.registry_changes()
+        while not (self.names.covers(changes) or self.names.is_down):
+            await self._read_registry()
+
+    async def _read_registry(self) -> None:
+        """One reading at a time, in a thread; whoever comes meanwhile waits for the same one."""
+        if self._reading is None or self._reading.done():
+            loop = asyncio.get_running_loop()
+            self._reading = loop.run_in_executor(self._reader, self.names.refresh)
+        await asyncio.shield(self._reading)
+
+    async def change_registry(self, work: Callable[[], T]) -> T:
+        """Run a change of the registry in a thread; every request after it finds it done."""
+
+        def change() -> T:
+            done = work()
+            with self._changing:
+                self.load.registry_changed(self._number)
+            return done
+
+        return await self.in_thread(change)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run something slow off the event loop, on threads of its own."""
@@ -249,16 +289,28 @@ class Service:
             ) from None
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
-        """The registry's record of an adapter.
+        """The registry's record of an adapter, from memory; of whatever base.
 
         Raises:
-            Refusal: adapter_not_found.
+            Refusal: adapter_not_found or registry_unavailable.
         """
         try:
-            return self.registry.resolve(name)
+            return self.names.resolve(name)
         except AdapterError as error:
-            fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-            raise Refusal((fault,)) from None
+            raise _at(error, field) from None
+
+    def served_record(self, name: str, field: str | None = None) -> AdapterRecord:
+        """The record of an adapter that can be asked for answers on this base.
+
+        Raises:
+            Refusal: adapter_not_found, registry_unavailable or base_mismatch.
+        """
+        record = self.record(name, field)
+        try:
+            self.names.check_fits(record)
+        except AdapterError as error:
+            raise _at(error, field) from None
+        return record
 
     def is_base(self, name: str) -> bool:
         """Whether a name means the bare base."""
@@ -281,7 +333,7 @@ class Service:
             field: Where it is named, for the error.
 
         Raises:
-            Refusal: adapter_conflict, adapter_required, adapter_not_found or task_mismatch.
+            Refusal: adapter_conflict, adapter_required, or as ``adapter_target``.
         """
         given = {name for name in names if name is not None}
         distinct = sorted({self.base.name if self.is_base(name) else name for name in given})
@@ -302,9 +354,9 @@ class Service:
         """Resolve one adapter for an endpoint.
 
         Raises:
-            Refusal: adapter_not_found or task_mismatch.
+            Refusal: adapter_not_found, registry_unavailable, base_mismatch or task_mismatch.
         """
-        record = self.record(name, field)
+        record = self.served_record(name, field)
         if record.task not in tasks:
             raise Refusal.because(
                 "task_mismatch",
@@ -365,8 +417,7 @@ class Service:
         return Keyring(key, self.settings.api_keys)
 
     def _known_versions(self) -> Pin:
-        pinned = self.registry.pinned_versions()
-        return Pin(pinned, named=tuple(sorted(self.registry.versions())))
+        return Pin(self.names.pinned_versions(), named=tuple(sorted(self.names.versions())))
 
     def _count(self, request: Request, event: Event) -> None:
         """Metrics of what comes back, as it comes back."""
@@ -390,6 +441,12 @@ class Service:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=len(event.tokens))
             case _:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=0)
+
+
+def _at(error: AdapterError, field: str | None) -> Refusal:
+    """The refusal for an error, with the field that named the adapter."""
+    fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
+    return Refusal((fault,))
 
 
 PATHS: Final = {

@@ -32,6 +32,7 @@ class SharedLoad:
         self._beats = _FORK.RawArray("d", http_processes)
         self._phase = _FORK.RawValue("i", int(Phase.SERVING))
         self._settings_age = _FORK.RawValue("q", 0)
+        self._registry_changes = _FORK.RawArray("q", http_processes)
 
     @property
     def phase(self) -> Phase:
@@ -48,6 +49,17 @@ class SharedLoad:
 
     def settings_changed(self) -> None:
         self._settings_age.value += 1
+
+    def registry_changes(self) -> int:
+        """Changes of the registry that HTTP processes have acknowledged; it only grows."""
+        return sum(self._registry_changes)
+
+    def registry_changed(self, http_process: int) -> None:
+        """This HTTP process has changed the registry; before it says so to anybody.
+
+        Its threads must take turns: the cell has one writer at a time.
+        """
+        self._registry_changes[http_process] += 1
 
     def set(self, http_process: int, *, requests: int, tokens: int, pixel_bytes: int = 0) -> None:
         self._requests[http_process] = requests

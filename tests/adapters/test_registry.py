@@ -264,7 +264,7 @@ def test_a_lock_that_stays_is_a_typed_error_and_readers_go_on(
 ) -> None:
     version = registry.register("a", folders[0], base, source="x")[0].version
     registry.close()
-    monkeypatch.setattr("adapters.registry._BUSY_S", 0.1)
+    monkeypatch.setattr("adapters.database.STATEMENT_S", 0.1)
     holder = sqlite3.connect(tmp_path / "registry.sqlite", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     for change in (

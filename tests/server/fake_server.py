@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from server import metrics
@@ -30,13 +31,17 @@ class Record:
     task: str
     version: str
     created: datetime
+    pinned: bool = False
+
+    def fits(self, base_digest: str) -> bool:
+        return not base_digest
 
 
 class FakeRegistry:
     def __init__(self) -> None:
         tasks = {"imdb": "text-classification", "story": "text-generation"}
         now = datetime.now(UTC)
-        self.records = {name: Record(name, task, f"{name}-v1", now) for name, task in tasks.items()}
+        self.known = {name: Record(name, task, f"{name}-v1", now) for name, task in tasks.items()}
 
     def reopen(self) -> None:
         return
@@ -44,21 +49,8 @@ class FakeRegistry:
     def close(self) -> None:
         return
 
-    def pinned_versions(self) -> tuple[str, ...]:
-        return ()
-
-    def versions(self) -> set[str]:
-        return {record.version for record in self.records.values()}
-
-    def resolve(self, name: str) -> Record:
-        from adapters.errors import AdapterNotFound
-
-        if name not in self.records:
-            raise AdapterNotFound(f"There is no adapter {name}.")
-        return self.records[name]
-
-    def list(self, **_: object) -> tuple[list[Record], int]:
-        return list(self.records.values()), len(self.records)
+    def records(self) -> dict[str, Record]:
+        return self.known
 
 
 class Characters(Text):
@@ -117,11 +109,12 @@ def main(engine: str) -> None:
 
     logs.configure(settings.log_level, access=settings.access_log)
     nothing: Any = None
+    signature: Any = SimpleNamespace(digest="")
     text = Characters(256)
     base = Base(
         name="fake-base",
         task="text-generation",
-        signature=nothing,
+        signature=signature,
         check_head=nothing,
         inputs=text,
         prompts=text,

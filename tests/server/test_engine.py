@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.names import Names
 from server.base_plan import BaseModelError, plan_base
 from server.edge.service import Service
 from server.engine import Engine, EngineFailure
@@ -387,7 +388,10 @@ def test_a_version_asked_for_just_now_waits_for_its_name(world: World) -> None:
 
 
 def test_the_worker_is_told_of_every_name() -> None:
-    service: Any = SimpleNamespace(registry=FakeRegistry())
+    registry: Any = FakeRegistry()
+    names = Names(registry, lambda: 0)
+    names.refresh()
+    service: Any = SimpleNamespace(names=names)
     assert Service._known_versions(service) == Pin((), named=("imdb-v1", "story-v1"))
 
 
