@@ -22,7 +22,7 @@ from adapters.errors import AdapterError, StoreFull
 from adapters.registry import AdapterRecord
 from server.edge.middleware import Json
 from server.edge.routes import Endpoint
-from server.edge.service import Service
+from server.edge.service import Pool, Service
 from server.edge.sources import fetched, unpacked
 from server.edge.uploads import Upload, received
 from server.edge.wire import read_state
@@ -70,7 +70,9 @@ class Admin:
         if request.headers.get("content-type", "").startswith("multipart/"):
             async with received(request, self.service) as upload:
                 wish = _wish(upload)
-                folder = await self._in_thread(lambda: unpacked(upload, self.service.settings))
+                folder = await self._in_thread(
+                    lambda: unpacked(upload, self.service.settings), "registrations"
+                )
                 return await self._register(wish, folder, "upload")
         body = await _json_body(request)
         wish = Wish(body.name, body.replace, body.pinned, body.preload)
@@ -86,7 +88,7 @@ class Admin:
     ) -> Response:
         """List adapters by name."""
         records, total = await self._in_thread(
-            lambda: self.service.registry.list(offset=offset, limit=limit, prefix=prefix)
+            lambda: self.service.registry.list(offset=offset, limit=limit, prefix=prefix), "records"
         )
         known = await self._known()
         return Json(
@@ -109,7 +111,7 @@ class Admin:
         pinned = body.pinned
         if pinned is not None:
             record = await self._in_thread(
-                lambda: self.service.registry.update(name, pinned=pinned)
+                lambda: self.service.registry.update(name, pinned=pinned), "records"
             )
         self.service.dispatcher.tell(Lift(record.version))
         if body.preload or pinned:
@@ -118,7 +120,7 @@ class Admin:
 
     async def remove(self, request: Request, name: str = Name) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
-        await self._in_thread(lambda: self.service.registry.remove(name))
+        await self._in_thread(lambda: self.service.registry.remove(name), "records")
         return Response(status_code=204)
 
     async def _register(self, wish: Wish, folder: Path, source: str) -> Response:
@@ -139,7 +141,8 @@ class Admin:
                 replace=wish.replace,
                 pinned=wish.pinned,
                 check=self.service.base.check_head,
-            )
+            ),
+            "registrations",
         )
         self.service.dispatcher.tell(Lift(record.version))
         if wish.preload or wish.pinned:
@@ -150,10 +153,10 @@ class Admin:
             headers={"Location": f"/admin/adapters/{record.name}"},
         )
 
-    async def _in_thread(self, work: Any) -> Any:
+    async def _in_thread(self, work: Any, pool: Pool) -> Any:
         """Run registry work off the event loop, its errors as refusals."""
         try:
-            return await self.service.in_thread(work)
+            return await self.service.in_thread(work, pool)
         except AdapterError as error:
             raise Refusal.of(error) from None
         except OSError as error:
@@ -166,7 +169,7 @@ class Admin:
         state = read_state(self.service.settings.run_dir)
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        return Known(residency, quarantined, await self.service.in_thread(adapter_usage))
+        return Known(residency, quarantined, await self.service.in_thread(adapter_usage, "metrics"))
 
 
 def _answer(record: AdapterRecord, known: Known) -> dict[str, Any]:
