@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     BaseModel,
     ConfigDict,
-    FailFast,
     Field,
     Strict,
     StringConstraints,
@@ -26,7 +25,7 @@ Flag = Annotated[bool, Strict()]
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
 # One wrong item of a list is told, not each of a million: to list those stops everybody.
-Texts = Annotated[list[str], FailFast()]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Strategy = Literal["none", "simple", "first", "average", "max"]
 Finish = Literal["length", "eos_token", "stop_sequence"]
 
@@ -71,7 +70,7 @@ class PredictParameters(Body):
 
 
 class PredictRequest(Body):
-    inputs: str | Pair | Annotated[list[str | Pair], FailFast()] = Field(
+    inputs: str | Pair | Annotated[list[str | Pair], Field(fail_fast=True)] = Field(
         description="One text, or a list. A pair is written as a list of lists: [[first, second]]. "
         "On a base of images: base64, with or without data:image/…;base64, before it.",
         examples=["A wonderful film."],

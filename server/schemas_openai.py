@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.schemas import MAX_SEED, MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_K, Texts
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Ids = Annotated[list[int], FailFast()]
-IdLists = Annotated[list[Ids], FailFast()]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+IdLists = Annotated[list[Ids], Field(fail_fast=True)]
 FinishReason = Literal["stop", "length"]
 # Neutral values of what we cannot do; any other value is refused, not ignored.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -95,7 +95,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: str
-    content: str | Annotated[list[ContentPart], FailFast()] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
 
     def plain(self) -> dict[str, Any]:
         """Role and text, as chat templates take them."""

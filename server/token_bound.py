@@ -148,7 +148,7 @@ def _flat(part: Mapping[str, Any] | None, several: str) -> Iterable[Mapping[str,
 
 def _keeps(normalizer: Mapping[str, Any], kinds: set[str]) -> bool:
     if normalizer["type"] == "Replace":  # as sentencepiece's models write their spaces
-        return normalizer["pattern"] == {"String": " "} and normalizer["content"] == "\u2581"
+        return bool(normalizer["pattern"] == {"String": " "} and normalizer["content"] == "\u2581")
     return normalizer["type"] in kinds
 
 

@@ -145,12 +145,15 @@ def test_call_whose_client_leaves_stops_waiting_for_the_encoders(leaves: bool) -
     async def scenario() -> None:
         call: Any = Call()
         served: Any = Served()
+        seven: Any = 7
         if leaves:
             with pytest.raises(Refusal, match="cancelled"):
-                await calls.tokenize(call, served, 7, AT_ONCE_CHARACTERS + 1, lambda n: n)
+                await calls.tokenize(call, served, seven, AT_ONCE_CHARACTERS + 1, lambda n: n)
             await asyncio.sleep(0)
         else:
-            assert await calls.tokenize(call, served, 7, AT_ONCE_CHARACTERS + 1, lambda n: n) == 7
+            assert (
+                await calls.tokenize(call, served, seven, AT_ONCE_CHARACTERS + 1, lambda n: n) == 7
+            )
         assert served.cancelled is leaves
 
     asyncio.run(scenario())
