@@ -80,6 +80,11 @@ class Images:
         self.max_request_pixels = max_request_pixels
 
     @property
+    def apart(self) -> Images:
+        """As ``Text.apart``: images have one thread, so there is nobody to be kept apart from."""
+        return self
+
+    @property
     def pixel_bytes(self) -> int:
         """Of one image as it is encoded: float32."""
         return math.prod(self.shape) * 4

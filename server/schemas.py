@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    model_validator,
+)
 
 # As JSON writes them: "5" is no number, and true is no 1.
 Whole = Annotated[int, Strict()]
@@ -17,6 +24,8 @@ Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
+# One wrong item of a list is told, not each of a million: to list those stops everybody.
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Strategy = Literal["none", "simple", "first", "average", "max"]
 Finish = Literal["length", "eos_token", "stop_sequence"]
 
@@ -61,7 +70,7 @@ class PredictParameters(Body):
 
 
 class PredictRequest(Body):
-    inputs: str | Pair | list[str | Pair] = Field(
+    inputs: str | Pair | Annotated[list[str | Pair], Field(fail_fast=True)] = Field(
         description="One text, or a list. A pair is written as a list of lists: [[first, second]]. "
         "On a base of images: base64, with or without data:image/…;base64, before it.",
         examples=["A wonderful film."],
@@ -81,7 +90,7 @@ class EmbedParameters(Body):
 
 
 class EmbedRequest(Body):
-    inputs: str | list[str] = Field(description="Texts; on a base of images, images in base64.")
+    inputs: str | Texts = Field(description="Texts; on a base of images, images in base64.")
     parameters: EmbedParameters = EmbedParameters()
     adapter: AdapterName | None = None
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.schemas import MAX_SEED, MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_K
+from server.schemas import MAX_SEED, MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_K, Texts
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+IdLists = Annotated[list[Ids], Field(fail_fast=True)]
 FinishReason = Literal["stop", "length"]
 # Neutral values of what we cannot do; any other value is refused, not ignored.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -70,7 +72,7 @@ class Sampling(Known):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | IdLists
     max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = Field(
         default=16, description="0 only with echo: the prompt is scored and nothing generated."
     )
@@ -93,7 +95,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
 
     def plain(self) -> dict[str, Any]:
         """Role and text, as chat templates take them."""
@@ -112,7 +114,7 @@ class ChatRequest(Sampling):
 
 class EmbeddingRequest(Known):
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Texts | Ids | IdLists
     encoding_format: Literal["float", "base64"] | None = "float"
     truncation: bool | None = Field(default=False, description="Cut inputs that are too long.")
     user: str | None = None

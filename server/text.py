@@ -7,15 +7,20 @@ knows no model and runs none.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from server.detokenize import Piece, spell
 from server.messages import EncodedInput, Task
+from server.token_bound import TokenBound
 
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
+
+COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
 
 SPAN_TASKS: frozenset[str] = frozenset({"token-classification", "question-answering"})
 
@@ -101,6 +106,7 @@ class Text:
             if one is not None and one >= 0 and (vocab_size is None or one < vocab_size)
         )
         self._lock = threading.Lock()
+        self._bound = TokenBound.of(getattr(tokenizer, "backend_tokenizer", None))
 
     @classmethod
     def load(
@@ -143,6 +149,26 @@ class Text:
                 fix="Convert it with AutoTokenizer(...).save_pretrained and serve that folder.",
             )
         return cls(tokenizer, max_tokens=max_tokens, vocab_size=vocab_size, pad_id=pad_id)
+
+    @cached_property
+    def apart(self) -> Text:
+        """The same with a tokenizer and a lock of its own: what it does holds up nobody else.
+
+        For long texts, whose thread keeps the lock for seconds.
+        """
+        twin = copy.copy(self)
+        twin.tokenizer = copy.deepcopy(self.tokenizer)
+        twin._lock = threading.Lock()
+        return twin
+
+    def limited(self, max_tokens: int) -> Text:
+        """The same tokenizers, and their locks, with another limit."""
+        apart = self.apart
+        twin = copy.copy(self)
+        twin.max_tokens = max_tokens
+        twin.__dict__["apart"] = copy.copy(apart)
+        twin.apart.max_tokens = max_tokens
+        return twin
 
     @property
     def mask_id(self) -> int | None:
@@ -219,6 +245,14 @@ class Text:
             InvalidInput: An empty prompt without a start token, or a lone surrogate.
         """
         _check_unicode(prompt, 0)
+        room = self.max_tokens - max_new_tokens
+        start_text = self.tokenizer.bos_token
+        if not truncation:
+            # One more: an end of sequence behind the text is left out.
+            if self._surely_exceeds(prompt, room + 1, special_tokens=special_tokens):
+                raise _no_room(f"more than {room} prompt tokens", max_new_tokens, self.max_tokens)
+        elif room >= 1 and not (start_text and prompt.lstrip().startswith(start_text)):
+            prompt = self._bound.tail(prompt, room + 1)
         with self._lock:
             ids: list[int] = self.tokenizer(
                 prompt, add_special_tokens=special_tokens, truncation=False, verbose=False
@@ -227,17 +261,11 @@ class Text:
         ids = self._without_final_eos(prompt, ids)
         if not ids and start is not None:
             ids = [start]
-        room = self.max_tokens - max_new_tokens
         if truncation and len(ids) > room >= 1:
             keep_start = bool(start is not None and ids[0] == start and room > 1)
             ids = ids[:1] + ids[len(ids) - room + 1 :] if keep_start else ids[-room:]
         if len(ids) > room:
-            raise InputTooLong(
-                "The prompt and the tokens asked for do not fit the context.",
-                found=f"{len(ids)} prompt tokens + {max_new_tokens} new tokens",
-                expected=f"at most {self.max_tokens} tokens together",
-                fix="Shorten the prompt or lower max_new_tokens.",
-            )
+            raise _no_room(f"{len(ids)} prompt tokens", max_new_tokens, self.max_tokens)
         self._check(ids, 0)
         return tuple(ids)
 
@@ -342,6 +370,15 @@ class Text:
         for text in (first, second):
             if text is not None:
                 _check_unicode(text, index)
+        if truncation and second is not None:
+            second = self._bound.head(second, self.max_tokens)
+        elif truncation:
+            first = self._bound.head(first, self.max_tokens)
+        elif any(
+            text is not None and self._surely_exceeds(text, self.max_tokens)
+            for text in (first, second)
+        ):
+            raise _too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
         # A limit that leaves no room for a token of the second text falls on the longer one.
         strategy: str | bool = "only_second" if second is not None else True
         with self._lock:
@@ -373,6 +410,19 @@ class Text:
         ]
         type_ids = encoding.get("token_type_ids") if second is not None else None
         return ids, offsets, type_ids
+
+    def _surely_exceeds(self, text: str, tokens: int, *, special_tokens: bool = True) -> bool:
+        """Whether a text has more tokens than that: by what its length says, and for long ones by
+        a count that makes no list of them. False for a short text says nothing."""
+        if self._bound.exceeds(text, tokens):
+            return True
+        if len(text) <= COUNTED_CHARACTERS:
+            return False
+        backend = self.tokenizer.backend_tokenizer
+        with self._lock:
+            backend.no_truncation()
+            (counted,) = backend.encode_batch_fast([text], add_special_tokens=special_tokens)
+        return len(counted) > tokens
 
     def _without_final_eos(self, prompt: str, ids: list[int]) -> list[int]:
         """A template that closes the text with an end of sequence would end the generation."""
@@ -407,6 +457,15 @@ def _check_unicode(text: str, index: int) -> None:
             expected="text that can be written as UTF-8",
             fix="Decode the bytes properly before sending them.",
         ) from error
+
+
+def _no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:
+    return InputTooLong(
+        "The prompt and the tokens asked for do not fit the context.",
+        found=f"{found} + {max_new_tokens} new tokens",
+        expected=f"at most {max_tokens} tokens together",
+        fix="Shorten the prompt or lower max_new_tokens.",
+    )
 
 
 def _too_long(index: int, found: str, max_tokens: int) -> InputTooLong:

@@ -23,7 +23,7 @@ from adapters.errors import AdapterError, StoreFull
 from adapters.registry import AdapterRecord
 from server.edge.middleware import Json
 from server.edge.routes import Endpoint
-from server.edge.service import Service
+from server.edge.service import Pool, Service
 from server.edge.sources import fetched, unpacked
 from server.edge.uploads import Upload, received
 from server.edge.wire import read_state
@@ -71,7 +71,9 @@ class Admin:
         if request.headers.get("content-type", "").startswith("multipart/"):
             async with received(request, self.service) as upload:
                 wish = _wish(upload)
-                folder = await self._in_thread(lambda: unpacked(upload, self.service.settings))
+                folder = await self._in_thread(
+                    lambda: unpacked(upload, self.service.settings), "registrations"
+                )
                 return await self._register(wish, folder, "upload")
         body = await _json_body(request)
         wish = Wish(body.name, body.replace, body.pinned, body.preload)
@@ -109,7 +111,9 @@ class Admin:
         record = found(name, "name")
         pinned = body.pinned
         if pinned is not None:
-            record = await self._change(lambda: self.service.registry.update(name, pinned=pinned))
+            record = await self._change(
+                lambda: self.service.registry.update(name, pinned=pinned), "records"
+            )
         self.service.dispatcher.tell(Lift(record.version))
         if asks_device:
             self.service.dispatcher.tell(Preload(record.version))
@@ -117,7 +121,7 @@ class Admin:
 
     async def remove(self, request: Request, name: str = Name) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
-        await self._change(lambda: self.service.registry.remove(name))
+        await self._change(lambda: self.service.registry.remove(name), "records")
         return Response(status_code=204)
 
     async def _register(self, wish: Wish, folder: Path, source: str) -> Response:
@@ -138,7 +142,8 @@ class Admin:
                 replace=wish.replace,
                 pinned=wish.pinned,
                 check=self.service.base.check_head,
-            )
+            ),
+            "registrations",
         )
         self.service.dispatcher.tell(Lift(record.version))
         if wish.preload or wish.pinned:
@@ -149,15 +154,15 @@ class Admin:
             headers={"Location": f"/admin/adapters/{record.name}"},
         )
 
-    async def _in_thread(self, work: Any) -> Any:
+    async def _in_thread(self, work: Any, pool: Pool) -> Any:
         """Run something slow off the event loop, its errors as refusals."""
         with _refused():
-            return await self.service.in_thread(work)
+            return await self.service.in_thread(work, pool)
 
-    async def _change(self, work: Any) -> Any:
+    async def _change(self, work: Any, pool: Pool) -> Any:
         """Change the registry off the event loop, its errors as refusals."""
         with _refused():
-            return await self.service.change_registry(work)
+            return await self.service.change_registry(work, pool)
 
     def _answer(self, record: AdapterRecord, known: Known) -> dict[str, Any]:
         return _answer(record, known, served=record.fits(self.service.names.base_digest))
@@ -166,7 +171,7 @@ class Admin:
         state = read_state(self.service.settings.run_dir)
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        return Known(residency, quarantined, await self.service.in_thread(adapter_usage))
+        return Known(residency, quarantined, await self.service.in_thread(adapter_usage, "metrics"))
 
 
 @contextmanager

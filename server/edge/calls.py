@@ -15,7 +15,14 @@ from starlette.types import Receive, Scope, Send
 
 from server.edge.dispatch import Dispatcher
 from server.edge.middleware import Exchange, Json
-from server.edge.service import LONG_CHARACTERS, Service, Target
+from server.edge.service import (
+    AT_ONCE_CHARACTERS,
+    INPUT_CHARACTERS,
+    LONG_CHARACTERS,
+    Encoder,
+    Service,
+    Target,
+)
 from server.edge.tickets import Ticket
 from server.errors import Refusal
 from server.images import Images
@@ -74,11 +81,12 @@ def deadline_of(request: HttpRequest, service: Service) -> float:
     return service.deadline(exchange_of(request).began, request.headers.get("x-timeout-seconds"))
 
 
-async def tokenize(
+async def tokenize(  # noqa: PLR0917  # what Service.tokenize takes, after the call
     request: HttpRequest,
     service: Service,
+    encoder: Encoder,
     characters: int,
-    work: Callable[[], T],
+    work: Callable[[Encoder], T],
     field: str = "inputs",
 ) -> T:
     """`Service.tokenize` for a call: within its deadline, and while its client is there.
@@ -87,9 +95,9 @@ async def tokenize(
         Refusal: What the tokenizer says; overloaded, deadline_exceeded or cancelled.
     """
     deadline = deadline_of(request, service)
-    if characters <= LONG_CHARACTERS:
-        return await service.tokenize(characters, work, field, deadline)
-    found = asyncio.ensure_future(service.tokenize(characters, work, field, deadline))
+    if characters <= AT_ONCE_CHARACTERS:
+        return await service.tokenize(encoder, characters, work, field, deadline)
+    found = asyncio.ensure_future(service.tokenize(encoder, characters, work, field, deadline))
     left = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait((found, left), return_when=asyncio.FIRST_COMPLETED)
@@ -125,11 +133,13 @@ async def encoded(
         length = LONG_CHARACTERS + 1  # decoding takes its time, however small the file
     else:
         length = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in inputs)
+        length += INPUT_CHARACTERS * len(inputs)
     found: tuple[Encoded, ...] = await tokenize(
         request,
         service,
+        encoder,
         length,
-        lambda: encoder.encode(inputs, task, truncation=truncation),
+        lambda one: one.encode(inputs, task, truncation=truncation),
         field,
     )
     return found

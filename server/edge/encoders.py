@@ -1,7 +1,7 @@
 """Turning inputs into tokens or pixels off the event loop: in order, and only for who still waits.
 
-One thread, as tokenizers keep state. What waits for it waits here, where it is counted, has a
-deadline and is dropped at once when its client leaves; nothing queues inside the executor.
+One thread a lane, as tokenizers keep state. What waits for it waits here, where it is counted, has
+a deadline and is dropped at once when its client leaves; nothing queues inside the executor.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ class EncodersFull(Exception):
 class Encoders:
     """See the module. Made on the event loop that uses it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "tokenize") -> None:
         self.waiting = 0  # those at work with them
         self._turn = asyncio.Semaphore(1)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs on the thread or waits for it."""
+        return not self.waiting and not self._turn.locked()
 
     async def run(self, work: Callable[[], T], *, deadline: float, most: int) -> T:
         """Run one piece of work in its turn.

@@ -22,7 +22,7 @@ from server.edge.calls import (
     tokenize,
 )
 from server.edge.posted import Posted, posted
-from server.edge.service import Service, Target
+from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.edge.words import check_words
 from server.errors import Refusal
 from server.images import Images, looks_like_image
@@ -146,7 +146,7 @@ class Native:
         parameters = body.parameters
         prefill: list[dict[str, Any]] = []
         if parameters.decoder_input_details:
-            prefill = await self._prefill(generations.prompts[0], result.prompt_logprobs)
+            prefill = await self._prefill(request, generations.prompts[0], result.prompt_logprobs)
         text = (body.inputs if parameters.return_full_text else "") + result.text
         answer: dict[str, Any] = {"generated_text": text}
         if parameters.details or parameters.decoder_input_details:
@@ -241,8 +241,9 @@ class Native:
             options["targets"] = await tokenize(
                 request,
                 self.service,
-                sum(len(str(word)) for word in words),
-                lambda: text.targets(words),
+                text,
+                sum(len(str(word)) + INPUT_CHARACTERS for word in words),
+                lambda one: one.targets(words),
                 "parameters.targets",
             )
         return options
@@ -258,8 +259,9 @@ class Native:
         token_ids = await tokenize(
             request,
             service,
+            service.base.texts,
             len(body.inputs),
-            lambda: service.base.texts.encode_prompt(
+            lambda text: text.encode_prompt(
                 body.inputs,
                 max_new_tokens=parameters.max_new_tokens,
                 truncation=parameters.truncation or parameters.truncate is not None,
@@ -271,11 +273,19 @@ class Native:
         return target, Generations(request, service, target, prompts, stream=stream)
 
     async def _prefill(
-        self, token_ids: tuple[int, ...], logprobs: tuple[float | None, ...]
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[float | None, ...],
     ) -> list[dict[str, Any]]:
         """TGI's list of the prompt's tokens."""
-        spell = self.service.base.texts.spell
-        pieces = await self.service.in_thread(lambda: spell(token_ids))
+        pieces = await tokenize(
+            request,
+            self.service,
+            self.service.base.texts,
+            INPUT_CHARACTERS * len(token_ids),
+            lambda text: text.spell(token_ids),
+        )
         return [
             {"id": token, "text": piece.text, "logprob": logprob, "special": piece.special}
             for token, piece, logprob in zip(token_ids, pieces, logprobs, strict=True)

@@ -69,7 +69,7 @@ class Observe:
         """Prometheus's text format, summed over all processes."""
         live = self._live()
         body, content_type = await self.service.in_thread(
-            lambda: exposition(live, request.headers.get("accept", ""))
+            lambda: exposition(live, request.headers.get("accept", "")), "metrics"
         )
         return Response(body, headers={"Content-Type": content_type})
 

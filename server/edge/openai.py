@@ -25,7 +25,7 @@ from server.edge.calls import (
 )
 from server.edge.native import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
 from server.edge.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
-from server.edge.service import Service, Target
+from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.messages import EncodedInput, GenerateResult, SamplingOptions
 from server.schemas_openai import (
@@ -73,14 +73,21 @@ class OpenAI:
         scores = bool(body.echo) and (body.logprobs is not None or wanted == 0)
         _check_scoring(body, wanted, scores=scores)
         prompts = await self._prompts(request, body.prompt, wanted)
-        spell = self.service.base.texts.spell
+        tokens = INPUT_CHARACTERS * sum(map(len, prompts))
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
             int(time.time()),
             body.model,
-            self._echoed(body, prompts) if body.echo else None,
+            await self._echoed(request, body, prompts) if body.echo else None,
             body.logprobs is not None,
-            await self.service.in_thread(lambda: [spell(ids) for ids in prompts])
+            await tokenize(
+                request,
+                self.service,
+                self.service.base.texts,
+                tokens,
+                lambda text: [text.spell(ids) for ids in prompts],
+                "prompt",
+            )
             if scores
             else None,
         )
@@ -108,8 +115,9 @@ class OpenAI:
         prompt = await tokenize(
             request,
             self.service,
-            sum(len(message["content"]) for message in messages),
-            lambda: text.encode_chat(messages, max_new_tokens=asked or 1),
+            text,
+            sum(len(message["content"]) + INPUT_CHARACTERS for message in messages),
+            lambda one: one.encode_chat(messages, max_new_tokens=asked or 1),
             "messages",
         )
         wanted = asked or min(
@@ -255,8 +263,9 @@ class OpenAI:
         return await tokenize(
             request,
             self.service,
-            sum(map(len, texts)),
-            lambda: [text.encode_prompt(one, max_new_tokens=wanted) for one in texts],
+            text,
+            sum(map(len, texts)) + INPUT_CHARACTERS * len(texts),
+            lambda text: [text.encode_prompt(one, max_new_tokens=wanted) for one in texts],
             "prompt",
         )
 
@@ -275,7 +284,7 @@ class OpenAI:
         check_inputs(len(lists), self.service, field)
         vocabulary = self.service.base.texts.vocab_size or 1 << 62
         for ids in lists:
-            if not ids or not all(0 <= one < vocabulary for one in ids):
+            if not ids or min(ids) < 0 or max(ids) >= vocabulary:
                 raise Refusal.because(
                     "invalid_input",
                     "A list of token ids is empty or holds an id that the base does not have.",
@@ -292,13 +301,22 @@ class OpenAI:
                 )
         return [tuple(ids) for ids in lists]
 
-    def _echoed(self, body: CompletionRequest, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+    async def _echoed(
+        self, request: Request, body: CompletionRequest, prompts: Sequence[tuple[int, ...]]
+    ) -> list[str]:
         prompt = body.prompt
         if isinstance(prompt, str):
             return [prompt]
         if prompt and isinstance(prompt[0], str):
             return [str(one) for one in prompt]
-        return [self.service.base.texts.decode(ids) for ids in prompts]
+        return await tokenize(
+            request,
+            self.service,
+            self.service.base.texts,
+            sum(map(len, prompts)) + INPUT_CHARACTERS * len(prompts),
+            lambda text: [text.decode(ids) for ids in prompts],
+            "prompt",
+        )
 
     def _sampling(
         self, body: Sampling, wanted: int, copy: int, *, logprobs: bool, scores: bool

@@ -85,7 +85,7 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
             limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
             vocabulary = signature.vocab_size or None
             inputs = Text.load(plan.folder, max_tokens=limit, vocab_size=vocabulary)
-            prompts = Text.load(plan.folder, max_tokens=signature.max_length, vocab_size=vocabulary)
+            prompts = inputs.limited(signature.max_length)
     except (BaseModelError, TokenizerError, ImageProcessorError) as error:
         raise StartFailed(" ".join(str(error).split())) from None
     return Base(

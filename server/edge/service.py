@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
 from adapters.names import POLL_S, Names
@@ -45,8 +45,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Encoder = TypeVar("Encoder", Text, Images)
 
-LONG_CHARACTERS: Final = 8192  # texts longer than this are tokenized off the event loop
+AT_ONCE_CHARACTERS: Final = 4096  # texts longer than this are tokenized off the event loop
+LONG_CHARACTERS: Final = 1 << 16  # and longer than this, by a tokenizer that nobody else waits for
+INPUT_CHARACTERS: Final = 128  # what an input costs beside its text, in characters
+# Threads of each kind of slow work: one kind at its limit stops no other.
+Pool = Literal["sources", "uploads", "registrations", "records", "metrics"]
+POOLS: Final[dict[Pool, int]] = {
+    "sources": 4,  # fetching: as slow as where they come from
+    "uploads": 2,
+    "registrations": 2,
+    "records": 2,
+    "metrics": 1,
+}
 # What may change while the server runs.
 RELOADABLE: Final = (
     "admin_key",
@@ -163,8 +175,9 @@ class Service:
         self.keys = self._keyring()
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
         # Not asyncio's default threads: LitServe's response task lives there and must never wait.
-        self._encoders: Encoders | None = None
-        self._workers: ThreadPoolExecutor | None = None
+        self._short: Encoders | None = None
+        self._long: Encoders | None = None
+        self._pools: dict[Pool, ThreadPoolExecutor] = {}
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
 
     def open(self, number: int) -> None:
@@ -177,8 +190,8 @@ class Service:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self.registry.reopen()
         self.metrics = HttpMetrics()
-        self._encoders = Encoders()
-        self._workers = ThreadPoolExecutor(4, thread_name_prefix="admin")
+        self._short, self._long = Encoders("short-texts"), Encoders("long-texts")
+        self._pools = {name: ThreadPoolExecutor(count, name) for name, count in POOLS.items()}
         self.dispatcher.on_event = self._count
 
     def refused(self, code: str) -> None:
@@ -187,10 +200,11 @@ class Service:
             self.metrics.refusal(code)
 
     def close(self) -> None:
-        if self._encoders is not None:
-            self._encoders.close()
-        if self._workers is not None:
-            self._workers.shutdown(wait=False, cancel_futures=True)
+        for lane in (self._short, self._long):
+            if lane is not None:
+                lane.close()
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
         self.registry.close()
@@ -241,7 +255,7 @@ class Service:
             self._reading = loop.run_in_executor(self._reader, self.names.refresh)
         await asyncio.shield(self._reading)
 
-    async def change_registry(self, work: Callable[[], T]) -> T:
+    async def change_registry(self, work: Callable[[], T], pool: Pool) -> T:
         """Run a change of the registry in a thread; every request after it finds it done."""
 
         def change() -> T:
@@ -250,20 +264,27 @@ class Service:
                 self.load.registry_changed(self._number)
             return done
 
-        return await self.in_thread(change)
+        return await self.in_thread(change, pool)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run something slow off the event loop, on threads of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+    async def in_thread(self, work: Callable[[], T], pool: Pool) -> T:
+        """Run something slow off the event loop, on the threads of its kind."""
+        return await asyncio.get_running_loop().run_in_executor(self._pools[pool], work)
 
     async def tokenize(
-        self, characters: int, work: Callable[[], T], field: str, deadline: float
+        self,
+        encoder: Encoder,
+        characters: int,
+        work: Callable[[Encoder], T],
+        field: str,
+        deadline: float,
     ) -> T:
-        """Run the tokenizer: at once for short texts, off the event loop for long ones.
+        """Run the tokenizer: at once for short texts, off the event loop for others; for long ones
+        a tokenizer and a thread of their own, so that short ones never wait for them.
 
         Args:
-            characters: How long the texts are in all.
-            work: What to run.
+            encoder: The tokenizer, or the image processor.
+            characters: How long the texts are in all, with ``INPUT_CHARACTERS`` for each.
+            work: What to run, with ``encoder`` or its twin.
             field: Where the body has the texts, for an error.
             deadline: Of the request, as ``time.monotonic()`` counts.
 
@@ -271,11 +292,15 @@ class Service:
             Refusal: In the tokenizer's words; overloaded or deadline_exceeded.
         """
         try:
-            if characters <= LONG_CHARACTERS:
-                return work()
-            assert self._encoders is not None
+            assert self._short is not None
+            assert self._long is not None
+            # While its thread is at work it has the tokenizer: the event loop must not wait for it.
+            if characters <= AT_ONCE_CHARACTERS and self._short.idle:
+                return work(encoder)
             most = max(1, self.settings.max_queue_requests // self.settings.api_processes)
-            return await self._encoders.run(work, deadline=deadline, most=most)
+            if characters <= LONG_CHARACTERS:
+                return await self._short.run(lambda: work(encoder), deadline=deadline, most=most)
+            return await self._long.run(lambda: work(encoder.apart), deadline=deadline, most=most)
         except TextError as error:
             fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
             raise Refusal((fault,)) from None

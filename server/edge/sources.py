@@ -35,13 +35,13 @@ async def fetched(source: str, service: Service) -> AsyncIterator[Path]:
     """
     copy = sources_of(service.settings).fetch(source)
     try:
-        folder = await service.in_thread(copy.__enter__)
+        folder = await service.in_thread(copy.__enter__, "sources")
     except AdapterError as error:
         raise Refusal.of(error) from None
     try:
         yield folder
     finally:
-        await service.in_thread(lambda: copy.__exit__(None, None, None))
+        await service.in_thread(lambda: copy.__exit__(None, None, None), "sources")
 
 
 def unpacked(upload: Upload, settings: Settings) -> Path:

@@ -50,13 +50,13 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
         raise _malformed("no boundary in the content type")
     folder = service.settings.data_dir / "staging" / f"upload-{uuid.uuid4().hex}"
     try:
-        await service.in_thread(lambda: folder.mkdir(parents=True, mode=0o700))
+        await service.in_thread(lambda: folder.mkdir(parents=True, mode=0o700), "uploads")
         parts = _Parts(folder)
         try:
             parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
             async for chunk in request.stream():
                 if chunk:
-                    await service.in_thread(lambda chunk=chunk: parser.write(chunk))  # type: ignore[misc]
+                    await service.in_thread(lambda chunk=chunk: parser.write(chunk), "uploads")  # type: ignore[misc]
             parser.finalize()
         except FormParserError as error:
             raise _malformed(str(error)) from None
@@ -70,7 +70,7 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
             raise _malformed("it ends in the middle of a part")
         yield parts.upload
     finally:
-        await service.in_thread(lambda: shutil.rmtree(folder, ignore_errors=True))
+        await service.in_thread(lambda: shutil.rmtree(folder, ignore_errors=True), "uploads")
 
 
 class _Parts:
