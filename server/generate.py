@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import segments
 from adapters.errors import SlotNotResident
 from server import generate_failures as failures
-from server.detokenize import TextStream
+from server.detokenize import TextStream, spelling_of
 from server.generate_batch import PagedForward, Part, Sequence, next_parts
 from server.generate_queue import FairQueue
 from server.kv_cache import KVCache
@@ -96,7 +96,7 @@ class GenerateLane:
         self._options = options
         model: Any = adapted.model
         self._context_tokens = adapted.signature.max_length
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_ids = spelling_of(tokenizer).special
         self._eos_ids = _eos_ids(model, tokenizer)
         self._kv = KVCache(
             model.config.get_text_config(decoder=True),
