@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -82,7 +82,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the complete characters that are new, often none or one word."""
-        if self._is_silent(token_id):
+        if self.is_silent(token_id):
             return ""  # not even as a neighbour
         self._ids.append(token_id)
         if token_id in self._spelling.bytes_of:
@@ -116,7 +116,7 @@ class Detokenizer:
         found: list[int] = []
         while start > 0:
             start -= 1
-            if self._is_silent(prompt[start]):
+            if self.is_silent(prompt[start]):
                 continue
             found.insert(0, prompt[start])
             visible += 1
@@ -130,7 +130,10 @@ class Detokenizer:
     def _emit(self, window: str) -> str:
         """What is new in the window's text, without the bytes at its end that are no character."""
         if not window.startswith(self._shown):
-            self._shown = commonprefix((self._shown, window))
+            same = takewhile(
+                lambda pair: pair[0] == pair[1], zip(self._shown, window, strict=False)
+            )
+            self._shown = "".join(character for character, _ in same)
         text = window.rstrip(UNDECODED)[len(self._shown) :]
         if not text:
             return ""
@@ -169,7 +172,7 @@ class Detokenizer:
                 return run - error.start
         return 0
 
-    def _is_silent(self, token_id: int) -> bool:
+    def is_silent(self, token_id: int) -> bool:
         """Whether ``decode`` leaves the token out: a special one, or none of the vocabulary."""
         return (
             token_id in self._spelling.special
@@ -289,10 +292,12 @@ def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[Piece]:
         if token in spelling.special:
             pieces.append(Piece(str(tokenizer.convert_ids_to_tokens(token)), special=True))
             continue
-        if waiting is not None and token not in spelling.bytes_of:
+        if token in spelling.bytes_of:
+            waiting = len(pieces)
+        elif waiting is not None and not stream.is_silent(token):
             pieces[waiting] = Piece(stream.settle(), special=False)
+            waiting = None
         pieces.append(Piece(stream.push(token), special=False))
-        waiting = len(pieces) - 1 if token in spelling.bytes_of else None
     if waiting is not None:
         pieces[waiting] = Piece(stream.flush(), special=False)
     return pieces

@@ -33,7 +33,15 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from server.options import MIB, Device, DType, EngineOptions, Modulation, Quantization
+from server.options import (
+    MIB,
+    Device,
+    DType,
+    EngineOptions,
+    Modulation,
+    Quantization,
+    TokenizerSource,
+)
 
 PREFIX: Final = "HIRA_"
 CONFIG_FILE: Final = Path("hira.toml")
@@ -125,6 +133,11 @@ class Settings(BaseSettings):
     double_quant: bool = setting(True, "Quantize the quantization constants too.", "Base")
     quantize_embeddings: bool = setting(
         False, "Store the token embedding (and a head tied to it) in 4 bits too.", "Base"
+    )
+    tokenizer: TokenizerSource = setting(
+        "file",
+        "Whose ids, where tokenizer.json and the class that the configuration names differ.",
+        "Base",
     )
     dtype: DType = setting("auto", "Compute type.", "Base")
     device: Device = setting("auto", "Where the base runs.", "Base")
@@ -290,6 +303,7 @@ class Settings(BaseSettings):
             quantization=self.quantization,
             double_quant=self.double_quant,
             quantize_embeddings=self.quantize_embeddings,
+            tokenizer=self.tokenizer,
             dtype=self.dtype,
             device=self.device,
             threads=self.threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -69,9 +70,8 @@ def test_a_character_over_several_tokens_comes_whole() -> None:
     detokenizer = Detokenizer(tokenizer, [1])
     pieces = [detokenizer.push(i) for i in tokenizer.convert_tokens_to_ids([*names, "a"])]
     assert pieces == ["", "", "", "", "😀a"]
-    assert [one.text for one in spell(tokenizer, tokenizer.convert_tokens_to_ids([*names, "a"]))] == [
-        "", "", "", "😀", "a",
-    ]  # fmt: skip
+    spelled = spell(tokenizer, tokenizer.convert_tokens_to_ids([*names, "a"]))
+    assert [piece.text for piece in spelled] == ["", "", "", "😀", "a"]
 
 
 def test_a_byte_that_does_not_fit_spoils_the_run_as_it_does_for_the_tokenizer() -> None:
@@ -189,8 +189,8 @@ def test_the_text_is_the_tokenizers_own_decode(kind: str, data: st.DataObject) -
         tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in it.encode()
     ])  # fmt: skip
     runs = st.lists(one.map(lambda it: [it]) | bytes_, max_size=20)
-    prompt = sum(data.draw(runs), [])
-    answer = sum(data.draw(runs), [])
+    prompt = list(chain.from_iterable(data.draw(runs)))
+    answer = list(chain.from_iterable(data.draw(runs)))
     before = whole(tokenizer, prompt)
     own = whole(tokenizer, prompt + answer)
     assume(not before.endswith(UNDECODED) and not own.endswith(UNDECODED))
