@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server.schemas import MAX_SEED, MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_K
+from server.schemas import (
+    MAX_SEED,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_TOP_K,
+    nullable,
+    without_nulls,
+)
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 FinishReason = Literal["stop", "length"]
@@ -38,7 +45,12 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 class Known(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=nullable)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, content: Any) -> Any:
+        return without_nulls(cls, content)
 
     def unsupported(self) -> list[tuple[str, object]]:
         """Fields that would change the answer and have more than their neutral value."""
@@ -50,7 +62,7 @@ class Known(BaseModel):
         ]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Known):
     include_usage: bool = False
 
 
