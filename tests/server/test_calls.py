@@ -6,6 +6,7 @@ In the real processes, around an engine without a model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,11 +17,14 @@ from server.edge import prepare
 from server.edge.middleware import _stated_bytes
 from server.edge.native import check_contexts
 from server.edge.openai import OpenAI
-from server.edge.service import Base
+from server.edge.run import banner
+from server.edge.service import Base, Service
 from server.edge.supervise import StartFailed
+from server.edge.wire import WorkerState, write_state
 from server.errors import Refusal
 from server.schemas_openai import CompletionRequest
-from server.settings import AdapterSource, Settings
+from server.settings import AdapterSource, Settings, load_settings
+from tests.server.fake_server import FakeRegistry
 from tests.server.live import Live, fake
 
 
@@ -242,6 +246,21 @@ def test_no_adapter_of_the_start_has_the_bases_name(name: str) -> None:
     base = Base("mine", "text-generation", nothing, nothing, nothing, nothing, 0.0)
     with pytest.raises(StartFailed, match=f"adapter {name}: "):
         prepare.register(nothing, base, (AdapterSource(name, "/x"),), Settings())
+
+
+def test_the_banner_tells_what_the_worker_has_loaded(tmp_path: Path) -> None:
+    settings = load_settings({"data_dir": tmp_path, "quantization": "nf4", "dtype": "bf16"})
+    nothing: Any = None
+    base = Base("mine", "text-generation", nothing, nothing, nothing, nothing, 0.0)
+    registry: Any = FakeRegistry()
+    service = Service(settings, base, registry, lambda: settings)
+    settings.run_dir.mkdir()
+    assert [line for line in banner(service, None) if "base " in line] == ["  base       mine"]
+    loaded = {"storage": "8 bit", "dtype": "float32", "device": "cpu"}
+    write_state(settings.run_dir, WorkerState(0, "1", 1, 0.0, 0.0, 0.0, loaded))
+    lines = list(banner(service, None))
+    assert "  base       mine (8 bit, float32, cpu)" in lines
+    assert "  adapters   2: imdb, story" in lines
 
 
 @pytest.mark.parametrize("seed", [-(1 << 63) + 1, -3, -1, 0, 7, (1 << 63) - 1])
