@@ -9,12 +9,13 @@ comes next is none of its business.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Self
 from weakref import WeakKeyDictionary
+
+from server.messages import Alternative, Likeliest
 
 UNDECODED = "\ufffd"
 CONTEXT_TOKENS = 6  # of the prompt, so that the first new token knows what it follows
@@ -105,9 +106,10 @@ class Detokenizer:
 
     def peek(self, token_id: int) -> str:
         """What `push` would return; changes nothing."""
-        other = copy.copy(self)
-        other._ids = list(self._ids)
-        return other.push(token_id)
+        if self.is_silent(token_id) or token_id in self._spelling.bytes_of:
+            return ""
+        _, text = self._new(self._decode([*self._ids, token_id]))
+        return self._held + text if text else ""
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
         """The end of the prompt, as far as it can change what follows."""
@@ -129,17 +131,20 @@ class Detokenizer:
 
     def _emit(self, window: str) -> str:
         """What is new in the window's text, without the bytes at its end that are no character."""
-        if not window.startswith(self._shown):
-            same = takewhile(
-                lambda pair: pair[0] == pair[1], zip(self._shown, window, strict=False)
-            )
-            self._shown = "".join(character for character, _ in same)
-        text = window.rstrip(UNDECODED)[len(self._shown) :]
+        self._shown, text = self._new(window)
         if not text:
             return ""
         self._shown += text
         text, self._held = self._held + text, ""
         return text
+
+    def _new(self, window: str) -> tuple[str, str]:
+        """How much of the window's text is out, and what is new behind it."""
+        shown = self._shown
+        if not window.startswith(shown):
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(shown, window, strict=False))
+            shown = "".join(character for character, _ in same)
+        return shown, window.rstrip(UNDECODED)[len(shown) :]
 
     def _advance(self) -> None:
         """Let the window begin with what is new, if that has a text for others to follow."""
@@ -257,6 +262,10 @@ class TextStream:
         added = self._detokenizer.push(token_id)
         return added, self._release(self._stops.push(added))
 
+    def peek(self, token_id: int) -> str:
+        """What a token would add to the text as such; changes nothing."""
+        return self._detokenizer.peek(token_id)
+
     def finish(self) -> str:
         """No more tokens come: what can be shown beyond what was shown. Nothing after a stop."""
         if self.stopped:
@@ -276,28 +285,65 @@ class Piece:
 
     text: str
     special: bool
+    alternatives: tuple[Alternative, ...] = ()
 
 
-def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[Piece]:
-    """The text of each token of a whole text.
+def spelled_apart(
+    tokenizer: Any, token: tuple[int, str], others: Sequence[tuple[int, str]], likeliest: Likeliest
+) -> tuple[Alternative, ...]:
+    """Alternatives to a token, each with a text of its own.
+
+    Args:
+        tokenizer: Knows how the vocabulary spells them.
+        token: Its id and its text.
+        others: Ids and texts of the alternatives; the token itself may be among them.
+        likeliest: Their log-probabilities, in the same order.
+    """
+    found, taken = [], {token[1], ""}
+    for (other, text), (_, logprob) in zip(others, likeliest, strict=True):
+        if other == token[0]:
+            found.append(Alternative(other, token[1], logprob))
+            continue
+        spellings = (text, str(tokenizer.convert_ids_to_tokens(other)), f"token_id:{other}")
+        own = next(one for one in (*spellings, text) if one not in taken or one == spellings[-1])
+        taken.add(own)
+        found.append(Alternative(other, own, logprob))
+    return tuple(found)
+
+
+def spell(
+    tokenizer: Any, token_ids: Sequence[int], likeliest: Sequence[Likeliest] = ()
+) -> list[Piece]:
+    """The text of each token of a whole text, and of the likeliest in its place where those are
+    given.
 
     The texts of those that are not special join to the readable text, but for a character that the
     end leaves incomplete; one that several tokens spell is the text of the last of them. A special
     token has the vocabulary's name for it.
     """
     spelling, stream = spelling_of(tokenizer), Detokenizer(tokenizer, ())
-    pieces: list[Piece] = []
+    texts: list[str] = []
+    others: list[list[tuple[int, str]]] = []
     waiting: int | None = None  # the last byte of a run of them
-    for token in token_ids:
-        if token in spelling.special:
-            pieces.append(Piece(str(tokenizer.convert_ids_to_tokens(token)), special=True))
-            continue
+    for at, token in enumerate(token_ids):
         if token in spelling.bytes_of:
-            waiting = len(pieces)
+            waiting = at
         elif waiting is not None and not stream.is_silent(token):
-            pieces[waiting] = Piece(stream.settle(), special=False)
+            texts[waiting] = stream.settle()
             waiting = None
-        pieces.append(Piece(stream.push(token), special=False))
+        others.append([(one, stream.peek(one)) for one, _ in likeliest[at]] if likeliest else [])
+        texts.append(
+            str(tokenizer.convert_ids_to_tokens(token))
+            if token in spelling.special
+            else stream.push(token)
+        )
     if waiting is not None:
-        pieces[waiting] = Piece(stream.flush(), special=False)
-    return pieces
+        texts[waiting] = stream.flush()
+    return [
+        Piece(
+            text,
+            token in spelling.special,
+            spelled_apart(tokenizer, (token, text), others[at], likeliest[at] if likeliest else ()),
+        )
+        for at, (token, text) in enumerate(zip(token_ids, texts, strict=True))
+    ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from server.detokenize import Piece, spell
-from server.messages import EncodedInput, Task
+from server.messages import EncodedInput, Likeliest, Task
 from server.options import TokenizerSource
 from server.tokenizer import TokenizerError, load_tokenizer
 
@@ -309,10 +309,10 @@ class Text:
         unknown = self.tokenizer.unk_token_id
         return [] if unknown is not None and unknown in ids else ids
 
-    def spell(self, token_ids: Sequence[int]) -> list[Piece]:
+    def spell(self, token_ids: Sequence[int], likeliest: Sequence[Likeliest] = ()) -> list[Piece]:
         """The text of each token, as ``server.detokenize.spell`` has it."""
         with self._lock:
-            return spell(self.tokenizer, token_ids)
+            return spell(self.tokenizer, token_ids, likeliest)
 
     def piece(self, token_id: int, shown: str) -> str:
         """A token as the vocabulary spells it; ``shown``, its text, where it is an unknown one."""

@@ -17,6 +17,7 @@ from server.edge import prepare
 from server.edge.middleware import _stated_bytes
 from server.edge.native import check_contexts
 from server.edge.openai import OpenAI
+from server.edge.openai_format import ChatFormat
 from server.edge.run import banner
 from server.edge.service import Base, Service
 from server.edge.supervise import StartFailed
@@ -269,7 +270,8 @@ def test_copies_of_a_prompt_have_seeds_of_their_own(seed: int) -> None:
     body = CompletionRequest(model="m", prompt="x", seed=seed, n=16)
     calls = OpenAI(nothing)
     seeds = [
-        calls._sampling(body, 1, copy, logprobs=False, scores=False).seed for copy in range(16)
+        calls._sampling(body, 1, copy, ChatFormat("", 0, "", False), scores=False).seed
+        for copy in range(16)
     ]
     assert len(set(seeds)) == 16
     assert all(one is not None and 0 <= one < 1 << 63 for one in seeds)
