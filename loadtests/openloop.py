@@ -165,7 +165,7 @@ async def _one(
     outcome.refusal_latencies.append(reply.ended - due)
     if reply.status == 429:
         told = reply.header("Retry-After")
-        if told is None or not told.isdigit():
+        if told is None or not (told.isascii() and told.isdigit()):
             outcome.faults.append(f"429 with Retry-After {told!r}")
         else:
             outcome.retry_after_s.append(float(told))

@@ -212,7 +212,7 @@ class Member(FastHttpUser):
         if reply.status_code != 429:
             return False
         told = reply.headers.get("Retry-After", "")
-        if told.isdigit() and 1 <= int(told) <= RETRY_MAX_S:
+        if told.isascii() and told.isdigit() and 1 <= int(told) <= RETRY_MAX_S:
             reply.request_meta["name"] = REFUSED
             reply.success()
         else:

@@ -22,7 +22,7 @@ from adapters.autotune import Autotuner
 from adapters.base_files import BaseFiles
 from adapters.errors import UnsupportedOption
 from adapters.inject import AdaptedModel, inject
-from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
+from adapters.layers import EMBEDDING_BLOCK, AdaptedLinear, quantize_embedding
 from adapters.signature import BaseSignature, describe
 from adapters.tasks import IMAGE_MODELS
 from server.base_plan import BaseModelError, BasePlan, is_causal, plan_base
@@ -34,6 +34,7 @@ __all__ = ["BaseModelError", "LoadedBase", "load_base", "signature_of"]
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_STORED = {"nf4": "4 bit NF4", "fp4": "4 bit FP4", "int8": "8 bit"}
 _BITS = {"nf4": 4.5625, "fp4": 4.5625, "int8": 8.0}  # a weight, its share of the scales included
 
 
@@ -47,6 +48,7 @@ class LoadedBase:
         dtype: In which everything is computed.
         device: Where it is.
         folder: Where the base and its tokenizer lie.
+        storage: How its linear layers are stored, for people.
     """
 
     adapted: AdaptedModel
@@ -54,6 +56,7 @@ class LoadedBase:
     dtype: torch.dtype
     device: torch.device
     folder: Path
+    storage: str
 
     @property
     def model(self) -> Any:
@@ -92,8 +95,9 @@ def load_base(options: EngineOptions) -> LoadedBase:
 
     The linear layers of the backbone are quantized (a pooler included); embeddings, the
     language-model head and what is left of it are not. A checkpoint that bitsandbytes quantized
-    already is loaded as it is. With ``quantize_embeddings`` the token embedding, and a head tied to
-    it, are stored in 4 bits as well. Sets torch's number of threads on the CPU.
+    already is loaded as it is, and what it left unquantized in the dtype asked for. With
+    ``quantize_embeddings`` the token embedding, and a head tied to it, are stored in 4 bits as
+    well. Sets torch's number of threads on the CPU.
 
     Raises:
         BaseModelError: No such base, an architecture or device that cannot be served, weights
@@ -120,7 +124,7 @@ def load_base(options: EngineOptions) -> LoadedBase:
     adapted.signature = replace(signature, files=files)
     if options.modulation == "auto":
         adapted.modulator.tuner = Autotuner(options.cache_dir, device)
-    return LoadedBase(adapted, model.config, dtype, device, plan.folder)
+    return LoadedBase(adapted, model.config, dtype, device, plan.folder, _storage(adapted))
 
 
 def choose_device(options: EngineOptions) -> torch.device:
@@ -205,9 +209,49 @@ def _load(
             expected=f"all weights of {plan.model_class.__name__}",
             fix="Check that config.json names the architecture that the checkpoint holds.",
         )
+    if plan.quantized is not None:
+        _cast(model, dtype)
     for key in sorted(report["unexpected_keys"])[:5]:
         logger.info("Not part of %s, left out: %s", plan.model_class.__name__, key)
     return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """What a quantized checkpoint left unquantized, in ``dtype``: transformers leaves it as it is.
+
+    What an architecture keeps in float32 stays there; so do buffers that no checkpoint holds.
+    """
+    whole = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        whole |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for path, module in model.named_modules():
+        own = [one for one in module.parameters(recurse=False) if type(one) is nn.Parameter]
+        own += [
+            one
+            for name, one in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        ]
+        wanted = torch.float32 if whole & set(path.split(".")) else dtype
+        for one in own:
+            if one.is_floating_point() and one.dtype != wanted:
+                one.data = one.data.to(wanted)
+    model.config.dtype = dtype
+
+
+def _storage(adapted: AdaptedModel) -> str:
+    """How the linear layers are stored, as they were loaded."""
+    kinds = {
+        one.quantized.kind for one in adapted.layers.values() if isinstance(one, AdaptedLinear)
+    }
+    told = [_STORED[kind] for kind in sorted(kinds & set(_STORED))]
+    model: Any = adapted.model
+    config = getattr(model.config, "quantization_config", None)
+    double = getattr(config, "bnb_4bit_use_double_quant", False)
+    if isinstance(config, dict):
+        double = config.get("bnb_4bit_use_double_quant", False)
+    if double and kinds & {"nf4", "fp4"}:
+        told.append("double quantization")
+    return ", ".join(told) or "not quantized"
 
 
 def _quantization(skeleton: nn.Module, options: EngineOptions, dtype: torch.dtype) -> Any:

@@ -96,6 +96,7 @@ def inputs_of(base: LoadedBase, options: EngineOptions) -> Text | Images:
         max_tokens=min(most, options.max_input_tokens or most),
         vocab_size=base.adapted.signature.vocab_size or None,
         pad_id=one_id(getattr(base.config, "pad_token_id", None)),
+        source=options.tokenizer,
     )
 
 

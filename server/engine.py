@@ -296,6 +296,7 @@ class Engine:
             pins_without_room=known.pins_without_room,
             device=str(parts.base.device),
             dtype=str(parts.base.dtype).removeprefix("torch."),
+            storage=parts.base.storage,
         )
 
     def close(self) -> list[Event]:

@@ -51,6 +51,7 @@ class EngineSnapshot:
         pinned: Versions that stay on the device.
         pins_without_room: Pinned by name, but beyond what pins may take of the device.
         device, dtype: Where and in what everything is computed.
+        storage: How the base's linear layers are stored, for people.
     """
 
     queue_depth: Mapping[str, int]
@@ -68,6 +69,7 @@ class EngineSnapshot:
     pins_without_room: tuple[str, ...]
     device: str
     dtype: str
+    storage: str
 
 
 class Conduct:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import segments
 from adapters.errors import SlotNotResident
 from server import generate_failures as failures
-from server.detokenize import TextStream
+from server.detokenize import TextStream, spelled_apart, spelling_of
 from server.generate_batch import PagedForward, Part, Sequence, next_parts
 from server.generate_queue import FairQueue
 from server.kv_cache import KVCache
@@ -96,7 +96,7 @@ class GenerateLane:
         self._options = options
         model: Any = adapted.model
         self._context_tokens = adapted.signature.max_length
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_ids = spelling_of(tokenizer).special
         self._eos_ids = _eos_ids(model, tokenizer)
         self._kv = KVCache(
             model.config.get_text_config(decoder=True),
@@ -347,11 +347,14 @@ class GenerateLane:
         sequence.ids.append(token)
         sequence.chooser.note(token)
         self._counts["generated"] += 1
+        others = [(one, sequence.text.peek(one)) for one, _ in choice.likeliest]
         text, shown = sequence.text.push(token)
-        sequence.tokens.append(GeneratedToken(token, text, choice.logprob, special))
+        alternatives = spelled_apart(self._tokenizer, (token, text), others, choice.likeliest)
+        known = (choice.logprob, special, alternatives)
+        sequence.tokens.append(GeneratedToken(token, text, *known))
         events: list[Event] = []
         if request.stream:
-            events.append(TokenEvent(request.id, token, shown, choice.logprob, special))
+            events.append(TokenEvent(request.id, token, shown, *known))
         reason: FinishReason | None = None
         if sequence.text.stopped:
             reason = "stop_sequence"
@@ -382,6 +385,7 @@ class GenerateLane:
             queue_ms=max(0.0, sequence.admitted - arrived) * 1000,
             compute_ms=(now - sequence.admitted) * 1000,
             prompt_logprobs=(None, *sequence.scores) if request.sampling.prompt_logprobs else (),
+            prompt_likeliest=((), *sequence.likeliest) if _tells_likeliest(request) else (),
         )
 
     def _fail(self, sequence: Sequence, error: Exception) -> Failure:
@@ -402,6 +406,10 @@ class GenerateLane:
     def _forget(self, request_id: str) -> None:
         self._deadlines.pop(request_id, None)
         self._arrived.pop(request_id, None)
+
+
+def _tells_likeliest(request: GenerateRequest) -> bool:
+    return request.sampling.prompt_logprobs and request.sampling.alternatives > 0
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

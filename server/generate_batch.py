@@ -20,9 +20,9 @@ from adapters import segments
 from server.detokenize import TextStream
 from server.encode_failures import is_lost
 from server.kv_cache import KVCache
-from server.messages import GeneratedToken, GenerateRequest
+from server.messages import GeneratedToken, GenerateRequest, Likeliest
 from server.paged_attention import PAGED_ATTENTION, PagedBatch, Span
-from server.sampling import Choice, TokenChooser, choose, logprobs_of
+from server.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
 
 if TYPE_CHECKING:
     from adapters.inject import AdaptedModel
@@ -45,6 +45,7 @@ class Sequence:
     admitted: float  # time.monotonic()
     tokens: list[GeneratedToken] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)  # log-probabilities of ids[1:], if asked for
+    likeliest: list[Likeliest] = field(default_factory=list)  # in the places of those
 
     @property
     def pending(self) -> int:
@@ -157,7 +158,7 @@ def _split(parts: Items[Part]) -> list[list[Part]]:
 
 
 def note_scores(parts: Items[Part], logits: torch.Tensor) -> list[Sequence]:
-    """Append to ``scores`` of every sequence what the parts tell of its prompt.
+    """Append to ``scores`` and ``likeliest`` of every sequence what the parts tell of its prompt.
 
     Args:
         parts: Those of the forward.
@@ -169,8 +170,11 @@ def note_scores(parts: Items[Part], logits: torch.Tensor) -> list[Sequence]:
     told = [(part.sequence, at) for part in parts for at in part.scored]
     broken: dict[str, Sequence] = {}
     scores = logprobs_of(logits, [sequence.ids[at] for sequence, at in told])
-    for (sequence, _), score in zip(told, scores, strict=True):
+    wanted = [sequence.request.sampling.alternatives for sequence, _ in told]
+    likeliest = likeliest_of(logits, wanted)
+    for (sequence, _), score, others in zip(told, scores, likeliest, strict=True):
         sequence.scores.append(score)
+        sequence.likeliest.append(others)
         if not isfinite(score):
             broken[sequence.request.id] = sequence
     return list(broken.values())

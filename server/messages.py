@@ -98,6 +98,7 @@ class SamplingOptions:
     seed: int | None = None
     logprobs: bool = False
     ignore_eos: bool = False
+    alternatives: int = 0  # likeliest tokens told beside each, where log-probabilities are
     prompt_logprobs: bool = False  # of the prompt's own tokens; then max_new_tokens may be 0
 
 
@@ -178,6 +179,22 @@ class EncodeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have come in the place of another, or is that other.
+
+    ``text`` is what it would have added; where that is nothing, or what a likelier one or the
+    token itself adds too, the vocabulary's spelling.
+    """
+
+    id: int
+    text: str
+    logprob: float
+
+
+Likeliest = tuple[tuple[int, float], ...]  # ids and log-probabilities, the likeliest first
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One generated token of a streamed request.
 
@@ -190,6 +207,7 @@ class TokenEvent:
     text: str
     logprob: float | None
     special: bool
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +216,7 @@ class GeneratedToken:
     text: str
     logprob: float | None
     special: bool
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +224,8 @@ class GenerateResult:
     """Terminal. ``tail`` is text that no TokenEvent has carried yet.
 
     ``prompt_logprobs``, where they were asked for, hold one value per token of the prompt; the
-    first, which nothing comes before, is None.
+    first, which nothing comes before, is None. ``prompt_likeliest``, where alternatives were, has
+    the likeliest tokens in the place of each, none for the first.
     """
 
     id: str
@@ -218,6 +238,7 @@ class GenerateResult:
     queue_ms: float
     compute_ms: float
     prompt_logprobs: tuple[float | None, ...] = ()
+    prompt_likeliest: tuple[Likeliest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from adapters.strategy import Strategy
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
+TokenizerSource = Literal["file", "class"]
 
 MIB = 1 << 20
 
@@ -30,6 +31,7 @@ class EngineOptions:
     quantization: Quantization = "nf4"
     double_quant: bool = True
     quantize_embeddings: bool = False  # the token embedding too, as quantization says
+    tokenizer: TokenizerSource = "file"  # where tokenizer.json and the named class differ
     dtype: DType = "auto"
     device: Device = "auto"
     threads: int | None = None  # None: one per physical core that the process may use

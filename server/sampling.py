@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from server.messages import SamplingOptions
+from server.messages import Likeliest, SamplingOptions
 
 # Of logits that are float32 at one time: a prompt may be long and a vocabulary large.
 _SCORED_ROWS = 256
@@ -27,6 +27,7 @@ class Choice:
     token_id: int
     logprob: float | None
     finite: bool
+    likeliest: Likeliest = ()
 
 
 class TokenChooser:
@@ -108,13 +109,17 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
         for i, token in zip(sampled, drawn, strict=True):
             tokens[i] = token
     logprobs: list[float | None] = [None] * len(tokens)
+    likeliest: list[Likeliest] = [()] * len(tokens)
     asked = [i for i, c in enumerate(choosers) if c.options.logprobs]
     if asked:
         rows = raw if len(asked) == len(tokens) else raw[asked]
         taken = logprobs_of(rows, [tokens[i] for i in asked])
         for i, value in zip(asked, taken, strict=True):
             logprobs[i] = value
-    return [Choice(*row) for row in zip(tokens, logprobs, finite.tolist(), strict=True)]
+        wanted = [choosers[i].options.alternatives for i in asked]
+        for i, found in zip(asked, likeliest_of(rows, wanted), strict=True):
+            likeliest[i] = found
+    return [Choice(*row) for row in zip(tokens, logprobs, finite.tolist(), likeliest, strict=True)]
 
 
 def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
@@ -132,6 +137,29 @@ def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
         rows = logits[start : start + _SCORED_ROWS].float()
         ids = torch.tensor(tokens[start : start + _SCORED_ROWS], device=rows.device)[:, None]
         found += (rows.gather(1, ids) - rows.logsumexp(-1, keepdim=True)).squeeze(1).tolist()
+    return found
+
+
+def likeliest_of(logits: torch.Tensor, wanted: Sequence[int]) -> list[Likeliest]:
+    """The largest of log softmax(logits), row by row, in float32.
+
+    Args:
+        logits: [n, vocabulary], any float dtype; left as they are.
+        wanted: How many of each row.
+
+    Returns:
+        Ids and values in nats, the largest first; fewer where the vocabulary is smaller.
+    """
+    found: list[Likeliest] = [()] * len(wanted)
+    told = [i for i, count in enumerate(wanted) if count > 0]
+    most = min(max(wanted, default=0), logits.shape[-1])
+    for start in range(0, len(told), _SCORED_ROWS):
+        part = told[start : start + _SCORED_ROWS]
+        rows = logits[part].float()
+        values, ids = rows.topk(most, dim=-1)
+        values = values - rows.logsumexp(-1, keepdim=True)
+        for i, row_ids, row_values in zip(part, ids.tolist(), values.tolist(), strict=True):
+            found[i] = tuple(zip(row_ids, row_values, strict=True))[: wanted[i]]
     return found
 
 

@@ -36,8 +36,35 @@ MAX_STOP_CHARACTERS = 256
 MAX_SEED = (1 << 63) - 1
 
 
+def without_nulls(model: type[BaseModel], content: Any) -> Any:
+    """A body without the known fields that are null: they have their defaults."""
+    if not isinstance(content, dict):
+        return content
+    known = model.model_fields
+    return {name: it for name, it in content.items() if it is not None or name not in known}
+
+
+def nullable(schema: dict[str, Any]) -> None:
+    """Say in a JSON schema that what has a default may be null."""
+    required = schema.get("required", ())
+    for name, one in schema.get("properties", {}).items():
+        kinds = one.get("anyOf", [one])
+        if name not in required and not any(kind.get("type") == "null" for kind in kinds):
+            told = {key: one.pop(key) for key in ("title", "description", "default") if key in one}
+            rest = one.pop("anyOf", None) or [dict(one)]
+            one.clear()
+            one |= {"anyOf": [*rest, {"type": "null"}], **told}
+
+
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """What clients send: null means the default, as it does for the servers of these shapes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=nullable)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, content: Any) -> Any:
+        return without_nulls(cls, content)
 
 
 class Answer(BaseModel):

@@ -6,15 +6,24 @@ do; a field that would change the answer and cannot be honoured is refused with 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server.schemas import MAX_SEED, MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_K, Texts
+from server.schemas import (
+    MAX_SEED,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_TOP_K,
+    Texts,
+    nullable,
+    without_nulls,
+)
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 IdLists = Annotated[list[Ids], Field(fail_fast=True)]
+MAX_ALTERNATIVES = 20
 FinishReason = Literal["stop", "length"]
 # Neutral values of what we cannot do; any other value is refused, not ignored.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -28,7 +37,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "functions": ([], None),
     "function_call": ("none", "auto", None),
     "response_format": ({"type": "text"}, None),
-    "top_logprobs": (0, None),
+    "top_logprobs": (0, None),  # of a chat it is a field
     "audio": (None,),
     "modalities": (["text"], None),
     "encoding_format": ("float", "base64", None),
@@ -40,7 +49,12 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 class Known(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=nullable)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, content: Any) -> Any:
+        return without_nulls(cls, content)
 
     def unsupported(self) -> list[tuple[str, object]]:
         """Fields that would change the answer and have more than their neutral value."""
@@ -48,11 +62,13 @@ class Known(BaseModel):
         return [
             (name, value)
             for name, value in given.items()
-            if name in NEUTRAL and value not in NEUTRAL[name]
+            if name in NEUTRAL
+            and name not in type(self).model_fields
+            and value not in NEUTRAL[name]
         ]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Known):
     include_usage: bool = False
 
 
@@ -79,8 +95,9 @@ class CompletionRequest(Sampling):
     echo: bool | None = Field(
         default=False, description="The prompt first; with logprobs, those of its tokens too."
     )
-    logprobs: Annotated[int, Field(ge=0, le=1)] | None = Field(
-        default=None, description="0 or 1: the log-probability of each token; no alternatives."
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
+        default=None,
+        description="The log-probability of each token, and so many of the likeliest in its place.",
     )
 
 
@@ -110,6 +127,15 @@ class ChatRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
+        default=None, description="With logprobs: so many of the likeliest in each token's place."
+    )
+
+    @model_validator(mode="after")
+    def _told(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
 
 
 class EmbeddingRequest(Known):
@@ -130,7 +156,7 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]
     text_offset: list[int]
-    top_logprobs: None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
 
 
 class CompletionChoice(BaseModel):
@@ -149,11 +175,14 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class TokenLogprob(BaseModel):
+class TopLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[Any] = []
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob] = []
 
 
 class ChatLogprobs(BaseModel):

@@ -34,7 +34,14 @@ from pydantic_settings import (
 )
 
 from adapters.strategy import Strategy
-from server.options import MIB, Device, DType, EngineOptions, Quantization
+from server.options import (
+    MIB,
+    Device,
+    DType,
+    EngineOptions,
+    Quantization,
+    TokenizerSource,
+)
 
 PREFIX: Final = "HIRA_"
 CONFIG_FILE: Final = Path("hira.toml")
@@ -126,6 +133,11 @@ class Settings(BaseSettings):
     double_quant: bool = setting(True, "Quantize the quantization constants too.", "Base")
     quantize_embeddings: bool = setting(
         False, "Store the token embedding (and a head tied to it) in 4 bits too.", "Base"
+    )
+    tokenizer: TokenizerSource = setting(
+        "file",
+        "Whose ids, where tokenizer.json and the class that the configuration names differ.",
+        "Base",
     )
     dtype: DType = setting("auto", "Compute type.", "Base")
     device: Device = setting("auto", "Where the base runs.", "Base")
@@ -294,6 +306,7 @@ class Settings(BaseSettings):
             quantization=self.quantization,
             double_quant=self.double_quant,
             quantize_embeddings=self.quantize_embeddings,
+            tokenizer=self.tokenizer,
             dtype=self.dtype,
             device=self.device,
             threads=self.threads,

@@ -15,8 +15,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from server.detokenize import Piece, spell
-from server.messages import EncodedInput, Task
+from server.messages import EncodedInput, Likeliest, Task
+from server.options import TokenizerSource
 from server.token_bound import TokenBound
+from server.tokenizer import TokenizerError, load_tokenizer
+
+__all__ = [
+    "ChatTemplateMissing",
+    "InputTooLong",
+    "InvalidInput",
+    "Text",
+    "TextError",
+    "TextInput",
+    "TokenizerError",
+]
 
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
 
@@ -61,19 +73,6 @@ class ChatTemplateMissing(TextError):
     code = "chat_template_missing"
 
 
-class TokenizerError(Exception):
-    """The base's folder has no tokenizer that this server can use."""
-
-    code: ClassVar[str] = "base_unusable"
-
-    def __init__(self, message: str, *, found: str, expected: str, fix: str) -> None:
-        super().__init__(f"{message} found: {found}; expected: {expected}; fix: {fix}")
-        self.message = message
-        self.found = found
-        self.expected = expected
-        self.fix = fix
-
-
 class Text:
     """A tokenizer with the limits of one base.
 
@@ -105,6 +104,7 @@ class Text:
             for one in candidates
             if one is not None and one >= 0 and (vocab_size is None or one < vocab_size)
         )
+        self.note: str | None = None  # for the operator
         self._lock = threading.Lock()
         self._bound = TokenBound.of(getattr(tokenizer, "backend_tokenizer", None))
 
@@ -116,6 +116,7 @@ class Text:
         max_tokens: int,
         vocab_size: int | None = None,
         pad_id: int | None = None,
+        source: TokenizerSource = "file",
     ) -> Text:
         """Load the tokenizer that lies beside a base.
 
@@ -124,31 +125,15 @@ class Text:
             max_tokens: The base's context, or a smaller limit of the operator's.
             vocab_size: Rows of the base's embedding.
             pad_id: ``pad_token_id`` of the base's config, where it has one.
+            source: As for `load_tokenizer`.
 
         Raises:
-            TokenizerError: No tokenizer, or only a slow one.
+            TokenizerError: No tokenizer, only a slow one, or one that makes no tokens.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-            raise TokenizerError(
-                "The base's tokenizer could not be loaded.",
-                found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
-                expected="tokenizer.json and tokenizer_config.json beside the base's config.json",
-                fix="Save the tokenizer with tokenizer.save_pretrained(<base folder>).",
-            ) from error
-        if not tokenizer.is_fast:
-            raise TokenizerError(
-                "The base's tokenizer has no fast version.",
-                found=type(tokenizer).__name__,
-                expected="a tokenizer.json",
-                fix="Convert it with AutoTokenizer(...).save_pretrained and serve that folder.",
-            )
-        return cls(tokenizer, max_tokens=max_tokens, vocab_size=vocab_size, pad_id=pad_id)
+        loaded = load_tokenizer(folder, source)
+        made = cls(loaded.tokenizer, max_tokens=max_tokens, vocab_size=vocab_size, pad_id=pad_id)
+        made.note = loaded.note
+        return made
 
     @cached_property
     def apart(self) -> Text:
@@ -257,6 +242,9 @@ class Text:
             ids: list[int] = self.tokenizer(
                 prompt, add_special_tokens=special_tokens, truncation=False, verbose=False
             )["input_ids"]
+            lost = self._loses(prompt, ids)
+        if lost:
+            raise _lost(0)
         start = self.tokenizer.bos_token_id
         ids = self._without_final_eos(prompt, ids)
         if not ids and start is not None:
@@ -349,10 +337,10 @@ class Text:
         unknown = self.tokenizer.unk_token_id
         return [] if unknown is not None and unknown in ids else ids
 
-    def spell(self, token_ids: Sequence[int]) -> list[Piece]:
+    def spell(self, token_ids: Sequence[int], likeliest: Sequence[Likeliest] = ()) -> list[Piece]:
         """The text of each token, as ``server.detokenize.spell`` has it."""
         with self._lock:
-            return spell(self.tokenizer, token_ids)
+            return spell(self.tokenizer, token_ids, likeliest)
 
     def piece(self, token_id: int, shown: str) -> str:
         """A token as the vocabulary spells it; ``shown``, its text, where it is an unknown one."""
@@ -399,6 +387,9 @@ class Text:
                 ) from (error)
             sequence_ids = encoding.sequence_ids(0)
         ids: list[int] = encoding["input_ids"]
+        for number, text in enumerate((first, second)):
+            if text and text.strip() and number not in sequence_ids and len(ids) < self.max_tokens:
+                raise _lost(index)
         if len(ids) > self.max_tokens:
             raise _too_long(index, f"{len(ids)} tokens", self.max_tokens)
         wanted = 0 if second is None else 1
@@ -423,6 +414,12 @@ class Text:
             backend.no_truncation()
             (counted,) = backend.encode_batch_fast([text], add_special_tokens=special_tokens)
         return len(counted) > tokens
+
+    def _loses(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether nothing of a text is left but what the template adds. Call it with the lock."""
+        if not text.strip() or len(ids) > self.tokenizer.num_special_tokens_to_add():
+            return False
+        return not self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _without_final_eos(self, prompt: str, ids: list[int]) -> list[int]:
         """A template that closes the text with an end of sequence would end the generation."""
@@ -465,6 +462,15 @@ def _no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:
         found=f"{found} + {max_new_tokens} new tokens",
         expected=f"at most {max_tokens} tokens together",
         fix="Shorten the prompt or lower max_new_tokens.",
+    )
+
+
+def _lost(index: int) -> InvalidInput:
+    return InvalidInput(
+        f"Nothing of input {index} is left when it is tokenized.",
+        found="a text without a token",
+        expected="text that the base's vocabulary can spell",
+        fix="Send text in a script that the base knows.",
     )
 
 

@@ -36,6 +36,7 @@ from server.edge.api import HiraAPI
 from server.edge.connections import Connection, ConnectionLimits, make_room_for_connections
 from server.edge.middleware import BodyRefused, Gate, error_response
 from server.edge.openapi import amended
+from server.edge.queries import check_query
 from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.spec import HiraSpec
@@ -115,13 +116,14 @@ class HiraServer(LitServer):
 
     def register_endpoints(self) -> None:
         """Our pages only, with what the OpenAPI document needs."""
-        inference = [Depends(self._admit_inference)]
+        inference = [Depends(self._admit_inference), Depends(check_query)]
         for route in self.spec.routes:
             self.app.add_api_route(
                 route.path, route.endpoint, dependencies=inference, **route.options()
             )
         for route in self.routes:
-            guards = [Depends(self._admit_admin)] if route.tag == "Admin" else []
+            admin = [Depends(self._admit_admin), Depends(check_query)]
+            guards = admin if route.tag == "Admin" else []
             self.app.add_api_route(
                 route.path, route.endpoint, dependencies=guards, **route.options()
             )

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 QUERY_BYTES: Final = 4096
+LENGTH_DIGITS: Final = 20  # of a content length: more than any file has
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 INFERENCE: Final = frozenset({"/predict", "/embed", "/generate", "/generate_stream"})
 UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
@@ -80,14 +81,21 @@ def error_response(scope: Scope, refusal: Refusal) -> Response:
     exchange = scope.get("hira")
     if isinstance(exchange, Exchange):
         exchange.refused = refusal.code
-    if str(scope.get("path", "")).startswith("/v1/"):
-        return Json(refusal.openai(), refusal.status, headers=refusal.all_headers())
+    if is_openai(scope):
+        # There, what a body has wrong is a bad request.
+        status = 400 if refusal.status == 422 else refusal.status
+        return Json(refusal.openai(), status, headers=refusal.all_headers())
     return Json(
         refusal.problem(),
         refusal.status,
         headers=refusal.all_headers(),
         media_type=PROBLEM_TYPE,
     )
+
+
+def is_openai(scope: Scope) -> bool:
+    """Whether a call is under /v1, where errors have OpenAI's shape and statuses."""
+    return str(scope.get("path", "")).startswith("/v1/")
 
 
 class Gate:
@@ -268,7 +276,8 @@ def too_large(limit: int, *, uploads: bool, found: str | None = None) -> Refusal
 def _stated_bytes(headers: Headers) -> int:
     """How long a body says that it is; 0 where it does not."""
     length = headers.get("content-length", "")
-    return int(length) if length.isdigit() else 0
+    # Other scripts have digits too, and a number of thousands of digits is none to compute with.
+    return int(length[:LENGTH_DIGITS]) if length.isascii() and length.isdigit() else 0
 
 
 def _adapter_of(query: bytes) -> str | None:

@@ -84,6 +84,8 @@ class Native:
         target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
         exchange_of(request).adapter = target.adapter
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
+        if target.task == "question-answering":
+            check_contexts(body.inputs)
         options = await self._predict_options(request, body.parameters, target)
         inputs = await self._encoded(
             request, body.inputs, sent.files, target.task, truncation=body.parameters.truncation
@@ -295,6 +297,20 @@ class Native:
 def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
     """Every ``adapter`` of the query: FastAPI alone would take the last and drop the others."""
     return (adapter, *request.query_params.getlist("adapter"))
+
+
+def check_contexts(inputs: Any) -> None:
+    """Raises Refusal where a question has no context that its answer could be found in."""
+    for index, one in enumerate(inputs if isinstance(inputs, list) else [inputs]):
+        if not isinstance(one, tuple) or not one[1].strip():
+            raise Refusal.because(
+                "invalid_input",
+                f"Input {index} is a question without a context.",
+                found="one text" if isinstance(one, str) else "an empty context",
+                expected="pairs of texts: [[question, context], ...]",
+                fix="Send the text that holds the answer as the second of a pair.",
+                field="inputs",
+            )
 
 
 def check_new_tokens(wanted: int, service: Service, field: str) -> None:

@@ -99,6 +99,8 @@ def observe_routes(observe: Observe) -> list[Endpoint]:
     get, tag = ("GET",), "Server"
     return [
         Endpoint("/", observe.index, get, tag, statuses=()),
+        # Where clients of other inference servers look.
+        Endpoint("/health", observe.ready, get, tag, Health, also=(503,), statuses=()),
         Endpoint("/health/live", observe.live, get, tag, Health, statuses=()),
         Endpoint("/health/ready", observe.ready, get, tag, Health, also=(503,), statuses=()),
         Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=()),

@@ -7,10 +7,12 @@ import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
 
+from server.detokenize import Piece
 from server.edge.calls import (
     EventStream,
     Generations,
@@ -27,7 +29,7 @@ from server.edge.native import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
 from server.edge.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
-from server.messages import EncodedInput, GenerateResult, SamplingOptions
+from server.messages import EncodedInput, GenerateResult, Likeliest, SamplingOptions
 from server.schemas_openai import (
     ChatRequest,
     CompletionRequest,
@@ -80,6 +82,7 @@ class OpenAI:
             body.model,
             await self._echoed(request, body, prompts) if body.echo else None,
             body.logprobs is not None,
+            alternatives := body.logprobs or 0,
             await tokenize(
                 request,
                 self.service,
@@ -88,7 +91,7 @@ class OpenAI:
                 lambda text: [text.spell(ids) for ids in prompts],
                 "prompt",
             )
-            if scores
+            if scores and not alternatives
             else None,
         )
         return await self._generate(
@@ -126,7 +129,11 @@ class OpenAI:
             text.max_tokens - len(prompt),
         )
         shape = ChatFormat(
-            f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model, bool(body.logprobs)
+            f"chatcmpl-{uuid.uuid4().hex}",
+            int(time.time()),
+            body.model,
+            bool(body.logprobs),
+            body.top_logprobs or 0,
         )
         return await self._generate(
             request, body, target, prompts=[prompt], wanted=wanted, shape=shape, field="messages"
@@ -195,7 +202,7 @@ class OpenAI:
         copies = body.n or 1
         check_inputs(len(prompts) * copies, self.service, "n")
         each = [
-            (prompt, self._sampling(body, wanted, copy, logprobs=shape.logprobs, scores=scores))
+            (prompt, self._sampling(body, wanted, copy, shape, scores=scores))
             for prompt in prompts
             for copy in range(copies)
         ]
@@ -205,6 +212,10 @@ class OpenAI:
         generations = Generations(request, self.service, target, each, stream=stream, field=asks)
         if not stream:
             results = await generations.results()
+            if scores and shape.alternatives and isinstance(shape, CompletionFormat):
+                told = [one.prompt_likeliest for one in results[::copies]]
+                spelled = await self.service.in_thread(lambda: self._spelled(prompts, told))
+                shape = replace(shape, spelled=spelled)
             return json_response(
                 {**shape.answer(results, copies), "usage": usage(results, copies)},
                 answer_headers(
@@ -318,8 +329,14 @@ class OpenAI:
             "prompt",
         )
 
+    def _spelled(
+        self, prompts: Sequence[tuple[int, ...]], told: Sequence[tuple[Likeliest, ...]]
+    ) -> list[list[Piece]]:
+        spell = self.service.base.texts.spell
+        return [spell(ids, others) for ids, others in zip(prompts, told, strict=True)]
+
     def _sampling(
-        self, body: Sampling, wanted: int, copy: int, *, logprobs: bool, scores: bool
+        self, body: Sampling, wanted: int, copy: int, shape: Format, *, scores: bool
     ) -> SamplingOptions:
         temperature = 1.0 if body.temperature is None else body.temperature
         stop = body.stop or ()
@@ -333,7 +350,8 @@ class OpenAI:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             # Copies of one prompt must differ, and do so in the same way every time.
             seed=None if body.seed is None else (body.seed % SEEDS + copy) % SEEDS,
-            logprobs=logprobs,
+            logprobs=shape.logprobs,
+            alternatives=shape.alternatives,
             ignore_eos=body.ignore_eos,
             prompt_logprobs=scores,
         )

@@ -9,7 +9,14 @@ from typing import Any, Protocol
 from server.detokenize import Piece
 from server.edge.calls import sse
 from server.errors import Refusal
-from server.messages import Event, Failure, GeneratedToken, GenerateResult, TokenEvent
+from server.messages import (
+    Alternative,
+    Event,
+    Failure,
+    GeneratedToken,
+    GenerateResult,
+    TokenEvent,
+)
 
 
 class Format(Protocol):
@@ -17,6 +24,9 @@ class Format(Protocol):
 
     @property
     def logprobs(self) -> bool: ...
+
+    @property
+    def alternatives(self) -> int: ...
 
     def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]: ...
 
@@ -31,6 +41,13 @@ class Format(Protocol):
     def end(self, choice: int, result: GenerateResult) -> dict[str, Any]: ...
 
 
+def generated(event: TokenEvent) -> GeneratedToken:
+    """The token of an event, with the text that it shows."""
+    return GeneratedToken(
+        event.token_id, event.text, event.logprob, event.special, event.alternatives
+    )
+
+
 def finish_reason(result: GenerateResult) -> str:
     return "length" if result.finish_reason == "length" else "stop"
 
@@ -42,6 +59,7 @@ class CompletionFormat:
     model: str
     echoed: Sequence[str] | None
     logprobs: bool
+    alternatives: int = 0
     spelled: Sequence[Sequence[Piece]] | None = None  # the tokens of each prompt that is scored
 
     def head(self) -> dict[str, Any]:
@@ -72,7 +90,7 @@ class CompletionFormat:
         return self._choice(choice, self.echoed[choice // copies], None, None)
 
     def token(self, choice: int, event: TokenEvent) -> dict[str, Any]:
-        token = GeneratedToken(event.token_id, event.text, event.logprob, event.special)
+        token = generated(event)
         return self._choice(choice, event.text, self._logprobs((token,), 0), None)
 
     def end(self, choice: int, result: GenerateResult) -> dict[str, Any]:
@@ -83,19 +101,38 @@ class CompletionFormat:
 
     def _whole(self, result: GenerateResult, prompt: int, start: int) -> dict[str, Any] | None:
         """Log-probabilities of an answer, after those of its prompt where they were asked for."""
-        generated = self._logprobs(result.tokens, start)
-        if generated is None or self.spelled is None:
-            return generated
+        told = self._logprobs(result.tokens, start)
+        if told is None or self.spelled is None:
+            return told
         pieces, offsets, at = self.spelled[prompt], [], 0
         for piece in pieces:
             offsets.append(at)
             at += 0 if piece.special else len(piece.text)
         return {
-            "tokens": [piece.text for piece in pieces] + generated["tokens"],
-            "token_logprobs": [*result.prompt_logprobs, *generated["token_logprobs"]],
-            "text_offset": offsets + generated["text_offset"],
-            "top_logprobs": None,
+            "tokens": [piece.text for piece in pieces] + told["tokens"],
+            "token_logprobs": [*result.prompt_logprobs, *told["token_logprobs"]],
+            "text_offset": offsets + told["text_offset"],
+            "top_logprobs": self._top(
+                [
+                    (piece.text, logprob, piece.alternatives)
+                    for piece, logprob in zip(pieces, result.prompt_logprobs, strict=True)
+                ]
+                + [(token.text, token.logprob, token.alternatives) for token in result.tokens]
+            ),
         }
+
+    def _top(
+        self, tokens: Sequence[tuple[str, float | None, Sequence[Alternative]]]
+    ) -> list[dict[str, float] | None] | None:
+        """Of each token: itself and the likeliest in its place, by their texts."""
+        if not self.alternatives:
+            return None
+        return [
+            None
+            if logprob is None
+            else {text: logprob, **{one.text: one.logprob for one in others if one.text != text}}
+            for text, logprob, others in tokens
+        ]
 
     def _logprobs(self, tokens: Sequence[GeneratedToken], start: int) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -108,7 +145,9 @@ class CompletionFormat:
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "text_offset": offsets,
-            "top_logprobs": None,
+            "top_logprobs": self._top(
+                [(token.text, token.logprob, token.alternatives) for token in tokens]
+            ),
         }
 
 
@@ -118,6 +157,7 @@ class ChatFormat:
     created: int
     model: str
     logprobs: bool
+    alternatives: int = 0
 
     def head(self) -> dict[str, Any]:
         return {
@@ -132,9 +172,7 @@ class ChatFormat:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": self._logprobs(
-                    [(one.text, one.logprob) for one in result.tokens if not one.special]
-                ),
+                "logprobs": self._logprobs([one for one in result.tokens if not one.special]),
                 "finish_reason": finish_reason(result),
             }
             for index, result in enumerate(results)
@@ -145,7 +183,7 @@ class ChatFormat:
         return self._choice(choice, {"role": "assistant", "content": ""}, None, None)
 
     def token(self, choice: int, event: TokenEvent) -> dict[str, Any]:
-        logprobs = None if event.special else self._logprobs([(event.text, event.logprob)])
+        logprobs = None if event.special else self._logprobs([generated(event)])
         return self._choice(choice, {"content": event.text}, logprobs, None)
 
     def end(self, choice: int, result: GenerateResult) -> dict[str, Any]:
@@ -157,14 +195,21 @@ class ChatFormat:
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, tokens: Sequence[tuple[str, float | None]]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[GeneratedToken]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
         content = [
-            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in tokens
+            {
+                **_told(token.text, token.logprob),
+                "top_logprobs": [_told(one.text, one.logprob) for one in token.alternatives],
+            }
+            for token in tokens
         ]
         return {"content": content}
+
+
+def _told(text: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 async def stream_chunks(

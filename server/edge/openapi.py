@@ -54,6 +54,8 @@ def amended(app: FastAPI, endpoints: Iterable[Endpoint]) -> Callable[[], dict[st
 
 
 def _amend(operation: dict[str, Any], endpoint: Endpoint) -> None:
+    if not endpoint.answers(422):
+        operation["responses"].pop("422", None)  # FastAPI's own, wherever there is a body
     for status, response in operation["responses"].items():
         content = response.get("content", {})
         if not status.isdigit() or JSON_TYPE not in content:

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from adapters.errors import AdapterError
 from adapters.registry import Registry
@@ -16,6 +16,8 @@ from server.edge.sources import sources_of
 from server.edge.supervise import StartFailed
 from server.metrics import BASE_LABEL
 from server.settings import AdapterSource, Settings
+
+logger = logging.getLogger(__name__)
 
 DEMO_NAME: Final = "hira-demo-base"
 
@@ -84,8 +86,12 @@ def load_base(settings: Settings, place: str, name: str) -> Base:
         else:
             limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
             vocabulary = signature.vocab_size or None
-            inputs = Text.load(plan.folder, max_tokens=limit, vocab_size=vocabulary)
+            inputs = Text.load(
+                plan.folder, max_tokens=limit, vocab_size=vocabulary, source=settings.tokenizer
+            )
             prompts = inputs.limited(signature.max_length)
+            if inputs.note is not None:
+                logger.warning(inputs.note)
     except (BaseModelError, TokenizerError, ImageProcessorError) as error:
         raise StartFailed(" ".join(str(error).split())) from None
     return Base(

@@ -9,6 +9,7 @@ from typing import Any
 from server.schemas import ProblemDetail
 
 NATIVE_STATUSES = (400, 401, 403, 404, 408, 413, 422, 429, 431, 500, 503, 504)
+OPENAI_STATUSES = tuple(status for status in NATIVE_STATUSES if status != 422)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from server.edge.routes import Endpoint
 from server.edge.service import Service
 from server.edge.spec import HiraSpec
 from server.edge.supervise import Supervisor
+from server.edge.wire import read_state
 from server.version import package_version
 
 BACKLOG: Final = 2048
@@ -83,12 +84,12 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     kept = [one for one in records if one not in fitting]
     host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
     url = f"http://{host}:{settings.port}"
-    double = ", double quantization" if settings.double_quant else ""
-    stored = {"none": "not quantized", "int8": "8 bit"}.get(
-        settings.quantization, f"4 bit {settings.quantization.upper()}{double}"
-    )
+    # As the worker has it: a checkpoint that is quantized already is served as it is.
+    state = read_state(settings.run_dir)
+    loaded = {} if state is None else state.snapshot
+    told = [str(loaded[part]) for part in ("storage", "dtype", "device") if part in loaded]
     yield f"hira-server {package_version()} is ready at {url}"
-    yield f"  base       {base.name} ({stored})"
+    yield f"  base       {base.name}" + (f" ({', '.join(told)})" if told else "")
     yield f"  adapters   {len(fitting)}: {_names(fitting)}" if records else "  adapters   none yet"
     if kept:
         yield f"  not served {len(kept)}, made for another base: {_names(kept)}"

@@ -20,7 +20,7 @@ from server.edge.dispatch import Dispatcher
 from server.edge.native import Native
 from server.edge.openai import OpenAI
 from server.edge.posted import described
-from server.edge.routes import Endpoint
+from server.edge.routes import OPENAI_STATUSES, Endpoint
 from server.edge.wire import EVENTS_UID
 from server.schemas import (
     EmbedRequest,
@@ -95,7 +95,14 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
         streams: bool = False,
     ) -> Endpoint:
         return Endpoint(
-            path, endpoint, methods, "OpenAI", answer, error=OpenAIError, streams=streams
+            path,
+            endpoint,
+            methods,
+            "OpenAI",
+            answer,
+            error=OpenAIError,
+            statuses=OPENAI_STATUSES,
+            streams=streams,
         )
 
     return [

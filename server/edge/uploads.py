@@ -23,8 +23,9 @@ from server.edge.service import Service
 from server.errors import Refusal
 
 FILES_MAX: Final = 64
+FIELDS_MAX: Final = 16
 FIELD_BYTES_MAX: Final = 4096
-HEADER_BYTES_MAX: Final = 4096
+HEADER_BYTES_MAX: Final = 4096  # of all headers of one part
 FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -80,6 +81,7 @@ class _Parts:
         self.upload = Upload(folder)
         self.complete = False
         self._headers: dict[bytes, bytes] = {}
+        self._header_bytes = 0
         self._header = b""
         self._value = b""
         self._file: BinaryIO | None = None
@@ -105,19 +107,21 @@ class _Parts:
 
     def _begin(self) -> None:
         self._headers.clear()
+        self._header_bytes = 0
         self._field, self._text = None, b""
 
     def _header_name(self, raw: bytes, start: int, end: int) -> None:
         self._header += raw[start:end]
-        self._bound_header()
+        self._bound_headers(end - start)
 
     def _header_value(self, raw: bytes, start: int, end: int) -> None:
         self._value += raw[start:end]
-        self._bound_header()
+        self._bound_headers(end - start)
 
-    def _bound_header(self) -> None:
-        if len(self._header) + len(self._value) > HEADER_BYTES_MAX:
-            raise _malformed("a header of a part is too long")
+    def _bound_headers(self, more: int) -> None:
+        self._header_bytes += more
+        if self._header_bytes > HEADER_BYTES_MAX:
+            raise _malformed("the headers of a part are too long")
 
     def _header_end(self) -> None:
         self._headers[self._header.lower()] = self._value
@@ -128,6 +132,10 @@ class _Parts:
         file_name, name = options.get(b"filename"), options.get(b"name", b"")
         if file_name is None:
             self._field = name.decode("utf-8", "replace")
+            if self._field in self.upload.fields:
+                raise _malformed(f"two fields are called {self._field[:80]}")
+            if len(self.upload.fields) >= FIELDS_MAX:
+                raise _malformed(f"more than {FIELDS_MAX} fields")
             return
         plain = file_name.decode("utf-8", "replace").replace("\\", "/").rsplit("/", 1)[-1]
         if not FILE_NAME.fullmatch(plain):

@@ -56,7 +56,7 @@ def read_labelled(path: Path, names: Sequence[str] = ()) -> LabelledTexts:
         raise RowsError(f"{path} has no rows; expected at least one text with a label")
     if not names:
         distinct = {label for _, label in found}
-        numeric = all(label.isdigit() for label in distinct)
+        numeric = all(label.isascii() and label.isdigit() for label in distinct)
         ordered = sorted(distinct, key=int) if numeric else sorted(distinct)
         if numeric and [int(label) for label in ordered] == list(range(len(ordered))):
             names = tuple(f"LABEL_{label}" for label in ordered)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import segments
 from adapters.layers import AdaptedLinear
 from server.base_model import BaseModelError, choose_dtype, load_base, signature_of
 from server.base_plan import plan_base
@@ -218,3 +219,74 @@ def test_cuda_that_is_not_there_is_refused(folders: dict[str, Path]) -> None:
 def test_a_plan_reads_no_weights(folders: dict[str, Path]) -> None:
     model = plan_base(options(folders["bert"])).skeleton()
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "8 bit": {"load_in_8bit": True},
+    "4 bit FP4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "4 bit NF4, double quantization": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+}
+
+
+@pytest.mark.parametrize("storage", QUANTIZED)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_a_quantized_checkpoint_left_plain_has_the_dtype_asked_for(
+    folders: dict[str, Path], tmp_path: Path, storage: str, dtype: str
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"], **QUANTIZED[storage])
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folders["llama"], dtype=torch.float16, quantization_config=config
+    )
+    model.save_pretrained(tmp_path / "base")
+    loaded = load_base(options(tmp_path / "base", dtype=dtype))
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    plain = [one for one in loaded.model.parameters() if type(one) is torch.nn.Parameter]
+    assert {one.dtype for one in plain if one.is_floating_point()} == {wanted}
+    assert (loaded.dtype, loaded.model.dtype, loaded.storage) == (wanted, wanted, storage)
+    if dtype == "fp32":
+        _assert_exact(loaded)
+
+
+def _assert_exact(loaded: Any) -> None:
+    """The base's logits are those of its dequantized weights in float64."""
+    from transformers import LlamaForCausalLM
+
+    config = type(loaded.config).from_dict(loaded.config.to_dict())
+    del config.quantization_config
+    oracle: Any = LlamaForCausalLM(config).eval()
+    known = dict(loaded.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            path = name.removesuffix(".weight")
+            layer = loaded.adapted.layers.get(path)
+            dense = (
+                layer.quantized.dequantize() if isinstance(layer, AdaptedLinear) else known[name]
+            )
+            parameter.copy_(dense)
+        ids = torch.tensor([[2, 7, 11, 5, 9]])
+        wanted = oracle.double()(ids).logits
+        with loaded.adapted.batch(segments.from_runs([(segments.BASE_SLOT, 5)])):
+            got = loaded.model(ids).logits
+    assert torch.allclose(got.double(), wanted, atol=1e-4, rtol=1e-5), (got - wanted).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "storage"),
+    [
+        ("nf4", True, "4 bit NF4, double quantization"),
+        ("fp4", False, "4 bit FP4"),
+        ("int8", True, "8 bit"),
+        ("none", True, "not quantized"),
+    ],
+)
+def test_the_storage_that_is_told_is_that_of_what_was_loaded(
+    folders: dict[str, Path], quantization: Any, double_quant: bool, storage: str
+) -> None:
+    chosen = options(folders["llama"], quantization=quantization, double_quant=double_quant)
+    assert load_base(chosen).storage == storage

@@ -36,7 +36,8 @@ def test_document_says_what_endpoints_answer(live: Live) -> None:
     assert set(stream["content"]) == {"text/event-stream"}
     openai = document["paths"]["/v1/completions"]["post"]["responses"]
     assert set(openai["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert set(openai["422"]["content"]) == {"application/json"}
+    assert set(openai["400"]["content"]) == {"application/json"}
+    assert "422" not in openai, "a bad value is a bad request there"
 
 
 def test_a_wrong_method_is_told_all_right_ones(live: Live) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 from server.demo import BASE_DIR
 from server.detokenize import spell
-from server.messages import Failure, GenerateResult
+from server.edge.openai_format import ChatFormat
+from server.messages import Alternative, Failure, GeneratedToken, GenerateResult
 from tests.server.dense import (
     Stage,
     byte_tokenizer,
@@ -81,6 +83,53 @@ def test_scores_are_those_of_the_model_in_a_mixed_batch(name: str, budget: int) 
             assert ids_of(result) == stage.reference(version, prompt, new, eos_token_id=None)
     assert max(len(plan.slots) for plan in stage.adapted.plans) >= 3
     assert stage.lane.figures().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("budget", [16, 64])
+def test_alternatives_are_the_likeliest_of_the_model(budget: int) -> None:
+    stage = Stage("llama", prefill_tokens=budget)
+    (prompt,) = prompts(1, 40, seed=6)
+    for version in (None, "a"):
+        result = stage.answer(
+            version,
+            prompt,
+            max_new_tokens=4,
+            prompt_logprobs=True,
+            logprobs=True,
+            alternatives=3,
+            ignore_eos=True,
+        )
+        slot = 0 if version is None else stage.residency.slots[version]
+        model = effective(stage.adapted.original, stage.adapted.slots.get(slot, {})).double()
+        with torch.no_grad():
+            rows = model(torch.tensor([prompt + ids_of(result)])).logits[0].log_softmax(-1)
+        told: list[Any] = list(result.prompt_likeliest)
+        assert told[0] == ()
+        told += [[(one.id, one.logprob) for one in token.alternatives] for token in result.tokens]
+        assert len(told) == len(prompt) + 4
+        for at, found in enumerate(told[1:]):
+            values, ids = rows[at].topk(3)
+            assert [token for token, _ in found] == ids.tolist()
+            assert [value for _, value in found] == pytest.approx(values.tolist(), abs=FP32)
+        for token in result.tokens:  # greedy: the first is the one that was chosen
+            assert (token.alternatives[0].id, token.alternatives[0].text) == (token.id, token.text)
+            assert len({one.text for one in token.alternatives}) == 3
+    assert stage.answer("a", prompt, max_new_tokens=2, logprobs=True).tokens[0].alternatives == ()
+
+
+def test_alternatives_have_texts_of_their_own() -> None:
+    tokenizer = spaced_tokenizer()
+    first, second = tokenizer.convert_tokens_to_ids(["<0xE2>", "<0xF0>"])
+    (be,) = tokenizer.convert_tokens_to_ids(["▁be"])
+    likeliest = ((be, -0.1), (first, -1.0), (second, -2.0), (first, -3.0))
+    pieces = spell(tokenizer, [be, be], [(), likeliest])
+    assert pieces[0].alternatives == ()
+    assert [one.text for one in pieces[1].alternatives] == [
+        " be",
+        "<0xE2>",
+        "<0xF0>",
+        f"token_id:{first}",
+    ]
 
 
 def test_adapters_score_one_prompt_differently() -> None:
@@ -312,3 +361,72 @@ def test_details_of_a_prompt_are_not_streamed(live: Live) -> None:
     answer = live.client.post("/generate_stream?adapter=alpha", json=body)
     assert answer.status_code == 400
     assert answer.json()["field"] == "parameters.decoder_input_details"
+
+
+@with_demo
+@pytest.mark.http
+def test_the_likeliest_tokens_of_a_prompt_are_told(live: Live) -> None:
+    (choice,) = scored(live, "alpha", TEXT, logprobs=2, max_tokens=3)["choices"]
+    logprobs = choice["logprobs"]
+    tops = logprobs["top_logprobs"]
+    assert tops[0] is None
+    assert len(tops) == len(logprobs["tokens"])
+    greedy = []
+    told = zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
+    for token, logprob, top in list(told)[1:]:
+        assert 2 <= len(top) <= 3
+        assert top[token] == pytest.approx(logprob, abs=1e-4)
+        greedy.append(max(top, key=top.__getitem__) == token)
+    assert not all(greedy), "a text that no model would have written word by word"
+    none = scored(live, "alpha", TEXT, logprobs=0)["choices"][0]["logprobs"]
+    assert none["top_logprobs"] is None
+    assert none["tokens"] == logprobs["tokens"][: len(none["tokens"])]
+
+
+@with_demo
+@pytest.mark.http
+@pytest.mark.parametrize("stream", [False, True])
+def test_alternatives_of_an_answer_are_told(live: Live, stream: bool) -> None:
+    body = {"model": "alpha", "prompt": "Once", "max_tokens": 6, "logprobs": 3, "temperature": 0}
+    answer = live.client.post("/v1/completions", json=body | {"stream": stream})
+    assert answer.status_code == 200, answer.text
+    if stream:
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        parts = [json.loads(line)["choices"][0]["logprobs"] for line in lines]
+    else:
+        parts = [answer.json()["choices"][0]["logprobs"]]
+    seen = 0
+    for part in filter(None, parts):
+        told = zip(part["tokens"], part["token_logprobs"], part["top_logprobs"], strict=True)
+        for token, logprob, top in told:
+            seen += 1
+            assert len(top) == 3
+            assert max(top.values()) == pytest.approx(top[token], abs=1e-4)
+            assert top[token] == pytest.approx(logprob)
+    assert seen >= 4
+
+
+@with_demo
+@pytest.mark.http
+def test_top_logprobs_of_a_chat_need_logprobs(live: Live) -> None:
+    body = {"model": "alpha", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}
+    answer = live.client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "logprobs" in answer.json()["error"]["message"]
+
+
+def test_a_chat_tells_alternatives_as_openai_does() -> None:
+    others = (Alternative(5, "a", -0.1), Alternative(6, "é", -2.0))
+    token = GeneratedToken(5, "a", -0.1, False, others)
+    result = GenerateResult("1", "a", "", (token,), "length", None, 1, 0.0, 0.0)
+    (choice,) = ChatFormat("", 0, "m", True, 2).answer([result], 1)["choices"]
+    (content,) = choice["logprobs"]["content"]
+    assert content == {
+        "token": "a",
+        "logprob": -0.1,
+        "bytes": [97],
+        "top_logprobs": [
+            {"token": "a", "logprob": -0.1, "bytes": [97]},
+            {"token": "é", "logprob": -2.0, "bytes": [195, 169]},
+        ],
+    }
