@@ -21,7 +21,8 @@ def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | No
     parts = {part for name in names[:_LOOKED_AT] if (part := _odd(name, base)) is not None}
     if len(parts) != 1:
         return None
-    ((part, is_extra),) = parts
+    (odd,) = parts
+    part, is_extra = odd
     return UnmatchedTensors(
         f"The tensors' names have a part too many: {part}"
         if is_extra

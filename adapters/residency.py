@@ -1,9 +1,10 @@
 """Which adapters are where: on disk, in host memory, in a slot of the device; and moving them.
 
 Threads of its own read and check adapters, LOADS at once, of which large ones take all but one;
-another places them. So a cold adapter delays only its own requests, however large it is. A version in use (leased) or pinned never leaves its slot; pins that would leave others no
-room are not kept (``Tiers.divide_pins``). More versions than slots queue. A version that nobody
-asks for costs nothing here: disk is the registry's business.
+another places them. So a cold adapter delays only its own requests, however large it is. A version
+in use (leased) or pinned never leaves its slot; pins that would leave others no room are not kept
+(``Tiers.divide_pins``). More versions than slots queue. A version that nobody asks for costs
+nothing here: disk is the registry's business.
 
 On the CPU, host and device memory are the same: a version's factors exist once, in the compute
 dtype, whether it has a slot or waits for the next request in the host tier.

@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from server.detokenize import Piece
 from server.edge.calls import (
     EventStream,
     Generations,
@@ -29,7 +28,7 @@ from server.edge.native import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
 from server.edge.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
-from server.messages import EncodedInput, GenerateResult, Likeliest, SamplingOptions
+from server.messages import EncodedInput, GenerateResult, SamplingOptions
 from server.schemas_openai import (
     ChatRequest,
     CompletionRequest,
@@ -214,7 +213,17 @@ class OpenAI:
             results = await generations.results()
             if scores and shape.alternatives and isinstance(shape, CompletionFormat):
                 told = [one.prompt_likeliest for one in results[::copies]]
-                spelled = await self.service.in_thread(lambda: self._spelled(prompts, told))
+                count = sum(map(len, prompts)) * (1 + shape.alternatives)
+                spelled = await tokenize(
+                    request,
+                    self.service,
+                    self.service.base.texts,
+                    INPUT_CHARACTERS * count,
+                    lambda text: [
+                        text.spell(ids, others) for ids, others in zip(prompts, told, strict=True)
+                    ],
+                    "prompt",
+                )
                 shape = replace(shape, spelled=spelled)
             return json_response(
                 {**shape.answer(results, copies), "usage": usage(results, copies)},
@@ -328,12 +337,6 @@ class OpenAI:
             lambda text: [text.decode(ids) for ids in prompts],
             "prompt",
         )
-
-    def _spelled(
-        self, prompts: Sequence[tuple[int, ...]], told: Sequence[tuple[Likeliest, ...]]
-    ) -> list[list[Piece]]:
-        spell = self.service.base.texts.spell
-        return [spell(ids, others) for ids, others in zip(prompts, told, strict=True)]
 
     def _sampling(
         self, body: Sampling, wanted: int, copy: int, shape: Format, *, scores: bool
