@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -93,6 +93,9 @@ class BaseSignature:
         max_length: Tokens that one input may have.
         layers: Every layer that an adapter could target, the language-model head included.
         output_layers: Those that PEFT's ``all-linear`` leaves out.
+        config: The values of its config, to compare an adapter's own with.
+        token_id: The id of a token of its tokenizer, None for none; itself None where the
+            tokenizer is not known. Neither is part of what makes two bases the same.
     """
 
     name: str
@@ -104,6 +107,8 @@ class BaseSignature:
     max_length: int
     layers: Mapping[str, LayerSignature]
     output_layers: frozenset[str]
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    token_id: Callable[[str], int | None] | None = field(default=None, compare=False, repr=False)
 
     def resolve(self, path: str) -> LayerSignature | None:
         """Find the layer that ``path`` of a PEFT key means, or None.
@@ -120,7 +125,8 @@ class BaseSignature:
 
     def to_json(self) -> str:
         """A stable text form; ``from_json`` is its inverse."""
-        fields = asdict(self)
+        fields = asdict(replace(self, config={}, token_id=None))
+        del fields["config"], fields["token_id"]
         fields["layers"] = [asdict(layer) for layer in self.layers.values()]
         fields["output_layers"] = sorted(self.output_layers)
         return json.dumps(fields, sort_keys=True)
@@ -158,6 +164,7 @@ def describe(model: nn.Module, name: str) -> BaseSignature:
         max_length=_max_length(model, text),
         layers={layer.path: layer for layer, _ in target_modules(model)},
         output_layers=_output_layers(model),
+        config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
 
 

@@ -75,7 +75,7 @@ def test_a_head_equals_the_task_class_on_each_row_alone(
 def test_a_decoder_without_a_padding_id_reads_the_last_token(tmp_path: Path) -> None:
     base, weights = made(tmp_path, "llama", "text-classification")
     base.config.pad_token_id = None
-    head = Heads(base, 4, BUDGET_BYTES).task_head("v", weights)
+    head = Heads(base, 4, BUDGET_BYTES).task_head("v", replace(weights, head_config={}))
     hidden = torch.randn(2, 5, 64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     logits = head(hidden, None, torch.zeros(2, 5, dtype=torch.long), mask)
