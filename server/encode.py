@@ -79,9 +79,7 @@ class EncodeLane:
         self._inputs = inputs
         self._residency = residency
         self._scheduler = Scheduler(options.max_batch_tokens, options.max_batch_rows)
-        self._reader = Reader(
-            base, inputs, heads_kept=options.slots, head_bytes=options.head_bytes
-        )
+        self._reader = Reader(base, inputs, heads_kept=options.slots, head_bytes=options.head_bytes)
         self._pending: dict[str, _Pending] = {}
         self._outbox: list[Event] = []
         self._rows = Rows(base, inputs)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     pipeline,
 )
-
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.messages import EncodedInput
 from server.postprocess import (
@@ -173,7 +172,7 @@ def test_spans_are_those_of_all_pairs(tokens: int, count: int, spread: float) ->
 
 
 def test_spans_of_a_long_row_take_memory_by_its_tokens() -> None:
-    class Largest(TorchDispatchMode):
+    class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         numbers = 0
 
         def __torch_dispatch__(
@@ -186,7 +185,7 @@ def test_spans_of_a_long_row_take_memory_by_its_tokens() -> None:
             return out
 
     tokens = 1024
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         best_spans(torch.randn(tokens, 2), 1)
     assert 0 < largest.numbers <= ANSWER_TOKENS * tokens
 
