@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -80,7 +83,8 @@ class AdapterWeights:
         tensor_bytes: Of all its tensors, as stored.
         parameters: Numbers in all its tensors.
         nonzero: Of the parameters of its factors.
-        notes: Contradictions that change no answer, for a person to read.
+        notes: Contradictions, and what of it is not used, for a person to read.
+        head_config: What its own ``config.json`` says of how the head is built and read.
     """
 
     config: AdapterConfig
@@ -92,6 +96,7 @@ class AdapterWeights:
     parameters: int = 0
     nonzero: int = 0
     notes: tuple[str, ...] = ()
+    head_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -186,6 +191,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=sum(nonzero.values()),
         notes=(*plan.notes, *_without_effect(nonzero)),
+        head_config=plan.task_config.head,
     )
 
 
@@ -245,7 +251,8 @@ def _plan(
         layout.take(entry)
     task = task_of(config, base, task_config, has_head=bool(layout.saved))
     _raise_all(layout.faults(task))
-    return _Plan(task_config, layout, task, tuple(layout.notes()))
+    notes = (*layout.notes(), *task_config.body_notes(base.config))
+    return _Plan(task_config, layout, task, notes)
 
 
 @dataclass(frozen=True, slots=True)

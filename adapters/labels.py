@@ -1,14 +1,15 @@
-"""The ``config.json`` beside an adapter: what its head's outputs mean.
+"""The ``config.json`` beside an adapter: what its head's outputs mean, and how the head is built.
 
 PEFT's own configuration has no place for labels; ``model.config.save_pretrained(folder)`` writes
 them where this module looks. Without it the labels are LABEL_0, LABEL_1, ... as in transformers.
+What it says of the body is the base's affair: where the two differ, a note names the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 import torch
 
@@ -23,6 +24,61 @@ _PROBLEM_TYPES: tuple[ProblemType, ...] = (
     "regression",
 )
 _MAX_LABEL_CHARACTERS = 256
+_MAX_VALUE_CHARACTERS = 100
+# What a task class of transformers reads of its config to build its head and to run it.
+HEAD_FIELDS: Final = frozenset(
+    {
+        "pad_token_id",
+        "classifier_pooling",
+        "classifier_activation",
+        "classifier_bias",
+        "pooler_hidden_act",
+        "pooler_hidden_size",
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+    }
+)
+# What changes no answer of an adapter; names with "dropout" in them and those with an underscore
+# first do not either. The end tokens are the affair of ``adapters.conversation``.
+_WITHOUT_EFFECT: Final = frozenset(
+    {
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cls_token_id",
+        "decoder_start_token_id",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_factor",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "output_router_logits",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "task_specific_params",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+    }
+)
 # The last layer of a head, as transformers names it.
 _OUTPUTS = ("score", "classifier", "out_proj", "qa_outputs", "summary")
 
@@ -37,12 +93,38 @@ class Labels:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the ``config.json`` beside an adapter says; all None where there is none."""
+    """What the ``config.json`` beside an adapter says; all None where there is none.
+
+    Args:
+        head: The values of ``HEAD_FIELDS`` that it has.
+        fields: All that it has.
+    """
 
     model_type: str | None
     architecture: str | None
     names: tuple[str, ...] | None
     problem_type: ProblemType | None
+    head: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def body_notes(self, base: Mapping[str, Any]) -> Iterator[str]:
+        """What it says of the body in other words than the base's config, whose word counts.
+
+        Args:
+            base: The base's config; empty where it is not known.
+        """
+        rope = base.get("rope_parameters")
+        known = {**base, "rope_theta": rope.get("rope_theta")} if isinstance(rope, dict) else base
+        if isinstance(rope, dict):
+            known = {**known, "rope_scaling": rope}  # one field of transformers 5, two before
+        for name, value in self.fields.items():
+            if name.startswith("_") or "dropout" in name or name in HEAD_FIELDS | _WITHOUT_EFFECT:
+                continue
+            if name in known and None not in (value, known[name]) and _differ(value, known[name]):
+                yield (
+                    f"config.json says {name[:80]} = {show(value)}, the base {show(known[name])}: "
+                    "the base's is used"
+                )
 
     def labels_for(
         self, head: Mapping[str, torch.Tensor], task: Task
@@ -88,6 +170,14 @@ def read_task_config(raw: bytes) -> TaskConfig:
     content = strict_json(raw, "config.json")
     architectures = content.get("architectures")
     problem_type = content.get("problem_type")
+    head = {name: content[name] for name in sorted(HEAD_FIELDS & content.keys())}
+    for name, value in head.items():
+        if name == "pad_token_id" and not (value is None or type(value) is int):
+            raise _malformed(name, value, "a token id, or null")
+        if not (value is None or isinstance(value, bool | int | float | str)) or (
+            isinstance(value, str) and len(value) > _MAX_VALUE_CHARACTERS
+        ):
+            raise _malformed(name, value, "a short string, a number, true, false or null")
     if problem_type is not None and problem_type not in _PROBLEM_TYPES:
         raise _malformed("problem_type", problem_type, "one of " + ", ".join(_PROBLEM_TYPES))
     return TaskConfig(
@@ -97,7 +187,16 @@ def read_task_config(raw: bytes) -> TaskConfig:
         else None,
         names=_names(content),
         problem_type=problem_type,
+        head=head,
+        fields=content,
     )
+
+
+def _differ(value: Any, other: Any) -> bool:
+    """Whether two values of a config say different things; of objects, where both say one."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return any(_differ(value[key], other[key]) for key in value.keys() & other.keys())
+    return bool(value != other)
 
 
 def _names(content: Mapping[str, Any]) -> tuple[str, ...] | None:

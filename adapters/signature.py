@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 from torch import nn
 
@@ -99,6 +101,9 @@ class BaseSignature:
         output_layers: Those that PEFT's ``all-linear`` leaves out.
         files: Its weights on disk, where they are at hand; no part of what a base is.
         digest: Of its weights, as whoever made this knows them; empty when nobody read them.
+        config: The values of its config, to compare an adapter's own with.
+        token_id: The id of a token of its tokenizer, None for none; itself None where the
+            tokenizer is not known. Neither is part of what makes two bases the same.
     """
 
     name: str
@@ -111,6 +116,8 @@ class BaseSignature:
     layers: Mapping[str, LayerSignature]
     output_layers: frozenset[str]
     digest: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    token_id: Callable[[str], int | None] | None = field(default=None, compare=False, repr=False)
     files: BaseFiles | None = field(default=None, compare=False, repr=False)
 
     def own_path(self, path: str) -> str:
@@ -138,8 +145,8 @@ class BaseSignature:
 
     def to_json(self) -> str:
         """A stable text form; ``from_json`` is its inverse."""
-        fields = asdict(replace(self, files=None))
-        del fields["files"]
+        fields = asdict(replace(self, files=None, config={}, token_id=None))
+        del fields["files"], fields["config"], fields["token_id"]
         fields["layers"] = [asdict(layer) for layer in self.layers.values()]
         fields["output_layers"] = sorted(self.output_layers)
         return json.dumps(fields, sort_keys=True)
@@ -177,6 +184,7 @@ def describe(model: nn.Module, name: str) -> BaseSignature:
         max_length=_max_length(model, text),
         layers={layer.path: layer for layer, _ in target_modules(model)},
         output_layers=_output_layers(model),
+        config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
 
 

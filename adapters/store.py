@@ -26,6 +26,7 @@ from typing import Any
 from adapters.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
 from adapters.header import open_regular, read_header
+from adapters.labels import HEAD_FIELDS
 from adapters.strict_json import MAX_JSON_BYTES, strict_json
 
 CARD_FILE = "README.md"
@@ -162,8 +163,10 @@ class Store:
 
     def is_sound(self, version: str) -> bool:
         """Whether the content of an entry is what its name says; reads every byte of it."""
+        folder = self._versions / version
         try:
-            return version_of(self._versions / version) == version
+            # Entries of former releases were named for less: what they did not serve then.
+            return version in (version_of(folder), version_of(folder, former=True))
         except AdapterError:
             return False
 
@@ -222,11 +225,16 @@ class Store:
         _sync_folder(self._versions)
 
 
-def version_of(folder: Path) -> str:
+def version_of(folder: Path, *, former: bool = False) -> str:
     """The version of the adapter in ``folder``: a digest of what decides its answers.
 
-    SHA-256 over the configuration's values, the tensors by name (dtype, shape, bytes) and the
-    labels; the order of keys, tensors and files makes no difference, the model card neither.
+    SHA-256 over the configuration's values, the tensors by name (dtype, shape, bytes), the
+    labels, what else decides how a head is read, and the files of ``OWN_FILES``; the order of keys,
+    tensors and files makes no difference, the model card neither.
+
+    Args:
+        folder: Of the adapter.
+        former: As releases did that knew neither those fields of a head nor those files.
 
     Raises:
         CorruptFile: A file is missing or malformed.
@@ -237,6 +245,9 @@ def version_of(folder: Path) -> str:
     if (folder / TASK_CONFIG_FILE).exists():
         task = strict_json(_read(folder / TASK_CONFIG_FILE), TASK_CONFIG_FILE)
         digest.update(_canonical({name: task.get(name) for name in _TASK_FIELDS}))
+        head = {name: task[name] for name in sorted(HEAD_FIELDS & task.keys())}
+        if head and not former:
+            digest.update(_canonical(head))
     with open_regular(folder / TENSOR_FILE) as file:
         for name, entry in sorted(read_header(file).items()):
             digest.update(_canonical([name, str(entry.dtype), list(entry.shape)]))

@@ -337,13 +337,13 @@ def _check_memory(
         found += f" and {options.kv_bytes >> 20} MiB for the KV cache"
     if needed > free:
         raise _no_memory(f"{found}, {free >> 20} MiB free", options)
-    budgets = options.device_bytes + options.folded_bytes
+    budgets = options.device_bytes + options.folded_bytes + options.head_bytes
     if device.type == "cpu":
         budgets += options.host_bytes
     if needed + budgets > free:
         logger.warning(
             "Budgets of adapters are %d MiB, and beside the base %d MiB are free: "
-            "lower device_bytes, host_bytes or folded_bytes, or memory may run out",
+            "lower device_bytes, host_bytes, folded_bytes or head_bytes, or memory may run out",
             budgets >> 20,
             (free - needed) >> 20,
         )

@@ -69,7 +69,7 @@ class EncodeLane:
         base: The loaded base.
         inputs: Its tokenizer, or its image processor, and their limits.
         residency: Brings adapters to the device and says in which slot they are.
-        options: ``max_batch_tokens``, ``max_batch_rows`` and ``slots`` are read.
+        options: ``max_batch_tokens``, ``max_batch_rows``, ``slots`` and ``head_bytes`` are read.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class EncodeLane:
         self._inputs = inputs
         self._residency = residency
         self._scheduler = Scheduler(options.max_batch_tokens, options.max_batch_rows)
-        self._reader = Reader(base, inputs, heads_kept=options.slots)
+        self._reader = Reader(base, inputs, heads_kept=options.slots, head_bytes=options.head_bytes)
         self._pending: dict[str, _Pending] = {}
         self._outbox: list[Event] = []
         self._rows = Rows(base, inputs)

@@ -91,12 +91,15 @@ class Reader:
         base: The loaded base.
         inputs: Its tokenizer, or its image processor.
         heads_kept: How many heads.
+        head_bytes: Of all of them together.
     """
 
-    def __init__(self, base: LoadedBase, inputs: Text | Images, *, heads_kept: int) -> None:
+    def __init__(
+        self, base: LoadedBase, inputs: Text | Images, *, heads_kept: int, head_bytes: int
+    ) -> None:
         self._base = base
         self._inputs = inputs
-        self._heads = Heads(base, heads_kept)
+        self._heads = Heads(base, heads_kept, head_bytes)
         self._pooling: postprocess.Pooling = "mean"
         if isinstance(inputs, Images):
             self._pooling = "cls"  # what classifiers of images read

@@ -9,6 +9,7 @@ task class is built on the meta device; only the head's tensors become real.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from server.skeletons import Skeletons, Stub
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights
+
+log = logging.getLogger(__name__)
 
 
 class TaskHead:
@@ -106,11 +109,15 @@ class Heads:
     Args:
         base: The loaded base.
         capacity: Heads kept at once.
+        budget_bytes: Of their tensors together. A head larger than that is made anew for each
+            batch and never kept.
     """
 
-    def __init__(self, base: LoadedBase, capacity: int) -> None:
+    def __init__(self, base: LoadedBase, capacity: int, budget_bytes: int) -> None:
         self._base = base
         self._capacity = capacity
+        self._budget_bytes = budget_bytes
+        self._nbytes = 0  # of those kept
         self._kept: OrderedDict[str, TaskHead] = OrderedDict()
         self._skeletons = Skeletons(
             base.config,
@@ -121,7 +128,8 @@ class Heads:
 
     @property
     def nbytes(self) -> int:
-        return sum(head.nbytes for head in self._kept.values())
+        """Bytes of the heads that are kept: never more than the budget."""
+        return self._nbytes
 
     def task_head(self, version: str, weights: AdapterWeights) -> TaskHead:
         """The head of one adapter version.
@@ -134,11 +142,29 @@ class Heads:
         """
         found = self._kept.get(version)
         if found is None:
-            found = self._kept[version] = self._build(weights)
-            while len(self._kept) > self._capacity:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(version)
+            found = self._build(weights)
+            self._keep(version, found)
+        else:
+            self._kept.move_to_end(version)
         return found
+
+    def _keep(self, version: str, head: TaskHead) -> None:
+        """Keep a head in place of those used longest ago, unless it alone is over the budget."""
+        if head.nbytes > self._budget_bytes:
+            log.warning(
+                "The head of version %s has %d bytes and head_bytes is %d: it is made for each "
+                "batch anew",
+                version,
+                head.nbytes,
+                self._budget_bytes,
+            )
+            return
+        while self._kept and (
+            len(self._kept) >= self._capacity or self._nbytes + head.nbytes > self._budget_bytes
+        ):
+            self._nbytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept[version] = head
+        self._nbytes += head.nbytes
 
     def language_model_head(self) -> LanguageModelHead:
         """The base's own language-model head.
@@ -166,7 +192,8 @@ class Heads:
         return set(self._kept)
 
     def forget(self, version: str) -> None:
-        self._kept.pop(version, None)
+        gone = self._kept.pop(version, None)
+        self._nbytes -= 0 if gone is None else gone.nbytes
 
     def _build(self, weights: AdapterWeights) -> TaskHead:
         self._skeletons.check(weights)

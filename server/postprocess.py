@@ -6,7 +6,6 @@ model, no batch: padding is cut off before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -221,19 +220,37 @@ def answers(
     inside = [index for index, (start, end) in enumerate(item.offsets) if start != end]
     if not inside:
         return ()
-    probabilities = logits[inside].float().softmax(0)
-    scores = torch.outer(probabilities[:, 0], probabilities[:, 1])
-    scores = scores.triu().tril(ANSWER_TOKENS - 1)
-    count = min(top_k or DEFAULT_ANSWERS, scores.numel())
-    values, places = scores.flatten().topk(count)
     found = []
-    for score, place in zip(values.tolist(), places.tolist(), strict=True):
-        first, last = divmod(place, len(inside))
-        if score <= 0.0 and math.isfinite(score):
-            continue
+    for score, first, last in best_spans(logits[inside], top_k or DEFAULT_ANSWERS):
         start, end = item.offsets[inside[first]][0], item.offsets[inside[last]][1]
         found.append({"score": score, "start": start, "end": end, "answer": item.text[start:end]})
     return tuple(found)
+
+
+def best_spans(logits: torch.Tensor, count: int) -> list[tuple[float, int, int]]:
+    """The most probable spans of at most ``ANSWER_TOKENS``, equal ones by start and end.
+
+    Only the band of pairs that may be an answer is made: memory is linear in the tokens.
+
+    Args:
+        logits: ``[n, 2]``, of starts and ends.
+        count: How many spans.
+
+    Returns:
+        (score, first token, last token), highest score first; without scores of 0.
+    """
+    starts, ends = logits.float().softmax(0).unbind(-1)
+    # Ends beyond the last token have probability 0, and so no score.
+    band = torch.nn.functional.pad(ends, (0, ANSWER_TOKENS - 1)).unfold(0, ANSWER_TOKENS, 1)
+    scores = (starts[:, None] * band).flatten()
+    values, places = scores.sort(descending=True, stable=True)
+    found = []
+    for score, place in zip(values[:count].tolist(), places[:count].tolist(), strict=True):
+        if score <= 0.0:
+            break
+        first, length = divmod(place, ANSWER_TOKENS)
+        found.append((score, first, first + length))
+    return found
 
 
 def _words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:

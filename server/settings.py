@@ -171,6 +171,7 @@ class Settings(BaseSettings):
     device_bytes: Bytes = setting(1024 * MIB, "Adapter factors on the device.", "Budgets")
     host_bytes: Bytes = setting(2048 * MIB, "Adapter factors in host memory.", "Budgets")
     folded_bytes: Bytes = setting(256 * MIB, "Cached folded weights.", "Budgets")
+    head_bytes: Bytes = setting(256 * MIB, "Task heads on the device, in float32.", "Budgets")
     kv_bytes: Bytes = setting(256 * MIB, "KV cache.", "Budgets")
     max_batch_tokens: Positive = setting(8192, "Padded tokens of an encode batch.", "Budgets")
     max_batch_rows: Positive = setting(64, "Inputs of an encode batch.", "Budgets")
@@ -315,6 +316,7 @@ class Settings(BaseSettings):
             device_bytes=int(self.device_bytes),
             host_bytes=int(self.host_bytes),
             folded_bytes=int(self.folded_bytes),
+            head_bytes=int(self.head_bytes),
             max_batch_tokens=self.max_batch_tokens,
             max_batch_rows=self.max_batch_rows,
             max_sequences=self.max_sequences,

@@ -7,6 +7,7 @@ before it is registered, and the worker can fill it with tensors.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,15 @@ from adapters.errors import (
     UnmatchedTensors,
     UnsupportedOption,
 )
+from adapters.recent import Recent
+from adapters.strict_json import show
 from adapters.tasks import HEADED, Task
 
 if TYPE_CHECKING:
     from adapters.checkpoint import AdapterWeights
+
+
+_MADE_KEPT = 64
 
 
 class Skeletons:
@@ -39,7 +45,7 @@ class Skeletons:
         self._config = config
         self._vocab_size = vocab_size
         self._has_pooler = has_pooler
-        self._made: dict[tuple[Task, int], Any] = {}
+        self._made: Recent[Any] = Recent(_MADE_KEPT)
 
     def check(self, weights: AdapterWeights) -> None:
         """Check that the head of an adapter is all that its task needs; mutates nothing.
@@ -96,9 +102,11 @@ class Skeletons:
             UnsupportedOption: The family has no class for the task.
         """
         count = 2 if weights.labels is None else len(weights.labels.names)
-        made = self._made.get((weights.task, count))
-        if made is None:
-            made = self._made[weights.task, count] = self._make(weights.task, count)
+        own = {name: weights.head_config[name] for name in sorted(weights.head_config)}
+        made = self._made.get(
+            (weights.task, count, tuple(own.items())),
+            lambda: self._make(weights.task, count, own),
+        )
         stub: Stub = getattr(made, made.base_model_prefix)
         if stub.pooled and not self._has_pooler:
             raise MissingTensors(
@@ -109,15 +117,29 @@ class Skeletons:
             )
         return made
 
-    def _make(self, task: Task, labels: int) -> Any:
+    def _make(self, task: Task, labels: int, own: Mapping[str, Any]) -> Any:
+        """Build the class by the base's config, and the adapter's ``own`` word on the head."""
         config = copy.deepcopy(self._config)
         config.num_labels = labels
-        if getattr(config, "pad_token_id", None) is None:
-            # An id that no token has: the last token is then the last that is not padding.
-            config.pad_token_id = self._vocab_size
         task_class = _task_class(config, task)
-        with torch.device("meta"):
-            made = _without_padding_rows(task_class, config)
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            for name, value in own.items():
+                if hasattr(config, name):  # what the family does not know means nothing to it
+                    setattr(config, name, value)
+            if getattr(config, "pad_token_id", None) is None:
+                # An id that no token has: the last token is then the last that is not padding.
+                config.pad_token_id = self._vocab_size
+            with torch.device("meta"):
+                made = _without_padding_rows(task_class, config)
+        except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+            raise UnsupportedOption(
+                "The adapter's config.json asks for a head that cannot be built.",
+                found=", ".join(f"{name} = {show(value)}" for name, value in own.items())[:200],
+                expected=f"values that {task_class.__name__} takes",
+                fix=f"Correct config.json ({type(error).__name__}: {str(error)[:80]}).",
+            ) from error
         backbone = getattr(made, made.base_model_prefix)
         pooled = getattr(backbone, "pooler", None) is not None
         setattr(made, made.base_model_prefix, Stub(pooled))
@@ -180,7 +202,7 @@ def _task_class(config: Any, task: Task) -> type[Any]:
 def _without_padding_rows(task_class: type[Any], config: Any) -> Any:
     """Build the class; its backbone is thrown away, so its padding row may be any that exists."""
     sentinel = config.pad_token_id
-    config.pad_token_id = min(sentinel, getattr(config, "vocab_size", 1) - 1)
+    config.pad_token_id = max(0, min(sentinel, getattr(config, "vocab_size", 1) - 1))
     built = task_class(config)
     built.config.pad_token_id = sentinel
     return built

@@ -15,6 +15,7 @@ from server.base_model import LoadedBase, load_base
 from server.heads import Heads
 from tests.server import tiny_bases
 
+BUDGET_BYTES = 1 << 20
 COMBINATIONS = [
     ("distilbert", "text-classification"),
     ("distilbert", "token-classification"),
@@ -45,7 +46,7 @@ def test_a_head_equals_the_task_class_on_each_row_alone(
     tmp_path: Path, kind: str, task: str
 ) -> None:
     base, weights = made(tmp_path, kind, task)
-    head = Heads(base, 4).task_head("v", weights)
+    head = Heads(base, 4, BUDGET_BYTES).task_head("v", weights)
     lengths = [7, 1, 12, 4]
     ids, mask = padded(lengths)
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_a_head_equals_the_task_class_on_each_row_alone(
 def test_a_decoder_without_a_padding_id_reads_the_last_token(tmp_path: Path) -> None:
     base, weights = made(tmp_path, "llama", "text-classification")
     base.config.pad_token_id = None
-    head = Heads(base, 4).task_head("v", weights)
+    head = Heads(base, 4, BUDGET_BYTES).task_head("v", replace(weights, head_config={}))
     hidden = torch.randn(2, 5, 64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     logits = head(hidden, None, torch.zeros(2, 5, dtype=torch.long), mask)
@@ -84,7 +85,7 @@ def test_a_decoder_without_a_padding_id_reads_the_last_token(tmp_path: Path) -> 
 
 def test_each_adapter_keeps_its_own_head_and_those_used_last_stay(tmp_path: Path) -> None:
     base, weights = made(tmp_path, "distilbert", "text-classification")
-    heads = Heads(base, 2)
+    heads = Heads(base, 2, BUDGET_BYTES)
     first = heads.task_head("1", weights)
     doubled = {name: 2 * tensor for name, tensor in weights.head.items()}
     second = heads.task_head("2", replace(weights, head=doubled))
@@ -99,12 +100,36 @@ def test_each_adapter_keeps_its_own_head_and_those_used_last_stay(tmp_path: Path
     assert heads.task_head("1", weights) is not first
 
 
+def test_heads_never_take_more_than_their_bytes_and_those_used_last_stay(tmp_path: Path) -> None:
+    base, weights = made(tmp_path, "distilbert", "text-classification")
+    size = sum(tensor.nbytes for tensor in weights.head.values())
+    heads = Heads(base, 256, 2 * size + size // 2)
+    first = heads.task_head("1", weights)
+    heads.task_head("2", weights)
+    assert heads.task_head("1", weights) is first
+    heads.task_head("3", weights)
+    assert heads.versions() == {"1", "3"}
+    assert heads.nbytes == 2 * size
+    heads.forget("1")
+    assert heads.nbytes == size
+
+
+def test_a_head_over_the_whole_budget_answers_and_is_not_kept(tmp_path: Path) -> None:
+    base, weights = made(tmp_path, "distilbert", "text-classification")
+    heads = Heads(base, 256, 100)
+    hidden, ids = torch.randn(1, 3, 64), torch.ones(1, 3, dtype=torch.long)
+    wanted = Heads(base, 256, BUDGET_BYTES).task_head("1", weights)(hidden, None, ids, ids)
+    torch.testing.assert_close(heads.task_head("1", weights)(hidden, None, ids, ids), wanted)
+    assert heads.nbytes == 0
+    assert not heads.versions()
+
+
 def test_a_head_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     base, weights = made(tmp_path, "distilbert", "text-classification")
 
     def refused(kind: type[AdapterError], head: dict[str, torch.Tensor]) -> str:
         with pytest.raises(kind) as caught:
-            Heads(base, 4).task_head("v", replace(weights, head=head))
+            Heads(base, 4, BUDGET_BYTES).task_head("v", replace(weights, head=head))
         return str(caught.value)
 
     whole = dict(weights.head)
@@ -118,4 +143,4 @@ def test_a_head_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_head_that_needs_a_pooler_is_refused_on_a_base_without_one(tmp_path: Path) -> None:
     base, weights = made(tmp_path, "bert-without-pooler", "text-classification")
     with pytest.raises(MissingTensors, match="pooler"):
-        Heads(base, 4).task_head("v", weights)
+        Heads(base, 4, BUDGET_BYTES).task_head("v", weights)

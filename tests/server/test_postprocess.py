@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -15,7 +16,16 @@ from transformers import (
 )
 
 from server.messages import EncodedInput
-from server.postprocess import ANSWER_TOKENS, NotFinite, answers, classify, embed, entities, fill
+from server.postprocess import (
+    ANSWER_TOKENS,
+    NotFinite,
+    answers,
+    best_spans,
+    classify,
+    embed,
+    entities,
+    fill,
+)
 from server.text import Text
 from tests.server import tiny_bases
 
@@ -142,6 +152,42 @@ def test_an_answer_is_the_best_short_span_of_the_context(text: Text) -> None:
     assert (got["start"], got["end"], got["answer"]) == (start, end, item.text[start:end])
     assert got["score"] == pytest.approx(best[0])
     assert len(answers(logits, item, top_k=3)) == 3
+
+
+def spans_of_all_pairs(logits: torch.Tensor, count: int) -> list[tuple[float, int, int]]:
+    """The slow reference: every pair of tokens, those that are no answer struck out."""
+    starts, ends = logits.float().softmax(0).unbind(-1)
+    scores = torch.outer(starts, ends).triu().tril(ANSWER_TOKENS - 1)
+    values, places = scores.flatten().sort(descending=True, stable=True)
+    pairs = zip(values[:count].tolist(), places[:count].tolist(), strict=True)
+    return [(score, *divmod(place, len(logits))) for score, place in pairs if score > 0.0]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, ANSWER_TOKENS - 1, ANSWER_TOKENS, 70, 201])
+@pytest.mark.parametrize("count", [1, 3, 10_000])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 200.0])  # ties; usual; scores that underflow
+def test_spans_are_those_of_all_pairs(tokens: int, count: int, spread: float) -> None:
+    logits = torch.randn(tokens, 2) * spread
+    assert best_spans(logits, count) == spans_of_all_pairs(logits, count)
+
+
+def test_spans_of_a_long_row_take_memory_by_its_tokens() -> None:
+    class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        numbers = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for one in out if isinstance(out, tuple) else (out,):
+                if isinstance(one, torch.Tensor):
+                    self.numbers = max(self.numbers, one.numel())
+            return out
+
+    tokens = 1024
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        best_spans(torch.randn(tokens, 2), 1)
+    assert 0 < largest.numbers <= ANSWER_TOKENS * tokens
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ HEAD = {
 }
 
 
-def weights(**head: torch.Tensor | None) -> AdapterWeights:
+def weights(
+    head_config: Mapping[str, Any] | None = None, **head: torch.Tensor | None
+) -> AdapterWeights:
     """An adapter with ``HEAD``, changed; dots in names are written as two underscores."""
     changed = {**HEAD, **{name.replace("__", "."): tensor for name, tensor in head.items()}}
     return AdapterWeights(
@@ -32,6 +36,7 @@ def weights(**head: torch.Tensor | None) -> AdapterWeights:
         head={name: tensor for name, tensor in changed.items() if tensor is not None},
         labels=Labels(("a", "b"), None),
         task="text-classification",
+        head_config=head_config or {},
     )
 
 
