@@ -363,8 +363,8 @@ def _arguments(processes: int) -> tuple[tuple[str, ...], float | None]:
         env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[2])},
         check=True,
     ).stdout
-    if "--setup-s" in known:
-        return (*arguments, f"--setup-s={SETUP_S}"), SETUP_S
+    if "--max-setup-s" in known:
+        return (*arguments, f"--max-setup-s={SETUP_S}"), SETUP_S
     return tuple(arguments), None
 
 
