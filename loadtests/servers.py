@@ -105,18 +105,22 @@ class Server:
         return {one.pid: one.num_fds() for one in (main, *main.children(recursive=True))}
 
 
-def start_server(data_dir: Path, dtype: str, results: Path, *arguments: str) -> Server:
-    """Start `hira serve` on a free port; it is not ready yet.
+def start_server(
+    data_dir: Path, dtype: str, results: Path, *arguments: str, port: int | None = None
+) -> Server:
+    """Start `hira serve`; it is not ready yet.
 
     Args:
         data_dir: Of the server.
         dtype: Its compute dtype.
-        results: Folder for its log.
+        results: Folder for its log, which goes on where one is there.
         arguments: More arguments of `hira serve`.
+        port: That it listens on; a free one without.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
     command = [
         *(sys.executable, "-m", "server.cli", "serve"),
         "--host=127.0.0.1",
@@ -127,7 +131,7 @@ def start_server(data_dir: Path, dtype: str, results: Path, *arguments: str) -> 
     ]
     results.mkdir(parents=True, exist_ok=True)
     log = results / "server.log"
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         # This folder's server, also where another one is installed.
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
