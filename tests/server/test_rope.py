@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,9 @@ class Alone:
 @pytest.fixture(scope="module", params=KINDS)
 def stage(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Path]]:
+) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp(request.param)
-    yield base_of(root, request.param), root / "store"
+    return base_of(root, request.param), root / "store"
 
 
 def engine_of(stage: tuple[Path, Path], **changes: Any) -> Engine:
