@@ -24,6 +24,7 @@ from server.encode_rows import Rows
 from server.images import Images
 from server.messages import EncodeRequest, EncodeResult, Event, Task
 from server.options import EngineOptions
+from server.rope import RopeByLength
 from server.scheduler import Batch, Depth, Key, Row, Scheduler
 from server.text import Text
 
@@ -83,6 +84,7 @@ class EncodeLane:
         self._pending: dict[str, _Pending] = {}
         self._outbox: list[Event] = []
         self._rows = Rows(base, inputs)
+        self._rope = RopeByLength(base.model)
         self._figures = EncodeFigures(self._scheduler.depth(), 0, 0, 0, 0, 0, 0, 0.0, 0)
 
     def submit(self, request: EncodeRequest) -> None:
@@ -277,7 +279,10 @@ class EncodeLane:
         row_slots = [slots[row.key] for row in rows]
         feed = self._rows.feed(items)
         sequences = segments.from_rows(row_slots)
-        with self._base.adapted.batch(sequences.repeat(feed.tokens), sequences):
+        with (
+            self._base.adapted.batch(sequences.repeat(feed.tokens), sequences),
+            self._rope.sequences([[item.tokens] for item in items], self._base.device),
+        ):
             out = self._base.backbone(**feed.arguments)
         ids, mask = feed.tables(out.last_hidden_state)
         groups: dict[tuple[Key, Task], list[int]] = {}

@@ -276,12 +276,14 @@ class GenerateLane:
 
     def _start(self, request: GenerateRequest) -> bool | None:
         """Admit a request: False when there is no room, None when its adapter is not there."""
+        own = (request.version, self._forward.keys_of(len(request.token_ids)))
         shared = self._kv.reserve(
             request.id,
-            request.version,
+            own,
             request.token_ids,
             request.kept_tokens,
             reuse=not request.sampling.prompt_logprobs,
+            share=not self._forward.grows_anew(request),
         )
         if shared is None:
             return False
@@ -364,6 +366,9 @@ class GenerateLane:
             reason = "length"
         if reason is not None:
             events.append(self._result(sequence, reason))
+        elif self._forward.rereads(len(sequence.ids) - 1):
+            sequence.written = 0
+            self._kv.rewind(request.id)
         return events
 
     def _result(self, sequence: Sequence, reason: FinishReason) -> GenerateResult:

@@ -23,6 +23,8 @@ from server.kv_cache import KVCache
 from server.messages import GeneratedToken, GenerateRequest, Likeliest
 from server.paged_attention import PAGED_ATTENTION, PagedBatch, Span
 from server.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
+from server.rope import RopeByLength
+from server.sampling import Choice, TokenChooser, choose, logprobs_of
 
 if TYPE_CHECKING:
     from adapters.inject import AdaptedModel
@@ -60,6 +62,11 @@ class Sequence:
     def decoding(self) -> bool:
         return bool(self.tokens)
 
+    @property
+    def reading(self) -> bool:
+        """Whether there is more to read than the latest token: a prompt, or all once more."""
+        return not self.decoding or self.pending > 1
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -82,7 +89,7 @@ class Part:
     def scored(self) -> range:
         """Which tokens of the prompt are told from rows of this part: the one after each."""
         sequence = self.sequence
-        if not sequence.request.sampling.prompt_logprobs:
+        if not sequence.request.sampling.prompt_logprobs or sequence.decoding:
             return range(0)
         first = sequence.written + 1
         return range(first, min(first + self.rows, len(sequence.request.token_ids)))
@@ -104,18 +111,18 @@ class Logits:
 def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
     """Choose the rows of the next forward.
 
-    Every decoding sequence takes one. The rest of the budget goes to prompts, shared evenly between
-    the adapters that have some, the oldest prompt of each first.
+    Every decoding sequence takes one. The rest of the budget goes to prompts (and to sequences that
+    are read anew), shared evenly between the adapters that have some, the oldest of each first.
 
     Returns:
         Parts in the order of their rows; those of one slot are neighbours.
     """
     sequences = list(running)
-    parts = [Part(sequence, 1) for sequence in sequences if sequence.decoding]
+    parts = [Part(sequence, 1) for sequence in sequences if not sequence.reading]
     budget = max(budget_tokens - len(parts), MIN_PREFILL_TOKENS)
     prompts: dict[str | None, list[Sequence]] = {}
     for sequence in sequences:
-        if not sequence.decoding:
+        if sequence.reading:
             prompts.setdefault(sequence.request.version, []).append(sequence)
     # The adapter with the least to read first: what it leaves is shared by the others.
     order = sorted(prompts.values(), key=lambda group: sum(s.pending for s in group))
@@ -196,6 +203,7 @@ class PagedForward:
         self._kv = kv
         self._device: torch.device = model.device
         self._keeps_logits = bool(model._supports_logits_to_keep())
+        self._rope = RopeByLength(model)
         self.steps = 0
         self.last_rows = 0
         self.last_adapters = 0  # the base not counted
@@ -211,6 +219,7 @@ class PagedForward:
         """
         ids: list[int] = []
         positions: list[int] = []
+        lengths: list[int] = []  # of the sequence that a row belongs to
         spans: list[Span] = []
         wanted: list[int] = []  # rows
         last: list[int] = []  # places in wanted
@@ -220,6 +229,7 @@ class PagedForward:
             spans.append(Span(part.sequence.request.id, len(ids), part.rows, past))
             ids += part.sequence.ids[past : past + part.rows]
             positions += range(past, past + part.rows)
+            lengths += [len(part.sequence.ids)] * part.rows
             scored += range(len(wanted), len(wanted) + len(part.scored))
             wanted += range(len(ids) - part.rows, len(ids) - part.rows + len(part.scored))
             if part.predicts:
@@ -236,6 +246,7 @@ class PagedForward:
         with (
             torch.inference_mode(),
             self._own_attention(),
+            self._rope.sequences([lengths], self._device),
             self._adapted.batch(slots, logits=slots.take(kept) if self._keeps_logits else None),
         ):
             logits: torch.Tensor = self._model(
@@ -256,6 +267,18 @@ class PagedForward:
         if not scored:
             return Logits(logits[: len(last)], logits[:0])
         return Logits(logits[last], logits[scored])
+
+    def rereads(self, tokens: int) -> bool:
+        """Whether the keys of ``tokens`` tokens are others once there is one more."""
+        return self._rope.changes(tokens, tokens + 1)
+
+    def keys_of(self, tokens: int) -> int:
+        """Sequences for which this differs have no keys in common, whatever their prefixes."""
+        return self._rope.kind(tokens)
+
+    def grows_anew(self, request: GenerateRequest) -> bool:
+        """Whether the sequence will be read anew if all tokens asked for are generated."""
+        return self._rope.changes(len(request.token_ids), request.tokens)
 
     def apart(self, parts: Items[Part]) -> Ran:
         """Run the parts, choose a token for each that predicts and note the scores of prompts; what

@@ -97,6 +97,7 @@ class KVCache:
         self.blocks_total: int = self.paged.num_blocks
         self.capacity_tokens: int = infer_max_single_request_tokens(self.paged)
         self._states: dict[str, RequestState] = {}
+        self._private: set[str] = set()  # whose blocks are never shared
         self._roots: dict[tuple[Hashable, int], int] = {}
         self._next_root = count()
 
@@ -127,6 +128,7 @@ class KVCache:
         tokens: int,
         *,
         reuse: bool = True,
+        share: bool = True,
     ) -> int | None:
         """Reserve room for ``tokens`` tokens of sequence ``key``, its whole life.
 
@@ -137,6 +139,7 @@ class KVCache:
             tokens: Most tokens whose keys and values it will ever hold.
             reuse: Whether a prefix that is there already will do. Not for a prompt whose every
                 token must be read, because what comes out of the model is asked for.
+            share: Whether others may have its prefix. Not for one that will be written anew.
 
         Returns:
             How many tokens of the prompt are there already (fewer than all of them), or None when
@@ -144,13 +147,15 @@ class KVCache:
         """
         state = RequestState(request_id=key, initial_tokens=self._rooted(version, prompt))
         shared = 0
-        if reuse:
+        if reuse and share:
             shared = int(self.paged.search_prefix_match(key, state.initial_tokens))
         state.position_offset = shared
         if not self._store(state, tokens - shared):
             self.paged.free_blocks(key)
             return None
         self._states[key] = state
+        if not share:
+            self._private.add(key)
         return shared
 
     def _store(self, state: RequestState, tokens: int) -> bool:
@@ -171,9 +176,14 @@ class KVCache:
         state = self._states[key]
         complete = self.paged.count_new_complete_blocks(state, rows)
         state.position_offset += rows
-        if complete:
+        if complete and key not in self._private:
             state.generated_tokens = list(generated)
             self.paged.mark_complete_blocks(state, complete)
+
+    def rewind(self, key: str) -> None:
+        """Forget what ``key`` has written, not its room: all of it will be written anew."""
+        assert key in self._private or not self.shares_prefixes
+        self._states[key].position_offset = 0
 
     def length(self, key: str) -> int:
         """Tokens of ``key`` whose keys and values are in the cache."""
@@ -183,6 +193,7 @@ class KVCache:
         """Free what ``key`` holds. With ``forget`` its prefix is not kept for others either."""
         if self._states.pop(key, None) is not None:
             self.paged.free_blocks(key, no_cache=forget)
+        self._private.discard(key)
 
     def _rooted(self, version: Hashable, prompt: Sequence[int]) -> list[int]:
         """The prompt as the ledger of shared prefixes sees it.
