@@ -21,17 +21,16 @@ def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | No
     parts = {part for name in names[:_LOOKED_AT] if (part := _odd(name, base)) is not None}
     if len(parts) != 1:
         return None
-    (odd,) = parts
-    part, is_extra = odd
+    ((too_many, is_extra),) = parts
     return UnmatchedTensors(
-        f"The tensors' names have a part too many: {part}"
+        f"The tensors' names have a part too many: {too_many}"
         if is_extra
-        else f"The tensors' names do not begin with {part}",
+        else f"The tensors' names do not begin with {too_many}",
         found=f"{len(names)}: {some(list(names))}",
         expected=f"names such as {PREFIX}{next(iter(base.layers))}...",
-        fix=f"Take {part} out of the names, if the adapter was made for this base."
+        fix=f"Take {too_many} out of the names, if the adapter was made for this base."
         if is_extra
-        else f"Save the adapter with save_pretrained, or put {part} before every name.",
+        else f"Save the adapter with save_pretrained, or put {too_many} before every name.",
     )
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
 
 from torch import nn
 

@@ -22,9 +22,8 @@ from server.encode_failures import is_lost
 from server.kv_cache import KVCache
 from server.messages import GeneratedToken, GenerateRequest, Likeliest
 from server.paged_attention import PAGED_ATTENTION, PagedBatch, Span
-from server.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
 from server.rope import RopeByLength
-from server.sampling import Choice, TokenChooser, choose, logprobs_of
+from server.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
 
 if TYPE_CHECKING:
     from adapters.inject import AdaptedModel
