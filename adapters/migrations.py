@@ -46,7 +46,7 @@ def _first(connection: sa.Connection) -> None:
 def _base_digest(connection: sa.Connection) -> None:
     present = {column["name"] for column in sa.inspect(connection).get_columns(ADAPTERS.name)}
     if ADAPTERS.c.base_digest.name not in present:  # tables made by _first today have it already
-        connection.execute(sa.text("ALTER TABLE adapters ADD COLUMN base_digest VARCHAR(64)"))
+        connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN base_digest VARCHAR(64)")
 
 
 MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_first, _base_digest)

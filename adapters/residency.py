@@ -88,6 +88,7 @@ class Residency:
         self._pins_reported: list[str] = []
         self._changed = Condition()
         self._closed = False
+        self._waited: list[str] = []  # when the loader's turn began
         self._reading: dict[str, int] = {}  # bytes by version, of those that are being read
         self._unread: dict[str, Exception] = {}  # those that could not be, to be told of
         self._readers = ThreadPoolExecutor(
@@ -256,8 +257,10 @@ class Residency:
             except Exception as error:  # noqa: BLE001  # nobody may wait for a dead thread
                 _log.exception("loading adapters failed, and those that waited with it")
                 with self._changed:
-                    waited = list(self._tiers.wanted)
-                    settled = [one for name in waited for one in self._tiers.fail(name, error)]
+                    # Those of this turn: whoever came since has met no fault yet.
+                    settled = [
+                        one for name in self._waited for one in self._tiers.fail(name, error)
+                    ]
                     if not self._closed:
                         self._changed.wait(_PAUSE_S)
             for done in settled:
@@ -272,6 +275,7 @@ class Residency:
         with self._changed:
             if self._closed:
                 return []
+            self._waited = list(self._tiers.wanted)
             unread, self._unread = self._unread, {}
             failed = [one for name in unread for one in self._tiers.fail(name, unread[name])]
             self._read_more()
@@ -396,8 +400,8 @@ class Residency:
         for version in pending:
             if len(self._reading) >= LOADS:
                 return
-            taken = self._tiers.waiting_bytes() + sum(self._reading.values())
-            if taken and taken >= self._tiers.host_bytes:
+            waiting = self._tiers.waiting_bytes()  # what is being read is bounded by LOADS
+            if waiting and waiting >= self._tiers.host_bytes:
                 return
             size = self._size(version)
             large = sum(one >= LARGE_BYTES for one in self._reading.values())

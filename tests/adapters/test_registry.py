@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import socket
 import sqlite3
 import tempfile
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters.database import _network_bounds, time_limit
 from adapters.errors import (
     AdapterError,
     AdapterExists,
@@ -336,3 +341,92 @@ def test_a_kill_at_any_moment_loses_nothing_acknowledged(
     tmp_path: Path, folders: list[Path], seed: int
 ) -> None:
     assert crash_once(tmp_path / "crash", folders, seed) == []
+
+
+def test_a_pinned_name_stays_pinned_when_its_content_is_replaced(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    registry.register("a", folders[0], base, source="x", pinned=True)
+    record, _ = registry.register("a", folders[1], base, source="x", replace=True)
+    assert record.pinned
+    assert registry.resolve("a").pinned
+    registry.update("a", pinned=False)
+    record, _ = registry.register("a", folders[2], base, source="x", replace=True)
+    assert not record.pinned
+
+
+def test_the_base_of_a_version_is_kept_and_another_one_is_told_apart(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    first, second = replace(base, digest="one"), replace(base, digest="two")
+    registry.register("a", folders[0], first, source="x")
+    registry.register("b", folders[1], second, source="x")
+    assert [one.name for one in registry.check_base(first, lambda _: None)] == ["b"]
+    assert [one.name for one in again(registry).check_base(second, lambda _: None)] == ["a"]
+    record, created = registry.register("b", folders[1], first, source="x")
+    assert (record.base_digest, created) == ("one", False)
+    assert registry.check_base(first, lambda _: None) == []
+
+
+# The tables as the first release made them.
+FIRST_TABLES = """
+CREATE TABLE adapters (name VARCHAR(64) NOT NULL, version VARCHAR(64) NOT NULL,
+    pinned BOOLEAN NOT NULL, created VARCHAR(40) NOT NULL, source TEXT NOT NULL,
+    facts JSON NOT NULL, PRIMARY KEY (name));
+CREATE INDEX ix_adapters_version ON adapters (version);
+CREATE TABLE state (id INTEGER NOT NULL, schema_version INTEGER NOT NULL,
+    generation BIGINT NOT NULL, PRIMARY KEY (id));
+INSERT INTO state VALUES (1, 1, 7);
+"""
+
+
+def test_a_database_of_the_first_release_is_taken_over_and_its_versions_are_checked(
+    tmp_path: Path, registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    for name, folder in zip(("fits", "not"), folders, strict=False):
+        registry.register(name, folder, base, source="x", pinned=True)
+    registry.close()
+    old = tmp_path / "old.sqlite"
+    with sqlite3.connect(old) as target, sqlite3.connect(tmp_path / "registry.sqlite") as source:
+        target.executescript(FIRST_TABLES)
+        columns = "name, version, pinned, created, source, facts"
+        rows = source.execute(f"SELECT {columns} FROM adapters").fetchall()
+        target.executemany("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?)", rows)
+    target.close()
+    source.close()
+    taken = Registry(old, registry.store)
+    assert {one.base_digest for one in taken.list()[0]} == {None}
+    assert taken.resolve("fits").pinned
+    bad = taken.resolve("not").version
+    shutil.rmtree(taken.store.path(bad))
+    served = replace(base, digest="one")
+    assert [one.name for one in taken.check_base(served, lambda _: None)] == ["not"]
+    assert taken.resolve("fits").base_digest == "one"
+    assert again(taken).resolve("fits").base_digest == "one"
+
+
+def test_a_connection_that_was_lost_is_made_anew_before_anybody_hears_of_it(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    registry.register("a", folders[0], base, source="x")
+    registry.resolve("a")
+    assert registry._watch is not None
+    driver: Any = registry._watch.connection.driver_connection
+    driver.close()
+    assert registry.resolve("a").name == "a"
+
+
+@pytest.mark.parametrize("held_s", [0.1])
+def test_a_network_that_says_nothing_ends_in_bounded_time(held_s: float) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        fake: Any = SimpleNamespace(connection=SimpleNamespace(driver_connection=here))
+        with time_limit(fake, held_s):
+            assert here.recv(1) == b""  # would wait for ever
+
+
+def test_postgresql_is_given_bounds_and_its_url_goes_before() -> None:
+    bounds = _network_bounds(sa.make_url("postgresql+psycopg://h/d?connect_timeout=9"))
+    assert "connect_timeout" not in bounds
+    assert "statement_timeout=5000" in bounds["options"]
+    assert _network_bounds(sa.make_url("mysql://h/d")) == {}

@@ -16,8 +16,9 @@ from torch import nn
 from adapters.errors import CorruptFile, MissingTensors, NonFinite, SlotNotResident, StoreFull
 from adapters.inject import AdaptedModel, inject
 from adapters.packing import pack
-from adapters.residency import Residency
+from adapters.residency import LARGE_BYTES, LOADS, Residency
 from adapters.segments import from_rows
+from adapters.tiers import PASS_S
 from tests.adapters.tiny_models import FakeFactors, FakeWeights, build, random_factors
 
 WIDTH = 16
@@ -390,6 +391,48 @@ def test_weights_keep_the_head_and_the_factors() -> None:
 def test_no_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="slots"), residency(slots=0):
         pass
+
+
+def test_small_versions_pass_large_ones_that_are_read() -> None:
+    with residency() as (made, disk):
+        large, may_end = {f"large{number}" for number in range(LOADS + 1)}, threading.Event()
+        running: set[str] = set()
+        good = disk.load
+
+        def load(version: str) -> Any:
+            if version in large:
+                running.add(version)
+                assert may_end.wait(TIMEOUT_S)
+            return good(version)
+
+        made._load = load
+        made._size = lambda version: LARGE_BYTES if version in large else 1
+        for version in sorted(large):
+            made.prefetch(version)
+        fetch(made, "small", "more")
+        assert [made.state(version) for version in ("small", "more")] == ["ready", "ready"]
+        assert len(running) == LOADS - 1, "not bounded, or not at once"
+        may_end.set()
+        until(lambda: all(made.state(version) in ("ready", "absent") for version in large))
+
+
+def test_small_versions_pass_one_without_room_for_a_bounded_time() -> None:
+    with residency(slots=4, device_bytes=4 * ONE) as (made, disk):
+        disk.ranks["big"] = 6  # three of four units
+        fetch(made, "a", "b")
+        made.lease(["a", "b"])
+        made.prefetch("big")
+        until(lambda: made._tiers.entries["big"].stuck_since > 0)
+        fetch(made, "c")
+        assert (made.state("big"), made.state("c")) == ("loading", "ready")
+        made._tiers.entries["big"].stuck_since -= PASS_S
+        made.prefetch("d")
+        until(lambda: made._tiers.entries["d"].packed is not None)
+        time.sleep(0.05)
+        assert made.state("d") == "loading"
+        made.release(["a", "b"])
+        until(lambda: made.state("big") == "ready")
+        until(lambda: made.state("d") == "ready")
 
 
 Step = tuple[str, int]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,39 @@ def test_bytes_that_changed_are_found_when_they_are_read(store: Store, adapter: 
         store.sound_path(version)
     store.add(adapter)  # what the error tells people to do
     assert store.sound_path(version) == store.path(version)
+
+
+def test_many_at_once_do_not_overrun_the_limit(tmp_path: Path) -> None:
+    folders = [hira_folder(tmp_path / str(seed), seed=seed) for seed in range(4)]
+    size = sum(one.stat().st_size for one in folders[0].iterdir())
+    # One object each, as processes have.
+    stores = [Store(tmp_path / "store", int(size * 1.5)) for _ in folders]
+    barrier = threading.Barrier(len(folders))
+    outcomes: list[str] = []
+    real = Store._check_room
+
+    def check_room(self: Store, folder: Path) -> None:
+        real(self, folder)
+        if folder.parent != self._staging:  # all have looked before anybody copies
+            barrier.wait(20)
+
+    def add(store: Store, folder: Path) -> None:
+        try:
+            store.add(folder)
+        except StoreFull:
+            outcomes.append("full")
+        else:
+            outcomes.append("stored")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "_check_room", check_room)
+        threads = [
+            threading.Thread(target=add, args=pair) for pair in zip(stores, folders, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(outcomes) == ["full", "full", "full", "stored"]
+    assert stores[0].nbytes() <= int(size * 1.5)
+    assert leftovers(stores[0]) == []
