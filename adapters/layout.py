@@ -136,11 +136,11 @@ class Layout:
         if part is not None:
             found.append(part)
             return found
-        other = other_base(
+        sibling = other_base(
             self._unmatched, self.pairs, self._missing(task), self.base, self.config.base_name
         )
-        if other is not None:
-            found.append(other)
+        if sibling is not None:
+            found.append(sibling)
             return found
         if self._unmatched and not self.pairs:
             found.append(
@@ -266,8 +266,8 @@ class Layout:
         for adapter in set(self._adapters) - {None, "default"}:
             yield f"the tensors' names carry the adapter's own name, {adapter}, which is left out"
         if self.copies:
-            paths = some([path for path, _ in self.copies])
-            yield f"left out, because they are the base's own to the bit: {paths}"
+            copied = some([path for path, _ in self.copies])
+            yield f"left out, because they are the base's own to the bit: {copied}"
         claims: dict[tuple[int, int], list[str]] = {}
         for path, pair in self.pairs.items():
             proven = pair["A"].shape[0]
