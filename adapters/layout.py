@@ -266,8 +266,8 @@ class Layout:
         for adapter in set(self._adapters) - {None, "default"}:
             yield f"the tensors' names carry the adapter's own name, {adapter}, which is left out"
         if self.copies:
-            copies = some([path for path, _ in self.copies])
-            yield f"left out, because they are the base's own to the bit: {copies}"
+            copied = some([path for path, _ in self.copies])
+            yield f"left out, because they are the base's own to the bit: {copied}"
         claims: dict[tuple[int, int], list[str]] = {}
         for path, pair in self.pairs.items():
             proven = pair["A"].shape[0]

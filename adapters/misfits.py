@@ -18,7 +18,8 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | None:
     """The one part that unmatched names have too many, or lack, if it is the same in all."""
-    parts = {part for name in names[:_LOOKED_AT] if (part := _odd(name, base)) is not None}
+    looked_at = (_odd(name, base) for name in names[:_LOOKED_AT])
+    parts = {found for found in looked_at if found is not None}
     if len(parts) != 1:
         return None
     ((too_many, is_extra),) = parts

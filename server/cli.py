@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from server import cli_adapters, cli_client, cli_inspect
+from server import cli_adapters, cli_client, cli_convert, cli_inspect
 from server.settings import SettingsFault, describe_fields, load_settings
 from server.version import package_version
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(cli_adapters.app, name="adapters")
 cli_client.add_to(app)
 cli_inspect.add_to(app)
+cli_convert.add_to(app)
 
 
 def _show_version(wanted: bool) -> None:
