@@ -15,8 +15,8 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
-from adapters.base_files import BaseFiles
 from adapters.errors import ShapeMismatch, UnsupportedOption
+from adapters.intake.base_files import BaseFiles
 
 LayerKind = Literal["linear", "conv1d_transposed", "embedding", "conv"]
 Method = Literal["hira", "lora"]

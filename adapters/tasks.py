@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final, Literal
 from adapters.errors import BaseMismatch
 
 if TYPE_CHECKING:
-    from adapters.config import AdapterConfig
-    from adapters.labels import TaskConfig
+    from adapters.intake.config import AdapterConfig
+    from adapters.intake.model_config import TaskConfig
     from adapters.signature import BaseSignature
 
 Task = Literal[

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adapters.strategy import Strategy
+from adapters.modulation.strategy import Strategy
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
@@ -25,7 +25,7 @@ class EngineOptions:
     """Everything that shapes one engine on one device."""
 
     base: str  # a folder or a hub id
-    store_dir: Path  # adapters by version, as adapters.store lays them out
+    store_dir: Path  # adapters by version, as adapters.registry.store lays them out
     cache_dir: Path  # times of strategies and other files that can be made again
     revision: str | None = None
     quantization: Quantization = "nf4"

@@ -33,7 +33,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from adapters.strategy import Strategy
+from adapters.modulation.strategy import Strategy
 from server.options import (
     MIB,
     Device,

@@ -17,7 +17,7 @@ import pytest
 from server.demo import ADAPTERS_DIR, BASE_DIR
 from server.edge.service import RELOADABLE
 from server.settings import Settings
-from tests.server.live import Live, hira
+from tests.stand.live import Live, hira
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -88,7 +88,7 @@ def test_the_adapter_of_the_readme_can_be_served(live: Live, tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
     key = (live.folder / "admin.key").read_text().strip()
     command = [
-        *(sys.executable, "-c", "from server.cli import main; main()"),
+        *(sys.executable, "-c", "from server.cli.main import main; main()"),
         *("adapters", "add", "my-adapter", "my-adapter", "--url", live.url, "--key", key),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

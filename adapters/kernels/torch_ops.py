@@ -1,7 +1,7 @@
 """The strategies in torch operators, for any device: each adds or writes rows of a given output.
 
 All take W0 already dequantized, write where they are told to and keep no state. Which one serves
-which rows is decided by ``adapters.modulation``.
+which rows is decided by ``adapters.modulation.modulator``.
 """
 
 from __future__ import annotations

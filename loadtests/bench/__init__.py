@@ -6,5 +6,5 @@ its worker: OpenMP reads its wait policy when torch is first imported, so it is 
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # why: server/edge/prepare.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # why: server/edge/processes/start.py
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

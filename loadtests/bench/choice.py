@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.autotune import Autotuner
-from adapters.folded import FoldedCache
 from adapters.kernels import native_ops, reference
-from adapters.layer_call import LayerCall
-from adapters.modulation import Modulator
-from adapters.plan import Plan
-from adapters.quant import QuantizedWeight
+from adapters.modulation.autotune import Autotuner
+from adapters.modulation.folded import FoldedCache
+from adapters.modulation.layer_call import LayerCall
+from adapters.modulation.modulator import Modulator
+from adapters.modulation.plan import Plan
+from adapters.modulation.quant import QuantizedWeight
+from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.strategy import Strategy
 from adapters.segments import from_runs
-from adapters.slot_factors import SlotFactors
-from adapters.strategy import Strategy
 from loadtests.bench.timing import Budget, Figure, Report, Samples, alternate
 
 FORCED: tuple[Strategy, ...] = ("native", "fold", "expand", "cached")

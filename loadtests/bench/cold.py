@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from adapters.registry import Registry
-from adapters.store import Store
-from server.engine_state import Names
+from adapters.registry.registry import Registry
+from adapters.registry.store import Store
+from server.engine.snapshot import Names
 from server.messages import Pin
 
 

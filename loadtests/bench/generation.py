@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adapters.store import Store
+from adapters.registry.store import Store
 from loadtests.bench.modulation import (
     LLAMA_TARGETS,
     RANK,
@@ -32,7 +32,7 @@ from loadtests.bench.modulation import (
 )
 from loadtests.bench.peers import in_bfloat16, prepare_for_peft
 from loadtests.bench.timing import THREADS, Budget, Figure, Report, ratio_of
-from server.engine import Engine
+from server.engine.engine import Engine
 from server.messages import (
     TERMINAL,
     Failure,

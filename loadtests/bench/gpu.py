@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters.fused import obstacle
-from adapters.inject import inject
 from adapters.kernels.reference import modulated_linear
+from adapters.layers.inject import inject
+from adapters.modulation.fused import obstacle
+from adapters.modulation.slot_factors import SlotFactors
 from adapters.segments import from_rows
-from adapters.slot_factors import SlotFactors
 from loadtests.bench.timing import Budget, Figure, Report, alternate
 
 WIDTH = 4096

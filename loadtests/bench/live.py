@@ -157,7 +157,7 @@ def running(base: Path, adapters: Sequence[Path]) -> Iterator[Server]:
         port = _free_port()
         named = [f"--adapter={one.name}={one}" for one in adapters]
         command = [
-            *(sys.executable, "-c", "from server.cli import main; main()", "serve"),
+            *(sys.executable, "-c", "from server.cli.main import main; main()", "serve"),
             *("--base", str(base), "--host=127.0.0.1", f"--port={port}"),
             *("--dtype=bf16", "--device=cpu", f"--threads={THREADS}"),
             *(f"--data-dir={root / 'data'}", *named),

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapters.autotune import Autotuner
-from adapters.folded import FoldedCache
-from adapters.inject import AdaptedModel, inject
-from adapters.layers import AdaptedLinear
+from adapters.layers.adapted import AdaptedLinear
+from adapters.layers.inject import AdaptedModel, inject
+from adapters.modulation.autotune import Autotuner
+from adapters.modulation.folded import FoldedCache
+from adapters.modulation.slot_factors import SlotFactors
 from adapters.segments import from_rows
 from adapters.signature import BaseSignature
-from adapters.slot_factors import SlotFactors
 from loadtests.bench import peers
 from loadtests.bench.timing import Budget, Figure, Report, Samples, alternate
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters.quant import QuantizedWeight
-from adapters.slot_factors import SlotFactors
+from adapters.modulation.quant import QuantizedWeight
+from adapters.modulation.slot_factors import SlotFactors
 
 Factors = Mapping[str, SlotFactors]
 _QUANT_TYPE = "nf4"

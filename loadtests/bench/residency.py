@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from adapters.registry import Registry
-from adapters.store import Store
+from adapters.registry.registry import Registry
+from adapters.registry.store import Store
 from loadtests.bench.stock import Source, Stock, raise_if_failed, request, serve, stocked, zipf
 from loadtests.bench.timing import THREADS, Figure, Report, percentile, ratio_of
-from server.engine import Engine
+from server.engine.engine import Engine
 from server.messages import Preload
 
 SLOTS = 16

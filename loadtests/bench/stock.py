@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adapters.registry import Registry
+from adapters.registry.registry import Registry
+from adapters.registry.store import Store
 from adapters.signature import BaseSignature, describe
-from adapters.store import Store
 from loadtests.bench.generation import LABELS, save_base
 from loadtests.bench.modulation import RANK, dense_model, llama_config
 from loadtests.bench.timing import THREADS
-from server.engine import Engine
+from server.engine.engine import Engine
 from server.messages import TERMINAL, EncodedInput, EncodeRequest, Event, Failure
 from server.options import EngineOptions
 

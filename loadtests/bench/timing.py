@@ -174,8 +174,8 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
     import torch
 
-    from adapters.autotune import processor
     from adapters.kernels import native_ops
+    from adapters.modulation.autotune import processor
 
     return {
         "processor": processor(),

@@ -72,7 +72,7 @@ def train_all(
         out = work / f"{task.key}-{method.key}"
         base = bases[task.kind]
         command = [
-            *(sys.executable, "-W", "ignore", "-m", "server.recipe"),
+            *(sys.executable, "-W", "ignore", "-m", "server.training"),
             *("--base", str(base.folder), "--base-name", base.name),
             *("--train", str(files[task.key]), "--out", str(out)),
             *("--method", method.name, "--rank", str(method.rank), "--task-type", task.kind),

@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
-from adapters.names import POLL_S, Names
-from server.edge.bodies import BodyBudget
-from server.edge.dispatch import Dispatcher
-from server.edge.encoders import Encoders, EncodersFull
-from server.edge.keys import Keyring, admin_key
-from server.edge.shared import SharedLoad
-from server.edge.tickets import Bounds
+from adapters.registry.names import POLL_S, Names
+from server.edge.admit.body_budget import BodyBudget
+from server.edge.admit.keys import Keyring, admin_key
+from server.edge.admit.shared_load import SharedLoad
+from server.edge.admit.tokenizing import Encoders, EncodersFull
+from server.edge.link.dispatcher import Dispatcher
+from server.edge.link.ticket import Bounds
 from server.errors import Fault, Refusal
-from server.images import Images
+from server.inputs.images import Images
+from server.inputs.text import Text, TextError
 from server.messages import (
     Event,
     Failure,
@@ -36,11 +37,10 @@ from server.messages import (
 )
 from server.metrics import BASE_LABEL, HttpMetrics
 from server.settings import Settings, SettingsFault
-from server.text import Text, TextError
 
 if TYPE_CHECKING:
-    from adapters.checkpoint import AdapterWeights
-    from adapters.registry import AdapterRecord, Registry
+    from adapters.intake.checkpoint import AdapterWeights
+    from adapters.registry.registry import AdapterRecord, Registry
     from adapters.signature import BaseSignature
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from adapters.errors import ShapeMismatch, UnsupportedOption
-from adapters.inject import inject
+from adapters.layers.inject import inject
 from adapters.signature import BaseSignature, LayerSignature, describe
-from tests.adapters.tiny_models import BUILDERS, VOCAB, WIDTH, build
+from tests.stand.tiny_models import BUILDERS, VOCAB, WIDTH, build
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -1,0 +1,339 @@
+"""PEFT's ``adapter_config.json`` as one typed, checked configuration.
+
+Every option is honoured, known to be without effect on inference, or refused by name: an option
+that would change the answer is never ignored. What the tensors say is ``checkpoint``'s affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from adapters.errors import (
+    AdapterError,
+    AdapterFaults,
+    UnsupportedMethod,
+    UnsupportedOption,
+)
+from adapters.intake import patterns
+from adapters.intake.foreign import LOOKALIKES, foreign_format
+from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
+
+Method = Literal["hira", "lora"]
+
+ALL_LINEAR = "all-linear"
+TASK_TYPES = frozenset({"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+
+_TASK_FIXES: Final = {
+    "SEQ_2_SEQ_LM": "If it was trained on a decoder such as Llama, or GPT-2: set task_type to "
+    "CAUSAL_LM in adapter_config.json, which changes no tensor. Encoder-decoders are not served.",
+}
+
+# The options of peft.LoraConfig and peft.HiraConfig, each in exactly one of three sets.
+HONOURED: Final[Mapping[Method, frozenset[str]]] = {
+    "hira": frozenset(
+        {
+            "peft_type",
+            "task_type",
+            "auto_mapping",  # names the class that the adapter was made on, and so its task
+            "base_model_name_or_path",
+            "r",
+            "target_modules",
+            "exclude_modules",
+            "fan_in_fan_out",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+            "rank_pattern",
+        }
+    ),
+    "lora": frozenset(
+        {
+            "peft_type",
+            "task_type",
+            "auto_mapping",
+            "base_model_name_or_path",
+            "r",
+            "target_modules",
+            "exclude_modules",
+            "fan_in_fan_out",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+            "rank_pattern",
+            "lora_alpha",
+            "alpha_pattern",
+            "use_rslora",
+            "bias",  # "none" and "lora_only"
+            "init_lora_weights",  # only those that leave the base weight as it was
+        }
+    ),
+}
+WITHOUT_EFFECT: Final[Mapping[Method, frozenset[str]]] = {
+    "hira": frozenset(
+        {"peft_version", "revision", "inference_mode", "hira_dropout", "init_weights"}
+    ),
+    "lora": frozenset(
+        {
+            "peft_version",
+            "revision",
+            "inference_mode",
+            "lora_dropout",
+            "runtime_config",
+            "megatron_core",  # read only with megatron_config
+            "qalora_group_size",  # read only with use_qalora
+            "loftq_config",  # these four are read only with their init_lora_weights
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "velora_config",  # another backward pass, the same forward pass
+        }
+    ),
+}
+REFUSED: Final[Mapping[Method, Mapping[str, str]]] = {
+    "hira": {},
+    "lora": {
+        "use_dora": "Train without DoRA, or merge it into a base model of its own.",
+        "lora_bias": "Train with lora_bias=False.",
+        "megatron_config": "Export the adapter to plain LoRA.",
+        "trainable_token_indices": "Train without trainable_token_indices.",
+        "alora_invocation_tokens": "Train a plain LoRA adapter.",
+        "use_qalora": "Train with use_qalora=False.",
+        "monteclora_config": "Train a plain LoRA adapter.",
+        "layer_replication": "Train on the base as it is, without replicated layers.",
+        "target_parameters": "Target modules, not bare parameters.",
+        "use_bdlora": "Train a plain LoRA adapter.",
+        "arrow_config": "Register the experts one by one, without Arrow routing.",
+        "kasa_config": "Train a plain LoRA adapter.",
+        "ensure_weight_tying": "Train with ensure_weight_tying=False.",
+    },
+}
+# How LoRA factors may have been initialised without changing the base weight (peft
+# tuners/lora/layer.py: pissa, olora, corda, loftq and lora_ga write to it, mica and eva do not).
+_KEEPS_BASE: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter's configuration says, in one form for HiRA and LoRA.
+
+    ``rank`` and ``rank_pattern`` are claims: PEFT itself ignores ``rank_pattern`` for the first
+    HiRA adapter of a model, so ranks are taken from the tensors.
+    """
+
+    method: Method
+    rank: int
+    base_name: str | None
+    task_type: str | None
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha: float = 0.0
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    bias: Literal["none", "lora_only"] = "none"
+    fan_in_fan_out: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    model_class: str | None = None
+
+    def scale(self, path: str, rank: int) -> float:
+        """LoRA's s = alpha / r, or alpha / √r with rsLoRA; 1 for HiRA, which has no scaling.
+
+        Args:
+            path: The layer's path as the adapter file spells it (patterns may be anchored to it).
+            rank: The layer's rank, from its tensors.
+        """
+        if self.method == "hira":
+            return 1.0
+        key = patterns.pattern_key(self.alpha_pattern, path, option="alpha_pattern")
+        alpha = self.alpha if key is None else self.alpha_pattern[key]
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def claimed_rank(self, path: str) -> int:
+        """The rank that the configuration gives the layer at ``path``."""
+        key = patterns.pattern_key(self.rank_pattern, path, option="rank_pattern")
+        return self.rank if key is None else self.rank_pattern[key]
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether the targets are PEFT's ``all-linear``: every linear layer but the output's."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def targets(self, path: str) -> bool:
+        """Whether the configuration names the module at ``path`` as a target.
+
+        With ``all-linear`` every path that is not excluded counts; the caller knows which are
+        linear. Source: ``peft/tuners/tuners_utils.py``, ``check_target_module_exists``.
+        """
+        if _named(self.exclude_modules, path, "exclude_modules") or self.saves(path):
+            return False
+        if self.all_linear:
+            return True
+        if self.target_modules is None or not _named(self.target_modules, path, "target_modules"):
+            return False
+        if not self.layers_to_transform or isinstance(self.target_modules, str):
+            return True
+        return patterns.layer_index(path, self.layers_pattern) in self.layers_to_transform
+
+    def saves(self, path: str) -> bool:
+        """Whether ``path`` is, or lies in, a module that ``modules_to_save`` names.
+
+        PEFT compares by plain ``endswith``: ``classifier`` also saves ``pre_classifier``.
+        """
+        parts = path.split(".")
+        heads = (".".join(parts[: end + 1]) for end in range(len(parts)))
+        return any(head.endswith(self.modules_to_save) for head in heads)
+
+
+def parse_config(raw: bytes) -> AdapterConfig:
+    """Read and check the bytes of an ``adapter_config.json``.
+
+    Args:
+        raw: The file's bytes, UTF-8 JSON, at most ``MAX_JSON_BYTES``.
+
+    Returns:
+        The configuration, with nothing in it that would be ignored at inference.
+
+    Raises:
+        CorruptFile: Not JSON, duplicate keys, or a value of the wrong type.
+        UnsupportedMethod: Another PEFT method than HiRA and LoRA.
+        UnsupportedOption: An option that would change the answer and is not honoured; its name is
+            in the message and ``fix`` says what to do.
+        AdapterFaults: Several of these.
+    """
+    content = strict_json(raw, "adapter_config.json")
+    peft_type = content.get("peft_type")
+    foreign = foreign_format(content)
+    if foreign is not None:
+        raise foreign
+    if peft_type not in ("HIRA", "LORA"):
+        raise UnsupportedMethod(
+            "This PEFT method is not served." + LOOKALIKES.get(str(peft_type), ""),
+            found=f"peft_type {show(peft_type)}",
+            expected="HIRA or LORA",
+            fix="Train the adapter with peft.HiraConfig or peft.LoraConfig.",
+        )
+    method: Method = "hira" if peft_type == "HIRA" else "lora"
+    faults: list[AdapterError] = list(_refusals(content, method))
+    reader = Reader(content, faults)
+    target_modules = reader.names("target_modules")
+    exclude_modules = reader.names("exclude_modules")
+    config = AdapterConfig(
+        method=method,
+        rank=reader.integer("r", 32 if method == "hira" else 8, 1, MAX_RANK),
+        base_name=reader.text("base_model_name_or_path"),
+        task_type=reader.text("task_type"),
+        target_modules=target_modules,
+        exclude_modules=() if exclude_modules is None else exclude_modules,
+        layers_to_transform=reader.integers("layers_to_transform"),
+        layers_pattern=_as_tuple(reader.names("layers_pattern")),
+        rank_pattern=reader.ranks("rank_pattern"),
+        alpha=reader.number("lora_alpha", 8.0) if method == "lora" else 0.0,
+        alpha_pattern=reader.numbers("alpha_pattern") if method == "lora" else {},
+        rslora=reader.flag("use_rslora") if method == "lora" else False,
+        bias="lora_only" if content.get("bias") == "lora_only" and method == "lora" else "none",
+        fan_in_fan_out=reader.flag("fan_in_fan_out"),
+        modules_to_save=tuple(dict.fromkeys(_as_tuple(reader.names("modules_to_save")))),
+        model_class=reader.model_class(),
+    )
+    faults += _pattern_faults(config)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise AdapterFaults(faults)
+    return config
+
+
+def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+def _named(names: str | tuple[str, ...], path: str, option: str) -> bool:
+    if isinstance(names, str):
+        return patterns.full_match(names, path, option=option) if names else False
+    return path in names or path.endswith(tuple(f".{name}" for name in names))
+
+
+def _refusals(content: Mapping[str, Any], method: Method) -> list[AdapterError]:
+    faults: list[AdapterError] = []
+    known = HONOURED[method] | WITHOUT_EFFECT[method]
+    for option, value in content.items():
+        if option in known or value in (None, False, "", [], {}):
+            continue
+        fix = REFUSED[method].get(
+            option, "Remove it if it has no effect on inference, or train without it."
+        )
+        faults.append(
+            UnsupportedOption(
+                f"The option {option[:80]} is not supported.",
+                found=f"{option[:80]} = {show(value)}",
+                expected="not set",
+                fix=fix,
+            )
+        )
+    if method == "lora":
+        faults += _lora_refusals(content)
+    task_type = content.get("task_type")
+    if isinstance(task_type, str) and task_type not in TASK_TYPES:
+        faults.append(
+            UnsupportedOption(
+                "This task is not served.",
+                found=f"task_type = {show(task_type)}",
+                expected="one of " + ", ".join(sorted(TASK_TYPES)) + ", or null",
+                fix=_TASK_FIXES.get(task_type),
+            )
+        )
+    return faults
+
+
+def _lora_refusals(content: Mapping[str, Any]) -> list[AdapterError]:
+    faults: list[AdapterError] = []
+    init = content.get("init_lora_weights")
+    if not (
+        init is None or isinstance(init, bool) or (isinstance(init, str) and init in _KEEPS_BASE)
+    ):
+        faults.append(
+            UnsupportedOption(
+                "This initialisation changed the base weight that the adapter was trained on.",
+                found=f"init_lora_weights = {show(init)}",
+                expected="true, false, or one of " + ", ".join(sorted(_KEEPS_BASE)),
+                fix="Save it by save_pretrained(path_initial_model_for_weight_conversion=...): it "
+                "becomes plain LoRA on the unchanged base.",
+            )
+        )
+    bias = content.get("bias", "none")
+    if bias not in ("none", "lora_only", None):
+        faults.append(
+            UnsupportedOption(
+                "Trained biases of layers that are no targets are not supported.",
+                found=f"bias = {show(bias)}",
+                expected='bias = "none" or "lora_only"',
+                fix='Train with bias="lora_only": the biases of the targets alone.',
+            )
+        )
+    return faults
+
+
+def _pattern_faults(config: AdapterConfig) -> list[AdapterError]:
+    options: list[tuple[str, str]] = [("rank_pattern", key) for key in config.rank_pattern]
+    options += [("alpha_pattern", key) for key in config.alpha_pattern]
+    options += [("layers_pattern", key) for key in config.layers_pattern]
+    for option, value in (
+        ("target_modules", config.target_modules),
+        ("exclude_modules", config.exclude_modules),
+    ):
+        if isinstance(value, str) and not (option == "target_modules" and config.all_linear):
+            options.append((option, value))
+    faults: list[AdapterError] = []
+    for option, pattern in options:
+        try:
+            patterns.check(pattern, option=option)
+        except UnsupportedOption as fault:
+            faults.append(fault)
+    return faults

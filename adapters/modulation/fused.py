@@ -1,0 +1,288 @@
+"""A model's linear layers on the fused kernel: what it reads of them, and when it may be used.
+
+The kernel (``adapters.kernels.triton_ops``) takes HiRA rows and rows of the bare base, straight
+from 4-bit storage. Around it, here, are LoRA's two thin products and the biases that adapters
+bring. What it does not take (a weight that is not 4-bit, a rank above 128, rows of another type) is
+left to the modulator, which computes it by the torch operators, segment by segment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from adapters.errors import ShapeMismatch, UnsupportedOption
+from adapters.kernels import reference, torch_ops
+from adapters.kernels.triton_operands import (
+    ADDRESS_MULTIPLE_BYTES,
+    DTYPES,
+    MAX_RANK,
+    FactorTable,
+    PackedWeight,
+    pack_weight,
+)
+from adapters.kernels.triton_tiles import BatchTiles
+from adapters.modulation.layer_call import LayerCall
+from adapters.modulation.quant import QuantizedWeight
+from adapters.modulation.slot_factors import SlotFactors
+from adapters.segments import BASE_SLOT, Segments, from_runs
+
+_FIRST_SLOTS = 17
+# Segment tables of one forward: tokens, sequences, logits, one to spare, and each of the bare base.
+_TILES_KEPT = 8
+_LEAST_CAPABILITY = (8, 0)  # the kernels are compiled, in tests, for 8.0 to 9.0
+# Of the probe, relative to its largest answer: bfloat16 rounds by 2⁻⁸.
+_PROBE_TOLERANCE = 2e-2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer that the kernel serves: its index in the factor table, and its weight."""
+
+    index: int
+    weight: PackedWeight
+
+
+class FusedLayers:
+    """The layers of one model that the fused kernel serves, and the factors in their slots.
+
+    One thread runs forwards. ``place`` and ``clear`` may run in another, for slots that no running
+    batch uses.
+
+    Args:
+        weights: By layer path. The bytes of those that the kernel serves are put into its order,
+            once, in place.
+        dtype: The compute dtype.
+        device: Where the weights are.
+
+    Raises:
+        UnsupportedOption: The kernel cannot run here; see ``obstacle``.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        reason = obstacle(dtype, device)
+        if reason is not None:
+            raise UnsupportedOption(
+                "The fused kernel cannot run here.",
+                found=reason,
+                expected="a CUDA device of capability 8.0, triton, and bfloat16 or float16",
+                fix="Set modulation to auto: it uses the kernel where it can run.",
+            )
+        self._ops = _ops()
+        self._layers = _packed(weights)
+        # With its index: "cuda" alone would differ from the device of any tensor.
+        self.device = torch.empty(0, device=device).device
+        shapes = [layer.weight.shape for layer in self._layers.values()]
+        self._table = FactorTable(_FIRST_SLOTS, shapes, dtype, self.device)
+        self._tiles: list[BatchTiles] = []  # latest last
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._table.dtype
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def takes(self, call: LayerCall) -> bool:
+        """Whether the kernel serves this layer for these rows."""
+        x = call.x
+        return (
+            call.path in self._layers
+            and x.dtype == self._table.dtype
+            and x.device == self.device
+            and x.numel() > 0
+        )
+
+    def place(self, slot: int, factors: Mapping[str, SlotFactors]) -> dict[str, SlotFactors]:
+        """Put an adapter into a slot that no batch uses; what was there is gone.
+
+        Returns:
+            The factors to keep in the layers: the same, with B laid out as the kernel reads it.
+        """
+        kept = dict(factors)
+        entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for path, entry in factors.items():
+            layer = self._layers.get(path)
+            if layer is None or not self._fits(entry):
+                continue
+            b = entry.b if entry.b.t().is_contiguous() else entry.b.t().contiguous().t()
+            if _misaligned(entry.a) or _misaligned(b):
+                continue
+            kept[path] = entry if b is entry.b else replace(entry, b=b)
+            entries[layer.index] = (entry.a, b)
+        self._table.grow(slot + 1)
+        self._table.place(slot, entries)
+        return kept
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot that no batch uses."""
+        self._table.clear(slot)
+
+    def linear(self, call: LayerCall) -> tuple[torch.Tensor, list[int]]:
+        """Compute a call that ``takes`` holds for, but for the segments that the kernel does not.
+
+        Args:
+            call: Its factors are as ``place`` gave them.
+
+        Returns:
+            A new ``[rows, out]`` in the dtype of ``x``, and the numbers of the segments whose rows
+            are still to be computed.
+
+        Raises:
+            SegmentMismatch: The segments do not cover the rows.
+            SlotNotResident: A segment's slot holds nothing.
+        """
+        x, bias = call.x, call.bias
+        layer = self._layers[call.path]
+        found = call.factors
+        # A bias of an adapter's own takes the place of the layer's: then each segment adds its own.
+        own = any(factors is not None and factors.bias is not None for factors in found)
+        y = self._run(layer, x, self._tiles_of(call.segments), None if own else bias)
+        left: list[int] = []
+        for place, (part, entry) in enumerate(zip(call.segments.parts, found, strict=True)):
+            rows = slice(part.start, part.stop)
+            if entry is None:
+                if own and bias is not None:
+                    y[rows].add_(bias)
+                continue
+            factors = entry.to(x.dtype)
+            if factors.method == "hira" and not self._table.rank(part.slot, layer.index):
+                left.append(place)
+                continue
+            if own:
+                added = bias if factors.bias is None else factors.bias
+                if added is not None:
+                    y[rows].add_(added)
+            if factors.method == "lora":
+                torch_ops.add_lora(y[rows], x[rows], factors.a, factors.b, factors.scale)
+        return y, left
+
+    def _run(
+        self, layer: _Layer, x: torch.Tensor, tiles: BatchTiles, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y: torch.Tensor = self._ops.hira_linear(
+            x, layer.weight, self._table, layer.index, tiles, bias=bias
+        )
+        return y
+
+    def _tiles_of(self, segments: Segments) -> BatchTiles:
+        """The tiles of a segment table, made once for the many layers of a forward."""
+        for tiles in reversed(self._tiles):
+            if tiles.segments is segments:
+                return tiles
+        tiles = BatchTiles(segments, self.device)
+        self._tiles = [*self._tiles[1 - _TILES_KEPT :], tiles]
+        return tiles
+
+    def _fits(self, entry: SlotFactors) -> bool:
+        """Whether the kernel can read these factors."""
+        return (
+            entry.method == "hira"
+            and 1 <= entry.rank <= MAX_RANK
+            and entry.a.dtype == entry.b.dtype == self._table.dtype
+            and entry.a.device == entry.b.device == self.device
+            and entry.a.is_contiguous()
+        )
+
+
+def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the fused kernel cannot run on a device in a compute dtype; None when it can.
+
+    The first call for a device runs the kernel once on a small layer (and compiles it) and compares
+    its answer with float64: where it would be wrong, it is not used.
+    """
+    if dtype not in DTYPES:
+        return f"compute dtype {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    ops = _ops()
+    if device.type != "cuda":
+        return None if ops.INTERPRETED else f"device {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is None or capability < _LEAST_CAPABILITY:
+        return f"a device of capability {capability[0]}.{capability[1]}"
+    return _probed(dtype, device)
+
+
+@lru_cache(maxsize=8)
+def _probed(dtype: torch.dtype, device: torch.device) -> str | None:
+    try:
+        error = _probe_error(dtype, device)
+    except Exception as cause:  # noqa: BLE001  # a compiler, a driver: whatever fails, torch serves
+        _log.warning("The fused kernel failed its probe", exc_info=True)
+        return f"{type(cause).__name__} in its probe"
+    return None if error <= _PROBE_TOLERANCE else f"a relative error of {error:.2g} in its probe"
+
+
+def _probe_error(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative error of a small mixed batch, few rows and many, against float64."""
+    with torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        weight = QuantizedWeight.from_dense(random(64, 256) * 0.2, "nf4", double_quant=False)
+        w0 = weight.dequantize(dtype=torch.float32)
+        layer = _packed({"": weight})[""]
+        table = FactorTable(3, [weight.shape], dtype, device)
+        factors = {slot: (random(16, 256), random(16, 64).t()) for slot in (1, 2)}
+        for slot, (a, b) in factors.items():
+            table.place(slot, {0: (a, b)})
+        segments = from_runs([(1, 40), (2, 3), (BASE_SLOT, 2)])
+        x, bias = random(segments.rows, 256), random(64)
+        tiles = BatchTiles(segments, device)
+        found = _ops().hira_linear(x, layer.weight, table, 0, tiles, bias=bias)
+        truth = reference.modulated_linear(
+            x,
+            w0,
+            {slot: ("hira", a, b, 1.0, None) for slot, (a, b) in factors.items()},
+            segments,
+            bias,
+        )
+        return float((found.double() - truth).abs().max() / truth.abs().max())
+
+
+def _packed(weights: Mapping[str, QuantizedWeight]) -> dict[str, _Layer]:
+    """The layers that the kernel can serve; their bytes are put into its order."""
+    layers: dict[str, _Layer] = {}
+    shared: dict[int, PackedWeight] = {}  # tied layers have one weight
+    for path, weight in weights.items():
+        if weight.kind not in ("nf4", "fp4"):
+            continue
+        address = weight.stored.data_ptr()
+        if address in shared:
+            weight.grouped = shared[address].grouped
+        else:
+            assert weight.scales is not None
+            try:
+                packed = pack_weight(
+                    weight.stored, weight.scales, weight.kind, weight.shape, weight.block
+                )
+            except ShapeMismatch:  # rows of an odd number of inputs
+                continue
+            shared[address] = weight.take_order(packed)
+        layers[path] = _Layer(len(layers), shared[address])
+    return layers
+
+
+def _misaligned(factor: torch.Tensor) -> bool:
+    return factor.data_ptr() % ADDRESS_MULTIPLE_BYTES != 0
+
+
+def _ops() -> Any:
+    """The module of the kernels, which imports triton."""
+    from adapters.kernels import triton_ops
+
+    return triton_ops

@@ -1,0 +1,212 @@
+"""One row of the registry as a value, and the statements that read and write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from adapters.intake.checkpoint import AdapterWeights
+from adapters.registry.tables import ADAPTERS, STATE
+
+_NAMES_A_QUERY = 500  # fewer than the variables that a database takes in one statement
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """One name, the version behind it, and what its tensors prove.
+
+    Args:
+        name: As requests use it.
+        version: Digest of the content.
+        method: ``hira`` or ``lora``.
+        task: What it answers.
+        labels: Of its head, in order; None without one.
+        ranks: The smallest and the largest.
+        targets: Short names of the layers it adapts.
+        tensor_bytes: As stored.
+        parameters: Numbers in all its tensors.
+        sparsity: The share of zeros in its factors.
+        pinned: Kept on the device.
+        created: When this version was registered under this name, UTC.
+        source: Where it came from.
+        base_name: The base that its configuration names.
+        notes: Contradictions between what it claims and what it is.
+        base_digest: Of the base that this version was checked on; None when it is not known.
+    """
+
+    name: str
+    version: str
+    method: str
+    task: str
+    labels: tuple[str, ...] | None
+    ranks: tuple[int, int]
+    targets: tuple[str, ...]
+    tensor_bytes: int
+    parameters: int
+    sparsity: float
+    pinned: bool
+    created: datetime
+    source: str
+    base_name: str | None
+    notes: tuple[str, ...]
+    base_digest: str | None = None
+
+    def fits(self, base_digest: str) -> bool:
+        """Whether it was checked on the base of this digest; an empty one means any base."""
+        return not base_digest or self.base_digest == base_digest
+
+
+def record_of(
+    name: str,
+    version: str,
+    weights: AdapterWeights,
+    *,
+    source: str,
+    pinned: bool,
+    base_digest: str = "",
+) -> AdapterRecord:
+    """The record of a checked adapter, created now."""
+    return AdapterRecord(
+        name=name,
+        version=version,
+        method=weights.config.method,
+        task=weights.task,
+        labels=None if weights.labels is None else weights.labels.names,
+        ranks=weights.ranks,
+        targets=tuple(sorted({path.rsplit(".", 1)[-1] for path in weights.factors})),
+        tensor_bytes=weights.tensor_bytes,
+        parameters=weights.parameters,
+        sparsity=round(weights.sparsity, 6),
+        pinned=pinned,
+        created=datetime.now(UTC),
+        source=source,
+        base_name=weights.config.base_name,
+        notes=weights.notes,
+        base_digest=base_digest or None,
+    )
+
+
+def write(connection: sa.Connection, record: AdapterRecord, *, update: bool) -> None:
+    """Insert the row of a record, or move the present one to it."""
+    values = {
+        "version": record.version,
+        "pinned": record.pinned,
+        "created": record.created.isoformat(),
+        "source": record.source,
+        "base_digest": record.base_digest,
+        "facts": {
+            "method": record.method,
+            "task": record.task,
+            "labels": record.labels,
+            "ranks": record.ranks,
+            "targets": record.targets,
+            "tensor_bytes": record.tensor_bytes,
+            "parameters": record.parameters,
+            "sparsity": record.sparsity,
+            "base_name": record.base_name,
+            "notes": record.notes,
+        },
+    }
+    if update:
+        connection.execute(sa.update(ADAPTERS).where(ADAPTERS.c.name == record.name), values)
+    else:
+        connection.execute(sa.insert(ADAPTERS), {"name": record.name, **values})
+    count_change(connection)
+
+
+def set_pinned(connection: sa.Connection, name: str, *, pinned: bool) -> None:
+    """Pin or unpin a name."""
+    connection.execute(sa.update(ADAPTERS).where(ADAPTERS.c.name == name), {"pinned": pinned})
+    count_change(connection)
+
+
+def set_base(connection: sa.Connection, version: str, base_digest: str) -> None:
+    """Every name on ``version`` was checked on the base of this digest."""
+    table = ADAPTERS
+    connection.execute(
+        sa.update(table).where(table.c.version == version), {"base_digest": base_digest}
+    )
+    count_change(connection)
+
+
+def read_one(connection: sa.Connection, name: str) -> AdapterRecord | None:
+    """The record of a name, as this transaction sees it."""
+    row = connection.execute(sa.select(ADAPTERS).where(ADAPTERS.c.name == name)).first()
+    return None if row is None else from_row(row)
+
+
+def read_changes(
+    connection: sa.Connection, known: Mapping[str, AdapterRecord]
+) -> dict[str, AdapterRecord]:
+    """Every record by name, in the order of names; those of ``known`` that still hold are kept.
+
+    What a name is on, its pin, its base and the time it came there tell whether a row has changed;
+    the rest, which is most of the work of reading one, is read of changed rows alone.
+    """
+    columns = ADAPTERS.c
+    marks = sa.select(
+        columns.name, columns.version, columns.pinned, columns.base_digest, columns.created
+    )
+    found: dict[str, AdapterRecord | None] = {}
+    for name, *mark, created in connection.execute(marks.order_by(columns.name)):
+        record = known.get(name)
+        if record is not None and (
+            [record.version, record.pinned, record.base_digest] != mark
+            or record.created.isoformat() != created
+        ):
+            record = None
+        found[name] = record
+    changed = [name for name, record in found.items() if record is None]
+    fresh: dict[str, AdapterRecord] = {}
+    for start in range(0, len(changed), _NAMES_A_QUERY):
+        names = changed[start : start + _NAMES_A_QUERY]
+        rows = connection.execute(sa.select(ADAPTERS).where(columns.name.in_(names)))
+        fresh |= {row.name: from_row(row) for row in rows}
+    # A name that went between the two reads is in neither.
+    return {
+        name: record for name in found if (record := found[name] or fresh.get(name)) is not None
+    }
+
+
+def from_row(row: Any) -> AdapterRecord:
+    """The record that a row of the table holds."""
+    facts = dict(row.facts)
+    labels = facts.pop("labels")
+    return AdapterRecord(
+        name=row.name,
+        version=row.version,
+        pinned=row.pinned,
+        created=datetime.fromisoformat(row.created),
+        source=row.source,
+        base_digest=row.base_digest,
+        labels=None if labels is None else tuple(labels),
+        ranks=tuple(facts.pop("ranks")),
+        targets=tuple(facts.pop("targets")),
+        notes=tuple(facts.pop("notes")),
+        **facts,
+    )
+
+
+def with_pin(record: AdapterRecord, *, pinned: bool) -> AdapterRecord:
+    """The same record, pinned or not."""
+    return replace(record, pinned=pinned)
+
+
+def with_base(record: AdapterRecord, base_digest: str) -> AdapterRecord:
+    """The same record, checked on the base of this digest."""
+    return replace(record, base_digest=base_digest)
+
+
+def delete(connection: sa.Connection, name: str) -> None:
+    """Take a name away."""
+    connection.execute(sa.delete(ADAPTERS).where(ADAPTERS.c.name == name))
+    count_change(connection)
+
+
+def count_change(connection: sa.Connection) -> None:
+    """Move the generation on, in the transaction of the change itself."""
+    connection.execute(sa.update(STATE).values(generation=STATE.c.generation + 1))

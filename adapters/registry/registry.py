@@ -1,0 +1,432 @@
+"""Names of adapters and the versions behind them, durable before anybody is told.
+
+SQLAlchemy on SQLite (write-ahead log, every commit synced) as the embedded default; any other URL
+works with the same statements. Bytes are in the store; a row names a version only after its bytes
+are on the disk, so a crash between the two leaves bytes that nobody names, which are collected.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterNotFound,
+    InvalidName,
+    RegistryUnavailable,
+    StoreFull,
+)
+from adapters.intake.checkpoint import AdapterWeights, load_adapter
+from adapters.registry.faults import connected, time_limit
+from adapters.registry.records import (
+    AdapterRecord,
+    delete,
+    read_changes,
+    read_one,
+    record_of,
+    set_base,
+    set_pinned,
+    with_base,
+    with_pin,
+    write,
+)
+from adapters.registry.store import Store, version_of
+from adapters.registry.tables import ADAPTERS, STATE, migrate
+from adapters.signature import BaseSignature
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+GRACE_S = 300.0  # bytes that no row names any more are kept this long for requests under way
+
+__all__ = ["AdapterRecord", "Registry", "check_name"]
+
+_log = logging.getLogger(__name__)
+
+
+class Registry:
+    """The adapters of one server; safe in many threads and processes.
+
+    After a fork, call ``reopen`` in the child before anything else.
+
+    Args:
+        url: A SQLAlchemy URL, or the path of an SQLite file, made when missing.
+        store: Where the bytes are.
+    """
+
+    def __init__(self, url: str | Path, store: Store) -> None:
+        self.url = url if isinstance(url, str) and "://" in url else f"sqlite:///{url}"
+        self.store = store
+        self._lock = threading.RLock()
+        self._engine: sa.Engine | None = None
+        self._watch: sa.Connection | None = None
+        self._known: dict[str, AdapterRecord] = {}
+        self._known_at: Any = None
+        with self._transaction() as connection:
+            migrate(connection)
+
+    def register(
+        self,
+        name: str,
+        folder: Path,
+        base: BaseSignature,
+        *,
+        source: str,
+        replace: bool = False,
+        pinned: bool = False,
+        check: Callable[[AdapterWeights], None] | None = None,
+    ) -> tuple[AdapterRecord, bool]:
+        """Check the adapter in ``folder``, store its bytes, and put ``name`` on it.
+
+        Idempotent: the same content under the same name changes nothing but the pin, and the base
+        that it is known to fit.
+
+        Args:
+            name: ``[a-z0-9][a-z0-9._-]{0,63}``.
+            folder: As PEFT saves it; not changed, and not needed afterwards.
+            base: What it must fit.
+            source: For the record.
+            replace: Whether ``name`` may move from another version to this one.
+            pinned: Keep it on the device. A name that is pinned stays so until ``update``.
+            check: Raises what else may be wrong with an adapter, such as its head.
+
+        Returns:
+            The record, and whether anything was created or moved. Both are durable.
+
+        Raises:
+            InvalidName: The name is malformed.
+            AdapterExists: The name is on another version, and ``replace`` is false.
+            StoreFull: There is no room for its bytes.
+            AdapterError: Whatever ``load_adapter`` finds wrong. Nothing has changed in any case.
+        """
+        check_name(name)
+        weights = load_adapter(folder, base)
+        if check is not None:
+            check(weights)
+        if not replace:
+            with self._reading() as connection:
+                taken = read_one(connection, name)
+            if taken is not None:  # else nothing is hashed twice
+                _check_free(name, taken, version_of(folder))
+        version = self.store.add(folder)
+        record = record_of(
+            name, version, weights, source=source, pinned=pinned, base_digest=base.digest
+        )
+        with self._transaction() as connection:
+            present = read_one(connection, name)
+            if present is not None and present.version == version:
+                if pinned and not present.pinned:
+                    set_pinned(connection, name, pinned=True)
+                    present = with_pin(present, pinned=True)
+                if not present.fits(base.digest):
+                    set_base(connection, version, base.digest)
+                    present = with_base(present, base.digest)
+                return present, False
+            if not replace:
+                _check_free(name, present, version)
+            if present is not None and present.pinned:
+                record = with_pin(record, pinned=True)  # the pin is the name's, not the content's
+            self.store.touch(version)  # or the collector could take it before the row is there
+            try:
+                write(connection, record, update=present is not None)
+            except IntegrityError as cause:
+                raise AdapterExists(
+                    f"The name {name} was registered by someone else at the same moment.",
+                    fix="Set replace to true, or choose another name.",
+                ) from cause
+        return record, True
+
+    def resolve(self, name: str) -> AdapterRecord:
+        """The record of ``name`` as last committed by any process; quick when nothing changed.
+
+        Raises:
+            AdapterNotFound: There is none.
+        """
+        with self._lock:
+            self._refresh()
+            record = self._known.get(name)
+        if record is None:
+            raise _not_found(name)
+        return record
+
+    def list(
+        self, *, prefix: str = "", offset: int = 0, limit: int = 100
+    ) -> tuple[builtins.list[AdapterRecord], int]:
+        """Records whose names begin with ``prefix``, by name, and how many there are in all."""
+        chosen = [record for record in self._all() if record.name.startswith(prefix)]
+        return chosen[offset : offset + limit], len(chosen)
+
+    def update(self, name: str, *, pinned: bool) -> AdapterRecord:
+        """Pin or unpin.
+
+        Raises:
+            AdapterNotFound: There is no such name.
+        """
+        with self._transaction() as connection:
+            present = read_one(connection, name)
+            if present is None:
+                raise _not_found(name)
+            set_pinned(connection, name, pinned=pinned)
+        return with_pin(present, pinned=pinned)
+
+    def remove(self, name: str) -> AdapterRecord:
+        """Take ``name`` away; its bytes stay until no request can need them.
+
+        Raises:
+            AdapterNotFound: There is no such name.
+        """
+        with self._transaction() as connection:
+            present = read_one(connection, name)
+            if present is None:
+                raise _not_found(name)
+            delete(connection, name)
+            if self.store.has(present.version):
+                self.store.touch(present.version)  # the grace starts now
+        return present
+
+    def pinned_versions(self) -> tuple[str, ...]:
+        """Versions that some pinned name is on, in the order of their names."""
+        return tuple(dict.fromkeys(record.version for record in self._all() if record.pinned))
+
+    def versions(self) -> set[str]:
+        """Every version that some name is on."""
+        return {record.version for record in self._all()}
+
+    def generation(self) -> int:
+        """A number that grows with every change, by whatever process."""
+        with self._reading() as connection:
+            return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())
+
+    def collect_garbage(
+        self, in_use: Collection[str] = (), *, grace_s: float = GRACE_S
+    ) -> builtins.list[str]:
+        """Delete the bytes of versions that no name is on; returns which.
+
+        Args:
+            in_use: Versions that requests or a device still need.
+            grace_s: Versions added, named or removed within this many seconds are kept.
+        """
+        candidates = self.store.versions() - set(in_use) - self.versions()
+        removed = []
+        for version in sorted(candidates):
+            # Inside a write transaction nobody can put a name on it meanwhile.
+            with self._transaction() as connection:
+                column = ADAPTERS.c.version
+                query = sa.select(sa.func.count()).where(column == version)
+                named = connection.execute(query).scalar_one()
+                if not named and self.store.remove(version, idle_s=grace_s):
+                    removed.append(version)
+        return removed
+
+    def records(self) -> Mapping[str, AdapterRecord]:
+        """Every record by name, in the order of names, as last committed by any process."""
+        with self._lock:
+            self._refresh()
+            return self._known
+
+    def check_base(
+        self, base: BaseSignature, check: Callable[[AdapterWeights], None]
+    ) -> builtins.list[AdapterRecord]:
+        """Find out which names fit ``base``; call at start.
+
+        Versions of which it is not known what they were checked on, because an older release wrote
+        them, are checked now as ``register`` does, and those that fit are recorded.
+
+        Args:
+            base: With its digest; without one everything fits.
+            check: As for ``register``.
+
+        Returns:
+            The records that were checked on another base, or fit none that is known.
+        """
+        unknown = {one.version for one in self._all() if base.digest and one.base_digest is None}
+        for version in sorted(unknown):
+            try:
+                check(load_adapter(self.store.path(version), base))
+            except (AdapterError, OSError) as error:
+                _log.warning("Version %s does not fit the base: %s", version, error)
+                continue
+            with self._transaction() as connection:
+                set_base(connection, version, base.digest)
+        return [one for one in self._all() if not one.fits(base.digest)]
+
+    def check(self) -> builtins.list[str]:
+        """Repair what a crash left; call at start, while nothing else uses the store.
+
+        Returns:
+            Names whose bytes are missing: they cannot be served, and say so when asked for.
+        """
+        self.store.sweep()
+        self.collect_garbage(grace_s=0.0)
+        lost = [record.name for record in self._all() if not self.store.has(record.version)]
+        for name in lost:
+            _log.error("The bytes of adapter %s are missing; register it again.", name)
+        return lost
+
+    def reopen(self) -> None:
+        """Forget connections that came over a fork; the next call makes new ones."""
+        self._lock = threading.RLock()
+        if self._engine is not None:
+            self._engine.dispose(close=False)  # they belong to the parent
+        self._engine = self._watch = None
+        self._known_at = None
+
+    def close(self) -> None:
+        """Let go of every connection; a later call opens anew."""
+        with self._lock:
+            if self._watch is not None:
+                self._watch.close()
+            if self._engine is not None:
+                self._engine.dispose()
+            self._engine = self._watch = None
+            self._known_at = None
+
+    # Connections.
+
+    @property
+    def _is_sqlite(self) -> bool:
+        return self.url.startswith("sqlite")
+
+    def _connected(self) -> sa.Engine:
+        with self._lock:
+            if self._engine is None:
+                self._engine = connected(self.url)
+            return self._engine
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with (
+            _available(),
+            self._connected().connect() as connection,
+            time_limit(connection),
+            connection.begin(),
+        ):
+            yield connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        """One write transaction; it holds the database's write lock from its first statement."""
+        with (
+            _available(),
+            self._connected().connect() as connection,
+            time_limit(connection),  # its commit included
+            connection.begin(),
+        ):
+            if self._is_sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+
+    def _all(self) -> builtins.list[AdapterRecord]:
+        with self._lock:
+            self._refresh()
+            return list(self._known.values())
+
+    def _refresh(self) -> None:
+        """Read the table again if any process has committed since; called with the lock held."""
+        for last in (self._watch is None, True):
+            try:
+                with _available():
+                    self._read_changes()
+                return
+            except RegistryUnavailable:
+                # The connection goes, because after damage, or a server that went away and has come
+                # back, only a new one can work; with a new one at once, before anybody hears of it.
+                self._drop_watch()
+                if last:
+                    raise
+
+    def _drop_watch(self) -> None:
+        watch, self._watch, self._known_at = self._watch, None, None
+        if watch is not None:
+            with suppress(sa.exc.SQLAlchemyError):
+                watch.invalidate()
+                watch.close()
+
+    def _read_changes(self) -> None:
+        if self._watch is None:
+            self._watch = (
+                self._connected().connect().execution_options(isolation_level="AUTOCOMMIT")
+            )
+        with time_limit(self._watch):
+            self._read_watched(self._watch)
+
+    def _read_watched(self, watch: sa.Connection) -> None:
+        if self._is_sqlite:
+            # Two pages of shared memory: it moves with every commit of every other connection.
+            # All writes go through other connections than this one.
+            driver: Any = watch.connection.driver_connection
+            now: Any = driver.execute("PRAGMA data_version").fetchone()[0]
+        else:
+            now = watch.execute(sa.select(STATE.c.generation)).scalar_one()
+        if now != self._known_at:
+            self._known = read_changes(watch, self._known)
+            self._known_at = now
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidName unless ``name`` is one that an adapter may have."""
+    if not NAME.fullmatch(name):
+        raise InvalidName(
+            "The name is not allowed.",
+            found=repr(name[:80]),
+            expected="1 to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit",
+            fix="Choose another name.",
+        )
+
+
+def _check_free(name: str, present: AdapterRecord | None, version: str) -> None:
+    """Raise AdapterExists when the name is on another version."""
+    if present is not None and present.version != version:
+        raise AdapterExists(
+            f"The name {name} is taken by another version.",
+            found=present.version,
+            expected=version,
+            fix="Set replace to true, or choose another name.",
+        )
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    """Turn what a database raises for its own reasons into typed errors.
+
+    Raises:
+        StoreFull: Its disk is full.
+        RegistryUnavailable: It is locked for too long, damaged, or cannot be reached.
+    """
+    try:
+        yield
+    except IntegrityError:
+        raise  # a matter of the rows, not of the database
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
+        cause = getattr(error, "orig", None) or error
+        lines = str(cause).splitlines() or [type(cause).__name__]  # a driver may say nothing
+        reason = lines[0][:200]
+        if "full" in reason:
+            raise StoreFull(
+                "The registry's disk is full.", fix="Free disk space, or remove adapters."
+            ) from error
+        raise RegistryUnavailable(
+            "The registry cannot be used now.",
+            found=reason,
+            expected="a database that answers",
+            fix="Try again in a few seconds; if it stays so, the operator must look at it.",
+        ) from error
+
+
+def _not_found(name: str) -> AdapterNotFound:
+    return AdapterNotFound(
+        f"There is no adapter {name[:80]}.",
+        found=name[:80],
+        expected="a registered name",
+        fix="GET /v1/models lists the names.",
+    )

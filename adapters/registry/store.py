@@ -1,0 +1,311 @@
+"""The bytes of adapters, by content: what is the same is kept once, what is there is whole.
+
+    <root>/versions/<version>/   an adapter_config.json, its tensors, config.json and README.md
+    <root>/staging/<name>/       being written; swept when the store is opened for checking
+
+An entry appears by one rename of a folder whose files are already on the disk, so a crash leaves
+either all of it or nothing. Names, and which versions are still needed, are the registry's affair.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
+from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
+from adapters.intake.model_config import HEAD_FIELDS
+from adapters.intake.safetensors_header import open_regular, read_header
+from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json
+
+CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE)
+_REQUIRED = (CONFIG_FILE, TENSOR_FILE)
+_TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
+_VERSION = re.compile(r"[0-9a-f]{32}")
+_CHUNK_BYTES = 1 << 20
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class Store:
+    """Adapter folders by version, on one file system.
+
+    Safe to use from several threads and processes at once.
+
+    Args:
+        root: Made when missing.
+        max_bytes: Most bytes of all entries together; None for the disk's own limit.
+    """
+
+    def __init__(self, root: Path, max_bytes: int | None = None) -> None:
+        self.root = root
+        self.max_bytes = max_bytes
+        self._versions = root / "versions"
+        self._staging = root / "staging"
+        self._lock_file = root / "lock"  # held while bytes are counted and an entry appears
+        self._sizes: dict[str, int] = {}  # by version: an entry never changes while it is there
+        for folder in (self._versions, self._staging):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, folder: Path) -> str:
+        """Copy the adapter in ``folder`` into the store; durable when this returns.
+
+        Args:
+            folder: A checked adapter; only the files of an adapter are taken.
+
+        Returns:
+            The version: the first 32 hex digits of the content's SHA-256.
+
+        Raises:
+            StoreFull: Over ``max_bytes``, or the disk is full; nothing is left behind.
+        """
+        staged = self._staging / uuid.uuid4().hex
+        with _full_as_store_full():
+            try:
+                staged.mkdir()
+                if self.max_bytes is not None and not self.has(version_of(folder)):
+                    self._check_room(folder)  # before anything is copied
+                for name in _present(folder):
+                    _copy_durably(folder / name, staged / name)
+                version = version_of(staged)
+                _sync_folder(staged)
+                with self._alone():
+                    # Counted again: others may have stored theirs while this one was copied.
+                    if not self.has(version):
+                        self._check_room(staged)
+                    self._publish(staged, version)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+        return version
+
+    def path(self, version: str) -> Path:
+        """The folder of ``version``; it never changes while it is there.
+
+        Raises:
+            AdapterNotFound: There is no such version in this store.
+        """
+        folder = self._versions / version
+        if not self.has(version):
+            raise AdapterNotFound(
+                "The bytes of this version are not in the store.",
+                found=version[:80],
+                expected=f"a folder in {self._versions}",
+                fix="Register the adapter again.",
+            )
+        return folder
+
+    def has(self, version: str) -> bool:
+        """Whether the bytes of ``version`` are here: every file that an adapter must have."""
+        folder = self._versions / version
+        return bool(_VERSION.fullmatch(version)) and all(
+            (folder / name).is_file() for name in _REQUIRED
+        )
+
+    def versions(self) -> set[str]:
+        """Every version whose bytes are here."""
+        return {
+            entry.name for entry in os.scandir(self._versions) if _VERSION.fullmatch(entry.name)
+        }
+
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        known = self._sizes
+        self._sizes = {
+            version: known.get(version) or _folder_bytes(self._versions / version)
+            for version in self.versions()
+        }
+        return sum(self._sizes.values())
+
+    def touch(self, version: str) -> None:
+        """Start the grace of an entry anew: it is about to be named."""
+        os.utime(self.path(version))
+
+    def remove(self, version: str, *, idle_s: float = 0.0) -> bool:
+        """Delete an entry, unless it was added or named within ``idle_s`` seconds.
+
+        The folder is first renamed away, so a reader finds all of it or nothing.
+        """
+        folder = self._versions / version
+        doomed = self._staging / f"removed-{uuid.uuid4().hex}"
+        try:
+            if idle_s and time.time() - folder.stat().st_mtime < idle_s:
+                return False
+            os.rename(folder, doomed)
+        except FileNotFoundError:
+            return False
+        _sync_folder(self._versions)
+        shutil.rmtree(doomed, ignore_errors=True)
+        return True
+
+    def sweep(self) -> int:
+        """Remove what interrupted writers left; returns how many. Only while nobody writes."""
+        left = list(self._staging.iterdir())
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        return len(left)
+
+    def damaged(self) -> Iterator[str]:
+        """Versions whose content is not what their name says; reads every byte."""
+        for version in sorted(self.versions()):
+            if not self.is_sound(version):
+                yield version
+
+    def is_sound(self, version: str) -> bool:
+        """Whether the content of an entry is what its name says; reads every byte of it."""
+        folder = self._versions / version
+        try:
+            # Entries of former releases were named for less: what they did not serve then.
+            return version in (version_of(folder), version_of(folder, former=True))
+        except AdapterError:
+            return False
+
+    def sound_path(self, version: str) -> Path:
+        """The folder of ``version``, after reading every byte of it: disks forget, people edit.
+
+        Raises:
+            AdapterNotFound: There is no such version in this store.
+            CorruptFile: Its content is not what its name says.
+        """
+        folder = self.path(version)
+        if not self.is_sound(version):
+            raise CorruptFile(
+                "The stored bytes of this adapter have changed.",
+                found=f"other content than {version}",
+                expected="the content that was registered",
+                fix="Register the adapter again.",
+            )
+        return folder
+
+    def _check_room(self, folder: Path) -> None:
+        if self.max_bytes is None:
+            return
+        needed = sum((folder / name).stat().st_size for name in _present(folder))
+        used = self.nbytes()
+        if used + needed > self.max_bytes:
+            raise StoreFull(
+                "The adapter store has no room for this adapter.",
+                found=f"{used} bytes stored, {needed} more",
+                expected=f"at most {self.max_bytes} bytes",
+                fix="Remove adapters, or raise the store's size limit.",
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else, in whatever thread or process, adds an entry meanwhile."""
+        handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)  # and with it the lock
+
+    def _publish(self, staged: Path, version: str) -> None:
+        folder = self._versions / version
+        try:
+            os.rename(staged, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if self.is_sound(version):
+                os.utime(folder)  # the same content is there already
+            else:
+                self.remove(version)
+                os.rename(staged, folder)
+        _sync_folder(self._versions)
+
+
+def version_of(folder: Path, *, former: bool = False) -> str:
+    """The version of the adapter in ``folder``: a digest of what decides its answers.
+
+    SHA-256 over the configuration's values, the tensors by name (dtype, shape, bytes), the
+    labels, what else decides how a head is read, and the files of ``OWN_FILES``; the order of keys,
+    tensors and files makes no difference, the model card neither.
+
+    Args:
+        folder: Of the adapter.
+        former: As releases did that knew neither those fields of a head nor those files.
+
+    Raises:
+        CorruptFile: A file is missing or malformed.
+    """
+    digest = hashlib.sha256()
+    config = strict_json(_read(folder / CONFIG_FILE), CONFIG_FILE)
+    digest.update(_canonical(config))
+    if (folder / TASK_CONFIG_FILE).exists():
+        task = strict_json(_read(folder / TASK_CONFIG_FILE), TASK_CONFIG_FILE)
+        digest.update(_canonical({name: task.get(name) for name in _TASK_FIELDS}))
+        head = {name: task[name] for name in sorted(HEAD_FIELDS & task.keys())}
+        if head and not former:
+            digest.update(_canonical(head))
+    with open_regular(folder / TENSOR_FILE) as file:
+        for name, entry in sorted(read_header(file).items()):
+            digest.update(_canonical([name, str(entry.dtype), list(entry.shape)]))
+            file.seek(entry.start)
+            left = entry.stop - entry.start
+            while left:
+                chunk = file.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise CorruptFile(f"{TENSOR_FILE} ends inside {name}.")
+                digest.update(chunk)
+                left -= len(chunk)
+    return digest.hexdigest()[:32]
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(MAX_JSON_BYTES + 1)
+
+
+def _present(folder: Path) -> Iterable[str]:
+    return [name for name in FILES if name in _REQUIRED or (folder / name).is_file()]
+
+
+def _copy_durably(source: Path, target: Path) -> None:
+    with open_regular(source) as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _folder_bytes(folder: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except FileNotFoundError:
+        return 0  # removed meanwhile
+
+
+@contextmanager
+def _full_as_store_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StoreFull(
+            "The disk of the adapter store is full.",
+            found=os.strerror(error.errno or 0),
+            fix="Free disk space, or remove adapters.",
+        ) from error

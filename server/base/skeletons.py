@@ -1,0 +1,208 @@
+"""Task classes of transformers without weights and without a backbone: what a head must look like.
+
+Built on the meta device from the base's config alone, so the HTTP side can check an adapter's head
+before it is registered, and the worker can fill it with tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adapters.errors import (
+    AdapterError,
+    AdapterFaults,
+    MissingTensors,
+    ShapeMismatch,
+    UnmatchedTensors,
+    UnsupportedOption,
+)
+from adapters.intake.memo import Recent
+from adapters.intake.strict_json import show
+from adapters.tasks import HEADED, Task
+
+if TYPE_CHECKING:
+    from adapters.intake.checkpoint import AdapterWeights
+
+
+_MADE_KEPT = 64
+
+
+class Skeletons:
+    """The task classes for one base, made when first needed.
+
+    Args:
+        config: The base's config.
+        vocab_size: Of the base.
+        has_pooler: Whether the base's checkpoint holds a pooler.
+    """
+
+    def __init__(self, config: Any, vocab_size: int, *, has_pooler: bool) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._has_pooler = has_pooler
+        self._made: Recent[Any] = Recent(_MADE_KEPT)
+
+    def check(self, weights: AdapterWeights) -> None:
+        """Check that the head of an adapter is all that its task needs; mutates nothing.
+
+        Raises:
+            MissingTensors: Not all tensors of its head, or a pooler that the base does not have.
+            UnmatchedTensors: Tensors that are no part of such a head.
+            ShapeMismatch: A tensor of another shape.
+            UnsupportedOption: The family has no class for the task.
+            AdapterFaults: Several of these.
+        """
+        if weights.task not in HEADED:
+            return
+        wanted = self.of(weights).state_dict()
+        faults: list[AdapterError] = []
+        unknown = sorted(set(weights.head) - set(wanted))
+        if unknown:
+            faults.append(
+                UnmatchedTensors(
+                    "The adapter has tensors that are no part of its head.",
+                    found=", ".join(unknown[:3]),
+                    expected=", ".join(sorted(wanted)[:6]),
+                )
+            )
+        missing = sorted(set(wanted) - set(weights.head))
+        if missing:
+            faults.append(
+                MissingTensors(
+                    "The adapter lacks tensors of its head.",
+                    found=", ".join(sorted(weights.head)[:6]) or "no saved modules",
+                    expected=", ".join(missing[:3]),
+                    fix='Train with all parts of the head in "modules_to_save".',
+                )
+            )
+        faults += [
+            ShapeMismatch(
+                f"The head's {name} has another shape.",
+                found=str(tuple(tensor.shape)),
+                expected=str(tuple(wanted[name].shape)),
+            )
+            for name, tensor in weights.head.items()
+            if name in wanted and tensor.shape != wanted[name].shape
+        ]
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            raise AdapterFaults(faults)
+
+    def of(self, weights: AdapterWeights) -> Any:
+        """The task class for an adapter, on the meta device, a ``Stub`` for its backbone.
+
+        Raises:
+            MissingTensors: It reads a pooler that the base does not have.
+            UnsupportedOption: The family has no class for the task.
+        """
+        count = 2 if weights.labels is None else len(weights.labels.names)
+        own = {name: weights.head_config[name] for name in sorted(weights.head_config)}
+        made = self._made.get(
+            (weights.task, count, tuple(own.items())),
+            lambda: self._make(weights.task, count, own),
+        )
+        stub: Stub = getattr(made, made.base_model_prefix)
+        if stub.pooled and not self._has_pooler:
+            raise MissingTensors(
+                "The adapter's head reads a pooler that the base does not have.",
+                found=f"no {made.base_model_prefix}.pooler in the base's checkpoint",
+                expected="a base with a pooler",
+                fix="Serve a base whose checkpoint holds its pooler.",
+            )
+        return made
+
+    def _make(self, task: Task, labels: int, own: Mapping[str, Any]) -> Any:
+        """Build the class by the base's config, and the adapter's ``own`` word on the head."""
+        config = copy.deepcopy(self._config)
+        config.num_labels = labels
+        task_class = _task_class(config, task)
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            for name, value in own.items():
+                if hasattr(config, name):  # what the family does not know means nothing to it
+                    setattr(config, name, value)
+            if getattr(config, "pad_token_id", None) is None:
+                # An id that no token has: the last token is then the last that is not padding.
+                config.pad_token_id = self._vocab_size
+            with torch.device("meta"):
+                made = _without_padding_rows(task_class, config)
+        except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+            raise UnsupportedOption(
+                "The adapter's config.json asks for a head that cannot be built.",
+                found=", ".join(f"{name} = {show(value)}" for name, value in own.items())[:200],
+                expected=f"values that {task_class.__name__} takes",
+                fix=f"Correct config.json ({type(error).__name__}: {str(error)[:80]}).",
+            ) from error
+        backbone = getattr(made, made.base_model_prefix)
+        pooled = getattr(backbone, "pooler", None) is not None
+        setattr(made, made.base_model_prefix, Stub(pooled))
+        made.requires_grad_(False)
+        made.eval()
+        return made
+
+
+class Stub(nn.Module):
+    """Answers like a backbone, with what was computed already.
+
+    ``pooled`` says whether the head expects what the backbone's pooler makes.
+    """
+
+    def __init__(self, pooled: bool = False) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self._hidden: torch.Tensor | None = None
+        self._vectors: torch.Tensor | None = None
+
+    def answering(self, hidden: torch.Tensor, pooled: torch.Tensor | None) -> Stub:
+        self._hidden, self._vectors = hidden, pooled
+        return self
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        self._hidden = self._vectors = None
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+        assert self._hidden is not None
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=self._hidden, pooler_output=self._vectors
+        )
+
+
+def _task_class(config: Any, task: Task) -> type[Any]:
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = {
+        "text-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+        "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    }
+    found = mappings[task].get(type(config), None) if task in mappings else None
+    if found is None:
+        raise UnsupportedOption(
+            f"This base has no head for {task}.",
+            found=str(config.model_type),
+            expected="a family for which transformers has such a class",
+        )
+    chosen: type[Any] = found[0] if isinstance(found, tuple) else found
+    return chosen
+
+
+def _without_padding_rows(task_class: type[Any], config: Any) -> Any:
+    """Build the class; its backbone is thrown away, so its padding row may be any that exists."""
+    sentinel = config.pad_token_id
+    config.pad_token_id = max(0, min(sentinel, getattr(config, "vocab_size", 1) - 1))
+    built = task_class(config)
+    built.config.pad_token_id = sentinel
+    return built

@@ -1,0 +1,337 @@
+"""The admin calls: register, list, show, pin and remove adapters while traffic runs.
+
+Checking and storing take seconds and happen on threads of their own. A name is answered with the
+new version from the moment its row is committed; requests admitted before finish on the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from fastapi import Path as PathParameter
+from fastapi import Query, Request, Response
+from pydantic import ValidationError
+
+from adapters.errors import AdapterError, StoreFull
+from adapters.registry.registry import AdapterRecord
+from server.edge.endpoints.allowed_sources import fetched, unpacked
+from server.edge.endpoints.middleware import Json
+from server.edge.endpoints.routes import Endpoint
+from server.edge.endpoints.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
+from server.edge.endpoints.uploads import Upload, received
+from server.edge.link.wire import read_state
+from server.edge.service import Pool, Service
+from server.errors import Fault, Refusal
+from server.messages import Lift, Preload
+from server.metrics import BASE_LABEL, adapter_usage
+
+logger = logging.getLogger(__name__)
+
+PAGE_MAX: Final = 1000
+ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 431, 500, 503, 507)
+TRUE: Final = frozenset({"true", "1", "yes", "on"})
+FALSE: Final = frozenset({"false", "0", "no", "off", ""})
+Name = PathParameter(max_length=128, description="The adapter's name.")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a registration asks for, from JSON or from a form."""
+
+    name: str
+    replace: bool
+    pinned: bool
+    preload: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What others than the registry know of adapters at this moment."""
+
+    residency: Mapping[str, str]  # tier by version
+    quarantined: Mapping[str, tuple[float, str]]  # by version: until when, and why
+    usage: Mapping[str, tuple[int, float | None]]  # by name: requests, time of the last
+
+
+class Admin:
+    """The endpoints; one object per server."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def register(self, request: Request) -> Response:
+        """Register an adapter: from a source (JSON), or from files or one archive (multipart)."""
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            async with received(request, self.service) as upload:
+                wish = _wish(upload)
+                folder = await self._in_thread(
+                    lambda: unpacked(upload, self.service.settings), "registrations"
+                )
+                return await self._register(wish, folder, "upload")
+        body = await _json_body(request)
+        wish = Wish(body.name, body.replace, body.pinned, body.preload)
+        async with fetched(body.source, self.service) as folder:
+            return await self._register(wish, folder, body.source)
+
+    async def list(
+        self,
+        request: Request,
+        prefix: str = Query(default="", max_length=64),
+        offset: int = Query(default=0, ge=0),
+        limit: int = Query(default=100, ge=1, le=PAGE_MAX),
+    ) -> Response:
+        """List adapters by name."""
+        records = self.service.names.listed(prefix=prefix)
+        known = await self._known()
+        return Json(
+            {
+                "adapters": [self._answer(one, known) for one in records[offset : offset + limit]],
+                "total": len(records),
+                "offset": offset,
+                "limit": limit,
+            }
+        )
+
+    async def show(self, request: Request, name: str = Name) -> Response:
+        """Show one adapter."""
+        record = self.service.record(name, "name")
+        return Json(self._answer(record, await self._known()))
+
+    async def change(self, request: Request, body: PatchRequest, name: str = Name) -> Response:
+        """Pin or unpin an adapter, or bring it to the device; any change lifts a quarantine."""
+        asks_device = body.preload or body.pinned
+        found = self.service.served_record if asks_device else self.service.record
+        record = found(name, "name")
+        pinned = body.pinned
+        if pinned is not None:
+            record = await self._change(
+                lambda: self.service.registry.update(name, pinned=pinned), "records"
+            )
+        self.service.dispatcher.tell(Lift(record.version))
+        if asks_device:
+            self.service.dispatcher.tell(Preload(record.version))
+        return Json(self._answer(record, await self._known()))
+
+    async def remove(self, request: Request, name: str = Name) -> Response:
+        """Remove an adapter. Requests that were admitted finish."""
+        await self._change(lambda: self.service.registry.remove(name), "records")
+        return Response(status_code=204)
+
+    async def _register(self, wish: Wish, folder: Path, source: str) -> Response:
+        if wish.name in {BASE_LABEL, self.service.base.name}:
+            raise Refusal.because(
+                "invalid_name",
+                "This name belongs to the base model.",
+                found=wish.name,
+                expected="another name",
+                field="name",
+            )
+        record, created = await self._change(
+            lambda: self.service.registry.register(
+                wish.name,
+                folder,
+                self.service.base.signature,
+                source=source,
+                replace=wish.replace,
+                pinned=wish.pinned,
+                check=self.service.base.check_head,
+            ),
+            "registrations",
+        )
+        self.service.dispatcher.tell(Lift(record.version))
+        if wish.preload or wish.pinned:
+            self.service.dispatcher.tell(Preload(record.version))
+        return Json(
+            self._answer(record, await self._known()),
+            201 if created else 200,
+            headers={"Location": f"/admin/adapters/{record.name}"},
+        )
+
+    async def _in_thread(self, work: Any, pool: Pool) -> Any:
+        """Run something slow off the event loop, its errors as refusals."""
+        with _refused():
+            return await self.service.in_thread(work, pool)
+
+    async def _change(self, work: Any, pool: Pool) -> Any:
+        """Change the registry off the event loop, its errors as refusals."""
+        with _refused():
+            return await self.service.change_registry(work, pool)
+
+    def _answer(self, record: AdapterRecord, known: Known) -> dict[str, Any]:
+        return _answer(record, known, served=record.fits(self.service.names.base_digest))
+
+    async def _known(self) -> Known:
+        state = read_state(self.service.settings.run_dir)
+        snapshot = {} if state is None else state.snapshot
+        residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
+        return Known(residency, quarantined, await self.service.in_thread(adapter_usage, "metrics"))
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turn errors of the registry and the disk into refusals."""
+    try:
+        yield
+    except AdapterError as error:
+        raise Refusal.of(error) from None
+    except OSError as error:
+        if error.errno not in {28, 122}:  # ENOSPC, EDQUOT
+            raise
+        full = StoreFull("The disk is full.", fix="Free space, or remove adapters.")
+        raise Refusal.of(full) from None
+
+
+def _answer(record: AdapterRecord, known: Known, *, served: bool) -> dict[str, Any]:
+    requests, last_used = known.usage.get(record.name, (0, None))
+    until, why = known.quarantined.get(record.version, (None, None))
+    return AdapterAnswer(
+        name=record.name,
+        version=record.version,
+        method=record.method,
+        task=record.task,
+        labels=None if record.labels is None else list(record.labels),
+        ranks=list(record.ranks),
+        targets=list(record.targets),
+        parameters=record.parameters,
+        bytes=record.tensor_bytes,
+        sparsity=record.sparsity,
+        base=record.base_name,
+        source=record.source,
+        pinned=record.pinned,
+        served=served,
+        created=record.created.isoformat(),
+        residency=known.residency.get(record.version, "disk"),
+        requests=requests,
+        last_used=_when(last_used),
+        quarantined_until=_when(until),
+        quarantine_reason=why,
+        notes=list(record.notes),
+    ).model_dump()
+
+
+def _when(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _wish(upload: Upload) -> Wish:
+    """The fields of a form.
+
+    Raises:
+        Refusal: invalid_request that names the field.
+    """
+    fields = dict(upload.fields)
+    name = fields.pop("name", None)
+    flags = {one: _flag(one, fields.pop(one, "")) for one in ("replace", "pinned", "preload")}
+    faults = [
+        Fault("invalid_request", "There is no such field.", field=unknown) for unknown in fields
+    ]
+    if name is None:
+        faults.append(Fault("invalid_request", "Field required", field="name"))
+    if not upload.files:
+        faults.append(
+            Fault(
+                "invalid_request",
+                "The upload holds no file.",
+                expected="adapter_config.json and adapter_model.safetensors, or one archive",
+                field="files",
+            )
+        )
+    if faults:
+        raise Refusal(faults)
+    assert name is not None
+    return Wish(name, **flags)
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in TRUE | FALSE:
+        raise Refusal.because(
+            "invalid_request", "Not a yes or no.", found=text[:40], expected="true or false",
+            field=name,
+        )  # fmt: skip
+    return text.lower() in TRUE
+
+
+async def _json_body(request: Request) -> RegisterRequest:
+    """The JSON form; parsed here, because one path takes two kinds of body."""
+    raw = await request.body()
+    try:
+        return RegisterRequest.model_validate(json.loads(raw))
+    except ValidationError as error:
+        faults = [
+            Fault(
+                "invalid_request",
+                str(one["msg"]),
+                repr(one["input"])[:120] if isinstance(one["input"], str | int) else None,
+                field=".".join(map(str, one["loc"])) or None,
+            )
+            for one in error.errors(include_url=False)[:20]
+        ]
+        raise Refusal(faults) from None
+    except (ValueError, RecursionError) as error:
+        raise Refusal.because(
+            "malformed_body",
+            "The body is not JSON.",
+            found=str(error)[:120],
+            expected="JSON in UTF-8, or multipart/form-data",
+        ) from None
+
+
+def admin_routes(admin: Admin) -> list[Endpoint]:
+    """The routes of these endpoints."""
+
+    def route(method: str, path: str, endpoint: Any, answer: Any, success: int = 200) -> Endpoint:
+        extra = {"openapi_extra": REGISTER_BODY} if success == 201 else {}
+        return Endpoint(
+            path,
+            endpoint,
+            (method,),
+            "Admin",
+            answer,
+            statuses=ADMIN_STATUSES,
+            success=success,
+            also=(200,) if success == 201 else (),  # the same content under the same name again
+            extra=extra,
+        )
+
+    one = "/admin/adapters/{name}"
+    return [
+        route("POST", "/admin/adapters", admin.register, AdapterAnswer, 201),
+        route("GET", "/admin/adapters", admin.list, AdapterList),
+        route("GET", one, admin.show, AdapterAnswer),
+        route("PATCH", one, admin.change, AdapterAnswer),
+        route("DELETE", one, admin.remove, None, 204),
+    ]
+
+
+REGISTER_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": RegisterRequest.model_json_schema()},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "files"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "replace": {"type": "boolean"},
+                        "pinned": {"type": "boolean"},
+                        "preload": {"type": "boolean"},
+                        "files": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "The adapter's files, or one .zip or .tar archive",
+                        },
+                    },
+                }
+            },
+        },
+    }
+}

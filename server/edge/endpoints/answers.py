@@ -1,0 +1,352 @@
+"""From a resolved target and texts to the worker's answer: what native and OpenAI calls share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.edge.endpoints.middleware import Exchange, Json
+from server.edge.link.dispatcher import Dispatcher
+from server.edge.link.ticket import Ticket
+from server.edge.service import (
+    AT_ONCE_CHARACTERS,
+    INPUT_CHARACTERS,
+    LONG_CHARACTERS,
+    Encoder,
+    Service,
+    Target,
+)
+from server.errors import Refusal
+from server.inputs.images import Images
+from server.messages import (
+    TERMINAL,
+    Encoded,
+    EncodeRequest,
+    EncodeResult,
+    Event,
+    Failure,
+    GenerateRequest,
+    GenerateResult,
+    Request,
+    SamplingOptions,
+    Task,
+)
+
+BASE_VERSION: Final = "base"
+SSE: Final = "text/event-stream"
+T = TypeVar("T")
+
+
+def exchange_of(request: HttpRequest) -> Exchange:
+    exchange = request.scope["hira"]
+    assert isinstance(exchange, Exchange)
+    return exchange
+
+
+def answer_headers(target: Target, queue_ms: float, compute_ms: float) -> dict[str, str]:
+    return {
+        **target_headers(target),
+        "X-Queue-Ms": f"{queue_ms:.2f}",
+        "X-Compute-Ms": f"{compute_ms:.2f}",
+    }
+
+
+def target_headers(target: Target) -> dict[str, str]:
+    return {"X-Adapter": target.shown, "X-Adapter-Version": target.version or BASE_VERSION}
+
+
+def check_inputs(count: int, service: Service, field: str = "inputs") -> None:
+    """Raises Refusal when a request holds no input, or more than the server takes."""
+    if not 1 <= count <= service.settings.max_inputs:
+        raise Refusal.because(
+            "invalid_request",
+            "The number of inputs is not allowed.",
+            found=str(count),
+            expected=f"1 to {service.settings.max_inputs}",
+            fix="Send several requests; they are batched together anyway.",
+            field=field,
+        )
+
+
+def deadline_of(request: HttpRequest, service: Service) -> float:
+    """When a call must be done, counted from its arrival, as ``time.monotonic()`` counts."""
+    return service.deadline(exchange_of(request).began, request.headers.get("x-timeout-seconds"))
+
+
+async def tokenize(  # noqa: PLR0917  # what Service.tokenize takes, after the call
+    request: HttpRequest,
+    service: Service,
+    encoder: Encoder,
+    characters: int,
+    work: Callable[[Encoder], T],
+    field: str = "inputs",
+) -> T:
+    """`Service.tokenize` for a call: within its deadline, and while its client is there.
+
+    Raises:
+        Refusal: What the tokenizer says; overloaded, deadline_exceeded or cancelled.
+    """
+    deadline = deadline_of(request, service)
+    if characters <= AT_ONCE_CHARACTERS:
+        return await service.tokenize(encoder, characters, work, field, deadline)
+    found = asyncio.ensure_future(service.tokenize(encoder, characters, work, field, deadline))
+    left = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((found, left), return_when=asyncio.FIRST_COMPLETED)
+        if found.done():
+            return found.result()
+        raise Refusal.because("cancelled", "The client left.")
+    finally:
+        found.cancel()
+        left.cancel()
+
+
+async def encoded(
+    request: HttpRequest,
+    service: Service,
+    inputs: Sequence[Any],
+    task: Task,
+    *,
+    truncation: bool,
+    field: str = "inputs",
+) -> tuple[Encoded, ...]:
+    """Token ids of texts, or pixels of images, whichever the base takes.
+
+    Raises:
+        Refusal: In the words of the tokenizer or the image processor; as `tokenize`; overloaded.
+    """
+    encoder: Any = service.base.inputs
+    if isinstance(encoder, Images):
+        count, adapter = len(inputs), exchange_of(request).adapter
+        # What they come to is known: no work on images that would be refused after it.
+        service.dispatcher.admission.check(
+            adapter, count * encoder.tokens, count * encoder.pixel_bytes
+        )
+        length = LONG_CHARACTERS + 1  # decoding takes its time, however small the file
+    else:
+        length = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in inputs)
+        length += INPUT_CHARACTERS * len(inputs)
+    found: tuple[Encoded, ...] = await tokenize(
+        request,
+        service,
+        encoder,
+        length,
+        lambda one: one.encode(inputs, task, truncation=truncation),
+        field,
+    )
+    return found
+
+
+async def _left(request: HttpRequest) -> None:
+    """Wait until the client leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextmanager
+def watching(
+    request: HttpRequest, dispatcher: Dispatcher, tickets: Sequence[Ticket]
+) -> Iterator[None]:
+    """Cancel the tickets as soon as the client leaves."""
+
+    async def watch() -> None:
+        await _left(request)
+        for ticket in tickets:
+            dispatcher.cancel(ticket)
+
+    task = asyncio.create_task(watch(), name="client-watch")
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def encode(
+    request: HttpRequest,
+    service: Service,
+    target: Target,
+    inputs: tuple[Encoded, ...],
+    *,
+    task: Task,
+    top_k: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> EncodeResult:
+    """Send inputs through the encode lane and wait for the answer.
+
+    Raises:
+        Refusal: What the dispatcher or the worker says.
+    """
+    message = EncodeRequest(
+        id="",
+        task=task,
+        adapter=target.adapter,
+        version=target.version,
+        inputs=inputs,
+        top_k=top_k,
+        options=options or {},
+        submitted=time.monotonic(),
+        deadline=deadline_of(request, service),
+    )
+    with (
+        service.dispatcher.admit(message) as ticket,
+        watching(request, service.dispatcher, (ticket,)),
+    ):
+        event = await ticket.next()
+    if isinstance(event, Failure):
+        raise Refusal.of(event)
+    assert isinstance(event, EncodeResult)
+    return event
+
+
+class Generations:
+    """Several prompts being continued for one HTTP call; a context that frees what is left.
+
+    Args:
+        prompts: Token ids and sampling of each.
+        stream: Whether tokens are told one by one.
+        field: Where the body has the prompts, for an error.
+    """
+
+    def __init__(
+        self,
+        request: HttpRequest,
+        service: Service,
+        target: Target,
+        prompts: Sequence[tuple[tuple[int, ...], SamplingOptions]],
+        *,
+        stream: bool,
+        field: str = "inputs",
+    ) -> None:
+        self._request = request
+        self._service = service
+        self.prompts = tuple(token_ids for token_ids, _ in prompts)
+        self._stack = ExitStack()
+        self.tickets: list[Ticket] = []
+        deadline = deadline_of(request, service)
+        messages: list[Request] = [
+            GenerateRequest(
+                id="",
+                adapter=target.adapter,
+                version=target.version,
+                token_ids=token_ids,
+                sampling=sampling,
+                stream=stream,
+                submitted=time.monotonic(),
+                deadline=deadline,
+            )
+            for token_ids, sampling in prompts
+        ]
+        service.dispatcher.check_fits(messages, field)
+        try:
+            for message in messages:
+                admitted = service.dispatcher.admit(message)
+                self.tickets.append(self._stack.enter_context(admitted))
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def close(self) -> None:
+        self._stack.close()
+
+    async def results(self) -> list[GenerateResult]:
+        """Wait for all; the first failure ends the others.
+
+        Raises:
+            Refusal: That failure.
+        """
+        found: list[GenerateResult] = []
+        try:
+            with watching(self._request, self._service.dispatcher, self.tickets):
+                for ticket in self.tickets:
+                    event = await ticket.next()
+                    while not isinstance(event, TERMINAL):
+                        event = await ticket.next()
+                    if isinstance(event, Failure):
+                        raise Refusal.of(event)
+                    assert isinstance(event, GenerateResult)
+                    found.append(event)
+        finally:
+            self.close()
+        return found
+
+    async def first(
+        self, events: AsyncIterator[list[tuple[int, Event]]]
+    ) -> list[tuple[int, Event]]:
+        """The first of ``events``, before an answer is begun: a failure still has its own status.
+
+        Raises:
+            Refusal: That failure.
+        """
+        try:
+            with watching(self._request, self._service.dispatcher, self.tickets):
+                batch = await anext(events)
+            for _, event in batch:
+                if isinstance(event, Failure):
+                    raise Refusal.of(event)
+        except BaseException:
+            self.close()
+            raise
+        return batch
+
+    async def events(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        """What comes, as it comes: (prompt, event), those of one step together.
+
+        Ends after the last terminal event, or after the first failure.
+        """
+        waits = {
+            asyncio.ensure_future(ticket.next()): index for index, ticket in enumerate(self.tickets)
+        }
+        try:
+            while waits:
+                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                batch: list[tuple[int, Event]] = []
+                for wait in done:
+                    index = waits.pop(wait)
+                    ticket, event = self.tickets[index], wait.result()
+                    batch.append((index, event))
+                    while (more := ticket.next_if_there()) is not None:
+                        batch.append((index, more))
+                    if not isinstance(batch[-1][1], TERMINAL):
+                        waits[asyncio.ensure_future(ticket.next())] = index
+                yield batch
+                if any(isinstance(event, Failure) for _, event in batch):
+                    return
+        finally:
+            for wait in waits:
+                wait.cancel()
+            self.close()
+
+
+def sse(payload: object) -> bytes:
+    """One server-sent event."""
+    text = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False)
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of running generations, which end when the response does."""
+
+    def __init__(
+        self, chunks: AsyncIterator[bytes], generations: Generations, headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(chunks, media_type=SSE, headers={**headers, "X-Accel-Buffering": "no"})
+        self._generations = generations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not in the generator of the chunks: a client that leaves at once never starts that.
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generations.close()
+
+
+def json_response(content: object, headers: Mapping[str, str]) -> Json:
+    return Json(content, headers=dict(headers))

@@ -1,0 +1,166 @@
+"""Bodies that come as JSON or as a multipart form with image files: one path takes both.
+
+FastAPI reads one kind of body for a path, so these are read here; faults in JSON leave in its own
+words, and the limits on a body's size and pace are the gate's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from server.edge.endpoints.middleware import BodyRefused
+from server.errors import Fault, Refusal
+
+Model = TypeVar("Model", bound=BaseModel)
+
+FILES: Final = "inputs"  # the form's field with the images
+_FIELDS: Final = ("parameters", "adapter")  # of a form, beside the files
+_FILES_MAX: Final = 1024  # what a request may hold is checked with the settings, afterwards
+_PLACEHOLDER: Final = "-"  # stands for a file where the model wants a text
+
+
+@dataclass(frozen=True)
+class Posted(Generic[Model]):
+    """A body, and the files that came with it.
+
+    Args:
+        body: As the model has it; with files, its ``inputs`` are placeholders.
+        files: Whole files, in order; None for JSON.
+    """
+
+    body: Model
+    files: tuple[bytes, ...] | None = None
+
+
+def posted(model: type[Model]) -> Callable[[Request], Awaitable[Posted[Model]]]:
+    """A dependency that reads a request's body as ``model``."""
+
+    async def read(request: Request) -> Posted[Model]:
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            return await _form(request, model)
+        return Posted(_checked(model, await _json(request)))
+
+    return read
+
+
+def described(model: type[BaseModel]) -> dict[str, Any]:
+    """What the OpenAPI document says of such a body."""
+    schema = model.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
+    named: dict[str, Any] = {
+        one: {"type": "string", "description": "A JSON object" if one == "parameters" else ""}
+        for one in _FIELDS
+    }
+    files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    form = {
+        "type": "object",
+        "required": [FILES],
+        "properties": {FILES: files | {"description": "Images"}, **named},
+    }
+    return {
+        "openapi_extra": {
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {"schema": schema},
+                    "multipart/form-data": {"schema": form},
+                },
+            }
+        }
+    }
+
+
+async def _json(request: Request) -> Any:
+    raw = await request.body()
+    if not raw:
+        raise RequestValidationError(
+            [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
+        )
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not (kind == "application/json" or (kind.startswith("application/") and "+json" in kind)):
+        return raw
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        fault = {
+            "type": "json_invalid",
+            "loc": ("body", error.pos),
+            "msg": "JSON decode error",
+            "input": {},
+            "ctx": {"error": error.msg},
+        }
+        raise RequestValidationError([fault]) from None
+    except (ValueError, RecursionError):  # not UTF-8, or nested without end
+        raise HTTPException(400) from None
+
+
+def _checked(model: type[Model], content: Any) -> Model:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        raise RequestValidationError(
+            [{**fault, "loc": ("body", *fault["loc"])} for fault in faults]
+        ) from None
+
+
+async def _form(request: Request, model: type[Model]) -> Posted[Model]:
+    files: list[bytes] = []
+    content: dict[str, Any] = {}
+    try:
+        async with request.form(max_files=_FILES_MAX, max_fields=len(_FIELDS)) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name != FILES:
+                        raise _wrong(name, "a file", f"files in the field {FILES}")
+                    files.append(await value.read())
+                elif name not in _FIELDS or name in content:
+                    raise _wrong(name, "a field", "one each of " + ", ".join(_FIELDS))
+                else:
+                    content[name] = _object(value) if name == "parameters" else value
+    except BodyRefused:
+        raise
+    except HTTPException as error:
+        raise Refusal.because(
+            "malformed_body",
+            "The multipart body cannot be read.",
+            found=str(error.detail)[:120],
+            expected=f"multipart/form-data with files in the field {FILES}",
+        ) from None
+    if not files:
+        raise _wrong(FILES, "no file", "one or more images")
+    return Posted(_checked(model, {**content, FILES: [_PLACEHOLDER] * len(files)}), tuple(files))
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _wrong("parameters", "no JSON", "a JSON object") from None
+
+
+def _wrong(field: str, found: str, expected: str) -> Refusal:
+    message = "The form holds something else than it may."
+    return Refusal((Fault("invalid_request", message, found, expected, field=field[:80]),))
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with its definitions in place: the document has no room for them beside it."""
+    if isinstance(schema, list):
+        return [_inlined(one, definitions) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    rest = {name: _inlined(one, definitions) for name, one in schema.items() if name != "$ref"}
+    reference = schema.get("$ref")
+    if reference is None:
+        return rest
+    return {**_inlined(definitions[reference.rsplit("/", 1)[-1]], definitions), **rest}

@@ -1,0 +1,137 @@
+"""How the server is: the front page, health for orchestrators, metrics for Prometheus."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fastapi import Request, Response
+
+from server.edge.endpoints.middleware import Json
+from server.edge.endpoints.routes import Endpoint
+from server.edge.endpoints.schemas import Health
+from server.edge.link.dispatcher import STALE_S, WHY_NOT
+from server.edge.link.wire import WorkerState, read_state
+from server.edge.service import Service
+from server.metrics import Live, exposition
+
+
+class Observe:
+    """The endpoints; one object per server.
+
+    Args:
+        version: Of this package.
+    """
+
+    def __init__(self, service: Service, version: str) -> None:
+        self.service = service
+        self.version = version
+
+    async def index(self, request: Request) -> Response:
+        """What this is and where to go on."""
+        base = self.service.base
+        return Json(
+            {
+                "name": "hira-server",
+                "version": self.version,
+                "base": base.name,
+                "documentation": "/docs",
+                "models": "/v1/models",
+                "health": "/health/ready",
+                "metrics": "/metrics",
+            }
+        )
+
+    async def live(self, request: Request) -> Response:
+        """200 while this process answers at all."""
+        return Json({"status": "live"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 when inference requests would be admitted now, else 503 and why."""
+        status, detail = self.readiness()
+        if status == "ready":
+            return Json({"status": status})
+        return Json({"status": status, "detail": detail}, 503, headers={"Retry-After": "1"})
+
+    def readiness(self) -> tuple[str, str | None]:
+        status = self.service.dispatcher.status
+        if status != "ready":
+            return status, WHY_NOT[status]
+        state = read_state(self.service.settings.run_dir)
+        silent_s = self.service.dispatcher.silent_s()
+        if silent_s > STALE_S:
+            return "worker_silent", f"The worker has not been heard for {silent_s:.0f} s."
+        if state is not None and state.busy_s > self.service.settings.max_step_s:
+            return "worker_stuck", f"One step has been running for {state.busy_s:.0f} s."
+        return "ready", None
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus's text format, summed over all processes."""
+        live = self._live()
+        body, content_type = await self.service.in_thread(
+            lambda: exposition(live, request.headers.get("accept", "")), "metrics"
+        )
+        return Response(body, headers={"Content-Type": content_type})
+
+    def _live(self) -> Live:
+        service = self.service
+        state = read_state(service.settings.run_dir)
+        status, _ = self.readiness()
+        return live_figures(
+            state,
+            processes=self._processes(state),
+            running={
+                "requests": float(service.load.requests()),
+                "tokens": float(service.load.tokens()),
+            },
+            ready=status == "ready",
+        )
+
+    def _processes(self, state: WorkerState | None) -> dict[str, int]:
+        roles = {"main": os.getppid(), **service_pids(self.service)}
+        if state is not None:
+            roles["worker-0"] = state.pid
+        return roles
+
+
+def observe_routes(observe: Observe) -> list[Endpoint]:
+    """The routes of these endpoints."""
+    get, tag = ("GET",), "Server"
+    return [
+        Endpoint("/", observe.index, get, tag, statuses=()),
+        # Where clients of other inference servers look.
+        Endpoint("/health", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/health/live", observe.live, get, tag, Health, statuses=()),
+        Endpoint("/health/ready", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=()),
+    ]
+
+
+def service_pids(service: Service) -> dict[str, int]:
+    return {role: pid for role, pid in service.load.pids().items() if pid}
+
+
+def live_figures(
+    state: WorkerState | None,
+    *,
+    processes: dict[str, int],
+    running: dict[str, float],
+    ready: bool,
+) -> Live:
+    """The gauges, from what the engine said of itself last."""
+    snapshot: dict[str, Any] = dict(state.snapshot) if state is not None else {}
+    return Live(
+        queue_depth=snapshot.get("queue_depth", {}),
+        base_bytes=snapshot.get("base_bytes", {}),
+        adapter_bytes=snapshot.get("adapter_bytes", {}),
+        adapters={
+            **snapshot.get("adapters", {}),
+            "quarantined": len(snapshot.get("quarantined", {})),
+        },
+        kv_blocks=snapshot.get("kv_blocks", {}),
+        cuda_bytes=snapshot.get("cuda_bytes", {}),
+        totals=snapshot.get("totals", {}),
+        processes=processes,
+        running=running,
+        worker_ready=ready,
+    )

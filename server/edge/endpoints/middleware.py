@@ -1,0 +1,288 @@
+"""Around every call: its id, the limits on its body, safe headers, its metrics and its log line.
+
+Plain ASGI, one layer: a layer of Starlette's own kind would hide the client's disconnect from the
+endpoints and cost a task per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.edge.admit.body_budget import HeldBody
+from server.edge.admit.connections import HEAD_FAULT
+from server.edge.service import Service
+from server.errors import PROBLEM_TYPE, Refusal
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("server.access")
+
+QUERY_BYTES: Final = 4096
+LENGTH_DIGITS: Final = 20  # of a content length: more than any file has
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+INFERENCE: Final = frozenset({"/predict", "/embed", "/generate", "/generate_stream"})
+UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
+PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
+# As ASGI has headers: they go out with every response, so they are not made anew for each.
+SAFE_HEADERS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+CONTENT_POLICY: Final = (
+    b"content-security-policy",
+    b"default-src 'none'; frame-ancestors 'none'",
+)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of one call; endpoints fill in what they resolve."""
+
+    request_id: str
+    began: float  # monotonic
+    status: int = 0
+    adapter: str | None = ""  # "": none resolved, None: the base
+    refused: str | None = None  # the code of an error response
+
+
+class BodyRefused(HTTPException):
+    """A body that broke a limit while it was read: FastAPI lets only its own kind pass there."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.status, detail=refusal.code)
+        self.refusal = refusal
+
+
+class Json(JSONResponse):
+    """JSON in UTF-8, also of text that came as a lone surrogate and cannot be written so."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
+
+
+def error_response(scope: Scope, refusal: Refusal) -> Response:
+    """The refusal in the shape that the path calls for."""
+    exchange = scope.get("hira")
+    if isinstance(exchange, Exchange):
+        exchange.refused = refusal.code
+    if is_openai(scope):
+        # There, what a body has wrong is a bad request.
+        status = 400 if refusal.status == 422 else refusal.status
+        return Json(refusal.openai(), status, headers=refusal.all_headers())
+    return Json(
+        refusal.problem(),
+        refusal.status,
+        headers=refusal.all_headers(),
+        media_type=PROBLEM_TYPE,
+    )
+
+
+def is_openai(scope: Scope) -> bool:
+    """Whether a call is under /v1, where errors have OpenAI's shape and statuses."""
+    return str(scope.get("path", "")).startswith("/v1/")
+
+
+class Gate:
+    """See the module."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        exchange = Exchange(
+            request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
+            began=time.monotonic(),
+        )
+        scope["hira"] = exchange
+        self.service.refresh()
+
+        async def finish(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                self._add_headers(scope, exchange, message)
+            await send(message)
+
+        held = self.service.bodies.hold()
+        try:
+            # An upload goes to disk as it comes; everything else is held in memory.
+            form = headers.get("content-type", "").startswith("multipart/")
+            uploads = form and scope["path"] == UPLOADS and scope["method"] == "POST"
+            limit = self._limit(scope, headers, uploads=uploads)
+            self._admit(scope, headers)
+            bounded = self._bounded(receive, limit, None if uploads else held)
+            if not uploads:
+                self._hold(held, _stated_bytes(headers))
+            await self.app(scope, bounded, finish)
+        except Refusal as refusal:
+            await error_response(scope, refusal)(scope, receive, finish)
+        except ClientDisconnect:
+            # In the middle of its own body: nobody is there to answer.
+            logger.debug("request %s: the client left", exchange.request_id)
+        except Exception:
+            logger.exception("request %s failed", exchange.request_id)
+            if exchange.status:
+                raise  # half an answer is out: the connection must break, not end well
+            failed = Refusal.because(
+                "internal",
+                "The server failed on this request.",
+                fix=f"Tell the operator the request id {exchange.request_id}.",
+            )
+            await error_response(scope, failed)(scope, receive, finish)
+        finally:
+            held.release()
+            self._note(scope, exchange)
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        """Turn away whom no body could help, before it is read: without a key, or too many.
+
+        The endpoints have guards of their own; this one makes refusals cheap.
+        """
+        path = scope["path"]
+        if path.startswith("/admin"):
+            self.service.keys.admit_admin(headers.get("authorization"))
+        elif path in INFERENCE or path.startswith("/v1/"):
+            self.service.keys.admit_inference(headers.get("authorization"))
+            if scope["method"] == "POST":
+                self.service.dispatcher.check_early(_adapter_of(scope["query_string"]))
+
+    def _limit(self, scope: Scope, headers: Headers, *, uploads: bool) -> int:
+        settings = self.service.settings
+        fault = scope.get(HEAD_FAULT)
+        if fault is not None:
+            raise fault
+        limit = int(settings.max_upload_bytes if uploads else settings.max_body_bytes)
+        if len(scope["query_string"]) > QUERY_BYTES:
+            raise Refusal.because(
+                "invalid_request",
+                "The query is too long.",
+                found=f"{len(scope['query_string'])} bytes",
+                expected=f"at most {QUERY_BYTES}",
+            )
+        length = _stated_bytes(headers)
+        if length > limit:
+            raise too_large(limit, uploads=uploads, found=f"{length} bytes")
+        return limit
+
+    def _hold(self, held: HeldBody, size_bytes: int) -> None:
+        most = int(self.service.settings.max_pending_body_bytes)
+        held.grow(size_bytes, most, self.service.dispatcher.admission)
+
+    def _bounded(self, receive: Receive, limit: int, held: HeldBody | None) -> Receive:
+        """Count the body as it comes, and give it up when it is too large or too slow.
+
+        The patience is for the whole of a body; for every piece of an upload, which may be
+        gigabytes, and of which nothing is held.
+        """
+        patience_s = self.service.settings.client_timeout_s
+        taken, complete = 0, False
+        began = time.monotonic()
+
+        async def bounded() -> Message:
+            nonlocal taken, complete
+            if complete:
+                # The endpoint waits for the client to leave: as long as it likes.
+                return await receive()
+            left_s = max(0.0, began + patience_s - time.monotonic()) if held else patience_s
+            try:
+                async with asyncio.timeout(left_s):
+                    message = await receive()
+            except TimeoutError:
+                refusal = Refusal.because(
+                    "body_too_slow",
+                    "The body did not arrive in time.",
+                    expected=f"{patience_s:g} s",
+                    headers={"Connection": "close"},
+                )
+                raise BodyRefused(refusal) from None
+            taken += len(message.get("body", b""))
+            if taken > limit:
+                raise BodyRefused(too_large(limit, uploads=held is None))
+            if held is not None:
+                try:
+                    self._hold(held, taken)
+                except Refusal as refusal:
+                    raise BodyRefused(refusal) from None
+            complete = not message.get("more_body", False)
+            return message
+
+        return bounded
+
+    def _add_headers(self, scope: Scope, exchange: Exchange, message: Message) -> None:
+        headers = list(message.get("headers", ()))
+        there = {name.lower() for name, _ in headers}
+        headers.append((b"x-request-id", exchange.request_id.encode("ascii")))
+        headers += [one for one in SAFE_HEADERS if one[0] not in there]
+        if CONTENT_POLICY[0] not in there and scope["path"] not in PAGES:
+            headers.append(CONTENT_POLICY)
+        message["headers"] = headers
+
+    def _note(self, scope: Scope, exchange: Exchange) -> None:
+        seconds = time.monotonic() - exchange.began
+        path = scope["path"]
+        unmatched = path if path in INFERENCE else "unmatched"
+        endpoint = str(getattr(scope.get("route"), "path", unmatched))
+        status = exchange.status or 499
+        metrics = self.service.metrics
+        if metrics is not None:
+            metrics.request(endpoint, exchange.adapter, status, seconds)
+            if exchange.refused:
+                metrics.refusal(exchange.refused)
+        if self.service.settings.access_log:
+            access_logger.info(
+                "%s %s %d %.1f ms id=%s adapter=%s%s",
+                scope["method"],
+                scope["path"].encode("unicode_escape").decode(),
+                status,
+                seconds * 1e3,
+                exchange.request_id,
+                exchange.adapter or "-",
+                f" code={exchange.refused}" if exchange.refused else "",
+            )
+
+
+def too_large(limit: int, *, uploads: bool, found: str | None = None) -> Refusal:
+    return Refusal.because(
+        "upload_too_large" if uploads else "body_too_large",
+        "The upload is too large." if uploads else "The body is too large.",
+        found=found,
+        expected=f"at most {limit} bytes",
+        fix="Send less, or ask the operator to raise "
+        + ("max_upload_bytes." if uploads else "max_body_bytes."),
+    )
+
+
+def _stated_bytes(headers: Headers) -> int:
+    """How long a body says that it is; 0 where it does not."""
+    length = headers.get("content-length", "")
+    # Other scripts have digits too, and a number of thousands of digits is none to compute with.
+    return int(length[:LENGTH_DIGITS]) if length.isascii() and length.isdigit() else 0
+
+
+def _adapter_of(query: bytes) -> str | None:
+    """The adapter that a query names, or None where it names none or several."""
+    if b"adapter=" not in query:
+        return None
+    names = [value for name, value in parse_qsl(query.decode("latin-1")) if name == "adapter"]
+    return names[0] if len(names) == 1 else None

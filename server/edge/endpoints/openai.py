@@ -1,0 +1,395 @@
+"""The calls under /v1, as OpenAI's clients expect them. ``model`` names an adapter, or the base."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Request, Response
+
+from server.edge.endpoints.answers import (
+    EventStream,
+    Generations,
+    answer_headers,
+    check_inputs,
+    encode,
+    encoded,
+    exchange_of,
+    json_response,
+    target_headers,
+    tokenize,
+)
+from server.edge.endpoints.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
+from server.edge.endpoints.schemas_openai import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Known,
+    Sampling,
+)
+from server.edge.endpoints.tei_tgi import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
+from server.edge.service import INPUT_CHARACTERS, Service, Target
+from server.errors import Refusal
+from server.inputs.text import Text
+from server.messages import EncodedInput, GenerateResult, SamplingOptions
+
+DEFAULT_TOKENS = 16
+DEFAULT_CHAT_TOKENS = 256
+MAX_MODELS = 10_000
+SEEDS = 1 << 63
+
+
+class OpenAI:
+    """The endpoints; one object per server."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def models(self, request: Request) -> Response:
+        """The base and every adapter."""
+        base = self.service.base
+        records = self.service.names.listed(fitting=True)[:MAX_MODELS]
+        own = [self._model(base.name, base.created, None)]
+        adapters = [self._model(one.name, one.created.timestamp(), base.name) for one in records]
+        return json_response({"object": "list", "data": own + adapters}, {})
+
+    async def model(self, request: Request, model: str) -> Response:
+        """One of them."""
+        base = self.service.base
+        if self.service.is_base(model):
+            return json_response(self._model(base.name, base.created, None), {})
+        record = self.service.served_record(model, "model")
+        return json_response(self._model(record.name, record.created.timestamp(), base.name), {})
+
+    async def completions(self, request: Request, body: CompletionRequest) -> Response:
+        """Continue one or more prompts."""
+        target = self._target(request, body, "/v1/completions")
+        wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+        check_new_tokens(wanted, self.service, "max_tokens")
+        scores = bool(body.echo) and (body.logprobs is not None or wanted == 0)
+        _check_scoring(body, wanted, scores=scores)
+        prompts = await self._prompts(request, body.prompt, wanted)
+        tokens = INPUT_CHARACTERS * sum(map(len, prompts))
+        shape = CompletionFormat(
+            f"cmpl-{uuid.uuid4().hex}",
+            int(time.time()),
+            body.model,
+            await self._echoed(request, body, prompts) if body.echo else None,
+            body.logprobs is not None,
+            alternatives := body.logprobs or 0,
+            await tokenize(
+                request,
+                self.service,
+                self.service.base.texts,
+                tokens,
+                lambda text: [text.spell(ids) for ids in prompts],
+                "prompt",
+            )
+            if scores and not alternatives
+            else None,
+        )
+        return await self._generate(
+            request,
+            body,
+            target,
+            prompts=prompts,
+            wanted=wanted,
+            shape=shape,
+            field="prompt",
+            scores=scores,
+        )
+
+    async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
+        """Continue a conversation, written out with the base's chat template."""
+        target = self._target(request, body, "/v1/chat/completions")
+        text = self.service.base.texts
+        messages = [message.plain() for message in body.messages]
+        asked = body.max_completion_tokens or body.max_tokens
+        if asked is not None:
+            limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            check_new_tokens(asked, self.service, limit)
+        # Without a limit: what is left of the context, so that a long conversation is not refused.
+        prompt = await tokenize(
+            request,
+            self.service,
+            text,
+            sum(len(message["content"]) + INPUT_CHARACTERS for message in messages),
+            lambda one: one.encode_chat(messages, max_new_tokens=asked or 1),
+            "messages",
+        )
+        wanted = asked or min(
+            DEFAULT_CHAT_TOKENS,
+            self.service.settings.max_new_tokens,
+            text.max_tokens - len(prompt),
+        )
+        shape = ChatFormat(
+            f"chatcmpl-{uuid.uuid4().hex}",
+            int(time.time()),
+            body.model,
+            bool(body.logprobs),
+            body.top_logprobs or 0,
+        )
+        return await self._generate(
+            request, body, target, prompts=[prompt], wanted=wanted, shape=shape, field="messages"
+        )
+
+    async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
+        """Turn texts into vectors of length 1."""
+        target = self._target(request, body, "/v1/embeddings")
+        given = body.input
+        service = self.service
+        truncation = bool(body.truncation)
+        if isinstance(given, str) or (given and isinstance(given[0], str)):
+            texts = [given] if isinstance(given, str) else [str(one) for one in given]
+            check_inputs(len(texts), service, "input")
+            inputs = await encoded(
+                request,
+                service,
+                texts,
+                "feature-extraction",
+                truncation=truncation,
+                field="input",
+            )
+        else:
+            most = service.base.texts.max_tokens
+            if isinstance(service.base.inputs, Text):
+                most = service.base.inputs.max_tokens
+            lists = self._token_lists(given, "input", None if truncation else most)
+            inputs = tuple(EncodedInput(ids[:most]) for ids in lists)
+        result = await encode(
+            request,
+            service,
+            target,
+            inputs,
+            task="feature-extraction",
+            options={"normalize": True},
+        )
+        vectors: list[list[float]] = [list(one) for one in result.outputs]
+        coded = body.encoding_format == "base64"
+        answer = {
+            "object": "list",
+            "data": [
+                {
+                    "object": "embedding",
+                    "index": index,
+                    "embedding": _base64(vector) if coded else vector,
+                }
+                for index, vector in enumerate(vectors)
+            ],
+            "model": body.model,
+            "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
+        }
+        return json_response(answer, answer_headers(target, result.queue_ms, result.compute_ms))
+
+    async def _generate(
+        self,
+        request: Request,
+        body: Sampling,
+        target: Target,
+        *,
+        prompts: Sequence[tuple[int, ...]],
+        wanted: int,
+        shape: Format,
+        field: str,
+        scores: bool = False,
+    ) -> Response:
+        copies = body.n or 1
+        check_inputs(len(prompts) * copies, self.service, "n")
+        each = [
+            (prompt, self._sampling(body, wanted, copy, shape, scores=scores))
+            for prompt in prompts
+            for copy in range(copies)
+        ]
+        stream = bool(body.stream)
+        # What asks for too much: the prompts, or the answers to each.
+        asks = "n" if copies > 1 else field
+        generations = Generations(request, self.service, target, each, stream=stream, field=asks)
+        if not stream:
+            results = await generations.results()
+            if scores and shape.alternatives and isinstance(shape, CompletionFormat):
+                told = [one.prompt_likeliest for one in results[::copies]]
+                count = sum(map(len, prompts)) * (1 + shape.alternatives)
+                spelled = await tokenize(
+                    request,
+                    self.service,
+                    self.service.base.texts,
+                    INPUT_CHARACTERS * count,
+                    lambda text: [
+                        text.spell(ids, others) for ids, others in zip(prompts, told, strict=True)
+                    ],
+                    "prompt",
+                )
+                shape = replace(shape, spelled=spelled)
+            return json_response(
+                {**shape.answer(results, copies), "usage": usage(results, copies)},
+                answer_headers(
+                    target,
+                    max(one.queue_ms for one in results),
+                    max(one.compute_ms for one in results),
+                ),
+            )
+        events = generations.events()
+        first = await generations.first(events)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        chunks: AsyncIterator[bytes] = stream_chunks(
+            shape, first, events, choices=len(each), copies=copies, with_usage=with_usage
+        )
+        return EventStream(chunks, generations, target_headers(target))
+
+    def _target(self, request: Request, body: Known, verb: str) -> Target:
+        """Whom ``model`` means; refuses what would change the answer and is not there."""
+        for name, value in body.unsupported():
+            raise Refusal.because(
+                "unsupported_parameter",
+                f"{name} cannot be honoured by this server.",
+                found=repr(value)[:80],
+                expected="its neutral value, or no such field",
+                field=name,
+            )
+        model = str(getattr(body, "model", ""))
+        tasks = EMBED_TASKS if isinstance(body, EmbeddingRequest) else GENERATE_TASKS
+        names = (model, *request.query_params.getlist("adapter"))
+        target = self.service.target(names, tasks, verb, "model")
+        exchange_of(request).adapter = target.adapter
+        return target
+
+    def _model(self, name: str, created: float, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(created),
+            "owned_by": "hira-server",
+            "parent": parent,
+            "root": parent or name,
+        }
+
+    async def _prompts(
+        self, request: Request, prompt: str | list[str] | list[int] | list[list[int]], wanted: int
+    ) -> list[tuple[int, ...]]:
+        text = self.service.base.texts
+        if isinstance(prompt, str):
+            texts = [prompt]
+        elif prompt and isinstance(prompt[0], str):
+            texts = [str(one) for one in prompt]
+        else:
+            most = text.max_tokens
+            return self._token_lists(prompt, "prompt", most, room=wanted)
+        check_inputs(len(texts), self.service, "prompt")
+        return await tokenize(
+            request,
+            self.service,
+            text,
+            sum(map(len, texts)) + INPUT_CHARACTERS * len(texts),
+            lambda text: [text.encode_prompt(one, max_new_tokens=wanted) for one in texts],
+            "prompt",
+        )
+
+    def _token_lists(
+        self, given: Any, field: str, most: int | None, *, room: int = 0
+    ) -> list[tuple[int, ...]]:
+        """Prompts that come as token ids: one list, or a list of lists.
+
+        Args:
+            given: As the body has them.
+            field: Where the body has them.
+            most: Tokens that each may have, with ``room``; None for any number.
+            room: Tokens to be added.
+        """
+        lists = [given] if given and isinstance(given[0], int) else list(given)
+        check_inputs(len(lists), self.service, field)
+        vocabulary = self.service.base.texts.vocab_size or 1 << 62
+        for ids in lists:
+            if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+                raise Refusal.because(
+                    "invalid_input",
+                    "A list of token ids is empty or holds an id that the base does not have.",
+                    expected=f"ids from 0 to {vocabulary - 1}",
+                    field=field,
+                )
+            if most is not None and len(ids) + room > most:
+                raise Refusal.because(
+                    "input_too_long",
+                    "The prompt and the tokens asked for do not fit the context.",
+                    found=f"{len(ids)} + {room} tokens",
+                    expected=f"at most {most}",
+                    field=field,
+                )
+        return [tuple(ids) for ids in lists]
+
+    async def _echoed(
+        self, request: Request, body: CompletionRequest, prompts: Sequence[tuple[int, ...]]
+    ) -> list[str]:
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and isinstance(prompt[0], str):
+            return [str(one) for one in prompt]
+        return await tokenize(
+            request,
+            self.service,
+            self.service.base.texts,
+            sum(map(len, prompts)) + INPUT_CHARACTERS * len(prompts),
+            lambda text: [text.decode(ids) for ids in prompts],
+            "prompt",
+        )
+
+    def _sampling(
+        self, body: Sampling, wanted: int, copy: int, shape: Format, *, scores: bool
+    ) -> SamplingOptions:
+        temperature = 1.0 if body.temperature is None else body.temperature
+        stop = body.stop or ()
+        return SamplingOptions(
+            max_new_tokens=wanted,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            top_p=body.top_p or 1.0,
+            top_k=max(0, body.top_k or 0),
+            repetition_penalty=body.repetition_penalty or 1.0,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            # Copies of one prompt must differ, and do so in the same way every time.
+            seed=None if body.seed is None else (body.seed % SEEDS + copy) % SEEDS,
+            logprobs=shape.logprobs,
+            alternatives=shape.alternatives,
+            ignore_eos=body.ignore_eos,
+            prompt_logprobs=scores,
+        )
+
+
+def _check_scoring(body: CompletionRequest, wanted: int, *, scores: bool) -> None:
+    """Raises Refusal where nothing is asked for, or scores of a prompt in a stream."""
+    if wanted == 0 and not body.echo:
+        raise Refusal.because(
+            "invalid_request",
+            "Nothing is asked for.",
+            found="max_tokens 0 without echo",
+            expected="max_tokens of at least 1, or echo",
+            field="max_tokens",
+        )
+    if scores and body.stream:
+        raise Refusal.because(
+            "unsupported_parameter",
+            "The log-probabilities of a prompt cannot be streamed.",
+            found="echo with logprobs, or with max_tokens 0, on a stream",
+            expected="no stream",
+            field="stream",
+        )
+
+
+def usage(results: Sequence[GenerateResult], copies: int) -> dict[str, int]:
+    """Tokens of one call; a prompt counts once however many answers it has."""
+    prompt = sum(one.prompt_tokens for one in results[::copies])
+    completion = sum(len(one.tokens) for one in results)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _base64(vector: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")

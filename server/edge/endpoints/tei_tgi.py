@@ -1,0 +1,427 @@
+"""The native calls: /predict and /embed as text-embeddings-inference has them, /generate and
+/generate_stream as text-generation-inference has them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from fastapi import Depends, Query, Request, Response
+
+from server.edge.endpoints.answers import (
+    EventStream,
+    Generations,
+    answer_headers,
+    check_inputs,
+    encode,
+    encoded,
+    exchange_of,
+    json_response,
+    sse,
+    target_headers,
+    tokenize,
+)
+from server.edge.endpoints.body import Posted, posted
+from server.edge.endpoints.schemas import (
+    EmbedRequest,
+    GenerateParameters,
+    GenerateRequestBody,
+    PredictParameters,
+    PredictRequest,
+)
+from server.edge.endpoints.word_limit import check_words
+from server.edge.service import INPUT_CHARACTERS, Service, Target
+from server.errors import Refusal
+from server.inputs.images import Images, looks_like_image
+from server.messages import (
+    Encoded,
+    Event,
+    Failure,
+    GenerateResult,
+    SamplingOptions,
+    Task,
+    TokenEvent,
+)
+
+PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
+    {
+        "text-classification",
+        "token-classification",
+        "fill-mask",
+        "question-answering",
+        "image-classification",
+    }
+)
+EMBED_TASKS: Final[frozenset[Task]] = PREDICT_TASKS | {"feature-extraction", "text-generation"}
+GENERATE_TASKS: Final[frozenset[Task]] = frozenset({"text-generation"})
+# Parameters of /predict that only one task has a use for.
+TASK_PARAMETERS: Final[dict[str, tuple[Task, ...]]] = {
+    "aggregation_strategy": ("token-classification",),
+    "ignore_labels": ("token-classification",),
+    "function_to_apply": ("text-classification", "image-classification"),
+    "targets": ("fill-mask",),
+}
+
+PREDICT_BODY: Any = Depends(posted(PredictRequest))
+EMBED_BODY: Any = Depends(posted(EmbedRequest))
+Named = Query(default=None, max_length=256, description="The adapter's name.")
+
+
+class Native:
+    """The endpoints; one object per server."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def predict(
+        self,
+        request: Request,
+        adapter: str | None = Named,
+        sent: Posted[PredictRequest] = PREDICT_BODY,
+    ) -> Response:
+        """Classify texts, tokens or images, or fill masks: whatever the adapter was trained for."""
+        service, body = self.service, sent.body
+        target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
+        exchange_of(request).adapter = target.adapter
+        listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
+        if target.task == "question-answering":
+            check_contexts(body.inputs)
+        options = await self._predict_options(request, body.parameters, target)
+        inputs = await self._encoded(
+            request, body.inputs, sent.files, target.task, truncation=body.parameters.truncation
+        )
+        if target.task == "fill-mask":
+            check_words(
+                inputs,
+                service.base.texts,
+                top_k=body.parameters.top_k,
+                targets=options.get("targets"),
+            )
+        result = await encode(
+            request,
+            service,
+            target,
+            inputs,
+            task=target.task,
+            top_k=body.parameters.top_k,
+            options=options,
+        )
+        outputs = [plain(one) for one in result.outputs]
+        return json_response(
+            outputs if listed else outputs[0],
+            answer_headers(target, result.queue_ms, result.compute_ms),
+        )
+
+    async def embed(
+        self,
+        request: Request,
+        adapter: str | None = Named,
+        sent: Posted[EmbedRequest] = EMBED_BODY,
+    ) -> Response:
+        """Turn texts or images into vectors with the base, or with an adapter's version of it."""
+        service, body = self.service, sent.body
+        target = service.target((*named(request, adapter), body.adapter), EMBED_TASKS, "/embed")
+        exchange_of(request).adapter = target.adapter
+        parameters = body.parameters
+        inputs = await self._encoded(
+            request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
+        )
+        options: dict[str, Any] = {"normalize": parameters.normalize}
+        if parameters.pooling is not None:
+            options["pooling"] = parameters.pooling
+        result = await encode(
+            request, service, target, inputs, task="feature-extraction", options=options
+        )
+        return json_response(
+            [list(one) for one in result.outputs],
+            answer_headers(target, result.queue_ms, result.compute_ms),
+        )
+
+    async def generate(
+        self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
+    ) -> Response:
+        """Continue a text."""
+        if body.stream:
+            return await self.generate_stream(request, body, adapter)
+        target, generations = await self._begin(request, body, adapter, stream=False)
+        (result,) = await generations.results()
+        parameters = body.parameters
+        prefill: list[dict[str, Any]] = []
+        if parameters.decoder_input_details:
+            prefill = await self._prefill(request, generations.prompts[0], result.prompt_logprobs)
+        text = (body.inputs if parameters.return_full_text else "") + result.text
+        answer: dict[str, Any] = {"generated_text": text}
+        if parameters.details or parameters.decoder_input_details:
+            answer["details"] = {
+                "finish_reason": result.finish_reason,
+                "generated_tokens": len(result.tokens),
+                "seed": parameters.seed,
+                "prefill": prefill,
+                "tokens": [
+                    {"id": one.id, "text": one.text, "logprob": one.logprob, "special": one.special}
+                    for one in result.tokens
+                ],
+            }
+        return json_response(answer, answer_headers(target, result.queue_ms, result.compute_ms))
+
+    async def generate_stream(
+        self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
+    ) -> Response:
+        """Continue a text, a server-sent event per token."""
+        if body.parameters.decoder_input_details:
+            raise Refusal.because(
+                "unsupported_parameter",
+                "The details of a prompt cannot be streamed.",
+                found="decoder_input_details=true on a stream",
+                expected="decoder_input_details on /generate without stream",
+                field="parameters.decoder_input_details",
+            )
+        target, generations = await self._begin(request, body, adapter, stream=True)
+        events = generations.events()
+        first = await generations.first(events)
+        prefix = body.inputs if body.parameters.return_full_text else ""
+        chunks = _stream(first, events, prefix, body.parameters.seed)
+        return EventStream(chunks, generations, target_headers(target))
+
+    async def _encoded(
+        self,
+        request: Request,
+        given: Any,
+        files: tuple[bytes, ...] | None,
+        task: Task,
+        *,
+        truncation: bool,
+    ) -> tuple[Encoded, ...]:
+        """Token ids of texts, or pixels of images.
+
+        Args:
+            request: The call.
+            given: The body's ``inputs``.
+            files: Uploaded in place of them, or None.
+
+        Raises:
+            Refusal: Too many, or in the words of the tokenizer or the image processor.
+        """
+        service = self.service
+        one_by_one = given if isinstance(given, list) else [given]
+        inputs: list[Any] = one_by_one if files is None else list(files)
+        check_inputs(len(inputs), service)
+        if not isinstance(service.base.inputs, Images) and (
+            files is not None
+            or any(isinstance(one, str) and looks_like_image(one) for one in inputs)
+        ):
+            raise Refusal.because(
+                "invalid_input",
+                "This base takes texts, not images.",
+                found="an image",
+                expected="text",
+                fix="Ask a server whose base is a vision transformer.",
+                field="inputs",
+            )
+        return await encoded(request, service, inputs, task, truncation=truncation)
+
+    async def _predict_options(
+        self, request: Request, parameters: PredictParameters, target: Target
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        for name, tasks in TASK_PARAMETERS.items():
+            value = getattr(parameters, name)
+            if value is None:
+                continue
+            if target.task not in tasks:
+                raise Refusal.because(
+                    "unsupported_parameter",
+                    f"{name} has no meaning for {target.task}.",
+                    found=f"{name}={str(value)[:80]}",
+                    expected="an adapter for " + " or ".join(tasks),
+                    field=f"parameters.{name}",
+                )
+            options[name] = value
+        words = options.get("targets")
+        if words is not None:
+            text = self.service.base.texts
+            options["targets"] = await tokenize(
+                request,
+                self.service,
+                text,
+                sum(len(str(word)) + INPUT_CHARACTERS for word in words),
+                lambda one: one.targets(words),
+                "parameters.targets",
+            )
+        return options
+
+    async def _begin(
+        self, request: Request, body: GenerateRequestBody, adapter: str | None, *, stream: bool
+    ) -> tuple[Target, Generations]:
+        service, parameters = self.service, body.parameters
+        names = (*named(request, adapter), body.adapter, parameters.adapter_id)
+        target = service.target(names, GENERATE_TASKS, "/generate")
+        exchange_of(request).adapter = target.adapter
+        check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
+        token_ids = await tokenize(
+            request,
+            service,
+            service.base.texts,
+            len(body.inputs),
+            lambda text: text.encode_prompt(
+                body.inputs,
+                max_new_tokens=parameters.max_new_tokens,
+                truncation=parameters.truncation or parameters.truncate is not None,
+            ),
+        )
+        if parameters.truncate is not None:
+            token_ids = token_ids[-parameters.truncate :]
+        prompts = [(token_ids, _sampling(parameters, stream=stream))]
+        return target, Generations(request, service, target, prompts, stream=stream)
+
+    async def _prefill(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[float | None, ...],
+    ) -> list[dict[str, Any]]:
+        """TGI's list of the prompt's tokens."""
+        pieces = await tokenize(
+            request,
+            self.service,
+            self.service.base.texts,
+            INPUT_CHARACTERS * len(token_ids),
+            lambda text: text.spell(token_ids),
+        )
+        return [
+            {"id": token, "text": piece.text, "logprob": logprob, "special": piece.special}
+            for token, piece, logprob in zip(token_ids, pieces, logprobs, strict=True)
+        ]
+
+
+def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
+    """Every ``adapter`` of the query: FastAPI alone would take the last and drop the others."""
+    return (adapter, *request.query_params.getlist("adapter"))
+
+
+def check_contexts(inputs: Any) -> None:
+    """Raises Refusal where a question has no context that its answer could be found in."""
+    for index, one in enumerate(inputs if isinstance(inputs, list) else [inputs]):
+        if not isinstance(one, tuple) or not one[1].strip():
+            raise Refusal.because(
+                "invalid_input",
+                f"Input {index} is a question without a context.",
+                found="one text" if isinstance(one, str) else "an empty context",
+                expected="pairs of texts: [[question, context], ...]",
+                fix="Send the text that holds the answer as the second of a pair.",
+                field="inputs",
+            )
+
+
+def check_new_tokens(wanted: int, service: Service, field: str) -> None:
+    """Raises Refusal when more is asked for than one request may generate."""
+    most = min(service.settings.max_new_tokens, service.base.texts.max_tokens)
+    if wanted > most:
+        raise Refusal.because(
+            "invalid_request",
+            "More new tokens are asked for than a request may have.",
+            found=str(wanted),
+            expected=f"at most {most}",
+            field=field,
+        )
+
+
+def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOptions:
+    return SamplingOptions(
+        max_new_tokens=parameters.max_new_tokens,
+        do_sample=parameters.samples,
+        temperature=parameters.temperature or 1.0,
+        top_p=parameters.top_p or 1.0,
+        top_k=parameters.top_k or 0,
+        repetition_penalty=parameters.repetition_penalty or 1.0,
+        stop=tuple(parameters.stop),
+        seed=parameters.seed,
+        logprobs=parameters.details or parameters.decoder_input_details or stream,
+        ignore_eos=parameters.ignore_eos_token,
+        prompt_logprobs=parameters.decoder_input_details,
+    )
+
+
+async def _stream(
+    first: list[tuple[int, Event]],
+    rest: AsyncIterator[list[tuple[int, Event]]],
+    prefix: str,
+    seed: int | None,
+) -> AsyncIterator[bytes]:
+    """TGI's events. The last token waits for the end that came with it, and carries it."""
+    index = 0
+    batch: list[tuple[int, Event]] | None = first
+    last: TokenEvent | None = None
+    while batch is not None:
+        held: TokenEvent | None = None
+        for _, event in batch:
+            if isinstance(event, TokenEvent):
+                if held is not None:
+                    yield _token(index, held)
+                index, held, last = index + 1, event, event
+            elif isinstance(event, GenerateResult):
+                yield _end(
+                    index, held or last, event, new=held is not None, prefix=prefix, seed=seed
+                )
+                return
+            elif isinstance(event, Failure):
+                if held is not None:
+                    yield _token(index, held)
+                problem = Refusal.of(event).problem()
+                yield sse({"error": event.message, "error_type": event.code, **problem})
+                return
+        if held is not None:
+            yield _token(index, held)
+        batch = await anext(rest, None)
+
+
+def _token(index: int, event: TokenEvent) -> bytes:
+    return sse(
+        {
+            "index": index,
+            "token": {
+                "id": event.token_id,
+                "text": event.text,
+                "logprob": event.logprob,
+                "special": event.special,
+            },
+            "generated_text": None,
+            "details": None,
+        }
+    )
+
+
+def _end(
+    index: int,
+    shown: TokenEvent | None,
+    result: GenerateResult,
+    *,
+    new: bool,
+    prefix: str,
+    seed: int | None,
+) -> bytes:
+    """The last event: the last token, unless it went out before, with the whole text."""
+    text = shown.text if shown is not None and new else ""
+    return sse(
+        {
+            "index": index,
+            "token": {
+                "id": shown.token_id if shown else 0,
+                "text": text + result.tail,
+                "logprob": shown.logprob if shown else 0.0,
+                "special": bool(shown and shown.special and not result.tail),
+            },
+            "generated_text": prefix + result.text,
+            "details": {
+                "finish_reason": result.finish_reason,
+                "generated_tokens": len(result.tokens),
+                "input_length": result.prompt_tokens,
+                "seed": seed,
+            },
+        }
+    )
+
+
+def plain(output: Any) -> Any:
+    """An engine's output as JSON has it."""
+    return list(output) if isinstance(output, tuple) else output

@@ -1,0 +1,103 @@
+"""Runs a service: builds LitServe's server around it, starts it, supervises it to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from adapters.registry.records import AdapterRecord
+from server.edge.endpoints.health import Observe, observe_routes
+from server.edge.endpoints.openai import OpenAI
+from server.edge.endpoints.routes import Endpoint
+from server.edge.endpoints.tei_tgi import Native
+from server.edge.link.wire import read_state
+from server.edge.litserve.api import HiraAPI
+from server.edge.litserve.lifeline import bind_forked_children
+from server.edge.litserve.loop import EngineLoop
+from server.edge.litserve.server import HiraServer
+from server.edge.litserve.spec import HiraSpec
+from server.edge.processes.supervise import Supervisor
+from server.edge.service import Service
+from server.version import package_version
+
+BACKLOG: Final = 2048
+SHOWN: Final = 8  # names in a line
+
+
+def run_service(
+    service: Service,
+    routes: Sequence[Endpoint],
+    *,
+    base: str,
+    engine: str,
+    on_ready: Callable[[], None],
+    upkeep: Callable[[], None],
+) -> None:
+    """Start all processes, and return when the server has been told to stop and has drained.
+
+    Args:
+        service: What the endpoints use; opened anew in every HTTP process.
+        routes: Endpoints beside those of inference and health.
+        base: Folder or hub id that the worker loads.
+        engine: ``module:attribute`` of what builds the engine in the worker.
+        on_ready: Called once, when the first worker answers.
+        upkeep: Called about once a second in the main process.
+
+    Raises:
+        StartFailed: One line that says why the server cannot run.
+    """
+    settings = service.settings
+    version = package_version()
+    api = HiraAPI(
+        settings.engine_options(base),
+        settings.run_dir,
+        spec=HiraSpec(Native(service), OpenAI(service), service.dispatcher),
+        loop=EngineLoop(settings.api_processes),
+        engine=engine,
+        log_level=settings.log_level,
+    )
+    server = HiraServer(
+        api, service, [*observe_routes(Observe(service, version)), *routes], version
+    )
+    supervisor = Supervisor(server, on_ready=on_ready, upkeep=upkeep)
+    supervisor.install()
+    bind_forked_children()
+    server.supervise = supervisor.run
+    server.run(
+        host=settings.host,
+        port=settings.port,
+        num_api_servers=settings.api_processes,
+        log_level="warning",
+        generate_client_file=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+    )
+
+
+def banner(service: Service, key_file: Path | None) -> Iterator[str]:
+    """What a person sees when the server is ready."""
+    settings, base = service.settings, service.base
+    records, fitting = service.names.listed(), service.names.listed(fitting=True)
+    kept = [one for one in records if one not in fitting]
+    host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
+    url = f"http://{host}:{settings.port}"
+    # As the worker has it: a checkpoint that is quantized already is served as it is.
+    state = read_state(settings.run_dir)
+    loaded = {} if state is None else state.snapshot
+    told = [str(loaded[part]) for part in ("storage", "dtype", "device") if part in loaded]
+    yield f"hira-server {package_version()} is ready at {url}"
+    yield f"  base       {base.name}" + (f" ({', '.join(told)})" if told else "")
+    yield f"  adapters   {len(fitting)}: {_names(fitting)}" if records else "  adapters   none yet"
+    if kept:
+        yield f"  not served {len(kept)}, made for another base: {_names(kept)}"
+    yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
+    yield f"  try        {url}/docs"
+
+
+def _names(records: Sequence[AdapterRecord]) -> str:
+    """The first few names, and how many more there are."""
+    more = f", and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
+    return ", ".join(record.name for record in records[:SHOWN]) + more

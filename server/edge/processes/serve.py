@@ -1,0 +1,172 @@
+"""`hira serve`: prepares everything in the main process, and runs the service until it is told to
+stop."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from adapters.errors import AdapterError
+from adapters.registry.faults import RegistryUnusable, database_faults
+from adapters.registry.registry import Registry
+from adapters.registry.store import Store
+from server import metrics
+from server.edge.admit.keys import admin_key
+from server.edge.endpoints.admin import Admin, admin_routes
+from server.edge.link.wire import read_state
+from server.edge.litserve import logs
+from server.edge.litserve.api import ENGINE
+from server.edge.processes import start as prepare
+from server.edge.processes.run import banner, run_service
+from server.edge.processes.run_folder import RunFolder, run_folder
+from server.edge.processes.supervise import StartFailed
+from server.edge.service import Service
+from server.settings import Settings
+
+LOCK_FILE: Final = "server.lock"
+COLLECT_S: Final = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+def serve(
+    settings: Settings,
+    *,
+    reload: Callable[[], Settings],
+    say: Callable[[str], None],
+    engine: str = ENGINE,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return.
+
+    Args:
+        settings: All of them.
+        reload: Reads them again, for SIGHUP.
+        say: Shows a line to whoever started the server.
+        engine: ``module:attribute`` of what builds the engine in the worker.
+
+    Raises:
+        StartFailed: One line that says why the server cannot run.
+    """
+    os.umask(0o077)  # keys, adapters and state are nobody else's to read
+    with _exclusive(settings.data_dir):
+        _check_port(settings.host, settings.port)
+        staging = settings.data_dir / "staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(mode=0o700)
+        logs.configure(settings.log_level, access=settings.access_log)
+        need_bytes = metrics.most_bytes(settings.api_processes)
+        with run_folder(settings.run_dir, need_bytes) as folder:
+            _serve_in(folder, settings, reload=reload, say=say, engine=engine)
+
+
+def _serve_in(
+    folder: RunFolder,
+    settings: Settings,
+    *,
+    reload: Callable[[], Settings],
+    say: Callable[[str], None],
+    engine: str,
+) -> None:
+    metrics.prepare(settings.metrics_dir)
+    place, name, adapters = prepare.chosen(settings)
+    base = prepare.load_base(settings, place, name)
+    _, key_file = admin_key(settings.admin_key, settings.data_dir)
+    store = Store(
+        settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
+    )
+    try:
+        with database_faults(settings.database):
+            registry = Registry(settings.database, store)
+            registry.check()
+    except RegistryUnusable as error:
+        raise StartFailed(str(error)) from None
+    prepare.register(registry, base, adapters, settings)
+    prepare.check_base(registry, base)
+    service = Service(settings, base, registry, reload)
+    registry.close()  # what is forked from here on must open its own
+    collector = Collector(service)
+
+    def ready() -> None:
+        for line in banner(service, key_file):
+            say(line)
+
+    def upkeep() -> None:
+        if folder.restore():
+            settings.metrics_dir.mkdir()
+        collector.look()
+
+    run_service(
+        service,
+        admin_routes(Admin(service)),
+        base=place,
+        engine=engine,
+        on_ready=ready,
+        upkeep=upkeep,
+    )
+
+
+class Collector:
+    """Deletes, now and then, the bytes of versions that nobody names or needs any more."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._at = time.monotonic()
+        self._grace_s = 0.0
+
+    def look(self) -> None:
+        if time.monotonic() - self._at < COLLECT_S:
+            return
+        self._at = time.monotonic()
+        self._service.refresh()  # nobody else in this process takes over what SIGHUP changed
+        settings = self._service.settings
+        # No request lives longer than max_timeout_s, so none can still need what is older. One
+        # that was admitted before the limit was lowered has the longer one still.
+        self._grace_s = max(self._grace_s, settings.max_timeout_s + 60.0)
+        state = read_state(settings.run_dir)
+        resident = set() if state is None else set(state.snapshot.get("residency", {}))
+        try:
+            self._service.registry.collect_garbage(resident, grace_s=self._grace_s)
+        except (AdapterError, OSError) as error:
+            # In the main process: a registry that is locked for a while must not end the server.
+            logger.error("Versions that nobody names were not collected: %s", error)
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One server per data folder: two would clear each other's running state."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartFailed(f"data_dir {folder} cannot be used: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartFailed(
+                f"data_dir {folder} is in use by another server; choose another with --data-dir"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartFailed(
+                f"port {port} on {host} cannot be used: {error.strerror}; "
+                "choose another with --port"
+            ) from None

@@ -1,0 +1,160 @@
+"""Before anything listens, in the main process: the base's shape, the adapters of the start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from adapters.errors import AdapterError
+from adapters.registry.registry import Registry
+from server.edge.endpoints.allowed_sources import sources_of
+from server.edge.processes.supervise import StartFailed
+from server.edge.service import Base, base_task
+from server.metrics import BASE_LABEL
+from server.settings import AdapterSource, Settings
+
+logger = logging.getLogger(__name__)
+
+DEMO_NAME: Final = "hira-demo-base"
+
+logger = logging.getLogger(__name__)
+
+
+def chosen(settings: Settings) -> tuple[str, str, tuple[AdapterSource, ...]]:
+    """The base's place, its name, and the adapters of the start.
+
+    Without a base that is the embedded demo, with all its adapters.
+
+    Raises:
+        StartFailed: No base was named and no demo is installed.
+    """
+    if settings.base is not None:
+        name = settings.base_name or Path(settings.base).name
+        return settings.base, name, settings.adapters
+    from server import demo
+
+    if not (demo.BASE_DIR / "config.json").exists():
+        raise StartFailed("this installation has no embedded demo; name a base with --base")
+    taken = {one.name for one in settings.adapters}
+    folders = sorted(demo.ADAPTERS_DIR.glob("*/adapter_config.json"))
+    own = (AdapterSource(one.parent.name, str(one.parent)) for one in folders)
+    adapters = (*(one for one in own if one.name not in taken), *settings.adapters)
+    return str(demo.BASE_DIR), settings.base_name or DEMO_NAME, adapters
+
+
+def load_base(settings: Settings, place: str, name: str) -> Base:
+    """What the HTTP side needs of a base: its layers' shapes and its tokenizer, no weights.
+
+    The processes that are forked later must not inherit threads: those of torch and of the
+    tokenizer stay unborn.
+
+    Raises:
+        StartFailed: The base cannot be served, in one line.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # For the worker, which is spawned with this environment: threads of OpenMP that spin while they
+    # wait take the cores from the HTTP processes. Measured on 2 busy cores, a decoding step of the
+    # demo base: 1,014 ms spinning, 7 ms sleeping.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from server.base.digest import checkpoint_digest
+    from server.base.load import BaseModelError, signature_of
+    from server.base.plan import plan_base
+    from server.base.skeletons import Skeletons
+    from server.inputs.images import ImageProcessorError, Images
+    from server.inputs.text import Text, TokenizerError
+
+    torch.set_num_threads(1)
+    options = settings.engine_options(place)
+    try:
+        plan = plan_base(options)
+        signature = replace(signature_of(options), name=name, digest=checkpoint_digest(plan.folder))
+        inputs: Text | Images
+        prompts: Text | None = None
+        if plan.takes_images:
+            inputs = Images.load(
+                plan.folder,
+                plan.config,
+                max_pixels=settings.max_image_pixels,
+                max_request_pixels=settings.max_request_pixels,
+            )
+        else:
+            limit = min(signature.max_length, settings.max_input_tokens or signature.max_length)
+            vocabulary = signature.vocab_size or None
+            inputs = Text.load(
+                plan.folder, max_tokens=limit, vocab_size=vocabulary, source=settings.tokenizer
+            )
+            prompts = inputs.limited(signature.max_length)
+            if inputs.note is not None:
+                logger.warning(inputs.note)
+    except (BaseModelError, TokenizerError, ImageProcessorError) as error:
+        raise StartFailed(" ".join(str(error).split())) from None
+    return Base(
+        name=name,
+        task=base_task(signature.architecture),
+        signature=signature,
+        check_head=Skeletons(
+            plan.config,
+            signature.vocab_size,
+            has_pooler=any("pooler" in path.split(".") for path in signature.layers),
+        ).check,
+        inputs=inputs,
+        prompts=prompts,
+        created=time.time(),
+    )
+
+
+def register(
+    registry: Registry, base: Base, adapters: tuple[AdapterSource, ...], settings: Settings
+) -> None:
+    """Register what the operator named at the start; what is registered already costs a look.
+
+    Raises:
+        StartFailed: An adapter cannot be registered; the line names it.
+    """
+    sources = sources_of(settings)
+    for one in adapters:
+        if one.name in {base.name, BASE_LABEL}:
+            raise StartFailed(
+                f"adapter {one.name}: this name means the base model; choose another, "
+                "or another --base-name"
+            )
+        try:
+            with sources.fetch(one.source, trusted=True) as folder:
+                registry.register(
+                    one.name,
+                    folder,
+                    base.signature,
+                    source=one.source,
+                    replace=True,
+                    check=base.check_head,
+                )
+        except AdapterError as error:
+            raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None
+
+
+def check_base(registry: Registry, base: Base) -> None:
+    """Say how many of the registered adapters fit the base, and which do not: those are refused.
+
+    Raises:
+        StartFailed: The registry cannot be used.
+    """
+    try:
+        others = registry.check_base(base.signature, base.check_head)
+        total = len(registry.records())
+    except AdapterError as error:
+        raise StartFailed(f"the registry cannot be used: {error}") from None
+    if others:
+        logger.warning(
+            "%d of %d adapters fit the base %s; not served, because they were registered for "
+            "another base: %s",
+            total - len(others),
+            total,
+            base.name,
+            ", ".join(one.name for one in others),
+        )

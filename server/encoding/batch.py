@@ -1,0 +1,105 @@
+"""From the inputs of a batch to what the backbone takes: token ids with padding, or pixels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from server.base.load import LoadedBase
+from server.engine.snapshot import one_id
+from server.inputs.images import Images
+from server.inputs.text import Text
+from server.messages import EncodedImage, EncodedInput
+from server.options import EngineOptions
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One batch as the backbone takes it.
+
+    Args:
+        arguments: Of its forward.
+        tokens: Tokens (patches) a row, padding included.
+        ids, mask: ``[n, T]``, padded on the right; None for images.
+    """
+
+    arguments: dict[str, Any]
+    tokens: int
+    ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def tables(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask for every state of ``hidden`` ``[n, T, H]``; all ones for images."""
+        if self.ids is not None and self.mask is not None:
+            return self.ids, self.mask
+        ones = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return ones, ones
+
+
+class Rows:
+    """Makes feeds for one base.
+
+    Args:
+        base: The loaded base.
+        inputs: Its tokenizer, or its image processor.
+    """
+
+    def __init__(self, base: LoadedBase, inputs: Text | Images) -> None:
+        known = inspect.signature(base.backbone.forward).parameters
+        self._takes_type_ids = "token_type_ids" in known
+        self._constant: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+        self._pad_id = inputs.pad_id if isinstance(inputs, Text) else 0
+        self._base = base
+
+    def feed(self, items: Sequence[Any]) -> Feed:
+        """The batch of some inputs, all texts (``EncodedInput``) or all images."""
+        if isinstance(items[0], EncodedImage):
+            return self._pixels(items)
+        return self._tokens(items)
+
+    def _pixels(self, items: Sequence[EncodedImage]) -> Feed:
+        images = [
+            torch.frombuffer(bytearray(item.pixels), dtype=torch.float32).view(item.shape)
+            for item in items
+        ]
+        pixels = torch.stack(images).to(self._base.device, self._base.dtype)
+        return Feed({"pixel_values": pixels}, items[0].tokens)
+
+    def _tokens(self, items: Sequence[EncodedInput]) -> Feed:
+        device = self._base.device
+        ids = _padded([item.token_ids for item in items], self._pad_id, device)
+        mask = _padded([(1,) * len(item.token_ids) for item in items], 0, device)
+        arguments = {"input_ids": ids, "attention_mask": mask, **self._constant}
+        if self._takes_type_ids and any(item.type_ids for item in items):
+            arguments["token_type_ids"] = _padded(
+                [item.type_ids or (0,) * len(item.token_ids) for item in items], 0, device
+            )
+        return Feed(arguments, ids.shape[1], ids, mask)
+
+
+def inputs_of(base: LoadedBase, options: EngineOptions) -> Text | Images:
+    """What turns inputs into what the base takes."""
+    if base.takes_images:
+        return Images.load(
+            base.folder,
+            base.config,
+            max_pixels=options.max_image_pixels,
+            max_request_pixels=options.max_request_pixels,
+        )
+    most = base.adapted.signature.max_length
+    return Text.load(
+        base.folder,
+        max_tokens=min(most, options.max_input_tokens or most),
+        vocab_size=base.adapted.signature.vocab_size or None,
+        pad_id=one_id(getattr(base.config, "pad_token_id", None)),
+        source=options.tokenizer,
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)

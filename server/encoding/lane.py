@@ -1,0 +1,310 @@
+"""The lane for what is read at once: classes of texts and images, tokens, answers, masks, vectors.
+
+Each input of a request is a row. ``step`` takes one batch of rows of similar length from the
+scheduler, whatever their adapters and tasks, runs the backbone once, gives each adapter's rows to
+its own head and answers the requests whose rows are all done. A fault in one adapter fails only
+what was asked of that adapter. One thread owns a lane.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters import segments
+from server import failures
+from server.base.load import LoadedBase
+from server.base.rope import RopeByLength
+from server.encoding.batch import Rows
+from server.encoding.fair_batches import Batch, Depth, Key, Row, Scheduler
+from server.encoding.read import Group, Reader
+from server.inputs.images import Images
+from server.inputs.text import Text
+from server.messages import EncodeRequest, EncodeResult, Event, Task
+from server.options import EngineOptions
+
+if TYPE_CHECKING:
+    from adapters.residency.slots import Residency
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeFigures:
+    """How the lane stands; counters count since it was made."""
+
+    waiting: Depth
+    steps: int
+    rows: int
+    tokens: int
+    padded_tokens: int
+    last_rows: int  # of the latest batch
+    last_adapters: int  # distinct adapters in it, the base not counted
+    last_seconds: float  # that it took
+    head_bytes: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request of which not all rows are done."""
+
+    request: EncodeRequest
+    arrived: float
+    outputs: dict[int, Any] = field(default_factory=dict)
+    began: float | None = None
+    compute_s: float = 0.0
+
+
+class EncodeLane:
+    """Encoding over one adapted model.
+
+    Every request that is submitted ends with exactly one terminal event, unless it is cancelled:
+    then nobody waits and none is sent.
+
+    Args:
+        base: The loaded base.
+        inputs: Its tokenizer, or its image processor, and their limits.
+        residency: Brings adapters to the device and says in which slot they are.
+        options: ``max_batch_tokens``, ``max_batch_rows``, ``slots`` and ``head_bytes`` are read.
+    """
+
+    def __init__(
+        self, base: LoadedBase, inputs: Text | Images, residency: Residency, options: EngineOptions
+    ) -> None:
+        self._base = base
+        self._inputs = inputs
+        self._residency = residency
+        self._scheduler = Scheduler(options.max_batch_tokens, options.max_batch_rows)
+        self._reader = Reader(base, inputs, heads_kept=options.slots, head_bytes=options.head_bytes)
+        self._pending: dict[str, _Pending] = {}
+        self._outbox: list[Event] = []
+        self._rows = Rows(base, inputs)
+        self._rope = RopeByLength(base.model)
+        self._figures = EncodeFigures(self._scheduler.depth(), 0, 0, 0, 0, 0, 0, 0.0, 0)
+
+    def submit(self, request: EncodeRequest) -> None:
+        """Queue a request. What it can never be given is answered by the next step.
+
+        Raises:
+            ValueError: A request of this id is here already.
+        """
+        if request.id in self._pending:
+            raise ValueError(f"A request with the id {request.id!r} is already here.")
+        refusal = failures.refusal(request, self._inputs)
+        if refusal is not None:
+            self._outbox.append(refusal)
+            return
+        lengths = [item.tokens for item in request.inputs]
+        self._pending[request.id] = _Pending(request, request.submitted or time.monotonic())
+        self._scheduler.submit(request.id, request.version, lengths, request.deadline)
+        if request.version is not None:
+            self._residency.prefetch(request.version)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request; False if it is not here."""
+        self._scheduler.cancel(request_id)
+        return self._pending.pop(request_id, None) is not None
+
+    def has_work(self) -> bool:
+        """Whether a step could do something now. Requests that wait for an adapter to load do not
+        count until it is there, or until ``next_deadline``."""
+        deadline = self._scheduler.next_deadline()
+        return bool(
+            self._outbox
+            or (deadline is not None and deadline <= time.monotonic())
+            or any(
+                key is None or self._residency.state(key) != "loading"
+                for key in self._scheduler.waiting()
+            )
+        )
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a request that is here, as ``time.monotonic()`` counts."""
+        return self._scheduler.next_deadline()
+
+    def depth(self) -> int:
+        """Requests that wait."""
+        return len(self._pending)
+
+    def figures(self) -> EncodeFigures:
+        return self._figures
+
+    def versions(self) -> set[str]:
+        """Versions that requests wait for."""
+        return {key for key in self._scheduler.waiting() if key is not None}
+
+    def headed(self) -> set[str]:
+        """Versions whose head is kept."""
+        return self._reader.headed()
+
+    def forget_head(self, version: str) -> None:
+        self._reader.forget(version)
+        self._figures = replace(self._figures, head_bytes=self._reader.head_bytes)
+
+    def step(self) -> list[Event]:
+        """Expire, fail what cannot be loaded, run one batch; returns what happened, in order."""
+        events, self._outbox = self._outbox, []
+        self._expire(events)
+        self._drop_failed(events)
+        batch, slots = self._next_batch()
+        if batch is not None:
+            try:
+                self._run(batch, slots, events)
+            finally:
+                self._residency.release([key for key in batch.keys if key is not None])
+        return events
+
+    def close(self) -> list[Event]:
+        """End every request that is still here with a failure."""
+        events, self._outbox = self._outbox, []
+        for request_id in list(self._pending):
+            self.cancel(request_id)
+            events.append(failures.stopping(request_id))
+        return events
+
+    # Before a forward
+
+    def _expire(self, events: list[Event]) -> None:
+        now = time.monotonic()
+        for request_id in self._scheduler.expire(now):
+            pending = self._pending.pop(request_id)
+            late_s = now - (pending.request.deadline or now)
+            events.append(failures.too_late(request_id, late_s))
+
+    def _drop_failed(self, events: list[Event]) -> None:
+        for key in self._scheduler.waiting():
+            if key is None or self._residency.state(key) != "failed":
+                continue
+            error = self._residency.error(key)
+            for request_id in self._scheduler.drop(key):
+                del self._pending[request_id]
+                events.append(failures.not_loaded(request_id, error))
+
+    def _next_batch(self) -> tuple[Batch | None, dict[Key, int]]:
+        """A batch whose adapters are held in their slots until they are released."""
+        waiting = [key for key in self._scheduler.waiting() if key is not None]
+        held = self._residency.hold(waiting)  # while the batch is made, none of them leaves
+        for key in waiting:
+            if key not in held and self._residency.state(key) == "absent":
+                self._residency.prefetch(key)
+        slots: dict[Key, int] = {None: segments.BASE_SLOT}
+        slots.update(held)
+        batch = self._scheduler.next_batch(slots.__contains__)
+        chosen = [key for key in batch.keys if key is not None] if batch is not None else []
+        self._residency.use(chosen)
+        self._residency.release(held.keys() - chosen)
+        return batch, slots
+
+    # The forward and what follows
+
+    def _run(self, batch: Batch, slots: dict[Key, int], events: list[Event]) -> None:
+        began = time.monotonic()
+        clock = time.perf_counter()
+        outputs = self._forward(batch.rows, slots)
+        seconds = time.perf_counter() - clock
+        before = self._figures
+        self._figures = EncodeFigures(
+            waiting=self._scheduler.depth(),
+            steps=before.steps + 1,
+            rows=before.rows + len(batch.rows),
+            tokens=before.tokens + batch.tokens,
+            padded_tokens=before.padded_tokens + batch.padded_tokens,
+            last_rows=len(batch.rows),
+            last_adapters=sum(key is not None for key in batch.keys),
+            last_seconds=seconds,
+            head_bytes=self._reader.head_bytes,
+        )
+        for request_id in dict.fromkeys(row.request for row in batch.rows):
+            pending = self._pending[request_id]
+            pending.began = pending.began or began
+            pending.compute_s += seconds
+        for row, output in zip(batch.rows, outputs, strict=True):
+            self._settle(row, output, events)
+
+    def _settle(self, row: Row, output: Any, events: list[Event]) -> None:
+        pending = self._pending.get(row.request)
+        if pending is None:
+            return  # another row of the request has failed it
+        request = pending.request
+        if isinstance(output, Exception):
+            self.cancel(request.id)
+            events.append(failures.broken(request, output))
+            return
+        pending.outputs[row.index] = output
+        if len(pending.outputs) < len(request.inputs):
+            return
+        del self._pending[request.id]
+        assert pending.began is not None
+        events.append(
+            EncodeResult(
+                id=request.id,
+                outputs=tuple(pending.outputs[index] for index in range(len(request.inputs))),
+                version=request.version,
+                prompt_tokens=request.tokens,
+                queue_ms=max(0.0, pending.began - pending.arrived) * 1000,
+                compute_ms=pending.compute_s * 1000,
+            )
+        )
+
+    def _forward(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
+        """An output, or the exception that took its place, for each row: what raises is run apart,
+        by adapter and then by halves, until only the rows that are at fault have failed."""
+        try:
+            with torch.inference_mode():
+                return self._answer(rows, slots)
+        except Exception as error:
+            if failures.is_lost(error):
+                raise
+            keys = dict.fromkeys(row.key for row in rows)
+            if len(keys) > 1:
+                # One adapter alone may be at fault; rows of one adapter are neighbours.
+                log.warning("A batch of %d adapters failed; each is run alone", len(keys))
+                parts = [[row for row in rows if row.key == key] for key in keys]
+            elif len(rows) > 1:
+                log.warning("%d rows of version %s failed; halves are run", len(rows), rows[0].key)
+                half = len(rows) // 2
+                parts = [list(rows[:half]), list(rows[half:])]
+            else:
+                log.exception("Encoding a row of version %s failed", rows[0].key)
+                return [error.with_traceback(None)]
+        return [output for part in parts for output in self._forward(part, slots)]
+
+    def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
+        items = [self._pending[row.request].request.inputs[row.index] for row in rows]
+        row_slots = [slots[row.key] for row in rows]
+        feed = self._rows.feed(items)
+        sequences = segments.from_rows(row_slots)
+        with (
+            self._base.adapted.batch(sequences.repeat(feed.tokens), sequences),
+            self._rope.sequences([[item.tokens] for item in items], self._base.device),
+        ):
+            out = self._base.backbone(**feed.arguments)
+        ids, mask = feed.tables(out.last_hidden_state)
+        groups: dict[tuple[Key, Task], list[int]] = {}
+        for index, row in enumerate(rows):
+            task = self._pending[row.request].request.task
+            groups.setdefault((row.key, task), []).append(index)
+        outputs: list[Any] = [None] * len(rows)
+        for (key, task), indices in groups.items():
+            pooled = getattr(out, "pooler_output", None)
+            group = Group(
+                version=key,
+                task=task,
+                slot=slots[key],
+                requests=[self._pending[rows[index].request].request for index in indices],
+                items=[items[index] for index in indices],
+                hidden=out.last_hidden_state[indices],
+                pooled=None if pooled is None else pooled[indices],
+                ids=ids[indices],
+                mask=mask[indices],
+            )
+            weights = None if key is None else self._residency.weights(key)
+            answers = self._reader.read_apart(group, weights)
+            for index, answer in zip(indices, answers, strict=True):
+                outputs[index] = answer
+        return outputs

@@ -1,0 +1,299 @@
+"""Logits and hidden states to the plain JSON values that a client reads.
+
+Pure functions over tensors of one input each, in the conventions of transformers' pipelines. No
+model, no batch: padding is cut off before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from server.inputs.text import Text
+from server.messages import DEFAULT_WORDS, EncodedInput
+
+Apply = Literal["softmax", "sigmoid", "none"]
+Pooling = Literal["mean", "cls", "last"]
+
+DEFAULT_ANSWERS = 1  # to a question
+ANSWER_TOKENS = 15  # an answer is no longer than this
+_WORD_STRATEGIES = ("first", "average", "max")
+
+
+class NotFinite(Exception):
+    """The model's output for one input holds NaN or infinity."""
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """Raises NotFinite unless every value is a number."""
+    if not bool(torch.isfinite(values).all()):
+        raise NotFinite("NaN or infinity in the model's output")
+
+
+def classify(
+    logits: torch.Tensor,
+    labels: Sequence[str],
+    problem_type: str | None,
+    *,
+    top_k: int | None = None,
+    apply: Apply | None = None,
+) -> tuple[dict[str, Any], ...]:
+    """Scores of the labels, highest first.
+
+    Args:
+        logits: ``[labels]``.
+        labels: Their names.
+        problem_type: As in a model's config. Regression gives the bare values, several labels at
+            once (and one label alone) their sigmoids, one of several its softmax.
+        top_k: How many. None: all.
+        apply: Overrides what the problem type says.
+    """
+    check_finite(logits)
+    if apply is None:
+        if problem_type == "regression":
+            apply = "none"
+        elif problem_type == "multi_label_classification" or len(labels) == 1:
+            apply = "sigmoid"
+        else:
+            apply = "softmax"
+    scores = logits.float()
+    if apply == "softmax":
+        scores = scores.softmax(-1)
+    elif apply == "sigmoid":
+        scores = scores.sigmoid()
+    order = torch.argsort(scores, descending=True, stable=True)[:top_k].tolist()
+    values = scores.tolist()
+    return tuple({"label": labels[index], "score": values[index]} for index in order)
+
+
+def embed(hidden: torch.Tensor, *, pooling: Pooling, normalize: bool = True) -> tuple[float, ...]:
+    """One vector for an input.
+
+    Args:
+        hidden: ``[T, H]``, without padding.
+        pooling: ``mean`` over the tokens, the first (``cls``) or the ``last`` of them.
+        normalize: To length 1.
+    """
+    check_finite(hidden)
+    states = hidden.float()
+    vector = {"mean": lambda: states.mean(0), "cls": lambda: states[0], "last": lambda: states[-1]}[
+        pooling
+    ]()
+    if normalize:
+        vector = torch.nn.functional.normalize(vector, dim=0)
+    values: list[float] = vector.tolist()
+    return tuple(values)
+
+
+def fill(
+    logits: torch.Tensor,
+    item: EncodedInput,
+    text: Text,
+    *,
+    top_k: int | None = None,
+    targets: Sequence[int] | None = None,
+) -> tuple[Any, ...]:
+    """Words for the masks of an input, most probable first.
+
+    Args:
+        logits: ``[masks, vocabulary]``, of the mask tokens in order.
+        item: The input.
+        text: The base's tokenizer.
+        top_k: Words per mask. None: all of ``targets``, or 5.
+        targets: Token ids to choose from; their scores stay those among the whole vocabulary, so
+            they are the probabilities that a perplexity is made of.
+
+    Returns:
+        A dictionary per word; for several masks a tuple of them per mask.
+    """
+    check_finite(logits)
+    places = [index for index, one in enumerate(item.token_ids) if one == text.mask_id]
+    scores = logits.float().softmax(-1)
+    if targets is None:
+        scores, tokens = scores.topk(min(top_k or DEFAULT_WORDS, scores.shape[-1]), dim=-1)
+    else:
+        chosen = torch.tensor(targets, device=scores.device)
+        scores, order = scores[:, chosen].sort(dim=-1, descending=True)
+        scores, tokens = scores[:, :top_k], chosen[order][:, :top_k]
+    filled = []
+    for place, row_scores, row_tokens in zip(places, scores.tolist(), tokens.tolist(), strict=True):
+        words = []
+        for score, token in zip(row_scores, row_tokens, strict=True):
+            ids = list(item.token_ids)
+            ids[place] = token
+            words.append(
+                {
+                    "score": score,
+                    "token": token,
+                    "token_str": text.decode([token], skip_special_tokens=False),
+                    "sequence": text.decode(ids, skip_special_tokens=len(places) == 1),
+                }
+            )
+        filled.append(tuple(words))
+    return filled[0] if len(filled) == 1 else tuple(filled)
+
+
+def entities(
+    logits: torch.Tensor,
+    item: EncodedInput,
+    labels: Sequence[str],
+    text: Text,
+    *,
+    strategy: str = "simple",
+    ignored: Collection[str] = ("O",),
+) -> tuple[dict[str, Any], ...]:
+    """Labelled spans of a text.
+
+    Args:
+        logits: ``[T, labels]``.
+        item: The input, with its text and offsets. Tokens without characters are left out.
+        labels: Their names; ``B-`` starts a span, ``I-`` continues one.
+        text: The base's tokenizer.
+        strategy: ``none``: a dictionary per token, with ``entity``. ``simple``: neighbours of one
+            label are joined. ``first``, ``average``, ``max``: the tokens of a word agree first.
+        ignored: Labels to leave out, as they stand in the answer.
+    """
+    check_finite(logits)
+    assert item.text is not None
+    assert item.offsets is not None
+    rows = logits.float().softmax(-1)
+    found: list[dict[str, Any]] = []
+    for index, (start, end) in enumerate(item.offsets):
+        if start == end:
+            continue
+        found.append(
+            {
+                "pieces": [text.piece(item.token_ids[index], item.text[start:end])],
+                "start": start,
+                "end": end,
+                "index": index,
+                "scores": rows[index],
+            }
+        )
+    if strategy in _WORD_STRATEGIES:
+        found = [_agree(word, strategy, text) for word in _words(found, item.text)]
+    for one in found:
+        best = int(one["scores"].argmax())
+        one["entity"] = labels[best]
+        one["score"] = float(one["scores"][best])
+    if strategy == "none":
+        return tuple(
+            {
+                "entity": one["entity"],
+                "score": one["score"],
+                "index": one["index"],
+                "word": one["pieces"][0],
+                "start": one["start"],
+                "end": one["end"],
+            }
+            for one in found
+            if one["entity"] not in ignored
+        )
+    groups: list[list[dict[str, Any]]] = []
+    for one in found:
+        continues = not one["entity"].startswith("B-")
+        if groups and continues and _bare(groups[-1][-1]["entity"]) == _bare(one["entity"]):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    joined = (_join(group, text) for group in groups)
+    return tuple(one for one in joined if one["entity_group"] not in ignored)
+
+
+def answers(
+    logits: torch.Tensor, item: EncodedInput, *, top_k: int | None = None
+) -> tuple[dict[str, Any], ...]:
+    """Spans of the context that answer the question, most probable first.
+
+    The score of a span is softmax(start) · softmax(end), both over the tokens of the context.
+
+    Args:
+        logits: ``[T, 2]``, start and end.
+        item: The pair of question and context; offsets are those of the context.
+        top_k: How many answers.
+    """
+    check_finite(logits)
+    assert item.text is not None
+    assert item.offsets is not None
+    inside = [index for index, (start, end) in enumerate(item.offsets) if start != end]
+    if not inside:
+        return ()
+    found = []
+    for score, first, last in best_spans(logits[inside], top_k or DEFAULT_ANSWERS):
+        start, end = item.offsets[inside[first]][0], item.offsets[inside[last]][1]
+        found.append({"score": score, "start": start, "end": end, "answer": item.text[start:end]})
+    return tuple(found)
+
+
+def best_spans(logits: torch.Tensor, count: int) -> list[tuple[float, int, int]]:
+    """The most probable spans of at most ``ANSWER_TOKENS``, equal ones by start and end.
+
+    Only the band of pairs that may be an answer is made: memory is linear in the tokens.
+
+    Args:
+        logits: ``[n, 2]``, of starts and ends.
+        count: How many spans.
+
+    Returns:
+        (score, first token, last token), highest score first; without scores of 0.
+    """
+    starts, ends = logits.float().softmax(0).unbind(-1)
+    # Ends beyond the last token have probability 0, and so no score.
+    band = torch.nn.functional.pad(ends, (0, ANSWER_TOKENS - 1)).unfold(0, ANSWER_TOKENS, 1)
+    scores = (starts[:, None] * band).flatten()
+    values, places = scores.sort(descending=True, stable=True)
+    found = []
+    for score, place in zip(values[:count].tolist(), places[:count].tolist(), strict=True):
+        if score <= 0.0:
+            break
+        first, length = divmod(place, ANSWER_TOKENS)
+        found.append((score, first, first + length))
+    return found
+
+
+def _words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:
+    """Tokens of one word: those between which the text has neither space nor punctuation."""
+    words: list[list[dict[str, Any]]] = []
+    for one in tokens:
+        inside = (
+            bool(words)
+            and words[-1][-1]["end"] == one["start"]
+            and text[one["start"] - 1].isalnum()
+            and text[one["start"]].isalnum()
+        )
+        if inside:
+            words[-1].append(one)
+        else:
+            words.append([one])
+    return words
+
+
+def _agree(word: Sequence[dict[str, Any]], strategy: str, text: Text) -> dict[str, Any]:
+    choose: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "first": lambda rows: rows[0],
+        "average": lambda rows: rows.mean(0),
+        "max": lambda rows: rows[int(rows.amax(-1).argmax())],
+    }
+    return {
+        "pieces": [text.join([piece for one in word for piece in one["pieces"]])],
+        "start": word[0]["start"],
+        "end": word[-1]["end"],
+        "index": word[0]["index"],
+        "scores": choose[strategy](torch.stack([one["scores"] for one in word])),
+    }
+
+
+def _join(group: Sequence[dict[str, Any]], text: Text) -> dict[str, Any]:
+    return {
+        "entity_group": _bare(group[0]["entity"]),
+        "score": sum(one["score"] for one in group) / len(group),
+        "word": text.join([piece for one in group for piece in one["pieces"]]),
+        "start": group[0]["start"],
+        "end": group[-1]["end"],
+    }
+
+
+def _bare(label: str) -> str:
+    return label[2:] if label.startswith(("B-", "I-")) else label

@@ -1,0 +1,226 @@
+"""From the backbone's hidden states to the answers of one adapter's rows for one task.
+
+Chooses the head and the way to read its logits; what a head computes is in ``server.encoding.heads``, what a
+client sees in ``server.encoding.postprocess``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters import segments
+from adapters.tasks import HEADED
+from server.base.load import LoadedBase
+from server.encoding import postprocess
+from server.encoding.heads import Heads
+from server.failures import TaskMismatch, is_expected, is_lost
+from server.inputs.images import Images
+from server.inputs.text import Text
+from server.messages import EncodeRequest, Task
+
+if TYPE_CHECKING:
+    from adapters.intake.checkpoint import AdapterWeights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one batch that belong to one adapter (None: the bare base) and one task.
+
+    Args:
+        hidden: ``[n, T, H]``.
+        pooled: ``[n, H]``, where the base has a pooler.
+        ids, mask: ``[n, T]``, padded on the right; of images, ones.
+    """
+
+    version: str | None
+    task: Task
+    slot: int
+    requests: Sequence[EncodeRequest]
+    items: Sequence[Any]  # Encoded, all of one kind
+    hidden: torch.Tensor
+    pooled: torch.Tensor | None
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def each(self, answer: Callable[[int], Any]) -> list[Any]:
+        """The answer, or the exception that took its place, for each row.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        found: list[Any] = []
+        for index in range(len(self.items)):
+            try:
+                found.append(answer(index))
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                if not is_expected(error):
+                    log.exception("A row of version %s failed", self.version)
+                found.append(error.with_traceback(None))
+        return found
+
+    def halves(self) -> list[Group]:
+        """The group as two, in order."""
+        half = len(self.items) // 2
+        return [self._rows(slice(None, half)), self._rows(slice(half, None))]
+
+    def _rows(self, rows: slice) -> Group:
+        return replace(
+            self,
+            requests=self.requests[rows],
+            items=self.items[rows],
+            hidden=self.hidden[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+            ids=self.ids[rows],
+            mask=self.mask[rows],
+        )
+
+
+class Reader:
+    """Reads groups of rows; keeps the heads of the adapters used last.
+
+    Args:
+        base: The loaded base.
+        inputs: Its tokenizer, or its image processor.
+        heads_kept: How many heads.
+        head_bytes: Of all of them together.
+    """
+
+    def __init__(
+        self, base: LoadedBase, inputs: Text | Images, *, heads_kept: int, head_bytes: int
+    ) -> None:
+        self._base = base
+        self._inputs = inputs
+        self._heads = Heads(base, heads_kept, head_bytes)
+        self._pooling: postprocess.Pooling = "mean"
+        if isinstance(inputs, Images):
+            self._pooling = "cls"  # what classifiers of images read
+        elif _is_decoder(base.config):
+            self._pooling = "last"
+
+    @property
+    def _text(self) -> Text:
+        assert isinstance(self._inputs, Text)  # tasks of texts are refused on a base of images
+        return self._inputs
+
+    @property
+    def head_bytes(self) -> int:
+        return self._heads.nbytes
+
+    def headed(self) -> set[str]:
+        """Versions whose head is kept."""
+        return self._heads.versions()
+
+    def forget(self, version: str) -> None:
+        self._heads.forget(version)
+
+    def read_apart(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+        """``read``, but what it raises takes the place of answers: of all rows where they have it
+        in common, else only of the rows at fault, which are found by halves.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        try:
+            return self.read(group, weights)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            if is_expected(error) or len(group.items) == 1:
+                if not is_expected(error):
+                    log.exception("The head of version %s failed", group.version)
+                return [error.with_traceback(None)] * len(group.items)
+        return [answer for half in group.halves() for answer in self.read_apart(half, weights)]
+
+    def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+        """An answer, or an exception of that row's own, for each row of the group.
+
+        Embeddings are of whatever the adapter was trained for: by default the mean over the tokens
+        for encoders, the last token for decoders (the only one that has read the whole text), the
+        class token for images.
+
+        Raises:
+            TaskMismatch: The adapter, or the bare base, does something else.
+            AdapterError: The head is wrong.
+        """
+        if group.task == "feature-extraction":
+            return group.each(lambda index: self._embed(group, index))
+        if weights is not None and weights.task != group.task:
+            raise TaskMismatch(group.task, weights.task)
+        if group.task == "fill-mask":
+            return self._fill_masks(group)
+        if weights is None or group.version is None or group.task not in HEADED:
+            raise TaskMismatch(group.task, None)
+        head = self._heads.task_head(group.version, weights)
+        logits = head(group.hidden, group.pooled, group.ids, group.mask).cpu()
+        if group.task in ("text-classification", "image-classification"):
+            return group.each(
+                lambda index: postprocess.classify(
+                    logits[index],
+                    head.labels,
+                    head.problem_type,
+                    top_k=group.requests[index].top_k,
+                    apply=group.requests[index].options.get("function_to_apply"),
+                )
+            )
+        if group.task == "question-answering":
+            return group.each(
+                lambda index: postprocess.answers(
+                    logits[index], group.items[index], top_k=group.requests[index].top_k
+                )
+            )
+        return group.each(
+            lambda index: postprocess.entities(
+                logits[index],
+                group.items[index],
+                head.labels,
+                self._text,
+                strategy=group.requests[index].options.get("aggregation_strategy", "simple"),
+                ignored=group.requests[index].options.get("ignore_labels", ("O",)),
+            )[: group.requests[index].top_k]
+        )
+
+    def _embed(self, group: Group, index: int) -> tuple[float, ...]:
+        options = group.requests[index].options
+        return postprocess.embed(
+            group.hidden[index][group.mask[index] == 1],
+            pooling=options.get("pooling", self._pooling),
+            normalize=options.get("normalize", True),
+        )
+
+    def _fill_masks(self, group: Group) -> list[Any]:
+        head = self._heads.language_model_head()
+        is_mask = (group.ids == self._text.mask_id) & (group.mask == 1)
+        counts: list[int] = is_mask.sum(1).tolist()
+        # The head's own layers may be adapted, too; it sees the masks alone.
+        with self._base.adapted.batch(segments.from_runs([(group.slot, sum(counts))])):
+            logits = head(group.hidden[is_mask].unsqueeze(0))[0].cpu()
+        parts: Sequence[torch.Tensor] = torch.split(logits, counts)
+        return group.each(
+            lambda index: postprocess.fill(
+                parts[index],
+                group.items[index],
+                self._text,
+                top_k=group.requests[index].top_k,
+                targets=group.requests[index].options.get("targets"),
+            )
+        )
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether its tokens see only those before them."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+    )
+
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return causal is not None and MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None) is None

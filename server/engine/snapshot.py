@@ -1,0 +1,201 @@
+"""What an engine says of itself: for the gauges, for readiness and for the admin endpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from server.engine.quarantine import Quarantine
+from server.messages import Event, Failure, Request, TokenEvent
+
+log = logging.getLogger(__name__)
+
+# What an adapter alone can bring about: a forward or a head that raises, numbers that overflow.
+OWN_FAULTS: Final = frozenset({"adapter_failed", "adapter_error", "internal"})
+
+SPARE_S: Final = 5.0  # more than the HTTP processes take to tell of a new name
+LOOK_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """The latest forward: in which lane, of how many sequences and adapters, how long."""
+
+    lane: str
+    rows: int
+    adapters: int  # the base not counted
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """How the engine stands, by the label values of the gauges.
+
+    Args:
+        queue_depth: Requests that wait or run, by lane.
+        base_bytes: Of the base, by part.
+        adapter_bytes: Of adapters, by tier.
+        adapters: Versions, by tier.
+        slots, slots_used: Places on the device.
+        kv_blocks: Of the generate lane, by state.
+        cuda_bytes: Of the device, by kind; empty on the CPU.
+        totals: Counters since the start.
+        residency: The tier of each version that is not only on disk.
+        quarantined: Versions that failed too often: until when (``time.time()``), and why.
+        pinned: Versions that stay on the device.
+        pins_without_room: Pinned by name, but beyond what pins may take of the device.
+        device, dtype: Where and in what everything is computed.
+        storage: How the base's linear layers are stored, for people.
+    """
+
+    queue_depth: Mapping[str, int]
+    base_bytes: Mapping[str, int]
+    adapter_bytes: Mapping[str, int]
+    adapters: Mapping[str, int]
+    kv_blocks: Mapping[str, int]
+    cuda_bytes: Mapping[str, int]
+    totals: Mapping[str, int]
+    slots: int
+    slots_used: int
+    residency: Mapping[str, str]
+    quarantined: Mapping[str, tuple[float, str]]
+    pinned: tuple[str, ...]
+    pins_without_room: tuple[str, ...]
+    device: str
+    dtype: str
+    storage: str
+
+
+class Conduct:
+    """What adapter versions make of the requests that they are given, and who is not tried.
+
+    Args:
+        failures, seconds: See ``Quarantine``.
+    """
+
+    def __init__(self, failures: int, seconds: float) -> None:
+        self._quarantine = Quarantine(failures, seconds)
+        self._versions: dict[str, str] = {}  # of requests that run
+
+    @property
+    def total(self) -> int:
+        """Quarantines so far."""
+        return self._quarantine.total
+
+    def admit(self, request: Request) -> Failure | None:
+        """Take note of a request, or say why its version is not tried."""
+        version = request.version
+        if version is None:
+            return None
+        sentence = self._quarantine.sentence(version, time.monotonic())
+        if sentence is None:
+            self._versions[request.id] = version
+            return None
+        seconds = max(1, math.ceil(sentence.left_s))
+        return Failure(
+            request.id,
+            "adapter_quarantined",
+            f"The adapter {request.adapter} failed too often and is not tried for a while.",
+            found=sentence.reason,
+            fix=f"Replace the adapter, or let an admin PATCH it; it is tried again in {seconds} s.",
+            retry_after_s=seconds,
+        )
+
+    def forget(self, request_id: str) -> None:
+        """A request was cancelled: it says nothing about its adapter."""
+        self._versions.pop(request_id, None)
+
+    def note(self, events: Sequence[Event]) -> None:
+        """Take note of how the requests of one step ended.
+
+        What they may have in common, such as one forward or one load, is one failure of their
+        version; and none where it has answered another request as well.
+        """
+        answered: set[str] = set()
+        failed: dict[str, str] = {}
+        for event in events:
+            if isinstance(event, TokenEvent):
+                continue
+            version = self._versions.pop(event.id, None)
+            if version is None:
+                continue
+            if not isinstance(event, Failure):
+                answered.add(version)
+            elif event.code in OWN_FAULTS:
+                failed[version] = f"{event.code}: {event.message}"
+        for version in answered:
+            self._quarantine.succeeded(version)
+        for version in failed.keys() - answered:
+            if self._quarantine.failed(version, failed[version], time.monotonic()):
+                log.error("Adapter version %s is quarantined: %s", version, failed[version])
+
+    def lift(self, version: str) -> None:
+        """Try a version again."""
+        if self._quarantine.lift(version):
+            log.warning("Adapter version %s is tried again", version)
+
+    def quarantined(self) -> dict[str, tuple[float, str]]:
+        """Versions that are not tried: until when, as ``time.time()`` counts, and why."""
+        now, clock = time.time(), time.monotonic()
+        sentences = self._quarantine.sentences(clock)
+        return {version: (now + one.left_s, one.reason) for version, one in sentences.items()}
+
+
+class Names:
+    """Which adapter versions a name is on, as last told.
+
+    A version is in use before the worker hears of its name, and may be asked for again just after
+    it has lost it; so what was asked for lately counts as named.
+
+    Args:
+        spare_s: How lately.
+    """
+
+    def __init__(self, spare_s: float = SPARE_S) -> None:
+        self.named: frozenset[str] | None = None  # None: nothing is known
+        self.spare_s = spare_s
+        self._asked: dict[str, float] = {}
+        self._looked = 0.0
+
+    def ask(self, version: str) -> None:
+        """A request for ``version`` has come."""
+        self._asked[version] = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether it is time to look again."""
+        return self.named is not None and time.monotonic() - self._looked >= LOOK_S
+
+    def unnamed(self, versions: Collection[str]) -> set[str]:
+        """Those of ``versions`` that have no name and were not asked for lately."""
+        if self.named is None:
+            return set()
+        self._looked = time.monotonic()
+        since = self._looked - self.spare_s
+        self._asked = {version: at for version, at in self._asked.items() if at > since}
+        return set(versions) - self.named - self._asked.keys()
+
+
+def cuda_bytes(device: torch.device) -> dict[str, int]:
+    """Memory of the device, by kind; empty on the CPU."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "free": free,
+        "total": total,
+    }
+
+
+def one_id(value: Any) -> int | None:
+    """A token id of a config that may list several, or have none."""
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return value if isinstance(value, int) else None

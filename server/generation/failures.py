@@ -1,0 +1,117 @@
+"""How a request to generate can fail, in the words and codes that its client gets."""
+
+from __future__ import annotations
+
+from adapters.errors import AdapterError
+from server import failures as encode_failures
+from server.messages import Failure, GenerateRequest
+
+
+def refusal(
+    request: GenerateRequest,
+    *,
+    vocabulary: int,
+    max_input_tokens: int | None,
+    context_tokens: int,
+    capacity_tokens: int,
+) -> Failure | None:
+    """Why a request can never run, or None.
+
+    Args:
+        vocabulary: Token ids of the base.
+        max_input_tokens: Of a prompt.
+        context_tokens: Of a prompt and its answer.
+        capacity_tokens: Whose keys and values the cache could ever hold.
+    """
+    prompt, new = len(request.token_ids), request.sampling.max_new_tokens
+    least_new = 0 if request.sampling.prompt_logprobs else 1
+    if prompt < 1 or new < least_new:
+        return Failure(
+            request.id,
+            "invalid_input",
+            "Generation needs a prompt of at least one token and room for a new one.",
+            found=f"{prompt} prompt tokens, max_new_tokens {new}",
+            expected="at least 1 of each, or max_new_tokens 0 with log-probabilities of the prompt",
+        )
+    least, greatest = min(request.token_ids), max(request.token_ids)
+    if least < 0 or greatest >= vocabulary:
+        return Failure(
+            request.id,
+            "invalid_input",
+            "The prompt holds a token that the base does not have.",
+            found=f"token ids from {least} to {greatest}",
+            expected=f"0 to {vocabulary - 1}",
+        )
+    if max_input_tokens is not None and prompt > max_input_tokens:
+        return _too_long(request, f"{prompt} prompt tokens", f"at most {max_input_tokens}")
+    if request.tokens > context_tokens or request.kept_tokens > capacity_tokens:
+        found = f"{prompt} prompt tokens + {new} new tokens"
+        most = min(context_tokens, capacity_tokens + request.tokens - request.kept_tokens)
+        return _too_long(request, found, f"at most {most} in all")
+    return None
+
+
+def too_late(request_id: str, place: str, late_s: float) -> Failure:
+    """The deadline passed while the request was ``place``, waiting or running."""
+    return Failure(
+        request_id,
+        "deadline_exceeded",
+        f"The deadline passed while the request was {place}.",
+        found=f"{late_s * 1000:.0f} ms late",
+    )
+
+
+def not_loaded(request: GenerateRequest, error: Exception | None) -> Failure:
+    """The adapter version could not be brought to the device."""
+    if isinstance(error, AdapterError):
+        return Failure(
+            request.id, error.code, error.message, error.found, error.expected, error.fix
+        )
+    return Failure(
+        request.id,
+        "adapter_failed",
+        "The adapter could not be loaded.",
+        found=f"{type(error).__name__}: {error}" if error is not None else None,
+    )
+
+
+def not_finite(request: GenerateRequest) -> Failure:
+    """The logits were NaN or infinite; others in the batch are not touched by it."""
+    return encode_failures.not_finite(request.id, request.version, "NaN or infinity in the logits")
+
+
+def broken(request: GenerateRequest, error: Exception) -> Failure:
+    """A forward, or what follows it, raised."""
+    return Failure(
+        request.id,
+        "internal",
+        "The forward pass of this request's batch failed.",
+        found=f"{type(error).__name__}: {error}",
+    )
+
+
+def cannot_generate(request_id: str, architecture: str) -> Failure:
+    """The base has no causal head."""
+    return Failure(
+        request_id,
+        "task_mismatch",
+        "This base does not generate text.",
+        found=architecture,
+        expected="a causal language model",
+        fix="Call /predict or /embed.",
+    )
+
+
+def stopping(request_id: str) -> Failure:
+    return Failure(request_id, "draining", "The server is stopping.")
+
+
+def _too_long(request: GenerateRequest, found: str, expected: str) -> Failure:
+    return Failure(
+        request.id,
+        "input_too_long",
+        "The prompt and the tokens to generate do not fit.",
+        found=found,
+        expected=expected,
+        fix="Shorten the prompt or ask for fewer tokens.",
+    )

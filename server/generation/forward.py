@@ -1,0 +1,321 @@
+"""One forward of the generate lane: which tokens of which sequences, and the model run over them.
+
+Sequences are flattened to one row per token, rows of one adapter side by side. Who may run at all,
+and what happens to the tokens that come out, is left to ``server.generation.lane``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters import segments
+from server.base.rope import RopeByLength
+from server.failures import is_lost
+from server.generation.attention import PAGED_ATTENTION, PagedBatch, Span
+from server.generation.kv_cache import KVCache
+from server.generation.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
+from server.inputs.detokenize import TextStream
+from server.messages import GeneratedToken, GenerateRequest, Likeliest
+
+if TYPE_CHECKING:
+    from adapters.layers.inject import AdaptedModel
+
+log = logging.getLogger(__name__)
+
+MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A running request."""
+
+    request: GenerateRequest
+    slot: int
+    ids: list[int]  # prompt and generated
+    written: int  # tokens whose keys and values are in the cache
+    chooser: TokenChooser
+    text: TextStream
+    admitted: float  # time.monotonic()
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # log-probabilities of ids[1:], if asked for
+    likeliest: list[Likeliest] = field(default_factory=list)  # in the places of those
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has not read yet: 1 while decoding."""
+        return len(self.ids) - self.written
+
+    @property
+    def generated(self) -> list[int]:
+        return self.ids[len(self.request.token_ids) :]
+
+    @property
+    def decoding(self) -> bool:
+        return bool(self.tokens)
+
+    @property
+    def reading(self) -> bool:
+        """Whether there is more to read than the latest token: a prompt, or all once more."""
+        return not self.decoding or self.pending > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one sequence puts into a batch: its next ``rows`` tokens."""
+
+    sequence: Sequence
+    rows: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the model reads all there is."""
+        return self.rows == self.sequence.pending
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a new token comes out."""
+        return self.completes and self.sequence.request.sampling.max_new_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Which tokens of the prompt are told from rows of this part: the one after each."""
+        sequence = self.sequence
+        if not sequence.request.sampling.prompt_logprobs or sequence.decoding:
+            return range(0)
+        first = sequence.written + 1
+        return range(first, min(first + self.rows, len(sequence.request.token_ids)))
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What comes out of one forward.
+
+    Args:
+        last: [n, vocabulary], of the last row of every part that predicts, in order.
+        prompt: [m, vocabulary], of the rows before ``Part.scored`` of every part, in order.
+    """
+
+    last: torch.Tensor
+    prompt: torch.Tensor
+
+
+def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
+    """Choose the rows of the next forward.
+
+    Every decoding sequence takes one. The rest of the budget goes to prompts (and to sequences that
+    are read anew), shared evenly between the adapters that have some, the oldest of each first.
+
+    Returns:
+        Parts in the order of their rows; those of one slot are neighbours.
+    """
+    sequences = list(running)
+    parts = [Part(sequence, 1) for sequence in sequences if not sequence.reading]
+    budget = max(budget_tokens - len(parts), MIN_PREFILL_TOKENS)
+    prompts: dict[str | None, list[Sequence]] = {}
+    for sequence in sequences:
+        if sequence.reading:
+            prompts.setdefault(sequence.request.version, []).append(sequence)
+    # The adapter with the least to read first: what it leaves is shared by the others.
+    order = sorted(prompts.values(), key=lambda group: sum(s.pending for s in group))
+    for left, group in zip(range(len(order), 0, -1), order, strict=True):
+        share = -(-budget // left)
+        for sequence in group:
+            rows = min(sequence.pending, share)
+            if rows > 0:
+                parts.append(Part(sequence, rows))
+                share -= rows
+                budget -= rows
+    # Fewer segments make fewer and larger products.
+    return sorted(parts, key=lambda part: part.sequence.slot)
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What became of the parts of a step.
+
+    Args:
+        chosen: A token for every sequence that predicts and did not raise.
+        broken: What the others raised.
+        not_finite: Sequences whose prompt has a score that is not finite.
+    """
+
+    chosen: list[tuple[Sequence, Choice]]
+    broken: list[tuple[Sequence, Exception]]
+    not_finite: list[Sequence]
+
+
+def _split(parts: Items[Part]) -> list[list[Part]]:
+    """Parts by adapter where there are several, else in two halves; in order."""
+    by_version: dict[str | None, list[Part]] = {}
+    for part in parts:
+        by_version.setdefault(part.sequence.request.version, []).append(part)
+    if len(by_version) > 1:
+        return list(by_version.values())
+    half = len(parts) // 2
+    return [list(parts[:half]), list(parts[half:])]
+
+
+def note_scores(parts: Items[Part], logits: torch.Tensor) -> list[Sequence]:
+    """Append to ``scores`` and ``likeliest`` of every sequence what the parts tell of its prompt.
+
+    Args:
+        parts: Those of the forward.
+        logits: ``Logits.prompt`` of it, [m, vocabulary].
+
+    Returns:
+        Sequences with a score that is not finite, each once.
+    """
+    told = [(part.sequence, at) for part in parts for at in part.scored]
+    broken: dict[str, Sequence] = {}
+    scores = logprobs_of(logits, [sequence.ids[at] for sequence, at in told])
+    wanted = [sequence.request.sampling.alternatives for sequence, _ in told]
+    likeliest = likeliest_of(logits, wanted)
+    for (sequence, _), score, others in zip(told, scores, likeliest, strict=True):
+        sequence.scores.append(score)
+        sequence.likeliest.append(others)
+        if not isfinite(score):
+            broken[sequence.request.id] = sequence
+    return list(broken.values())
+
+
+class PagedForward:
+    """Runs an adapted model over a flattened batch whose keys and values are in pages.
+
+    Args:
+        adapted: Its model must compute attention through transformers' attention interface.
+        kv: Where room was reserved for every sequence that comes.
+    """
+
+    def __init__(self, adapted: AdaptedModel, kv: KVCache) -> None:
+        self._adapted = adapted
+        model: Any = adapted.model
+        self._model = model
+        self._config = model.config.get_text_config(decoder=True)
+        self._kv = kv
+        self._device: torch.device = model.device
+        self._keeps_logits = bool(model._supports_logits_to_keep())
+        self._rope = RopeByLength(model)
+        self.steps = 0
+        self.last_rows = 0
+        self.last_adapters = 0  # the base not counted
+
+    def __call__(self, parts: Items[Part]) -> Logits:
+        """Run the parts and write their keys and values to the cache.
+
+        Returns:
+            What comes out of the rows that are wanted; the others never reach the output layer.
+
+        Raises:
+            RuntimeError: the model does not use the attention interface in all its layers.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        lengths: list[int] = []  # of the sequence that a row belongs to
+        spans: list[Span] = []
+        wanted: list[int] = []  # rows
+        last: list[int] = []  # places in wanted
+        scored: list[int] = []
+        for part in parts:
+            past = part.sequence.written
+            spans.append(Span(part.sequence.request.id, len(ids), part.rows, past))
+            ids += part.sequence.ids[past : past + part.rows]
+            positions += range(past, past + part.rows)
+            lengths += [len(part.sequence.ids)] * part.rows
+            scored += range(len(wanted), len(wanted) + len(part.scored))
+            wanted += range(len(ids) - part.rows, len(ids) - part.rows + len(part.scored))
+            if part.predicts:
+                last.append(len(wanted))
+                wanted.append(len(ids) - 1)
+        slots = segments.from_runs((part.sequence.slot, part.rows) for part in parts)
+        self.steps += 1
+        self.last_rows = len(ids)
+        self.last_adapters = len(set(slots.slots) - {segments.BASE_SLOT})
+        kept = wanted or [len(ids) - 1]  # an output layer over no row at all is a case of its own
+        keep = torch.tensor(kept, device=self._device)
+        paged = PagedBatch(self._kv.paged, spans)
+        inputs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
+        with (
+            torch.inference_mode(),
+            self._own_attention(),
+            self._rope.sequences([lengths], self._device),
+            self._adapted.batch(slots, logits=slots.take(kept) if self._keeps_logits else None),
+        ):
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                paged=paged,
+                **inputs,
+            ).logits[0]
+        if paged.layers_run != self._config.num_hidden_layers:
+            raise RuntimeError(
+                f"{type(self._model).__name__} ran {paged.layers_run} of "
+                f"{self._config.num_hidden_layers} layers through transformers' attention "
+                "interface, so it cannot generate here."
+            )
+        if not self._keeps_logits:
+            logits = logits[keep]
+        if not scored:
+            return Logits(logits[: len(last)], logits[:0])
+        return Logits(logits[last], logits[scored])
+
+    def rereads(self, tokens: int) -> bool:
+        """Whether the keys of ``tokens`` tokens are others once there is one more."""
+        return self._rope.changes(tokens, tokens + 1)
+
+    def keys_of(self, tokens: int) -> int:
+        """Sequences for which this differs have no keys in common, whatever their prefixes."""
+        return self._rope.kind(tokens)
+
+    def grows_anew(self, request: GenerateRequest) -> bool:
+        """Whether the sequence will be read anew if all tokens asked for are generated."""
+        return self._rope.changes(len(request.token_ids), request.tokens)
+
+    def apart(self, parts: Items[Part]) -> Ran:
+        """Run the parts, choose a token for each that predicts and note the scores of prompts; what
+        raises is run apart, by adapter and then by halves, until only the sequences that are at
+        fault have failed.
+
+        Keys and values that a failed forward has written are written again, the same.
+
+        Raises:
+            Exception: The device itself is lost; nothing can run on it any more.
+        """
+        predicting = [part.sequence for part in parts if part.predicts]
+        try:
+            logits = self(parts)
+            choices = choose(logits.last, [sequence.chooser for sequence in predicting])
+            not_finite = note_scores(parts, logits.prompt)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            if len(parts) == 1:
+                sequence = parts[0].sequence
+                log.exception("A step of version %s failed", sequence.request.version)
+                return Ran([], [(sequence, error.with_traceback(None))], [])
+            log.warning("A generate step of %d sequences failed; they are run apart", len(parts))
+        else:
+            return Ran(list(zip(predicting, choices, strict=True)), [], not_finite)
+        groups = [self.apart(group) for group in _split(parts)]
+        return Ran(
+            [one for group in groups for one in group.chosen],
+            [one for group in groups for one in group.broken],
+            [one for group in groups for one in group.not_finite],
+        )
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        before = self._config._attn_implementation
+        self._config._attn_implementation = PAGED_ATTENTION
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = before

@@ -1,0 +1,426 @@
+"""The lane for generation: many adapters and the bare base decoding together in one batch.
+
+``step`` runs at most one forward: the next token of every running sequence and, within a budget of
+tokens, pieces of prompts, flattened to one row per token; the adapted layers are told which rows
+belong to which slot. Keys and values are in pages (``server.generation.kv_cache``), reserved for a sequence's
+whole life when it is admitted, so want of room means waiting and never failure. Choosing tokens and
+making text of them are in ``server.generation.sampling`` and ``server.inputs.detokenize``. One thread owns a lane.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adapters import segments
+from adapters.errors import SlotNotResident
+from server.generation import failures
+from server.generation.fair_queue import FairQueue
+from server.generation.forward import PagedForward, Part, Sequence, next_parts
+from server.generation.kv_cache import KVCache
+from server.generation.sampling import Choice, TokenChooser
+from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
+from server.messages import (
+    Event,
+    Failure,
+    FinishReason,
+    GeneratedToken,
+    GenerateRequest,
+    GenerateResult,
+    TokenEvent,
+)
+from server.options import EngineOptions
+
+if TYPE_CHECKING:
+    from adapters.layers.inject import AdaptedModel
+    from adapters.residency.slots import Residency
+
+log = logging.getLogger(__name__)
+
+# An adapter that runs something already leaves this share of the sequences and of the KV blocks to
+# adapters that run nothing: a flood on one never makes another wait for a whole answer to end.
+SPARED_SHARE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateFigures:
+    """How the lane stands; counters count since it was made."""
+
+    waiting: int
+    waiting_tokens: int
+    running: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    kv_blocks_cached: int  # unused, kept for the prefix that they hold
+    kv_block_bytes: int
+    kv_block_tokens: int
+    steps: int
+    prefilled_tokens: int
+    shared_tokens: int  # of prompts, found in the cache
+    generated_tokens: int
+    last_rows: int  # token rows of the latest forward
+    last_adapters: int  # distinct adapters in it, the base not counted
+
+
+class GenerateLane:
+    """Generation over one adapted model.
+
+    Every request that is submitted ends with exactly one terminal event, unless it is cancelled:
+    then nobody waits and none is sent.
+
+    Args:
+        adapted: The base with its adapted layers. During a step its config names this lane's
+            attention; between steps it is as it was.
+        tokenizer: transformers' tokenizer of the base.
+        residency: Brings adapters to the device and says in which slot they are.
+        options: ``kv_bytes``, ``max_sequences``, ``prefill_tokens``, ``max_input_tokens`` and
+            ``allow_prefix_sharing`` are read.
+
+    Raises:
+        BaseModelError: ``kv_bytes`` does not hold a single block.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        tokenizer: Any,
+        residency: Residency,
+        options: EngineOptions,
+    ) -> None:
+        self._adapted = adapted
+        self._tokenizer = tokenizer
+        self._residency = residency
+        self._options = options
+        model: Any = adapted.model
+        self._context_tokens = adapted.signature.max_length
+        self._special_ids = spelling_of(tokenizer).special
+        self._eos_ids = _eos_ids(model, tokenizer)
+        self._kv = KVCache(
+            model.config.get_text_config(decoder=True),
+            budget_bytes=options.kv_bytes,
+            max_sequences=options.max_sequences,
+            context_tokens=self._context_tokens,
+            dtype=model.dtype,
+            device=model.device,
+            share_prefixes=options.allow_prefix_sharing,
+        )
+        self._forward = PagedForward(adapted, self._kv)
+        self._queue = FairQueue()
+        self._running: dict[str, Sequence] = {}
+        self._per_version: Counter[str | None] = Counter()
+        self._deadlines: dict[str, float] = {}
+        self._arrived: dict[str, float] = {}
+        self._outbox: list[Event] = []
+        self._counts: Counter[str] = Counter()
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a request. What it can never be given is answered by the next step.
+
+        Raises:
+            ValueError: a request of this id is here already.
+        """
+        if request.id in self._queue or request.id in self._running:
+            raise ValueError(f"A request with the id {request.id!r} is already here.")
+        refusal = failures.refusal(
+            request,
+            vocabulary=self._adapted.signature.vocab_size,
+            max_input_tokens=self._options.max_input_tokens,
+            context_tokens=self._context_tokens,
+            capacity_tokens=self._kv.capacity_tokens,
+        )
+        if refusal is not None:
+            self._outbox.append(refusal)
+            return
+        self._arrived[request.id] = request.submitted or time.monotonic()
+        if request.deadline is not None:
+            self._deadlines[request.id] = request.deadline
+        self._queue.push(request)
+        if request.version is not None:
+            self._residency.prefetch(request.version)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request, waiting or running, and free what it holds; False if it is not here."""
+        sequence = self._running.get(request_id)
+        if sequence is not None:
+            self._leave(sequence)
+            return True
+        if self._queue.remove(request_id):
+            self._forget(request_id)
+            return True
+        return False
+
+    def has_work(self) -> bool:
+        """Whether a step could do something now. Requests that wait for an adapter to load do not
+        count until it is there, or until ``next_deadline``."""
+        return bool(
+            self._outbox
+            or self._running
+            or (self._deadlines and min(self._deadlines.values()) <= time.monotonic())
+            or any(
+                version is None or self._residency.state(version) != "loading"
+                for version in self._queue.versions
+            )
+        )
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a request that is here, as ``time.monotonic()`` counts."""
+        return min(self._deadlines.values(), default=None)
+
+    def depth(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    def versions(self) -> set[str]:
+        """Versions of requests that wait or run."""
+        known = {*self._queue.versions, *self._per_version}
+        return {version for version in known if version is not None}
+
+    def figures(self) -> GenerateFigures:
+        return GenerateFigures(
+            waiting=len(self._queue),
+            waiting_tokens=self._queue.tokens,
+            running=len(self._running),
+            kv_blocks_total=self._kv.blocks_total,
+            kv_blocks_used=self._kv.blocks_used,
+            kv_blocks_cached=self._kv.blocks_cached,
+            kv_block_bytes=self._kv.block_bytes,
+            kv_block_tokens=self._kv.block_tokens,
+            steps=self._forward.steps,
+            prefilled_tokens=self._counts["prefilled"],
+            shared_tokens=self._counts["shared"],
+            generated_tokens=self._counts["generated"],
+            last_rows=self._forward.last_rows,
+            last_adapters=self._forward.last_adapters,
+        )
+
+    def step(self) -> list[Event]:
+        """Expire, admit, run one forward; returns what happened, in order."""
+        events, self._outbox = self._outbox, []
+        self._expire(events)
+        self._admit(events)
+        parts = next_parts(self._running.values(), self._options.prefill_tokens)
+        if parts:
+            self._run(parts, events)
+        return events
+
+    def close(self) -> list[Event]:
+        """End every request that is still here with a failure and free what they hold."""
+        events, self._outbox = self._outbox, []
+        ids = [*self._running, *(r.id for v in self._queue.versions for r in self._drop(v))]
+        for request_id in ids:
+            events.append(failures.stopping(request_id))
+            self.cancel(request_id)
+        return events
+
+    # Before a forward
+
+    def _expire(self, events: list[Event]) -> None:
+        now = time.monotonic()
+        for request_id in [i for i, deadline in self._deadlines.items() if deadline <= now]:
+            place = "running" if request_id in self._running else "waiting"
+            late = now - self._deadlines[request_id]
+            self.cancel(request_id)
+            events.append(failures.too_late(request_id, place, late))
+
+    def _admit(self, events: list[Event]) -> None:
+        ready = {version: self._is_ready(version, events) for version in self._queue.versions}
+        while len(self._running) < self._options.max_sequences:
+            passed: list[GenerateRequest] = []
+            for request in self._queue.heads():
+                if not ready[request.version] or self._owes_room(request):
+                    continue
+                admitted = self._start(request)
+                if admitted is None:
+                    ready[request.version] = False
+                elif admitted:
+                    self._queue.take(request, passed)
+                    break
+                elif self._queue.is_impatient(request):
+                    return
+                else:
+                    passed.append(request)
+            else:
+                return
+
+    def _is_ready(self, version: str | None, events: list[Event]) -> bool:
+        if version is None:
+            return True
+        state = self._residency.state(version)
+        if state == "failed":
+            error = self._residency.error(version)
+            events += [failures.not_loaded(r, error) for r in self._drop(version)]
+        elif state == "absent":
+            self._residency.prefetch(version)
+        return state == "ready"
+
+    def _drop(self, version: str | None) -> list[GenerateRequest]:
+        requests = self._queue.remove_version(version)
+        for request in requests:
+            self._forget(request.id)
+        return requests
+
+    def _owes_room(self, request: GenerateRequest) -> bool:
+        """Whether the request would take what is spared for adapters that run nothing."""
+        if not self._per_version[request.version]:
+            return False
+        most = self._options.max_sequences
+        blocks = self._kv.blocks_for(request.tokens)
+        spared = self._kv.blocks_total // SPARED_SHARE
+        return (
+            len(self._running) >= most - most // SPARED_SHARE
+            or self._kv.blocks_free - blocks < spared
+        )
+
+    def _start(self, request: GenerateRequest) -> bool | None:
+        """Admit a request: False when there is no room, None when its adapter is not there."""
+        own = (request.version, self._forward.keys_of(len(request.token_ids)))
+        shared = self._kv.reserve(
+            request.id,
+            own,
+            request.token_ids,
+            request.kept_tokens,
+            reuse=not request.sampling.prompt_logprobs,
+            share=not self._forward.grows_anew(request),
+        )
+        if shared is None:
+            return False
+        slot = segments.BASE_SLOT
+        if request.version is not None:
+            try:
+                slot = self._residency.lease([request.version])[request.version]
+            except SlotNotResident:
+                self._kv.release(request.id)
+                self._residency.prefetch(request.version)
+                return None
+        sampling = request.sampling
+        self._running[request.id] = Sequence(
+            request=request,
+            slot=slot,
+            ids=list(request.token_ids),
+            written=shared,
+            chooser=TokenChooser(sampling, request.token_ids),
+            text=TextStream(self._tokenizer, request.token_ids, sampling.stop),
+            admitted=time.monotonic(),
+        )
+        self._per_version[request.version] += 1
+        self._counts["shared"] += shared
+        return True
+
+    # The forward and what follows
+
+    def _run(self, parts: list[Part], events: list[Event]) -> None:
+        ran = self._forward.apart(parts)
+        for sequence, error in ran.broken:
+            events.append(self._fail(sequence, error))
+        for sequence in ran.not_finite:
+            self._leave(sequence, forget=True)
+            events.append(failures.not_finite(sequence.request))
+        failed = {one.request.id for one in (*(one for one, _ in ran.broken), *ran.not_finite)}
+        parts = [part for part in parts if part.sequence.request.id not in failed]
+        done = [part.sequence for part in parts if part.completes and not part.predicts]
+        for part in parts:
+            sequence = part.sequence
+            known = sequence.generated if self._kv.shares_prefixes else ()
+            self._kv.written(sequence.request.id, part.rows, known)
+            sequence.written += part.rows
+            if not sequence.decoding:
+                self._counts["prefilled"] += part.rows
+        events += [self._result(one, "length") for one in done]
+        for sequence, choice in ran.chosen:
+            if sequence.request.id in failed:
+                continue
+            try:
+                events += self._advance(sequence, choice)
+            except Exception as error:
+                log.exception("Request %s failed", sequence.request.id)
+                events.append(self._fail(sequence, error))
+
+    def _advance(self, sequence: Sequence, choice: Choice) -> list[Event]:
+        """Take in a token; the events are the token's, if streamed, and the end, if it is one."""
+        request = sequence.request
+        if not choice.finite:
+            self._leave(sequence, forget=True)
+            return [failures.not_finite(request)]
+        token = choice.token_id
+        special = token in self._special_ids
+        sequence.ids.append(token)
+        sequence.chooser.note(token)
+        self._counts["generated"] += 1
+        others = [(one, sequence.text.peek(one)) for one, _ in choice.likeliest]
+        text, shown = sequence.text.push(token)
+        alternatives = spelled_apart(self._tokenizer, (token, text), others, choice.likeliest)
+        known = (choice.logprob, special, alternatives)
+        sequence.tokens.append(GeneratedToken(token, text, *known))
+        events: list[Event] = []
+        if request.stream:
+            events.append(TokenEvent(request.id, token, shown, *known))
+        reason: FinishReason | None = None
+        if sequence.text.stopped:
+            reason = "stop_sequence"
+        elif token in self._eos_ids and not request.sampling.ignore_eos:
+            reason = "eos_token"
+        elif len(sequence.tokens) >= request.sampling.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            events.append(self._result(sequence, reason))
+        elif self._forward.rereads(len(sequence.ids) - 1):
+            sequence.written = 0
+            self._kv.rewind(request.id)
+        return events
+
+    def _result(self, sequence: Sequence, reason: FinishReason) -> GenerateResult:
+        request = sequence.request
+        tail = sequence.text.finish()
+        text = sequence.text.text
+        now = time.monotonic()
+        arrived = self._arrived[request.id]
+        self._leave(sequence)
+        return GenerateResult(
+            id=request.id,
+            text=text,
+            tail=tail if request.stream else text,
+            tokens=tuple(sequence.tokens),
+            # Text that was held back at the end may turn out to hold a stop string.
+            finish_reason="stop_sequence" if sequence.text.stopped else reason,
+            version=request.version,
+            prompt_tokens=len(request.token_ids),
+            queue_ms=max(0.0, sequence.admitted - arrived) * 1000,
+            compute_ms=(now - sequence.admitted) * 1000,
+            prompt_logprobs=(None, *sequence.scores) if request.sampling.prompt_logprobs else (),
+            prompt_likeliest=((), *sequence.likeliest) if _tells_likeliest(request) else (),
+        )
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Failure:
+        self._leave(sequence, forget=True)
+        return failures.broken(sequence.request, error)
+
+    def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """Free what a running sequence holds: its blocks, its lease and its place."""
+        request = sequence.request
+        if self._running.pop(request.id, None) is None:
+            return
+        self._kv.release(sequence.request.id, forget=forget)
+        self._per_version -= Counter({request.version: 1})
+        self._forget(request.id)
+        if request.version is not None:
+            self._residency.release([request.version])
+
+    def _forget(self, request_id: str) -> None:
+        self._deadlines.pop(request_id, None)
+        self._arrived.pop(request_id, None)
+
+
+def _tells_likeliest(request: GenerateRequest) -> bool:
+    return request.sampling.prompt_logprobs and request.sampling.alternatives > 0
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer, as ``generate`` takes them, else the tokenizer's."""
+    generation = getattr(model, "generation_config", None)
+    for found in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()

@@ -1,0 +1,483 @@
+"""Text to token ids and back: the one place that touches the tokenizer.
+
+Used by the HTTP processes (encoding, chat templates) and by the worker (words of entities, filled
+masks). It checks lengths and characters, so that no model ever sees a sequence it cannot hold; it
+knows no model and runs none.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from server.inputs.detokenize import Piece, spell
+from server.inputs.token_bound import TokenBound
+from server.inputs.tokenizer import TokenizerError, load_tokenizer
+from server.messages import EncodedInput, Likeliest, Task
+from server.options import TokenizerSource
+
+__all__ = [
+    "ChatTemplateMissing",
+    "InputTooLong",
+    "InvalidInput",
+    "Text",
+    "TextError",
+    "TextInput",
+    "TokenizerError",
+]
+
+TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
+
+COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
+
+SPAN_TASKS: frozenset[str] = frozenset({"token-classification", "question-answering"})
+
+
+class TextError(Exception):
+    """An input that cannot be given to the model, with what was found and expected."""
+
+    code: ClassVar[str] = "invalid_request"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+
+class InvalidInput(TextError):
+    """A text without a token, or a mask where one is needed; not Unicode; not an image."""
+
+
+class InputTooLong(TextError):
+    """More tokens than the base, or this server, takes."""
+
+    code = "input_too_long"
+
+
+class ChatTemplateMissing(TextError):
+    """The base's tokenizer has no chat template."""
+
+    code = "chat_template_missing"
+
+
+class Text:
+    """A tokenizer with the limits of one base.
+
+    Safe to share between threads: the Rust tokenizer keeps truncation as state, so calls take
+    turns.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        max_tokens: The longest sequence, special tokens included.
+        vocab_size: Rows of the base's embedding; ids at or above it are refused. None: no check.
+        pad_id: The id that fills short rows. None: the tokenizer's own, else its end of sequence,
+            else 0; the attention mask hides it from the backbone in every case.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        vocab_size: int | None = None,
+        pad_id: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.vocab_size = vocab_size
+        candidates = (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id: int = next(
+            one
+            for one in candidates
+            if one is not None and one >= 0 and (vocab_size is None or one < vocab_size)
+        )
+        self.note: str | None = None  # for the operator
+        self._lock = threading.Lock()
+        self._bound = TokenBound.of(getattr(tokenizer, "backend_tokenizer", None))
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        max_tokens: int,
+        vocab_size: int | None = None,
+        pad_id: int | None = None,
+        source: TokenizerSource = "file",
+    ) -> Text:
+        """Load the tokenizer that lies beside a base.
+
+        Args:
+            folder: The base's folder.
+            max_tokens: The base's context, or a smaller limit of the operator's.
+            vocab_size: Rows of the base's embedding.
+            pad_id: ``pad_token_id`` of the base's config, where it has one.
+            source: As for `load_tokenizer`.
+
+        Raises:
+            TokenizerError: No tokenizer, only a slow one, or one that makes no tokens.
+        """
+        loaded = load_tokenizer(folder, source)
+        made = cls(loaded.tokenizer, max_tokens=max_tokens, vocab_size=vocab_size, pad_id=pad_id)
+        made.note = loaded.note
+        return made
+
+    @cached_property
+    def apart(self) -> Text:
+        """The same with a tokenizer and a lock of its own: what it does holds up nobody else.
+
+        For long texts, whose thread keeps the lock for seconds.
+        """
+        twin = copy.copy(self)
+        twin.tokenizer = copy.deepcopy(self.tokenizer)
+        twin._lock = threading.Lock()
+        return twin
+
+    def limited(self, max_tokens: int) -> Text:
+        """The same tokenizers, and their locks, with another limit."""
+        apart = self.apart
+        twin = copy.copy(self)
+        twin.max_tokens = max_tokens
+        twin.__dict__["apart"] = copy.copy(apart)
+        twin.apart.max_tokens = max_tokens
+        return twin
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id that a fill-mask input must contain, if this tokenizer has one."""
+        mask: int | None = self.tokenizer.mask_token_id
+        return mask
+
+    @property
+    def eos_id(self) -> int | None:
+        eos: int | None = self.tokenizer.eos_token_id
+        return eos
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def encode(
+        self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
+    ) -> tuple[EncodedInput, ...]:
+        """Encode the inputs of one request of the encode lane, special tokens included.
+
+        Args:
+            texts: One text, or pair of texts, per input. For question answering: (question,
+                context).
+            task: Decides whether text and offsets go along (those of the context for a pair) and
+                whether a mask token is needed.
+            truncation: Cut what is too long instead of refusing it. Of a pair, the second is cut.
+
+        Raises:
+            InputTooLong: An input is longer than ``max_tokens`` and ``truncation`` is off.
+            InvalidInput: No tokens, no mask token for fill-mask, or a lone surrogate.
+        """
+        spans = task in SPAN_TASKS
+        encoded = []
+        for index, one in enumerate(texts):
+            first, second = one if isinstance(one, tuple) else (one, None)
+            ids, offsets, type_ids = self._tokenize(first, second, truncation, index)
+            self._check(ids, index)
+            if task == "fill-mask" and self.mask_id not in ids:
+                raise InvalidInput(
+                    f"Input {index} has nothing to fill.",
+                    found="no mask token",
+                    expected=f"{self.tokenizer.mask_token or 'a base with a mask token'}",
+                    fix="Put the mask token where a word is wanted, and keep it within the limit.",
+                )
+            encoded.append(
+                EncodedInput(
+                    token_ids=tuple(ids),
+                    text=(first if second is None else second) if spans else None,
+                    offsets=tuple(offsets) if spans else None,
+                    type_ids=tuple(type_ids) if type_ids is not None else None,
+                )
+            )
+        return tuple(encoded)
+
+    def encode_prompt(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 0,
+        truncation: bool = False,
+        special_tokens: bool = True,
+    ) -> tuple[int, ...]:
+        """Encode a prompt to be continued; an empty one becomes the start token if there is one.
+
+        Args:
+            prompt: The text.
+            max_new_tokens: Room to leave behind the prompt.
+            truncation: Cut the *start* of what is too long: the end is what is continued.
+            special_tokens: Add those of the tokenizer's template. Off for a rendered chat.
+
+        Raises:
+            InputTooLong: Prompt and new tokens exceed ``max_tokens``.
+            InvalidInput: An empty prompt without a start token, or a lone surrogate.
+        """
+        _check_unicode(prompt, 0)
+        room = self.max_tokens - max_new_tokens
+        start_text = self.tokenizer.bos_token
+        if not truncation:
+            # One more: an end of sequence behind the text is left out.
+            if self._surely_exceeds(prompt, room + 1, special_tokens=special_tokens):
+                raise _no_room(f"more than {room} prompt tokens", max_new_tokens, self.max_tokens)
+        elif room >= 1 and not (start_text and prompt.lstrip().startswith(start_text)):
+            prompt = self._bound.tail(prompt, room + 1)
+        with self._lock:
+            ids: list[int] = self.tokenizer(
+                prompt, add_special_tokens=special_tokens, truncation=False, verbose=False
+            )["input_ids"]
+            lost = self._loses(prompt, ids)
+        if lost:
+            raise _lost(0)
+        start = self.tokenizer.bos_token_id
+        ids = self._without_final_eos(prompt, ids)
+        if not ids and start is not None:
+            ids = [start]
+        if truncation and len(ids) > room >= 1:
+            keep_start = bool(start is not None and ids[0] == start and room > 1)
+            ids = ids[:1] + ids[len(ids) - room + 1 :] if keep_start else ids[-room:]
+        if len(ids) > room:
+            raise _no_room(f"{len(ids)} prompt tokens", max_new_tokens, self.max_tokens)
+        self._check(ids, 0)
+        return tuple(ids)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 0
+    ) -> tuple[int, ...]:
+        """Render a conversation with the tokenizer's chat template and encode it.
+
+        Raises:
+            ChatTemplateMissing: There is no template.
+            InvalidInput: The template refuses the conversation.
+            InputTooLong: As for a prompt.
+        """
+        return self.encode_prompt(
+            self.render_chat(messages), max_new_tokens=max_new_tokens, special_tokens=False
+        )
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a conversation, ready for the assistant's turn."""
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise ChatTemplateMissing(
+                "The base's tokenizer has no chat template.",
+                found="no chat_template",
+                expected="a tokenizer with a chat template",
+                fix="Use /v1/completions, or serve a base that has a chat template.",
+            )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise InvalidInput(
+                "The chat template refused the messages.",
+                found=str(error)[:200],
+                expected="roles and contents that the base's template takes",
+                fix="Check the order of the roles.",
+            ) from error
+        return str(rendered)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The readable text of some ids."""
+        with self._lock:
+            text = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    def targets(self, words: Sequence[str | int]) -> tuple[int, ...]:
+        """Token ids of words that a mask may be filled with, each once.
+
+        Args:
+            words: A token's id, its spelling in the vocabulary (``##ly``), or a text that is one
+                token (`` film`` with its space for byte-level vocabularies).
+
+        Raises:
+            InvalidInput: A word that is no single token of the base.
+        """
+        found: dict[int, None] = {}
+        for word in words:
+            ids = [word] if isinstance(word, int) else self._ids_of_word(word)
+            if len(ids) != 1 or not 0 <= ids[0] < (self.vocab_size or 1 << 62):
+                raise InvalidInput(
+                    "A target is no single token of the base.",
+                    found=f"{str(word)[:60]!r}: "
+                    + (f"{len(ids)} tokens" if len(ids) != 1 else f"token id {ids[0]}"),
+                    expected="words that the vocabulary has as one token, or token ids",
+                    fix="Leave it out, or mask and score its tokens one by one.",
+                )
+            found[ids[0]] = None
+        return tuple(found)
+
+    def _ids_of_word(self, word: str) -> list[int]:
+        _check_unicode(word, 0)
+        with self._lock:
+            known = self.tokenizer.get_vocab().get(word)
+            if known is not None:
+                return [int(known)]
+            ids: list[int] = self.tokenizer(word, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+        unknown = self.tokenizer.unk_token_id
+        return [] if unknown is not None and unknown in ids else ids
+
+    def spell(self, token_ids: Sequence[int], likeliest: Sequence[Likeliest] = ()) -> list[Piece]:
+        """The text of each token, as ``server.inputs.detokenize.spell`` has it."""
+        with self._lock:
+            return spell(self.tokenizer, token_ids, likeliest)
+
+    def piece(self, token_id: int, shown: str) -> str:
+        """A token as the vocabulary spells it; ``shown``, its text, where it is an unknown one."""
+        if token_id == self.tokenizer.unk_token_id:
+            return shown
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+    def join(self, pieces: Sequence[str]) -> str:
+        """Pieces joined to readable text as the tokenizer joins its own."""
+        return str(self.tokenizer.convert_tokens_to_string(list(pieces)))
+
+    def _tokenize(
+        self, first: str, second: str | None, truncation: bool, index: int
+    ) -> tuple[list[int], list[tuple[int, int]], list[int] | None]:
+        for text in (first, second):
+            if text is not None:
+                _check_unicode(text, index)
+        if truncation and second is not None:
+            second = self._bound.head(second, self.max_tokens)
+        elif truncation:
+            first = self._bound.head(first, self.max_tokens)
+        elif any(
+            text is not None and self._surely_exceeds(text, self.max_tokens)
+            for text in (first, second)
+        ):
+            raise _too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
+        # A limit that leaves no room for a token of the second text falls on the longer one.
+        strategy: str | bool = "only_second" if second is not None else True
+        with self._lock:
+            try:
+                encoding = self.tokenizer(
+                    first,
+                    second,
+                    truncation=strategy if truncation else False,
+                    max_length=self.max_tokens if truncation else None,
+                    return_offsets_mapping=True,
+                    verbose=False,
+                )
+            except Exception as error:  # the Rust side raises bare exceptions
+                if not truncation or second is None:
+                    raise
+                raise _too_long(
+                    index, "a first text that fills the context", self.max_tokens
+                ) from (error)
+            sequence_ids = encoding.sequence_ids(0)
+        ids: list[int] = encoding["input_ids"]
+        for number, text in enumerate((first, second)):
+            if text and text.strip() and number not in sequence_ids and len(ids) < self.max_tokens:
+                raise _lost(index)
+        if len(ids) > self.max_tokens:
+            raise _too_long(index, f"{len(ids)} tokens", self.max_tokens)
+        wanted = 0 if second is None else 1
+        offsets = [
+            (int(start), int(stop)) if sequence == wanted else (0, 0)
+            for (start, stop), sequence in zip(
+                encoding["offset_mapping"], sequence_ids, strict=True
+            )
+        ]
+        type_ids = encoding.get("token_type_ids") if second is not None else None
+        return ids, offsets, type_ids
+
+    def _surely_exceeds(self, text: str, tokens: int, *, special_tokens: bool = True) -> bool:
+        """Whether a text has more tokens than that: by what its length says, and for long ones by
+        a count that makes no list of them. False for a short text says nothing."""
+        if self._bound.exceeds(text, tokens):
+            return True
+        if len(text) <= COUNTED_CHARACTERS:
+            return False
+        backend = self.tokenizer.backend_tokenizer
+        with self._lock:
+            backend.no_truncation()
+            (counted,) = backend.encode_batch_fast([text], add_special_tokens=special_tokens)
+        return len(counted) > tokens
+
+    def _loses(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether nothing of a text is left but what the template adds. Call it with the lock."""
+        if not text.strip() or len(ids) > self.tokenizer.num_special_tokens_to_add():
+            return False
+        return not self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _without_final_eos(self, prompt: str, ids: list[int]) -> list[int]:
+        """A template that closes the text with an end of sequence would end the generation."""
+        eos = self.eos_id
+        closes = bool(ids) and ids[-1] == eos and not prompt.endswith(str(self.tokenizer.eos_token))
+        return ids[:-1] if closes else ids
+
+    def _check(self, ids: Sequence[int], index: int) -> None:
+        if not ids:
+            raise InvalidInput(
+                f"Input {index} is empty.",
+                found="no tokens",
+                expected="at least one token",
+                fix="Send some text.",
+            )
+        if self.vocab_size is not None and max(ids) >= self.vocab_size:
+            raise InvalidInput(
+                f"Input {index} has a token that the base does not know.",
+                found=f"token id {max(ids)}",
+                expected=f"ids below {self.vocab_size}",
+                fix="The tokenizer and the base do not belong together; tell the operator.",
+            )
+
+
+def _check_unicode(text: str, index: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"Input {index} is not Unicode text.",
+            found=f"a lone surrogate at character {error.start}",
+            expected="text that can be written as UTF-8",
+            fix="Decode the bytes properly before sending them.",
+        ) from error
+
+
+def _no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:
+    return InputTooLong(
+        "The prompt and the tokens asked for do not fit the context.",
+        found=f"{found} + {max_new_tokens} new tokens",
+        expected=f"at most {max_tokens} tokens together",
+        fix="Shorten the prompt or lower max_new_tokens.",
+    )
+
+
+def _lost(index: int) -> InvalidInput:
+    return InvalidInput(
+        f"Nothing of input {index} is left when it is tokenized.",
+        found="a text without a token",
+        expected="text that the base's vocabulary can spell",
+        fix="Send text in a script that the base knows.",
+    )
+
+
+def _too_long(index: int, found: str, max_tokens: int) -> InputTooLong:
+    return InputTooLong(
+        f"Input {index} is too long.",
+        found=found,
+        expected=f"at most {max_tokens} tokens",
+        fix='Shorten it, or send "truncation": true.',
+    )

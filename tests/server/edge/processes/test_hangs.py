@@ -1,0 +1,124 @@
+"""Processes that live and do nothing: noticed, told of, and replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.server.edge.processes.test_faults import predict, wait_for
+from tests.stand.fake_engine import SLOW_SEED
+from tests.stand.fake_server import BROKEN_BEAT
+from tests.stand.live import Live, fake
+
+pytestmark = pytest.mark.http
+
+HANG_S = 15.0  # long after a silent worker is told of, however slow the machine
+PATIENCE_S = 120.0  # for what must come to pass, but not by when
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("hangs") / "data"
+    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2) as server:
+        yield server
+
+
+def test_stopped_worker_is_noticed_killed_and_replaced(live: Live) -> None:
+    pid = live.worker_pid
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(generate_slowly, live) for _ in range(4)]
+        wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 4, PATIENCE_S)
+        os.kill(pid, signal.SIGSTOP)
+        # Before it is killed, new requests are refused rather than kept waiting.
+        wait_for(lambda: refused(live), PATIENCE_S)
+        assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        assert live.client.get("/health/ready").json()["status"] == "worker_silent"
+        answers = [one.result() for one in running]
+        assert {one.json()["code"] for one in answers} == {"worker_lost"}
+    live.wait_ready()
+    assert live.worker_pid != pid
+    assert predict(live).status_code == 200
+    assert "no sign of life" in live.log.read_text()
+
+
+def generate_slowly(live: Live) -> httpx.Response:
+    """Not over before the worker is stopped, however late that is."""
+    body = {"inputs": "hello", "parameters": {"max_new_tokens": 250, "seed": SLOW_SEED}}
+    return live.client.post("/generate?adapter=story", json=body)
+
+
+def refused(live: Live) -> bool:
+    """Whether a request is refused because the worker is silent."""
+    answer = live.client.post(
+        "/predict?adapter=imdb", json={"inputs": "x"}, headers={"X-Timeout-Seconds": "0.2"}
+    )
+    return answer.status_code == 503 and bool(answer.json()["code"] == "worker_silent")
+
+
+def test_step_that_never_ends_costs_its_worker(live: Live) -> None:
+    pid = live.worker_pid
+    answer = predict(live, top_k=502)
+    assert (answer.status_code, answer.json()["code"]) == (503, "worker_lost")
+    live.wait_ready()
+    assert live.worker_pid != pid
+    assert "one step has taken" in live.log.read_text()
+    assert predict(live).status_code == 200
+
+
+def accepting(main: psutil.Process) -> list[psutil.Process]:
+    """Children that live and hold a socket."""
+    found = []
+    for child in main.children():
+        with contextlib.suppress(psutil.Error):
+            if child.net_connections(kind="tcp"):
+                found.append(child)
+    return found
+
+
+def test_stopped_http_process_is_replaced(live: Live) -> None:
+    main = psutil.Process(live.child.pid)
+    holding = accepting(main)
+    _, first, _ = sorted(holding, key=lambda one: one.create_time())
+    first.suspend()
+    suspended = first.pid
+    wait_for(lambda: suspended not in {one.pid for one in accepting(main)}, PATIENCE_S)
+    wait_for(lambda: len(accepting(main)) == len(holding), PATIENCE_S)
+    for _ in range(20):
+        assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
+    assert "HTTP process 0: no sign of life" in live.log.read_text()
+
+
+def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Path) -> None:
+    with fake(tmp_path / "data") as live, ThreadPoolExecutor(4) as pool:
+        cancelled = 'hira_adapters{state="cancelled"}'
+        running = [pool.submit(generate_slowly, live) for _ in range(3)]
+        wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 3, PATIENCE_S)
+        (live.folder / BROKEN_BEAT).touch()
+        answers = [one.result() for one in running]
+        assert {(one.status_code, one.json()["code"]) for one in answers} == {(503, "restarting")}
+        live.wait_ready()
+        # Their process is gone, and the worker has stopped what it did for it.
+        wait_for(lambda: live.metric(cancelled) == 3, PATIENCE_S)
+        assert predict(live).status_code == 200
+        log = live.log.read_text()
+        assert "asked for" in log, "why, with its traceback"
+        assert "without its dispatcher-tick" in log
+
+
+def test_crash_loop_backs_off_and_says_so(live: Live) -> None:
+    for _ in range(3):
+        answer = predict(live, top_k=666)
+        assert answer.json()["code"] == "worker_lost"
+        live.wait_ready()
+    pauses = re.findall(r"killed by SIGKILL.*starts in ([\d.]+) s", live.log.read_text())
+    assert len(pauses) == 3
+    assert float(pauses[0]) < float(pauses[1]) < float(pauses[2])

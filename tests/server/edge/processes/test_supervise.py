@@ -1,0 +1,219 @@
+"""What the main process makes of a worker's silence, without any process."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.edge.admit.shared_load import SharedLoad
+from server.edge.link.wire import WorkerState, fault_path, state_path, write_state
+from server.edge.processes.supervise import StartFailed, Supervisor
+
+PID = 77
+HANG_S = 10.0
+SETUP_S = 60.0
+
+
+class Worker:
+    def __init__(self, pid: int = PID) -> None:
+        self.pid = pid
+        self.killed = False
+        self.exitcode: int | None = None
+
+    def is_alive(self) -> bool:
+        return not self.killed
+
+    def kill(self) -> None:
+        self.killed = True
+        self.exitcode = -9
+
+    def join(self, _: float) -> None:
+        return
+
+
+class Server:
+    """What the supervisor reads of one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.hang_s = self.max_step_s = HANG_S
+        self.max_setup_s = SETUP_S
+        self.drain_s = 0.0
+        self.settings = self.service = self.load = self
+        self.inference_workers = [Worker()]
+        self.phase: Any = None
+        self.queues = Worker()
+        self.litapi_connector = [None]
+
+    def launch_single_inference_worker(self, _: Any, __: int) -> Worker:
+        return Worker(PID + 1)
+
+    def requests(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return Server(tmp_path)
+
+
+@pytest.fixture
+def supervisor(server: Server) -> Supervisor:
+    given: Any = server
+    return Supervisor(given, on_ready=lambda: None, upkeep=lambda: None)
+
+
+def speak(
+    server: Server,
+    *,
+    pid: int = PID,
+    silent_s: float = 0.0,
+    busy_s: float = 0.0,
+    queue_silent_s: float = 0.0,
+) -> None:
+    beat = time.monotonic() - silent_s
+    state = WorkerState(0, f"{pid}-1", pid, 0.0, beat, busy_s, queue_silent_s=queue_silent_s)
+    write_state(server.run_dir, state)
+
+
+def is_killed(supervisor: Supervisor, server: Server) -> bool:
+    supervisor._kill_hung({})
+    return server.inference_workers[0].killed
+
+
+def test_state_that_is_gone_after_the_worker_was_ready_is_silence(
+    supervisor: Supervisor, server: Server
+) -> None:
+    speak(server, silent_s=HANG_S - 5)
+    supervisor._check_worker()
+    state_path(server.run_dir, 0).unlink()
+    assert not is_killed(supervisor, server), "not before it has been silent for so long"
+    supervisor._heard_at -= 6
+    assert is_killed(supervisor, server)
+
+
+def test_state_of_the_worker_before_tells_nothing_of_one_that_starts(
+    supervisor: Supervisor, server: Server
+) -> None:
+    speak(server, pid=PID - 1, silent_s=HANG_S * 3, busy_s=HANG_S * 3)
+    supervisor._check_worker()
+    assert not is_killed(supervisor, server)
+
+
+def test_step_that_takes_too_long_is_ended(supervisor: Supervisor, server: Server) -> None:
+    speak(server)
+    supervisor._check_worker()
+    assert not is_killed(supervisor, server)
+    speak(server, busy_s=HANG_S + 1)
+    assert is_killed(supervisor, server)
+
+
+def test_drain_ends_without_a_run_folder(supervisor: Supervisor, server: Server) -> None:
+    server.run_dir /= "gone"
+    supervisor._drain()
+
+
+def test_first_worker_that_hangs_in_its_setup_ends_the_start(
+    supervisor: Supervisor, server: Server
+) -> None:
+    supervisor._worker_started -= SETUP_S - 5
+    assert not is_killed(supervisor, server), "it may take its time"
+    supervisor._worker_started -= 10
+    assert is_killed(supervisor, server)
+    with pytest.raises(StartFailed, match="max_setup_s"):
+        supervisor._check_worker()
+
+
+def test_restarted_worker_that_hangs_in_its_setup_is_killed_and_replaced(
+    supervisor: Supervisor, server: Server
+) -> None:
+    speak(server)
+    supervisor._check_worker()
+    server.inference_workers[0].kill()
+    supervisor._check_worker()
+    supervisor._check_worker()
+    second = server.inference_workers[0]
+    assert second.pid == PID + 1
+    assert not is_killed(supervisor, server)
+    supervisor._worker_started -= SETUP_S + 5
+    assert is_killed(supervisor, server)
+    supervisor._check_worker()
+    assert supervisor._restart_at is not None
+    supervisor._restart_at = time.monotonic()
+    supervisor._check_worker()
+    assert server.inference_workers[0] is not second
+
+
+def test_http_process_that_hangs_in_its_start_is_killed(
+    supervisor: Supervisor, server: Server
+) -> None:
+    supervisor.load = SharedLoad(1)
+    supervisor.load.beat(0)  # by its maker
+    child: Any = Worker()
+    supervisor._kill_hung({0: child})
+    assert not child.killed
+    supervisor.load._beats[0] -= HANG_S + 1
+    supervisor._kill_hung({0: child})
+    assert child.killed
+
+
+def test_silent_queues_end_the_server(supervisor: Supervisor, server: Server) -> None:
+    speak(server, queue_silent_s=HANG_S - 1)
+    supervisor._check_worker()
+    supervisor._kill_hung({})
+    speak(server, queue_silent_s=HANG_S + 1)
+    with pytest.raises(StartFailed, match="no sign of life"):
+        supervisor._kill_hung({})
+    assert server.queues.killed, "or the end would wait for it"
+
+
+def test_state_that_cannot_be_read_is_silence_and_not_the_end(
+    supervisor: Supervisor, server: Server
+) -> None:
+    speak(server)
+    supervisor._check_worker()
+    state_path(server.run_dir, 0).unlink()
+    state_path(server.run_dir, 0).mkdir()  # EISDIR
+    assert not is_killed(supervisor, server)
+    supervisor._heard_at -= HANG_S + 1
+    assert is_killed(supervisor, server)
+    fault_path(server.run_dir, 0).mkdir()
+    supervisor._check_worker()
+    assert supervisor._restart_at is not None
+
+
+@pytest.mark.parametrize("error", [OSError(5, "an error of the disk"), ValueError("unforeseen")])
+def test_duty_that_fails_keeps_none_of_the_others(
+    server: Server, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+
+    def upkeep() -> None:
+        turns.append("upkeep")
+        raise error
+
+    given: Any = server
+    supervisor = Supervisor(given, on_ready=lambda: None, upkeep=upkeep)
+    speak(server)
+
+    def sleep(_: object) -> None:
+        turns.append("asleep")
+        if len(turns) >= 4:
+            supervisor._stop_signals = 1
+
+    monkeypatch.setattr(supervisor, "_sleep", sleep)
+    supervisor.run({})
+    assert turns == ["upkeep", "asleep"] * 2
+    assert supervisor._ready_epoch == f"{PID}-1", "the worker was looked at"
+
+
+@pytest.mark.parametrize(("status", "reason"), [(9, "SIGKILL"), (36, "signal 36")])
+def test_death_by_any_signal_is_named(
+    supervisor: Supervisor, server: Server, status: int, reason: str
+) -> None:
+    worker = server.inference_workers[0]
+    worker.exitcode = -status
+    assert reason in supervisor._why(worker)

@@ -1,0 +1,141 @@
+"""A server in its real processes around the fake engine: quick to start, for faults and limits.
+
+Run as a program by `tests.stand.live`; the registry is a dictionary, a token is a character.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from server import metrics
+from server.edge.admit.shared_load import SharedLoad
+from server.inputs.text import InputTooLong, InvalidInput, Text, TextInput
+from server.messages import EncodedInput, Task
+from server.settings import load_settings
+from tests.stand import shifted_clock
+
+BROKEN_BEAT = "break-beat"
+
+
+@dataclass
+class Record:
+    name: str
+    task: str
+    version: str
+    created: datetime
+    pinned: bool = False
+
+    def fits(self, base_digest: str) -> bool:
+        return not base_digest
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        tasks = {"imdb": "text-classification", "story": "text-generation"}
+        now = datetime.now(UTC)
+        self.known = {name: Record(name, task, f"{name}-v1", now) for name, task in tasks.items()}
+
+    def reopen(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    def records(self) -> dict[str, Record]:
+        return self.known
+
+
+class Characters(Text):
+    """A tokenizer without transformers."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.vocab_size = None
+
+    def encode(
+        self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
+    ) -> tuple[EncodedInput, ...]:
+        if any(not one for one in texts):
+            raise InvalidInput("An input is empty.")
+        found = [tuple(map(ord, "".join(one))) for one in texts]
+        if not truncation and any(len(ids) > self.max_tokens for ids in found):
+            raise InputTooLong("An input is too long.")
+        return tuple(EncodedInput(ids[: self.max_tokens]) for ids in found)
+
+    def encode_prompt(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 0,
+        truncation: bool = False,
+        special_tokens: bool = True,
+    ) -> tuple[int, ...]:
+        if len(prompt) + max_new_tokens > self.max_tokens:
+            raise InputTooLong("The prompt is too long.")
+        return tuple(map(ord, prompt))
+
+
+def break_beat(load: SharedLoad, order: Path) -> None:
+    """Have the heartbeat of one HTTP process fail once, as soon as the file ``order`` is there."""
+    beat, main_pid = load.beat, os.getpid()
+
+    def fallible(number: int) -> None:
+        if os.getpid() != main_pid and order.exists():
+            order.unlink()
+            raise OSError(5, "asked for")
+        beat(number)
+
+    given: Any = load
+    given.beat = fallible
+
+
+def main(engine: str) -> None:
+    settings = load_settings({})
+    shifted_clock.install(settings.data_dir)
+    settings.run_dir.mkdir(parents=True)
+    metrics.prepare(settings.metrics_dir)
+    from server.edge.litserve import logs
+    from server.edge.processes.run import run_service
+    from server.edge.processes.supervise import StartFailed
+    from server.edge.service import Base, Service
+
+    logs.configure(settings.log_level, access=settings.access_log)
+    nothing: Any = None
+    signature: Any = SimpleNamespace(digest="")
+    text = Characters(256)
+    base = Base(
+        name="fake-base",
+        task="text-generation",
+        signature=signature,
+        check_head=nothing,
+        inputs=text,
+        prompts=text,
+        created=time.time(),
+    )
+    registry: Any = FakeRegistry()
+    service = Service(settings, base, registry, lambda: load_settings({}))
+    break_beat(service.load, settings.data_dir / BROKEN_BEAT)
+    try:
+        run_service(
+            service,
+            [],
+            base="none",
+            engine=engine,
+            on_ready=lambda: None,
+            upkeep=lambda: None,
+        )
+    except StartFailed as failure:
+        sys.stderr.write(f"hira: {failure}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,181 @@
+"""Starts real servers in their real processes on free ports, and sees that nothing is left of them.
+
+Used by the tests that are marked ``http``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parents[2]
+START_S = 120.0
+
+
+@dataclass
+class Live:
+    """A running server."""
+
+    url: str
+    folder: Path  # of the server's data
+    child: subprocess.Popen[bytes]
+    log: Path
+    client: httpx.Client
+    family: dict[int, psutil.Process] = field(default_factory=dict)
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """Headers with the admin key that the server generated."""
+        key = (self.folder / "admin.key").read_text(encoding="ascii").strip()
+        return {"Authorization": f"Bearer {key}"}
+
+    @property
+    def worker_pid(self) -> int:
+        import json
+
+        state = json.loads((self.folder / "run" / "worker-0.json").read_text())
+        return int(state["pid"])
+
+    def processes(self) -> list[psutil.Process]:
+        """The main process and all below it; every one that was ever seen is remembered."""
+        main = psutil.Process(self.child.pid)
+        found = [main, *main.children(recursive=True)]
+        self.family.update({one.pid: one for one in found})
+        return found
+
+    def left_over(self) -> list[psutil.Process]:
+        """Processes of this server that still run."""
+        return [
+            one
+            for one in self.family.values()
+            if one.is_running() and one.status() != psutil.STATUS_ZOMBIE
+        ]
+
+    def wait_ready(self, within_s: float = START_S) -> float:
+        """Wait until it admits requests; returns how long that took."""
+        began = time.monotonic()
+        while time.monotonic() - began < within_s:
+            if self.child.poll() is not None:
+                raise AssertionError(f"the server ended: {self.log.read_text()}")
+            try:
+                if self.client.get("/health/ready").status_code == 200:
+                    return time.monotonic() - began
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"not ready in {within_s} s: {self.log.read_text()}")
+
+    def metric(self, line: str) -> float:
+        """The value of one sample, 0 where it is not there yet."""
+        for one in self.client.get("/metrics").text.splitlines():
+            if one.startswith(line + " "):
+                return float(one.rsplit(" ", 1)[1])
+        return 0.0
+
+    def end(self, number: int = signal.SIGTERM, within_s: float = 30.0) -> int:
+        """Send a signal and wait for the exit status."""
+        self.processes()
+        self.child.send_signal(number)
+        return self.child.wait(within_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(folder: Path, **settings: object) -> dict[str, str]:
+    """This process's, without what would be taken for settings, and with those given."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HIRA_", "PROMETHEUS_"))
+    }
+    given = {f"HIRA_{name.upper()}": str(value) for name, value in settings.items()}
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "2",
+        "HIRA_DATA_DIR": str(folder),
+        **given,
+    }
+
+
+@contextmanager
+def running(
+    folder: Path,
+    command: Sequence[str],
+    *,
+    wait: bool = True,
+    **settings: object,
+) -> Iterator[Live]:
+    """A server as a child process; killed with all that belongs to it at the end.
+
+    Args:
+        folder: For its data and its log.
+        command: Arguments after ``python``.
+        wait: Until it is ready.
+        settings: As environment variables.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder.parent,
+            env=environment(folder, **{"port": port, "log_level": "info", **settings}),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    live = Live(url, folder, child, log, httpx.Client(base_url=url, timeout=60))
+    try:
+        if wait:
+            live.wait_ready()
+        live.processes()
+        yield live
+    finally:
+        live.client.close()
+        if child.poll() is None:
+            live.processes()
+        child.kill()
+        child.wait()
+        for one in live.left_over():
+            one.kill()
+        state = folder / "run"
+        if state.is_symlink():  # in memory: what a killed server leaves there stays
+            shutil.rmtree(state.readlink(), ignore_errors=True)
+
+
+def hira(
+    folder: Path, *arguments: str, wait: bool = True, **settings: object
+) -> AbstractContextManager[Live]:
+    """`hira serve` itself."""
+    command = ["-c", "from server.cli.main import main; main()", "serve", *arguments]
+    return running(folder, command, wait=wait, **settings)
+
+
+def fake(
+    folder: Path,
+    engine: str = "tests.stand.fake_engine:build",
+    *,
+    wait: bool = True,
+    **settings: object,
+) -> AbstractContextManager[Live]:
+    """The server around the fake engine."""
+    return running(folder, ["-m", "tests.stand.fake_server", engine], wait=wait, **settings)
