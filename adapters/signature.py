@@ -11,12 +11,11 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal, Protocol
 
 from torch import nn
 
 from adapters.errors import ShapeMismatch, UnsupportedOption
-from adapters.intake.base_files import BaseFiles
 
 LayerKind = Literal["linear", "conv1d_transposed", "embedding", "conv"]
 Method = Literal["hira", "lora"]
@@ -83,6 +82,13 @@ class LayerSignature:
         return (rank, self.in_features, *self.kernel), (self.out_features, rank, *ones)
 
 
+class WeightFiles(Protocol):
+    """A base's own weights on disk; ``adapters.intake.base_files.BaseFiles`` is one."""
+
+    def difference(self, path: str, file: BinaryIO, copy: Any) -> Any:
+        """How a tensor of an adapter file differs from the base's own; None if in no bit."""
+
+
 @dataclass(frozen=True)
 class BaseSignature:
     """A base model as adapters see it.
@@ -116,7 +122,7 @@ class BaseSignature:
     digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     token_id: Callable[[str], int | None] | None = field(default=None, compare=False, repr=False)
-    files: BaseFiles | None = field(default=None, compare=False, repr=False)
+    files: WeightFiles | None = field(default=None, compare=False, repr=False)
 
     def own_path(self, path: str) -> str:
         """``path`` with this base's prefix in place of one that only task classes have."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from adapters.errors import AdapterError
-from server.encoding.postprocess import NotFinite
 from server.inputs.images import Images
 from server.inputs.text import SPAN_TASKS, Text
 from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure, Task
@@ -29,6 +28,10 @@ _OF_TEXTS: frozenset[Task] = frozenset(
     }
 )
 _PIXEL_BYTES = 4  # float32
+
+
+class NotFinite(Exception):
+    """The model's output for one input holds NaN or infinity."""
 
 
 class TaskMismatch(Exception):

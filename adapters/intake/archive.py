@@ -19,9 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
-from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CARD_FILE, CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.intake.safetensors_header import PICKLE_FIX
-from adapters.registry.store import CARD_FILE
 
 WANTED = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE)
 MAX_MEMBERS = 1_000

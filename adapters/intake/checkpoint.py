@@ -37,12 +37,14 @@ from adapters.intake.safetensors_header import (
     read_tensor,
 )
 from adapters.intake.strict_json import MAX_JSON_BYTES
+from adapters.intake.task_of import task_of
 from adapters.signature import BaseSignature
-from adapters.tasks import HEADED, Task, task_of
+from adapters.tasks import HEADED, Task
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 _RECENT_PLANS = 32
 
 

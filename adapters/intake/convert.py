@@ -123,7 +123,8 @@ def _read(source: Path) -> dict[str, torch.Tensor]:
     if (source / TENSOR_FILE).exists():
         with open_regular(source / TENSOR_FILE) as file:
             read_header(file)
-        return load_file(source / TENSOR_FILE)
+        tensors: dict[str, torch.Tensor] = load_file(source / TENSOR_FILE)
+        return tensors
     with open_regular(source / PICKLE_FILE) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_TENSOR_FILE_BYTES:

@@ -9,7 +9,8 @@
     fused     all but lora in one pass over W0, by the GPU kernel: ``adapters.modulation.fused``
     reference float64, as the equations are written
 
-``auto`` takes, for every layer and segment, what was the fastest when ``adapters.modulation.autotune`` timed
+``auto`` takes, for every layer and segment, what was the fastest when
+``adapters.modulation.autotune`` timed
 it, and before that what ``strategy.default_way`` says. A layer makes a ``LayerCall``; the modulator
 settles who computes it and how each of its segments, and ``fused``, ``native_path`` or
 ``torch_path`` does. Layers and residency bring weights, factors and the cache of folded weights.

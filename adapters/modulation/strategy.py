@@ -1,7 +1,7 @@
 """The names of the exact strategies, and the fixed rule that stands in before any is timed.
 
-Pure: no torch, no clock, no file. ``adapters.modulation.autotune`` times them; ``adapters.modulation.modulator`` runs
-what was chosen.
+Pure: no torch, no clock, no file. ``adapters.modulation.autotune`` times them;
+``adapters.modulation.modulator`` runs what was chosen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A layer call in torch operators: every segment computed in the way chosen for it.
 
 What all segments share is done once: W0 is dequantized when first needed, base rows that follow
-each other are one matmul, and so are all expanded rows. The choice is ``adapters.modulation.modulator``'s.
+each other are one matmul, and so are all expanded rows. The choice is
+``adapters.modulation.modulator``'s.
 """
 
 from __future__ import annotations

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
-from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CARD_FILE, CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.intake.model_config import HEAD_FIELDS
 from adapters.intake.safetensors_header import open_regular, read_header
 from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json
 
-CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE)
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")

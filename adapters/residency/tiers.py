@@ -1,7 +1,7 @@
 """The books of residency: what is in which slot and tier, what may leave, and what fits.
 
-Pure bookkeeping over the adapters in memory, without a thread or a lock: ``adapters.residency.slots``
-calls it with its lock held.
+Pure bookkeeping over the adapters in memory, without a thread or a lock:
+``adapters.residency.slots`` calls it with its lock held.
 """
 
 from __future__ import annotations

@@ -366,3 +366,10 @@ def _with_pooler(model_class: type[Any], config: Any, names: frozenset[str]) -> 
 
 def _backbone(model: Any) -> Any:
     return getattr(model, model.base_model_prefix, model)
+
+
+def one_id(value: Any) -> int | None:
+    """A token id of a config that may list several, or have none."""
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return value if isinstance(value, int) else None

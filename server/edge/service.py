@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
 from adapters.errors import AdapterError
 from adapters.registry.names import POLL_S, Names
 from server.edge.admit.body_budget import BodyBudget
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, admin_key
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.admit.tokenizing import Encoders, EncodersFull
 from server.edge.link.dispatcher import Dispatcher
-from server.edge.link.ticket import Bounds
 from server.errors import Fault, Refusal
 from server.inputs.images import Images
 from server.inputs.text import Text, TextError

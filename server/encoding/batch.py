@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from server.base.load import LoadedBase
-from server.engine.snapshot import one_id
+from server.base.plan import one_id
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import EncodedImage, EncodedInput

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from server.failures import NotFinite
 from server.inputs.text import Text
 from server.messages import DEFAULT_WORDS, EncodedInput
 
@@ -20,10 +21,6 @@ Pooling = Literal["mean", "cls", "last"]
 DEFAULT_ANSWERS = 1  # to a question
 ANSWER_TOKENS = 15  # an answer is no longer than this
 _WORD_STRATEGIES = ("first", "average", "max")
-
-
-class NotFinite(Exception):
-    """The model's output for one input holds NaN or infinity."""
 
 
 def check_finite(values: torch.Tensor) -> None:

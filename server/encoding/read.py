@@ -1,7 +1,7 @@
 """From the backbone's hidden states to the answers of one adapter's rows for one task.
 
-Chooses the head and the way to read its logits; what a head computes is in ``server.encoding.heads``, what a
-client sees in ``server.encoding.postprocess``.
+Chooses the head and the way to read its logits; what a head computes is in
+``server.encoding.heads``, what a client sees in ``server.encoding.postprocess``.
 """
 
 from __future__ import annotations

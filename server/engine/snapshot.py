@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -192,10 +192,3 @@ def cuda_bytes(device: torch.device) -> dict[str, int]:
         "free": free,
         "total": total,
     }
-
-
-def one_id(value: Any) -> int | None:
-    """A token id of a config that may list several, or have none."""
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return value if isinstance(value, int) else None

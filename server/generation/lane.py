@@ -2,9 +2,11 @@
 
 ``step`` runs at most one forward: the next token of every running sequence and, within a budget of
 tokens, pieces of prompts, flattened to one row per token; the adapted layers are told which rows
-belong to which slot. Keys and values are in pages (``server.generation.kv_cache``), reserved for a sequence's
+belong to which slot. Keys and values are in pages (``server.generation.kv_cache``), reserved for a
+sequence's
 whole life when it is admitted, so want of room means waiting and never failure. Choosing tokens and
-making text of them are in ``server.generation.sampling`` and ``server.inputs.detokenize``. One thread owns a lane.
+making text of them are in ``server.generation.sampling`` and ``server.inputs.detokenize``. One
+thread owns a lane.
 """
 
 from __future__ import annotations

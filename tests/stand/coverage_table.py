@@ -32,13 +32,14 @@ BOUND = 1e-4
 # Layers that no family here has: served alone.
 ALONE = """
 `Conv1d`, `Conv3d` and grouped convolutions occur in no family above. They are held to float64, and
-to PEFT, as layers: `tests/adapters/layers/test_layers.py::test_convolution_equals_its_merged_kernel`,
-`tests/adapters/layers/test_peft_oracle.py::test_convolution_targets_equal_peft`; groups are refused:
-`tests/server/engine/test_peft_options.py::test_grouped_convolutions_are_refused`.
+to PEFT, as layers:
+`tests/adapters/layers/test_layers.py::test_convolution_equals_its_merged_kernel`,
+`tests/adapters/layers/test_peft_oracle.py::test_convolution_targets_equal_peft`; groups are
+refused: `tests/server/engine/test_peft_options.py::test_grouped_convolutions_are_refused`.
 
 Options of PEFT (patterns, layers, biases, rsLoRA, fan-in-fan-out) against PEFT itself in float64:
-`tests/server/engine/test_peft_options.py::test_an_option_is_served_as_peft_computes_it`. All methods in
-one batch, in float32 and in bfloat16: `tests/server/engine/test_mixed_methods.py`.
+`tests/server/engine/test_peft_options.py::test_an_option_is_served_as_peft_computes_it`. All
+methods in one batch, in float32 and in bfloat16: `tests/server/engine/test_mixed_methods.py`.
 """
 
 

@@ -1,7 +1,7 @@
 """An engine without a model: answers are made of the request itself, so tests can predict them.
 
-Token ids steer it: see the constants. It keeps the contract of `server.engine.engine.Engine`, one terminal
-event per request, and is built in the real worker process by the tests of the edge.
+Token ids steer it: see the constants. It keeps the contract of `server.engine.engine.Engine`, one
+terminal event per request, and is built in the real worker process by the tests of the edge.
 """
 
 from __future__ import annotations

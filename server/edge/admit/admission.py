@@ -12,8 +12,8 @@ import time
 from collections import Counter, deque
 from typing import Final
 
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.link.ticket import Bounds
 from server.errors import Refusal
 from server.messages import Request
 

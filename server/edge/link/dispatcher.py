@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from server.edge.admit.admission import Admission
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
-from server.edge.link.ticket import Bounds, RequestQueue, Ticket
+from server.edge.link.ticket import RequestQueue, Ticket
 from server.edge.link.watch import watched
 from server.edge.link.wire import (
     Events,

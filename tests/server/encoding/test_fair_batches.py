@@ -199,5 +199,6 @@ def test_a_request_without_tokens_is_an_error(rows: list[int]) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, server.encoding.fair_batches, server.messages; sys.exit('torch' in sys.modules)"
+    modules = "server.encoding.fair_batches, server.messages"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,7 +17,6 @@ from transformers import (
 
 from server.encoding.postprocess import (
     ANSWER_TOKENS,
-    NotFinite,
     answers,
     best_spans,
     classify,
@@ -25,6 +24,7 @@ from server.encoding.postprocess import (
     entities,
     fill,
 )
+from server.failures import NotFinite
 from server.inputs.text import Text
 from server.messages import EncodedInput
 from tests.stand import tiny_bases

@@ -13,6 +13,7 @@ import pytest
 from starlette.datastructures import QueryParams
 
 from server.edge.admit.admission import Admission
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.endpoints.body import Posted
 from server.edge.endpoints.middleware import Exchange
@@ -20,7 +21,6 @@ from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.schemas import EmbedRequest
 from server.edge.endpoints.schemas_openai import EmbeddingRequest
 from server.edge.endpoints.tei_tgi import Native
-from server.edge.link.ticket import Bounds
 from server.edge.service import LONG_CHARACTERS, Target
 from server.errors import Refusal
 from server.inputs.images import Images, ImageTooLarge, looks_like_image

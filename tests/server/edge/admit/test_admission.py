@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from server.edge.admit import admission as module
 from server.edge.admit.admission import RETRY_MAX_S, Admission
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.link.ticket import Bounds
 from server.errors import Refusal
 from server.messages import EncodedImage, EncodedInput, EncodeRequest
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from server.edge.admit.admission import Admission
 from server.edge.admit.body_budget import BodyBudget
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.link.ticket import Bounds
 from server.errors import Refusal
 from tests.stand.live import Live, fake
 

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.dispatcher import LOOK_TICKS, STALE_S, TICK_S, Dispatcher
-from server.edge.link.ticket import Bounds
 from server.edge.link.watch import watch_threads
 from server.edge.link.wire import (
     Events,

@@ -44,7 +44,7 @@ def process(registry: Registry, load: SharedLoad, number: int) -> Service:
     made.names = Names(registry, load.registry_changes)
     made.names.refresh()
     made._number, made._changing, made._reading = number, threading.Lock(), None
-    made._reader, made._workers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    made._reader, made._pools = ThreadPoolExecutor(1), {"records": ThreadPoolExecutor(1)}
     return made
 
 
@@ -54,7 +54,7 @@ def test_a_change_that_one_process_acknowledged_is_known_to_all_at_once() -> Non
         writer, reader = process(registry, load, 0), process(registry, load, 1)
         for turn in range(20):
             row = SimpleNamespace(version=f"v{turn}", fits=lambda _: True)
-            await writer.change_registry(lambda row=row: registry.rows.update(a=row))  # type: ignore[misc]
+            await writer.change_registry(lambda row=row: registry.rows.update(a=row), "records")  # type: ignore[misc]
             for one in (reader, writer):
                 await one.catch_up()
                 assert one.record("a").version == f"v{turn}"
@@ -90,7 +90,7 @@ def test_while_the_database_is_away_answers_go_on_and_changes_are_refused() -> N
         await one.catch_up()
         assert one.record("a").version == "v1"
         with pytest.raises(RegistryUnavailable):
-            await one.change_registry(registry.records)
+            await one.change_registry(registry.records, "records")
         await one.catch_up()
         assert one.record("a").version == "v1"  # a change that failed spoils nothing
         load.registry_changed(1)  # but one that succeeded elsewhere is not guessed
