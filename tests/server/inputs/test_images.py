@@ -89,7 +89,7 @@ def test_a_small_file_of_many_pixels_is_not_decoded_on_the_event_loop(verb: str)
     class Encoded(Exception):
         """Far enough."""
 
-    async def tokenize(characters: int, *_: Any) -> None:
+    async def tokenize(_: Any, characters: int, *__: Any) -> None:
         lengths.append(characters)
         raise Encoded
 
