@@ -1,0 +1,1 @@
+"""Names of adapters, their versions and their bytes, durable: `Registry`, `AdapterRecord`, `Store`."""
