@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from adapters.errors import AdapterError
+from adapters.tasks import Task
 from server.inputs.images import Images
 from server.inputs.text import SPAN_TASKS, Text
-from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure, Task
+from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure
 
 _NEEDS_ADAPTER: frozenset[Task] = frozenset(
     {

@@ -20,12 +20,12 @@ from adapters.errors import (
     UnsupportedMethod,
     UnsupportedOption,
 )
-from adapters.intake.config import AdapterConfig, Method
+from adapters.intake.config import AdapterConfig
 from adapters.intake.factor_shapes import bias_faults, pair_faults, some
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key, wrappers
 from adapters.intake.misfits import odd_part, other_base
 from adapters.intake.safetensors_header import TensorEntry
-from adapters.signature import BaseSignature
+from adapters.signature import BaseSignature, Method
 from adapters.tasks import HEADED, Task
 
 

@@ -1,1 +1,1 @@
-"""Names of adapters, their versions and their bytes, durable: `Registry`, `AdapterRecord`, `Store`."""
+"""Adapters by name, their versions and bytes, durable: `Registry`, `AdapterRecord`, `Store`."""

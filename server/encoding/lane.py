@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
+from adapters.tasks import Task
 from server import failures
 from server.base.load import LoadedBase
 from server.base.rope import RopeByLength
@@ -25,7 +26,7 @@ from server.encoding.fair_batches import Batch, Depth, Key, Row, Scheduler
 from server.encoding.read import Group, Reader
 from server.inputs.images import Images
 from server.inputs.text import Text
-from server.messages import EncodeRequest, EncodeResult, Event, Task
+from server.messages import EncodeRequest, EncodeResult, Event
 from server.options import EngineOptions
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
-from adapters.tasks import HEADED
+from adapters.tasks import HEADED, Task
 from server.base.load import LoadedBase
 from server.encoding import postprocess
 from server.encoding.heads import Heads
 from server.failures import TaskMismatch, is_expected, is_lost
 from server.inputs.images import Images
 from server.inputs.text import Text
-from server.messages import EncodeRequest, Task
+from server.messages import EncodeRequest
 
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights

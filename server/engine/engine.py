@@ -23,6 +23,7 @@ from adapters.errors import AdapterNotFound, UnsupportedOption
 from adapters.intake.checkpoint import TENSOR_FILE, AdapterWeights, load_adapter
 from adapters.registry.store import Store
 from adapters.residency.slots import Residency
+from adapters.tasks import Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
@@ -46,7 +47,6 @@ from server.messages import (
     Preload,
     Request,
     SamplingOptions,
-    Task,
 )
 from server.options import EngineOptions
 

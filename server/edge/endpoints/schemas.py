@@ -26,7 +26,7 @@ AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
 # One wrong item of a list is told, not each of a million: to list those stops everybody.
 Texts = Annotated[list[str], Field(fail_fast=True)]
-Strategy = Literal["none", "simple", "first", "average", "max"]
+AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 Finish = Literal["length", "eos_token", "stop_sequence"]
 
 MAX_TOP_K = 1 << 20
@@ -78,7 +78,7 @@ class PredictParameters(Body):
         default=None, description="Labels or words per input; all labels and 5 words by default."
     )
     truncation: Flag = Field(default=False, description="Cut inputs that are too long.")
-    aggregation_strategy: Strategy | None = Field(
+    aggregation_strategy: AggregationStrategy | None = Field(
         default=None, description="Token classification: how tokens become entities."
     )
     ignore_labels: list[str] | None = Field(

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from fastapi import Depends, Query, Request, Response
 
+from adapters.tasks import Task
 from server.edge.endpoints.answers import (
     EventStream,
     Generations,
@@ -33,15 +34,7 @@ from server.edge.endpoints.word_limit import check_words
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
-from server.messages import (
-    Encoded,
-    Event,
-    Failure,
-    GenerateResult,
-    SamplingOptions,
-    Task,
-    TokenEvent,
-)
+from server.messages import Encoded, Event, Failure, GenerateResult, SamplingOptions, TokenEvent
 
 PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
     {
