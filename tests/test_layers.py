@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("adapters", "server", "loadtests")
-MAX_LINES = 420
+MAX_LINES = 600
 
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
