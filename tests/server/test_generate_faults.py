@@ -75,7 +75,7 @@ def test_what_the_bare_base_fails_at_is_the_bases_fault(fault: str) -> None:
             raise RuntimeError("a base of stone")
         stage.adapted.model.lm_head.weight.data.fill_(float("nan"))
         for weights in stage.adapted.slots.values():
-            weights["lm_head"].fill_(float("nan"))  # type: ignore[index]
+            weights["lm_head"].fill_(float("nan"))
 
     stage.adapted.before_batch = explode
     for i, prompt in enumerate(prompts(8, 40, seed=4)):

@@ -11,7 +11,7 @@ import torch
 from server.base_plan import BaseModelError
 from server.encode_rows import Rows
 from server.engine import Engine
-from server.generate_batch import PagedForward
+from server.generate_batch import Logits, PagedForward
 from tests.server import families, tiny_bases
 
 SERVED = ("llama", "bert", "distilbert")
@@ -52,18 +52,18 @@ def test_every_family_of_the_table_is_exact_refused_or_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "llama"])
-def test_a_base_that_reads_padding_is_refused(
+def test_a_base_whose_padding_changes_answers_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Rows._tokens
 
-    def without_mask(self: Rows, items: Any) -> Any:
+    def with_padding_in_front(self: Rows, items: Any) -> Any:
         made = real(self, items)
         made.arguments["input_ids"] = made.arguments["input_ids"].flip(1)
         return made
 
     base = tiny_bases.base_folder(tmp_path, kind)
-    monkeypatch.setattr(Rows, "_tokens", without_mask)
+    monkeypatch.setattr(Rows, "_tokens", with_padding_in_front)
     with pytest.raises(BaseModelError, match=r"first steps went wrong.*beside longer.*differ by"):
         Engine.build(tiny_bases.options(base, tmp_path / "store", modulation="expand"))
 
@@ -75,8 +75,7 @@ def test_a_lane_that_continues_otherwise_than_the_model_is_refused(
 
     def shifted(self: PagedForward, parts: Any) -> Any:
         made = real(self, parts)
-        made.last.copy_(torch.roll(made.last, 1, -1))
-        return made
+        return Logits(torch.roll(made.last, 1, -1), made.prompt)
 
     base = tiny_bases.base_folder(tmp_path, "llama")
     monkeypatch.setattr(PagedForward, "__call__", shifted)
