@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -198,7 +197,6 @@ def _is_plain(cls: type[nn.Linear]) -> bool:
     return (cls.__module__, cls.__name__) in _PLAIN_LINEARS and _computes_the_product(cls)
 
 
-@lru_cache
 def _computes_the_product(cls: type[nn.Linear]) -> bool:
     """Whether a class that is known by name still is what it was known for."""
     layer = cls(3, 2, device="cpu", dtype=torch.float64)

@@ -29,14 +29,8 @@ def test_a_plain_product_in_other_words_takes_adapters() -> None:
 def test_a_class_that_has_changed_under_its_name_takes_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from adapters import signature
-
     def forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         return 2 * nn.Linear.forward(self, input)
 
     monkeypatch.setattr(FalconLinear, "forward", forward)
-    signature._computes_the_product.cache_clear()
-    try:
-        assert set(describe(model(), "x").layers) == {"plain"}
-    finally:
-        signature._computes_the_product.cache_clear()
+    assert set(describe(model(), "x").layers) == {"plain"}

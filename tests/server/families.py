@@ -84,11 +84,35 @@ SMALL: Mapping[str, Any] = {
     "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
 }  # fmt: skip
 # All heads have keys of their own; the rotary part of a head is counted apart.
-LATENT = """axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 longcat_flash minicpm3 mistral4 youtu
-    glm_moe_dsa glm4_moe_lite dots3_note dots3_note_text esmc""".split()
+LATENT = (
+    "axk1",
+    "axk2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "longcat_flash",
+    "minicpm3",
+    "mistral4",
+    "youtu",
+    "glm_moe_dsa",
+    "glm4_moe_lite",
+    "dots3_note",
+    "dots3_note_text",
+    "esmc",
+)
 # Attention in every fourth layer only, or third.
-MIXED = """qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_next qwen4_exp qwen4_exp_text
-    kimi_linear lfm3 recurrent_gemma""".split()
+MIXED = (
+    "qwen3_5",
+    "qwen3_5_text",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "kimi_linear",
+    "lfm3",
+    "recurrent_gemma",
+)
 OWN: Mapping[str, dict[str, Any]] = {
     **{family: {"num_key_value_heads": 4} for family in LATENT},
     **{
