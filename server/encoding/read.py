@@ -188,6 +188,31 @@ class Reader:
             )[: group.requests[index].top_k]
         )
 
+    def fault_of_base(
+        self, task: Task, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> Exception | None:
+        """Why the bare base cannot answer one row, as far as no adapter's head has a part in it.
+
+        Args:
+            task: Asked for.
+            hidden: ``[T, H]`` of the bare base.
+            ids, mask: ``[T]``.
+
+        Raises:
+            Exception: The base's own head does.
+        """
+        values = hidden[mask == 1]
+        if task == "fill-mask":
+            is_mask = (ids == self._text.mask_id) & (mask == 1)
+            plan = segments.from_runs([(segments.BASE_SLOT, int(is_mask.sum()))])
+            with self._base.adapted.batch(plan):
+                values = self._heads.language_model_head()(hidden[is_mask].unsqueeze(0))[0]
+        try:
+            postprocess.check_finite(values)
+        except postprocess.NotFinite as error:
+            return error
+        return None
+
     def _embed(self, group: Group, index: int) -> tuple[float, ...]:
         options = group.requests[index].options
         return postprocess.embed(

@@ -49,6 +49,8 @@ from server.messages import (
     SamplingOptions,
 )
 from server.options import EngineOptions
+from server.text import Text, TextInput
+from server.trial import generate_lane, try_base
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class Engine:
 
     @classmethod
     def build(cls, options: EngineOptions) -> Engine:
-        """Load the base and start; takes seconds to minutes.
+        """Load the base, try it (``server.trial``) and start; takes seconds to minutes.
 
         Raises:
             BaseModelError: The base cannot be served.
@@ -127,16 +129,23 @@ class Engine:
             dtype=base.dtype,
             size=size,
         )
+        try:
+            encode = EncodeLane(base, inputs, residency, options)
+            generate = None
+            if base.generates and isinstance(inputs, Text):
+                generate = generate_lane(base, inputs, residency, options)
+            try_base(base, inputs, encode, generate)
+        except BaseException:
+            residency.close()
+            raise
         linear, other = base.adapted.base_bytes()
         return cls(
             _Parts(
                 base=base,
                 inputs=inputs,
                 residency=residency,
-                encode=EncodeLane(base, inputs, residency, options),
-                generate=GenerateLane(base.adapted, inputs.tokenizer, residency, options)
-                if base.generates and isinstance(inputs, Text)
-                else None,
+                encode=encode,
+                generate=generate,
                 conduct=Conduct(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
             )
