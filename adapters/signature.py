@@ -246,7 +246,7 @@ def _layer_signature(path: str, module: nn.Module) -> LayerSignature | None:
     cls = type(module)
     has_bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
-        if not _is_plain(cls):
+        if not _is_plain(type(module)):
             return None  # its own arithmetic, which an adapter would not follow
         transposed = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         kind: LayerKind = "conv1d_transposed" if transposed else "linear"

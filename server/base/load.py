@@ -23,9 +23,6 @@ from adapters.intake.base_files import BaseFiles
 from adapters.layers.adapted import EMBEDDING_BLOCK, AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation.autotune import Autotuner
-from adapters.signature import BaseSignature, describe
-from adapters.inject import AdaptedModel, inject
-from adapters.layers import EMBEDDING_BLOCK, quantize_embedding
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
 from server.base.memory import available_bytes

@@ -28,6 +28,7 @@ from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
 from server.engine.snapshot import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
+from server.engine.trial import generate_lane, try_base
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateFigures, GenerateLane
 from server.inputs.images import ImageInput, Images
@@ -49,8 +50,6 @@ from server.messages import (
     SamplingOptions,
 )
 from server.options import EngineOptions
-from server.text import Text, TextInput
-from server.trial import generate_lane, try_base
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class Engine:
 
     @classmethod
     def build(cls, options: EngineOptions) -> Engine:
-        """Load the base, try it (``server.trial``) and start; takes seconds to minutes.
+        """Load the base, try it (``server.engine.trial``) and start; takes seconds to minutes.
 
         Raises:
             BaseModelError: The base cannot be served.

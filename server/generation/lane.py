@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import segments
 from adapters.errors import SlotNotResident
+from server.failures import NotFinite
 from server.generation import failures
 from server.generation.fair_queue import FairQueue
 from server.generation.forward import PagedForward, Part, Sequence, next_parts
@@ -36,8 +37,6 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
-from server.postprocess import NotFinite
-from server.sampling import Choice, TokenChooser
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel

@@ -1,6 +1,6 @@
 """Every family of texts that transformers knows, as a tiny random base: served exactly, or refused.
 
-    python -m tests.server.families [--rows FILE] [FAMILY ...]
+    python -m tests.stand.families [--rows FILE] [FAMILY ...]
 
 makes docs/families.md. Each family runs in a process of its own, under a time limit; rows that are
 in FILE already are not made again.
@@ -26,11 +26,12 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging as transformers_logging
 
-from server.base_model import BaseModelError
-from server.engine import Engine, EngineFailure
-from server.messages import EncodedInput, EncodeRequest, GenerateRequest, SamplingOptions, Task
-from server.text import Text
-from tests.server import tiny_bases
+from adapters.tasks import Task
+from server.base.load import BaseModelError
+from server.engine.engine import Engine, EngineFailure
+from server.inputs.text import Text
+from server.messages import EncodedInput, EncodeRequest, GenerateRequest, SamplingOptions
+from tests.stand import tiny_bases
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 LIMIT_S = 60.0
@@ -368,7 +369,7 @@ def table(rows: Iterable[Row]) -> str:
     lines = [
         "# Families",
         "",
-        "Made by `python -m tests.server.families`: every family that `AutoModelForCausalLM`,",
+        "Made by `python -m tests.stand.families`: every family that `AutoModelForCausalLM`,",
         "`AutoModelForMaskedLM` and `AutoModelForSequenceClassification` of transformers 5.23",
         "know, as a tiny random base of each of its language models (else of its backbone), in",
         "float32, not quantized. *Served*: the lanes that answer, and the largest relative error",

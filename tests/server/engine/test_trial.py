@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from server.base_plan import BaseModelError
-from server.encode_rows import Rows
-from server.engine import Engine
-from server.generate_batch import Logits, PagedForward
-from tests.server import families, tiny_bases
+from server.base.plan import BaseModelError
+from server.encoding.batch import Rows
+from server.engine.engine import Engine
+from server.generation.forward import Logits, PagedForward
+from tests.stand import families, tiny_bases
 
 SERVED = ("llama", "bert", "distilbert")
 REFUSED = ("bloom", "gptj", "mpt", "falcon", "gpt_oss", "t5")

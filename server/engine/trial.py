@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from server.base_model import BaseModelError, LoadedBase
-from server.encode import EncodeLane
-from server.encode_failures import is_lost
-from server.generate import GenerateLane
-from server.images import Images
+from adapters.tasks import Task
+from server.base.load import BaseModelError, LoadedBase
+from server.encoding.lane import EncodeLane
+from server.failures import is_lost
+from server.generation.lane import GenerateLane
+from server.inputs.images import Images
+from server.inputs.text import Text
 from server.messages import (
     EncodedImage,
     EncodedInput,
@@ -31,13 +33,11 @@ from server.messages import (
     GenerateRequest,
     GenerateResult,
     SamplingOptions,
-    Task,
 )
 from server.options import EngineOptions
-from server.text import Text
 
 if TYPE_CHECKING:
-    from adapters.residency import Residency
+    from adapters.residency.slots import Residency
 
 LENGTHS_TOKENS = (12, 5, 9)
 NEW_TOKENS = 2
