@@ -25,6 +25,7 @@ from adapters.errors import (
 from adapters.header import TensorEntry, inspect_values, open_regular, read_header, read_tensor
 from adapters.labels import Labels, TaskConfig, read_task_config
 from adapters.layout import Layout
+from adapters.pooling import Declaration, pooling_files, read_pooling
 from adapters.recent import Recent
 from adapters.signature import BaseSignature
 from adapters.strict_json import MAX_JSON_BYTES
@@ -73,6 +74,7 @@ class AdapterWeights:
         nonzero: Of the parameters of its factors.
         notes: Contradictions, and what of it is not used, for a person to read.
         head_config: What its own ``config.json`` says of how the head is built and read.
+        pooling: What it declares of how a vector is made.
     """
 
     config: AdapterConfig
@@ -85,6 +87,7 @@ class AdapterWeights:
     nonzero: int = 0
     notes: tuple[str, ...] = ()
     head_config: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Declaration = field(default_factory=Declaration)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -104,7 +107,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
 
     Args:
         folder: As PEFT's ``save_pretrained`` leaves it; a ``config.json`` beside the adapter, as
-            ``model.config.save_pretrained`` writes it, names the labels.
+            ``model.config.save_pretrained`` writes it, names the labels; a ``modules.json``, as
+            sentence-transformers writes it, says how a vector is made.
         base: The signature of the base model to serve it on.
 
     Returns:
@@ -120,6 +124,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     """
     config_json = _read_small(folder, CONFIG_FILE)
     task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
+    pooling = pooling_files(folder)
     path = folder / TENSOR_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise UnsafeFormat(
@@ -132,8 +137,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         entries = read_header(file)
         # The base is in the key by identity, and in the plan, so that no other can take its place.
         plan = _recent.get(
-            (id(base), config_json, task_json, tuple(entries.values())),
-            lambda: _plan(config_json, task_json, entries, base),
+            (id(base), config_json, task_json, *pooling.items(), tuple(entries.values())),
+            lambda: _plan(config_json, task_json, pooling, entries, base),
         )
         layout, task, config = plan.layout, plan.task, plan.layout.config
         faults: list[AdapterError] = []
@@ -172,11 +177,16 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         nonzero=nonzero,
         notes=plan.notes,
         head_config=plan.task_config.head,
+        pooling=plan.pooling,
     )
 
 
 def _plan(
-    config_json: bytes, task_json: bytes, entries: Mapping[str, TensorEntry], base: BaseSignature
+    config_json: bytes,
+    task_json: bytes,
+    pooling_json: Mapping[str, bytes],
+    entries: Mapping[str, TensorEntry],
+    base: BaseSignature,
 ) -> _Plan:
     """Everything about an adapter but its numbers; raises whatever is wrong with that."""
     config = parse_config(config_json)
@@ -188,13 +198,14 @@ def _plan(
             expected=base.model_type,
             fix="Register it on a server of its own base.",
         )
+    pooling = read_pooling(pooling_json, base.max_length)
     layout = Layout(config, base)
     for entry in entries.values():
         layout.take(entry)
     task = task_of(config, base, task_config, has_head=bool(layout.saved))
     _raise_all(layout.faults(task))
-    notes = (*layout.notes(), *task_config.body_notes(base.config))
-    return _Plan(task_config, layout, task, notes)
+    notes = (*layout.notes(), *task_config.body_notes(base.config), *pooling.notes)
+    return _Plan(task_config, layout, task, pooling, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +215,7 @@ class _Plan:
     task_config: TaskConfig
     layout: Layout
     task: Task
+    pooling: Declaration
     notes: tuple[str, ...]
 
 
