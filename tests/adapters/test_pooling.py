@@ -142,7 +142,10 @@ def test_a_pooling_that_is_named_and_missing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_default_prompt_is_refused_and_other_prompts_are_noted(tmp_path: Path) -> None:
-    prompts = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": None}
+    prompts: dict[str, Any] = {
+        "prompts": {"query": "query: ", "document": ""},
+        "default_prompt_name": None,
+    }
     folder = declare(tmp_path, flags("cls_token"), config_sentence_transformers=prompts)
     (note,) = read(folder).notes
     assert "(query)" in note

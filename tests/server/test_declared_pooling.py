@@ -68,7 +68,8 @@ def close(got: Any, wanted: torch.Tensor) -> None:
 
 
 def unit(one: torch.Tensor) -> torch.Tensor:
-    return one / one.norm()
+    length: torch.Tensor = one / one.norm()
+    return length
 
 
 def test_the_bases_declaration_is_the_default_and_an_adapters_own_wins(
