@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from adapters.config import AdapterConfig, parse_config
+from adapters.conversation import conversation_notes
 from adapters.errors import (
     AdapterError,
     AdapterFaults,
@@ -158,6 +159,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
+    said = conversation_notes(folder) if task == "text-generation" else ()
     return AdapterWeights(
         config=config,
         factors={
@@ -175,7 +177,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=nonzero,
-        notes=plan.notes,
+        notes=(*plan.notes, *said),
         head_config=plan.task_config.head,
         pooling=plan.pooling,
     )

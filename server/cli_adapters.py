@@ -39,6 +39,9 @@ FILES = (
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "generation_config.json",
     *(f"{n}_Pooling/config.json" for n in (1, 2, 3)),
     *(f"{n}_Pooling.json" for n in (1, 2, 3)),
 )
