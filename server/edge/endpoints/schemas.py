@@ -110,9 +110,15 @@ class PredictRequest(Body):
 
 class EmbedParameters(Body):
     truncation: Flag = False
-    normalize: Flag = Field(default=True, description="Scale every vector to length 1.")
+    normalize: Flag | None = Field(
+        default=None,
+        description="Scale every vector to length 1. By default as the adapter or else the base "
+        "declares (modules.json), where neither does: true.",
+    )
     pooling: Literal["mean", "cls", "last"] | None = Field(
-        default=None, description="By default: mean for encoders, last token for decoders."
+        default=None,
+        description="By default as the adapter or else the base declares (modules.json), where "
+        "neither does: mean for encoders, last token for decoders.",
     )
 
 

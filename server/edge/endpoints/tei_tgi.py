@@ -119,7 +119,9 @@ class Native:
         inputs = await self._encoded(
             request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
         )
-        options: dict[str, Any] = {"normalize": parameters.normalize}
+        options: dict[str, Any] = {}
+        if parameters.normalize is not None:
+            options["normalize"] = parameters.normalize
         if parameters.pooling is not None:
             options["pooling"] = parameters.pooling
         result = await encode(
