@@ -19,12 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
-from adapters.intake.checkpoint import CARD_FILE, CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CONFIG_FILE, TENSOR_FILE
+from adapters.intake.conversation import FILES as NOTED_FILES
+from adapters.intake.pooling import NESTED
 from adapters.intake.safetensors_header import PICKLE_FIX
-from adapters.checkpoint import CONFIG_FILE, TENSOR_FILE
-from adapters.conversation import FILES as NOTED_FILES
-from adapters.pooling import NESTED
-from adapters.store import FILES
+from adapters.registry.store import FILES
 
 # By their path in an adapter's folder: the names that they are stored under, those aside that are
 # only looked at when an adapter comes in.

@@ -15,8 +15,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-from adapters.config import AdapterConfig, parse_config
-from adapters.conversation import conversation_notes
 from adapters.errors import (
     AdapterError,
     AdapterFaults,
@@ -26,10 +24,12 @@ from adapters.errors import (
 )
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
+from adapters.intake.conversation import conversation_notes
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
 from adapters.intake.memo import Recent
 from adapters.intake.model_config import Labels, TaskConfig, read_task_config
+from adapters.intake.pooling import Declaration, pooling_files, read_pooling
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
     TensorEntry,
@@ -40,7 +40,6 @@ from adapters.intake.safetensors_header import (
 )
 from adapters.intake.strict_json import MAX_JSON_BYTES
 from adapters.intake.task_of import task_of
-from adapters.intake.pooling import Declaration, pooling_files, read_pooling
 from adapters.signature import BaseSignature
 from adapters.tasks import HEADED, Task
 

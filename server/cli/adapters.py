@@ -30,7 +30,7 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 CHUNK_BYTES = 1 << 18
 PAGE = 500
-# As in adapters.archive.WANTED, which takes torch along.
+# As in adapters.intake.archive.WANTED, which takes torch along.
 FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",

@@ -14,25 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
+from adapters.errors import AdapterError
+from adapters.intake.pooling import base_pooling
 from adapters.tasks import HEADED, Task
 from server.base.load import LoadedBase
 from server.encoding import postprocess
 from server.encoding.heads import Heads
-from server.failures import TaskMismatch, is_expected, is_lost
-from server.failures import NotFinite
+from server.failures import NotFinite, TaskMismatch, is_expected, is_lost
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import EncodeRequest
-from adapters.errors import AdapterError
-from adapters.pooling import base_pooling
-from adapters.tasks import HEADED
-from server import postprocess
-from server.base_model import LoadedBase
-from server.encode_failures import TaskMismatch, is_expected, is_lost
-from server.heads import Heads
-from server.images import Images
-from server.messages import EncodeRequest, Task
-from server.text import Text
 
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights

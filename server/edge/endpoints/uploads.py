@@ -20,7 +20,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from adapters.pooling import NESTED
+from adapters.intake.pooling import NESTED
 from server.edge.service import Service
 from server.errors import Refusal
 

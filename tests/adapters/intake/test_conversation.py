@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters.checkpoint import load_adapter
-from adapters.conversation import FILES, conversation_notes
+from adapters.intake.checkpoint import load_adapter
+from adapters.intake.conversation import FILES, conversation_notes
+from adapters.intake.sources import Sources
 from adapters.signature import describe
-from adapters.sources import Sources
-from tests.adapters.folders import hira_folder, save_with_peft, small_base
+from tests.stand.folders import hira_folder, save_with_peft, small_base
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from adapters.archive import WANTED, unpack
-from adapters.checkpoint import load_adapter
 from adapters.errors import AdapterError, CorruptFile, SourceForbidden, UnsupportedOption
-from adapters.pooling import Declaration, base_pooling, pooling_files, read_pooling
-from adapters.sources import Sources
-from adapters.store import Store, version_of
-from tests.adapters.folders import hira_folder, small_base
+from adapters.intake.archive import WANTED, unpack
+from adapters.intake.checkpoint import load_adapter
+from adapters.intake.pooling import Declaration, base_pooling, pooling_files, read_pooling
+from adapters.intake.sources import Sources
+from adapters.registry.store import Store, version_of
+from tests.stand.folders import hira_folder, small_base
 
 MODELS = "sentence_transformers.models."
 FLAGS = ("cls_token", "mean_tokens", "lasttoken", "max_tokens", "mean_sqrt_len_tokens")

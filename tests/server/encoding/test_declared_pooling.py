@@ -14,14 +14,14 @@ from peft import PeftModel
 from python_multipart.multipart import MultipartParser
 from transformers import AutoModel
 
-from adapters.archive import WANTED
-from server import cli_adapters
-from server.edge.uploads import _Parts
-from server.engine import Engine, EngineFailure
+from adapters.intake.archive import WANTED
+from server.cli import adapters as cli_adapters
+from server.edge.endpoints.schemas import EmbedRequest
+from server.edge.endpoints.uploads import _Parts
+from server.engine.engine import Engine, EngineFailure
 from server.messages import EncodedInput, EncodeRequest, EncodeResult
-from server.schemas import EmbedRequest
-from tests.adapters.test_pooling import declare, flags, modules
-from tests.server import tiny_bases
+from tests.adapters.intake.test_pooling import declare, flags, modules
+from tests.stand import tiny_bases
 
 IDS = [2, 5, 6, 7, 8, 3]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from adapters.errors import CorruptFile
-from adapters.header import open_regular
-from adapters.strict_json import MAX_JSON_BYTES, show, strict_json
+from adapters.intake.safetensors_header import open_regular
+from adapters.intake.strict_json import MAX_JSON_BYTES, show, strict_json
 
 TEMPLATE_FILE: Final = "chat_template.jinja"
 TOKENIZER_FILE: Final = "tokenizer_config.json"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from adapters.errors import AdapterError, CorruptFile, UnsupportedOption
-from adapters.header import open_regular
-from adapters.strict_json import MAX_JSON_BYTES, show, strict_json, strict_list
+from adapters.intake.safetensors_header import open_regular
+from adapters.intake.strict_json import MAX_JSON_BYTES, show, strict_json, strict_list
 
 MODULES_FILE: Final = "modules.json"
 PROMPTS_FILE: Final = "config_sentence_transformers.json"
