@@ -19,15 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
-from adapters.intake.checkpoint import CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES, TENSOR_FILE
 from adapters.intake.conversation import FILES as NOTED_FILES
 from adapters.intake.pooling import NESTED
 from adapters.intake.safetensors_header import PICKLE_FIX
-from adapters.registry.store import FILES
 
 # By their path in an adapter's folder: the names that they are stored under, those aside that are
 # only looked at when an adapter comes in.
-WANTED: dict[str, str] = {name: name for name in (*FILES, *NOTED_FILES)} | dict(NESTED)
+WANTED: dict[str, str] = {name: name for name in (*STORED_FILES, *NOTED_FILES)} | dict(NESTED)
 MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink
 _CHUNK_BYTES = 1 << 20

@@ -29,6 +29,7 @@ from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
 from adapters.intake.memo import Recent
 from adapters.intake.model_config import Labels, TaskConfig, read_task_config
+from adapters.intake.pooling import FILES as DECLARATION_FILES
 from adapters.intake.pooling import Declaration, pooling_files, read_pooling
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
@@ -47,6 +48,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *DECLARATION_FILES)
 _RECENT_PLANS = 32
 
 

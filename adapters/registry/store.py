@@ -1,6 +1,6 @@
 """The bytes of adapters, by content: what is the same is kept once, what is there is whole.
 
-    <root>/versions/<version>/   an adapter_config.json, its tensors, and what of ``FILES`` it has
+    <root>/versions/<version>/   an adapter_config.json, its tensors, and what of ``STORED_FILES`` it has
     <root>/staging/<name>/       being written; swept when the store is opened for checking
 
 An entry appears by one rename of a folder whose files are already on the disk, so a crash leaves
@@ -24,14 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
-from adapters.intake.checkpoint import CARD_FILE, CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import (
+    CONFIG_FILE,
+    STORED_FILES,
+    TASK_CONFIG_FILE,
+    TENSOR_FILE,
+)
 from adapters.intake.model_config import HEAD_FIELDS
-from adapters.intake.pooling import FILES as DECLARATION_FILES
 from adapters.intake.pooling import MODULES_FILE, POOLING_FILES, located
 from adapters.intake.safetensors_header import open_regular, read_header
 from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 
-FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *DECLARATION_FILES)
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
@@ -280,7 +283,7 @@ def _read(path: Path) -> bytes:
 
 def _present(folder: Path) -> dict[str, Path]:
     """Where the files of an adapter are, by the names that they are stored under."""
-    paths = {name: folder / name for name in FILES} | located(folder)
+    paths = {name: folder / name for name in STORED_FILES} | located(folder)
     return {name: path for name, path in paths.items() if name in _REQUIRED or path.is_file()}
 
 
