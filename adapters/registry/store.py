@@ -1,6 +1,6 @@
 """The bytes of adapters, by content: what is the same is kept once, what is there is whole.
 
-    <root>/versions/<version>/   an adapter_config.json, its tensors, and what of ``STORED_FILES`` it has
+    <root>/versions/<version>/   what it has of ``STORED_FILES``: two are always there
     <root>/staging/<name>/       being written; swept when the store is opened for checking
 
 An entry appears by one rename of a folder whose files are already on the disk, so a crash leaves
