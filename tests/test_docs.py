@@ -36,6 +36,12 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-") for one in headings}
+
+
 def package_rows() -> dict[str, list[str]]:
     found = [row for row in rows(page("structure.md")) if re.match(r"`\w+(/\w+)*/`$", row[0])]
     return {row[0].strip("`"): row for row in found}
@@ -101,8 +107,10 @@ def test_every_metric_has_a_row_and_every_row_a_metric() -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_files_that_pages_name_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
-        assert (path.parent / link).exists(), f"{path.name} links to {link}"
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", text):
+        target = path.parent / link
+        assert target.exists(), f"{path.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{path.name} links to {link}#{anchor}"
     for name in re.findall(r"`((?:adapters|server|tests|loadtests|docs)/[\w/.]+\.\w+)`", text):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
 
