@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, BinaryIO, Final, Literal, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from adapters.errors import ShapeMismatch, UnsupportedOption
@@ -26,6 +28,8 @@ TASK_PREFIXES: Final = ("transformer",)
 UNBOUNDED_LENGTH_TOKENS = 1 << 20  # for models without absolute positions, such as T5
 
 _CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Subclasses of nn.Linear whose forward is W x + b in other words.
+_PLAIN_LINEARS = frozenset({("transformers.models.falcon.modeling_falcon", "FalconLinear")})
 _EMBEDDING_INPUT_NAMES = frozenset({"input", "input_ids"})
 
 
@@ -205,6 +209,36 @@ def target_modules(model: nn.Module) -> Iterator[tuple[LayerSignature, nn.Module
             yield layer, module
 
 
+def own_arithmetic(model: nn.Module) -> list[str]:
+    """Paths of linear layers that compute something else than W x + b.
+
+    No adapter can target them, and they must not be quantized: bitsandbytes' layers in their place
+    would be plain products.
+    """
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _is_plain(type(module))
+    ]
+
+
+def _is_plain(cls: type[nn.Linear]) -> bool:
+    if cls.forward is nn.Linear.forward or cls.__module__.startswith("bitsandbytes."):
+        return True
+    return (cls.__module__, cls.__name__) in _PLAIN_LINEARS and _computes_the_product(cls)
+
+
+def _computes_the_product(cls: type[nn.Linear]) -> bool:
+    """Whether a class that is known by name still is what it was known for."""
+    layer = cls(3, 2, device="cpu", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        x = torch.randn(4, 3, dtype=torch.float64, generator=generator, device="cpu")
+        return torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 def _layer_signature(path: str, module: nn.Module) -> LayerSignature | None:
     known = getattr(module, "layer_signature", None)
     if isinstance(known, LayerSignature):
@@ -212,7 +246,7 @@ def _layer_signature(path: str, module: nn.Module) -> LayerSignature | None:
     cls = type(module)
     has_bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
-        if cls.forward is not nn.Linear.forward and not cls.__module__.startswith("bitsandbytes."):
+        if not _is_plain(type(module)):
             return None  # its own arithmetic, which an adapter would not follow
         transposed = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         kind: LayerKind = "conv1d_transposed" if transposed else "linear"

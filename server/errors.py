@@ -78,6 +78,7 @@ TABLE: Final[Mapping[str, Row]] = {
     "cancelled": Row(499, "The client left"),
     "adapter_error": Row(500, "The adapter failed"),
     "adapter_failed": Row(500, "The adapter failed"),
+    "base_failed": Row(500, "The base failed"),
     "segment_mismatch": Row(500, "The batch was put together wrongly"),
     "slot_not_resident": Row(500, "The adapter was not on the device"),
     "internal": Row(500, "The server failed"),

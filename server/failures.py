@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from adapters.errors import AdapterError
+from adapters.tasks import Task
 from server.inputs.images import Images
 from server.inputs.text import SPAN_TASKS, Text
-from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure, Task
+from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure
 
 _NEEDS_ADAPTER: frozenset[Task] = frozenset(
     {
@@ -155,6 +156,24 @@ def not_loaded(request_id: str, error: Exception | None) -> Failure:
     )
 
 
+def of_base(request_id: str, error: Exception) -> Failure:
+    """The bare base fails on the same input, so that no adapter is to blame."""
+    if isinstance(error, NotFinite):
+        return Failure(
+            request_id,
+            "base_failed",
+            "The base's output for this input is not finite.",
+            found="NaN or infinity",
+            fix="Serve the base in a dtype of wider range: --dtype bf16 or fp32.",
+        )
+    return Failure(
+        request_id,
+        "base_failed",
+        "The base fails on this input, whatever the adapter.",
+        found=f"{type(error).__name__}: {error}",
+    )
+
+
 def broken(request: EncodeRequest, error: Exception) -> Failure:
     """The forward of the request's adapter, its head, or what follows them, raised."""
     match error:
@@ -196,6 +215,11 @@ def not_finite(request_id: str, version: str | None, found: str) -> Failure:
 def is_expected(error: Exception) -> bool:
     """Whether the error says all there is to say, so that no stack trace is needed."""
     return isinstance(error, TaskMismatch | AdapterError | NotFinite)
+
+
+def is_told(error: Exception) -> bool:
+    """Whether the error says itself who is at fault: the request, or the adapter's files."""
+    return isinstance(error, TaskMismatch | AdapterError)
 
 
 def is_lost(error: Exception) -> bool:

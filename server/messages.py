@@ -11,15 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-Task = Literal[
-    "text-classification",
-    "token-classification",
-    "fill-mask",
-    "text-generation",
-    "feature-extraction",
-    "question-answering",
-    "image-classification",
-]
+from adapters.tasks import Task
+
 DEFAULT_WORDS: Final = 5  # of a filled mask
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 

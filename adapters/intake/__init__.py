@@ -1,0 +1,1 @@
+"""Bytes of strangers become checked tensors: `load_adapter` gives `AdapterWeights` or faults."""

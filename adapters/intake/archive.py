@@ -1,6 +1,6 @@
 """Adapter files out of an uploaded archive, none but those, and never a byte beside the target.
 
-Only the four files of an adapter are taken, from the top of the archive or from one folder in it.
+Only the files of an adapter are taken, from the top of the archive or from one folder in it.
 Every member is looked at before any is written. What the files hold is checked by ``checkpoint``.
 """
 
@@ -19,10 +19,15 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
-from adapters.intake.checkpoint import CARD_FILE, CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CONFIG_FILE, TENSOR_FILE
+from adapters.intake.conversation import FILES as NOTED_FILES
+from adapters.intake.pooling import NESTED
 from adapters.intake.safetensors_header import PICKLE_FIX
+from adapters.registry.store import FILES
 
-WANTED = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE)
+# By their path in an adapter's folder: the names that they are stored under, those aside that are
+# only looked at when an adapter comes in.
+WANTED: dict[str, str] = {name: name for name in (*FILES, *NOTED_FILES)} | dict(NESTED)
 MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink
 _CHUNK_BYTES = 1 << 20
@@ -139,10 +144,14 @@ def _chosen(members: list[_Member]) -> dict[str, _Member]:
     chosen: dict[str, _Member] = {}
     for member in members:
         path = PurePosixPath(member.name)
-        if path.parent == folder and path.name in WANTED and member.is_file:
-            if path.name in chosen:
-                raise CorruptFile(f"The archive holds {path.name} twice.", expected="once")
-            chosen[path.name] = member
+        if not member.is_file or not path.is_relative_to(folder):
+            continue
+        name = WANTED.get(str(path.relative_to(folder)))
+        if name is None:
+            continue
+        if name in chosen:
+            raise CorruptFile(f"The archive holds {name} twice.", expected="once")
+        chosen[name] = member
     return chosen
 
 

@@ -24,10 +24,12 @@ from adapters.errors import (
 )
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
+from adapters.intake.conversation import conversation_notes
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
 from adapters.intake.memo import Recent
 from adapters.intake.model_config import Labels, TaskConfig, read_task_config
+from adapters.intake.pooling import Declaration, pooling_files, read_pooling
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
     TensorEntry,
@@ -84,6 +86,7 @@ class AdapterWeights:
         nonzero: Of the parameters of its factors.
         notes: Contradictions, and what of it is not used, for a person to read.
         head_config: What its own ``config.json`` says of how the head is built and read.
+        pooling: What it declares of how a vector is made.
     """
 
     config: AdapterConfig
@@ -96,6 +99,7 @@ class AdapterWeights:
     nonzero: int = 0
     notes: tuple[str, ...] = ()
     head_config: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Declaration = field(default_factory=Declaration)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -115,7 +119,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
 
     Args:
         folder: As PEFT's ``save_pretrained`` leaves it; a ``config.json`` beside the adapter, as
-            ``model.config.save_pretrained`` writes it, names the labels.
+            ``model.config.save_pretrained`` writes it, names the labels; a ``modules.json``, as
+            sentence-transformers writes it, says how a vector is made.
         base: The signature of the base model to serve it on.
 
     Returns:
@@ -131,6 +136,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     """
     config_json = _read_small(folder, CONFIG_FILE)
     task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
+    pooling = pooling_files(folder)
     path = folder / TENSOR_FILE
     if not path.exists():
         parse_config(config_json)  # another program's folder is named as that
@@ -145,8 +151,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         entries = read_header(file)
         # The base is in the key by identity, and in the plan, so that no other can take its place.
         plan = _recent.get(
-            (id(base), config_json, task_json, tuple(entries.values())),
-            lambda: _plan(config_json, task_json, entries, base),
+            (id(base), config_json, task_json, *pooling.items(), tuple(entries.values())),
+            lambda: _plan(config_json, task_json, pooling, entries, base),
         )
         layout, task, config = plan.layout, plan.task, plan.layout.config
         faults: list[AdapterError] = []
@@ -172,6 +178,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
+    said = conversation_notes(folder) if task == "text-generation" else ()
     return AdapterWeights(
         config=config,
         factors={
@@ -189,8 +196,9 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=sum(nonzero.values()),
-        notes=(*plan.notes, *_without_effect(nonzero)),
+        notes=(*plan.notes, *said, *_without_effect(nonzero)),
         head_config=plan.task_config.head,
+        pooling=plan.pooling,
     )
 
 
@@ -233,7 +241,11 @@ def _without_effect(nonzero: Mapping[str, int]) -> Iterator[str]:
 
 
 def _plan(
-    config_json: bytes, task_json: bytes, entries: Mapping[str, TensorEntry], base: BaseSignature
+    config_json: bytes,
+    task_json: bytes,
+    pooling_json: Mapping[str, bytes],
+    entries: Mapping[str, TensorEntry],
+    base: BaseSignature,
 ) -> _Plan:
     """Everything about an adapter but its numbers; raises whatever is wrong with that."""
     config = parse_config(config_json)
@@ -245,13 +257,14 @@ def _plan(
             expected=base.model_type,
             fix="Register it on a server of its own base.",
         )
+    pooling = read_pooling(pooling_json, base.max_length)
     layout = Layout(config, base)
     for entry in entries.values():
         layout.take(entry)
     task = task_of(config, base, task_config, has_head=bool(layout.saved))
     _raise_all(layout.faults(task))
-    notes = (*layout.notes(), *task_config.body_notes(base.config))
-    return _Plan(task_config, layout, task, notes)
+    notes = (*layout.notes(), *task_config.body_notes(base.config), *pooling.notes)
+    return _Plan(task_config, layout, task, pooling, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +274,7 @@ class _Plan:
     task_config: TaskConfig
     layout: Layout
     task: Task
+    pooling: Declaration
     notes: tuple[str, ...]
 
 

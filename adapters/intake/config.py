@@ -20,8 +20,7 @@ from adapters.errors import (
 from adapters.intake import patterns
 from adapters.intake.foreign import LOOKALIKES, foreign_format
 from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
-
-Method = Literal["hira", "lora"]
+from adapters.signature import Method
 
 ALL_LINEAR = "all-linear"
 TASK_TYPES = frozenset({"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"})

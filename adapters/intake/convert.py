@@ -123,8 +123,8 @@ def _read(source: Path) -> dict[str, torch.Tensor]:
     if (source / TENSOR_FILE).exists():
         with open_regular(source / TENSOR_FILE) as file:
             read_header(file)
-        tensors: dict[str, torch.Tensor] = load_file(source / TENSOR_FILE)
-        return tensors
+        stored: dict[str, torch.Tensor] = load_file(source / TENSOR_FILE)
+        return stored
     with open_regular(source / PICKLE_FILE) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_TENSOR_FILE_BYTES:
@@ -152,7 +152,8 @@ def _read(source: Path) -> dict[str, torch.Tensor]:
         for name, tensor in read.items()
     ):
         raise _corrupt(f"a {type(read).__name__}")
-    return dict(read)
+    tensors: dict[str, torch.Tensor] = read
+    return tensors
 
 
 def _corrupt(found: str) -> CorruptFile:

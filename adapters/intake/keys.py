@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from adapters.intake.config import Method
+from adapters.signature import Method
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(

@@ -20,12 +20,12 @@ from adapters.errors import (
     UnsupportedMethod,
     UnsupportedOption,
 )
-from adapters.intake.config import AdapterConfig, Method
+from adapters.intake.config import AdapterConfig
 from adapters.intake.factor_shapes import bias_faults, pair_faults, some
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key, wrappers
 from adapters.intake.misfits import odd_part, other_base
 from adapters.intake.safetensors_header import TensorEntry
-from adapters.signature import BaseSignature
+from adapters.signature import BaseSignature, Method
 from adapters.tasks import HEADED, Task
 
 
@@ -83,7 +83,12 @@ class Layout:
 
     def _take_bias(self, key: BiasKey, entry: TensorEntry) -> None:
         layer = self.base.resolve(key.path)
-        if layer is not None and layer.has_bias and self.config.bias == "none":
+        if (
+            layer is not None
+            and layer.path in self.base.output_layers
+            and layer.has_bias
+            and self.config.bias == "none"
+        ):
             self.copies.append((f"{layer.path}.bias", entry))  # beside the weight's
         elif layer is None or self.config.bias == "none" or layer.path in self.biases:
             self._unmatched.append(entry.name)
@@ -265,6 +270,11 @@ class Layout:
             yield "left out of the tensors' names: " + ", ".join(sorted(self._wrappers))
         for adapter in set(self._adapters) - {None, "default"}:
             yield f"the tensors' names carry the adapter's own name, {adapter}, which is left out"
+        if any(path != self.base.own_path(path) for path in self.spelled.values()):
+            yield (
+                "made on a class that keeps its backbone elsewhere: transformers 5.23 loads no "
+                "weight of a plain checkpoint into it, and an adapter of what it draws fits no base"
+            )
         if self.copies:
             copied = some([path for path, _ in self.copies])
             yield f"left out, because they are the base's own to the bit: {copied}"

@@ -126,12 +126,12 @@ def _depths(
     own = _count(base.layers)
     keys = [key for name in unmatched if isinstance(key := parse_key(name), FactorKey | BiasKey)]
     beyond = [base.own_path(key.path) for key in keys]
-    if beyond and len(beyond) == len(unmatched):
+    if _count(beyond) > own and len(beyond) == len(unmatched):
         known = {_INDEX.sub("*", path) for path in base.layers}
         kinds = {_INDEX.sub("*", path) for path in beyond}
         spelled = {f"{base.prefix}.{kind}" if base.prefix else kind for kind in kinds}
         if kinds <= known or spelled <= known:
-            return max(own, _count(beyond)), own
+            return _count(beyond), own
     if missing and pairs and not unmatched:
         # All of the last layers are missing, and none of the others.
         reached, first = _count(pairs), min((_index(path) for path in missing), default=0)

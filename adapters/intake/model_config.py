@@ -41,7 +41,7 @@ HEAD_FIELDS: Final = frozenset(
     }
 )
 # What changes no answer of an adapter; names with "dropout" in them and those with an underscore
-# first do not either. The end tokens are the affair of ``adapters.conversation``.
+# first do not either. The end tokens are the affair of ``adapters.intake.conversation``.
 _WITHOUT_EFFECT: Final = frozenset(
     {
         "architectures",

@@ -27,7 +27,8 @@ _HUB = re.compile(
 )
 _CHUNK_BYTES = 1 << 20
 # A pickle is copied too, so that the checks can say what is wrong with it; it is never opened.
-_COPIED = (*WANTED, "adapter_model.bin")
+_PICKLE = "adapter_model.bin"
+_COPIED = {**WANTED, _PICKLE: _PICKLE}
 
 
 class Sources:
@@ -121,8 +122,32 @@ class Sources:
             if now.exists() and now.resolve() != real:
                 raise SourceForbidden("The folder moved while it was read.", found=str(real))
             left = self.max_bytes
-            for name in _COPIED:
-                left -= self._copy_plain(handle, name, target / name, left)
+            for name, flat in _COPIED.items():
+                left -= self._copy_nested(handle, name, target / flat, left)
+        finally:
+            os.close(handle)
+
+    def _copy_nested(self, folder: int, name: str, target: Path, left: int) -> int:
+        """``_copy_plain`` of a name that may lie one folder down; that folder is no link either."""
+        below, _, plain = name.rpartition("/")
+        if not below:
+            return self._copy_plain(folder, plain, target, left)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            handle = os.open(below, flags, dir_fd=folder)
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise SourceForbidden(
+                "A folder of the source is a link, or no folder.",
+                found=below,
+                expected="plain folders",
+                fix="Copy the folder itself into the source.",
+            ) from error
+        try:
+            return self._copy_plain(handle, plain, target, left)
         finally:
             os.close(handle)
 
@@ -192,11 +217,11 @@ class Sources:
                 "The hub did not give the adapter.", found=str(cause)[:200]
             ) from cause
         left = self.max_bytes
-        for name in _COPIED:
+        for name, flat in _COPIED.items():
             path = Path(snapshot) / folder / name
             if path.is_file():  # a link into the hub's own cache
                 with path.open("rb") as reader:
-                    left -= self._copy(reader, target / name, left)
+                    left -= self._copy(reader, target / flat, left)
 
     def _from_s3(self, source: str, target: Path, *, allowed: bool) -> None:
         if not allowed:
@@ -211,10 +236,10 @@ class Sources:
                 "This server is installed without s3fs.", fix="pip install 'hira-server[s3]'"
             ) from cause
         left = self.max_bytes
-        for name in _COPIED:
+        for name, flat in _COPIED.items():
             try:
                 with files.open(f"{source.rstrip('/')}/{name}", "rb") as reader:
-                    left -= self._copy(reader, target / name, left)
+                    left -= self._copy(reader, target / flat, left)
             except FileNotFoundError:
                 continue
             except (faults.BotoCoreError, faults.ClientError) as cause:

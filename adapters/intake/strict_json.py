@@ -29,6 +29,25 @@ def strict_json(raw: bytes, name: str, limit_bytes: int = MAX_JSON_BYTES) -> dic
     Raises:
         CorruptFile: Not such an object; ``found`` says what is wrong with it.
     """
+    content = _parsed(raw, name, limit_bytes)
+    if not isinstance(content, dict):
+        raise CorruptFile(
+            f"{name} is not a JSON object.", found=type(content).__name__, expected="an object"
+        )
+    return content
+
+
+def strict_list(raw: bytes, name: str) -> list[Any]:
+    """As ``strict_json``, for a file that holds a list."""
+    content = _parsed(raw, name, MAX_JSON_BYTES)
+    if not isinstance(content, list):
+        raise CorruptFile(
+            f"{name} is not a JSON list.", found=type(content).__name__, expected="a list"
+        )
+    return content
+
+
+def _parsed(raw: bytes, name: str, limit_bytes: int) -> Any:
     if len(raw) > limit_bytes:
         raise CorruptFile(
             f"{name} is too large.", found=f"{len(raw)} bytes", expected=f"at most {limit_bytes}"
@@ -43,13 +62,9 @@ def strict_json(raw: bytes, name: str, limit_bytes: int = MAX_JSON_BYTES) -> dic
         raise CorruptFile(
             f"{name} is not valid JSON.",
             found=str(cause)[:200] or type(cause).__name__,
-            expected="a JSON object in UTF-8, without duplicate keys",
+            expected="JSON in UTF-8, without duplicate keys",
             fix="Save the adapter again with PEFT's save_pretrained.",
         ) from cause
-    if not isinstance(content, dict):
-        raise CorruptFile(
-            f"{name} is not a JSON object.", found=type(content).__name__, expected="an object"
-        )
     return content
 
 

@@ -1,0 +1,1 @@
+"""Arithmetic on given buffers: the reference, torch, the compiled CPU library, Triton."""

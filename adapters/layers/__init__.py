@@ -1,0 +1,1 @@
+"""Adapted layers, and how they are put into a model: `inject`, `AdaptedModel`."""

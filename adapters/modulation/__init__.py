@@ -1,0 +1,1 @@
+"""One layer call of a mixed batch, which rows are computed how: `Modulator`, `SlotFactors`."""

@@ -1,0 +1,1 @@
+"""Adapters by name, their versions and bytes, durable: `Registry`, `AdapterRecord`, `Store`."""

@@ -1,6 +1,6 @@
 """The bytes of adapters, by content: what is the same is kept once, what is there is whole.
 
-    <root>/versions/<version>/   an adapter_config.json, its tensors, config.json and README.md
+    <root>/versions/<version>/   an adapter_config.json, its tensors, and what of ``FILES`` it has
     <root>/staging/<name>/       being written; swept when the store is opened for checking
 
 An entry appears by one rename of a folder whose files are already on the disk, so a crash leaves
@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from typing import Any
 from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
 from adapters.intake.checkpoint import CARD_FILE, CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.intake.model_config import HEAD_FIELDS
+from adapters.intake.pooling import FILES as DECLARATION_FILES
+from adapters.intake.pooling import MODULES_FILE, POOLING_FILES, located
 from adapters.intake.safetensors_header import open_regular, read_header
-from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json
+from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 
-FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE)
+FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *DECLARATION_FILES)
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
@@ -75,8 +77,8 @@ class Store:
                 staged.mkdir()
                 if self.max_bytes is not None and not self.has(version_of(folder)):
                     self._check_room(folder)  # before anything is copied
-                for name in _present(folder):
-                    _copy_durably(folder / name, staged / name)
+                for name, path in _present(folder).items():
+                    _copy_durably(path, staged / name)
                 version = version_of(staged)
                 _sync_folder(staged)
                 with self._alone():
@@ -189,7 +191,7 @@ class Store:
     def _check_room(self, folder: Path) -> None:
         if self.max_bytes is None:
             return
-        needed = sum((folder / name).stat().st_size for name in _present(folder))
+        needed = sum(path.stat().st_size for path in _present(folder).values())
         used = self.nbytes()
         if used + needed > self.max_bytes:
             raise StoreFull(
@@ -228,12 +230,13 @@ def version_of(folder: Path, *, former: bool = False) -> str:
     """The version of the adapter in ``folder``: a digest of what decides its answers.
 
     SHA-256 over the configuration's values, the tensors by name (dtype, shape, bytes), the
-    labels, what else decides how a head is read, and the files of ``OWN_FILES``; the order of keys,
-    tensors and files makes no difference, the model card neither.
+    labels, what else decides how a head is read, and the files that say how a vector is made
+    (``POOLING_FILES``); the order of keys and tensors makes no difference, the model card neither.
 
     Args:
         folder: Of the adapter.
-        former: As releases did that knew neither those fields of a head nor those files.
+        former: As releases did that did not know those fields of a head; what they stored has no
+            files that say how a vector is made.
 
     Raises:
         CorruptFile: A file is missing or malformed.
@@ -247,6 +250,11 @@ def version_of(folder: Path, *, former: bool = False) -> str:
         head = {name: task[name] for name in sorted(HEAD_FIELDS & task.keys())}
         if head and not former:
             digest.update(_canonical(head))
+    declared = located(folder)
+    for name in POOLING_FILES:
+        if name in declared:
+            parse = strict_list if name == MODULES_FILE else strict_json
+            digest.update(_canonical([name, parse(_read(declared[name]), name)]))
     with open_regular(folder / TENSOR_FILE) as file:
         for name, entry in sorted(read_header(file).items()):
             digest.update(_canonical([name, str(entry.dtype), list(entry.shape)]))
@@ -270,8 +278,10 @@ def _read(path: Path) -> bytes:
         return file.read(MAX_JSON_BYTES + 1)
 
 
-def _present(folder: Path) -> Iterable[str]:
-    return [name for name in FILES if name in _REQUIRED or (folder / name).is_file()]
+def _present(folder: Path) -> dict[str, Path]:
+    """Where the files of an adapter are, by the names that they are stored under."""
+    paths = {name: folder / name for name in FILES} | located(folder)
+    return {name: path for name, path in paths.items() if name in _REQUIRED or path.is_file()}
 
 
 def _copy_durably(source: Path, target: Path) -> None:

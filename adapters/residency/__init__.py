@@ -1,0 +1,1 @@
+"""Which adapter is in which slot and tier, and moving them: `Residency`."""

@@ -1,0 +1,1 @@
+"""The base model, loaded once: `plan_base`, `load_base`, `LoadedBase`, `Skeletons`."""

@@ -23,7 +23,7 @@ from adapters.intake.base_files import BaseFiles
 from adapters.layers.adapted import EMBEDDING_BLOCK, AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation.autotune import Autotuner
-from adapters.signature import BaseSignature, describe
+from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
 from server.base.memory import available_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
@@ -71,6 +71,11 @@ class LoadedBase:
     def takes_images(self) -> bool:
         """Whether its inputs are images and not texts."""
         return str(self.config.model_type) in IMAGE_MODELS
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether it has a masked-language-model head."""
+        return self.adapted.signature.architecture.endswith("ForMaskedLM")
 
     @property
     def generates(self) -> bool:
@@ -257,7 +262,7 @@ def _storage(adapted: AdaptedModel) -> str:
 def _quantization(skeleton: nn.Module, options: EngineOptions, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    skipped = _outside_backbone(skeleton)
+    skipped = [*_outside_backbone(skeleton), *own_arithmetic(skeleton)]
     if options.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

@@ -139,8 +139,11 @@ def _check_kv_bytes(config: Any, model_class: type[Any], options: EngineOptions)
     layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
     if not heads or not layers or not width:
         return
-    head_width = getattr(text, "head_dim", None) or width // heads
-    heads = getattr(text, "num_key_value_heads", None) or heads
+    try:
+        head_width = getattr(text, "head_dim", None) or width // heads
+        heads = getattr(text, "num_key_value_heads", None) or heads
+    except Exception:  # noqa: BLE001  # transformers' own, where layers differ in it
+        return
     number = 4 if options.dtype == "fp32" else 2
     least = (TRASH_BLOCKS + 1) * PAGE_TOKENS * layers * 2 * heads * head_width * number
     if options.kv_bytes < least:

@@ -30,6 +30,21 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 CHUNK_BYTES = 1 << 18
 PAGE = 500
+# As in adapters.intake.archive.WANTED, which takes torch along.
+FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "README.md",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "generation_config.json",
+    *(f"{n}_Pooling/config.json" for n in (1, 2, 3)),
+    *(f"{n}_Pooling.json" for n in (1, 2, 3)),
+)
 
 
 @app.command("list")
@@ -88,7 +103,7 @@ def add(
             body = {"name": name, "source": path, **fields}
             answer = ask(client, "POST", "/admin/adapters", json=body)
         else:
-            files = _files(Path(path))
+            files = files_of(Path(path))
             texts = {"name": name, **{one: str(value).lower() for one, value in fields.items()}}
             content_type, length, body_chunks = _multipart(texts, files)
             answer = client.post(
@@ -125,28 +140,28 @@ def _path(name: str) -> str:
     return f"/admin/adapters/{quote(name, safe='')}"
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> dict[str, Path]:
+    """What to upload of a folder, or the archive itself, by the name that it is sent under."""
     if path.is_file():
         if not path.name.endswith(ARCHIVES):
             fail(f"{path} is neither a folder nor one of {', '.join(ARCHIVES)}")
-        return [path]
+        return {path.name: path}
     if not (path / "adapter_config.json").is_file():
         fail(f"{path} holds no adapter_config.json")
-    names = ("adapter_config.json", "adapter_model.safetensors", "config.json", "README.md")
-    return [path / name for name in names if (path / name).is_file()]
+    return {name: path / name for name in FILES if (path / name).is_file()}
 
 
-def _multipart(fields: dict[str, str], files: list[Path]) -> tuple[str, int, Iterator[bytes]]:
+def _multipart(fields: dict[str, str], files: dict[str, Path]) -> tuple[str, int, Iterator[bytes]]:
     """A multipart body that is read from disk as it is sent, and its exact length."""
     boundary = os.urandom(16).hex()
     parts: list[bytes | Path] = []
     for name, value in fields.items():
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
         parts.append(f"{head}{value}\r\n".encode())
-    for file in files:
+    for name, file in files.items():
         parts.append(
             f'--{boundary}\r\nContent-Disposition: form-data; name="files"; '
-            f'filename="{file.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
+            f'filename="{name}"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
         )
         parts += [file, b"\r\n"]
     parts.append(f"--{boundary}--\r\n".encode())

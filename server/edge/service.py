@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
 from adapters.registry.names import POLL_S, Names
+from adapters.tasks import Task
 from server.edge.admit.body_budget import BodyBudget
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, admin_key
@@ -26,15 +27,7 @@ from server.edge.link.dispatcher import Dispatcher
 from server.errors import Fault, Refusal
 from server.inputs.images import Images
 from server.inputs.text import Text, TextError
-from server.messages import (
-    Event,
-    Failure,
-    GenerateResult,
-    Pin,
-    Request,
-    Task,
-    TokenEvent,
-)
+from server.messages import Event, Failure, GenerateResult, Pin, Request, TokenEvent
 from server.metrics import BASE_LABEL, HttpMetrics
 from server.settings import Settings, SettingsFault
 

@@ -1,0 +1,1 @@
+"""The lane for what is read once: classes, entities, answers, masks, vectors. `EncodeLane`."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
+from adapters.tasks import Task
 from server import failures
 from server.base.load import LoadedBase
 from server.base.rope import RopeByLength
@@ -25,7 +26,7 @@ from server.encoding.fair_batches import Batch, Depth, Key, Row, Scheduler
 from server.encoding.read import Group, Reader
 from server.inputs.images import Images
 from server.inputs.text import Text
-from server.messages import EncodeRequest, EncodeResult, Event, Task
+from server.messages import EncodeRequest, EncodeResult, Event
 from server.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -223,17 +224,38 @@ class EncodeLane:
             pending = self._pending[request_id]
             pending.began = pending.began or began
             pending.compute_s += seconds
+        causes = self._causes(batch.rows, outputs)
         for row, output in zip(batch.rows, outputs, strict=True):
-            self._settle(row, output, events)
+            self._settle(row, output, causes, events)
 
-    def _settle(self, row: Row, output: Any, events: list[Event]) -> None:
+    def _causes(self, rows: Sequence[Row], outputs: Sequence[Any]) -> dict[str, Exception]:
+        """Requests that failed as they would have on the bare base, with what it raised."""
+        failed: dict[str, Row] = {}
+        for row, output in zip(rows, outputs, strict=True):
+            if isinstance(output, Exception) and not failures.is_told(output):
+                failed.setdefault(row.request, row)
+        found = self._faults_of_base(list(failed.values()))
+        return {
+            request: error
+            for request, error in zip(failed, found, strict=True)
+            if error is not None
+        }
+
+    def _settle(
+        self, row: Row, output: Any, causes: dict[str, Exception], events: list[Event]
+    ) -> None:
         pending = self._pending.get(row.request)
         if pending is None:
             return  # another row of the request has failed it
         request = pending.request
         if isinstance(output, Exception):
             self.cancel(request.id)
-            events.append(failures.broken(request, output))
+            cause = causes.get(request.id)
+            events.append(
+                failures.broken(request, output)
+                if cause is None
+                else failures.of_base(request.id, cause)
+            )
             return
         pending.outputs[row.index] = output
         if len(pending.outputs) < len(request.inputs):
@@ -274,20 +296,55 @@ class EncodeLane:
                 return [error.with_traceback(None)]
         return [output for part in parts for output in self._forward(part, slots)]
 
-    def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
-        items = [self._pending[row.request].request.inputs[row.index] for row in rows]
-        row_slots = [slots[row.key] for row in rows]
+    def _faults_of_base(self, rows: Sequence[Row]) -> list[Exception | None]:
+        """What the bare base does with each row: raises, answers what is not finite, or None.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        if not rows:
+            return []
+        items, tasks = self._asked(rows)
+        try:
+            with torch.inference_mode():
+                out, ids, mask = self._states(items, [segments.BASE_SLOT] * len(rows))
+                return [
+                    self._reader.fault_of_base(task, *one)
+                    for task, *one in zip(tasks, out.last_hidden_state, ids, mask, strict=True)
+                ]
+        except Exception as error:
+            if failures.is_lost(error):
+                raise
+            if len(rows) == 1:
+                return [error.with_traceback(None)]
+        half = len(rows) // 2
+        return [*self._faults_of_base(rows[:half]), *self._faults_of_base(rows[half:])]
+
+    def _asked(self, rows: Sequence[Row]) -> tuple[list[Any], list[Task]]:
+        """The input and the task of each row."""
+        requests = [self._pending[row.request].request for row in rows]
+        items = [one.inputs[row.index] for one, row in zip(requests, rows, strict=True)]
+        return items, [one.task for one in requests]
+
+    def _states(
+        self, items: Sequence[Any], slots: Sequence[int]
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """What the backbone makes of some inputs, each in its slot; token ids and mask of them."""
         feed = self._rows.feed(items)
-        sequences = segments.from_rows(row_slots)
+        sequences = segments.from_rows(slots)
         with (
             self._base.adapted.batch(sequences.repeat(feed.tokens), sequences),
             self._rope.sequences([[item.tokens] for item in items], self._base.device),
         ):
             out = self._base.backbone(**feed.arguments)
         ids, mask = feed.tables(out.last_hidden_state)
+        return out, ids, mask
+
+    def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
+        items, tasks = self._asked(rows)
+        out, ids, mask = self._states(items, [slots[row.key] for row in rows])
         groups: dict[tuple[Key, Task], list[int]] = {}
-        for index, row in enumerate(rows):
-            task = self._pending[row.request].request.task
+        for index, (row, task) in enumerate(zip(rows, tasks, strict=True)):
             groups.setdefault((row.key, task), []).append(index)
         outputs: list[Any] = [None] * len(rows)
         for (key, task), indices in groups.items():

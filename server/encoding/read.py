@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
-from adapters.tasks import HEADED
+from adapters.errors import AdapterError
+from adapters.intake.pooling import base_pooling
+from adapters.tasks import HEADED, Task
 from server.base.load import LoadedBase
 from server.encoding import postprocess
 from server.encoding.heads import Heads
-from server.failures import TaskMismatch, is_expected, is_lost
+from server.failures import NotFinite, TaskMismatch, is_expected, is_lost
 from server.inputs.images import Images
 from server.inputs.text import Text
-from server.messages import EncodeRequest, Task
+from server.messages import EncodeRequest
 
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
@@ -100,6 +102,12 @@ class Reader:
         self._base = base
         self._inputs = inputs
         self._heads = Heads(base, heads_kept, head_bytes)
+        self._declared = base_pooling(base.folder, base.adapted.signature.max_length)
+        if isinstance(self._declared, AdapterError):
+            log.warning("%s (found %s)", self._declared.message, self._declared.found)
+        else:
+            for note in self._declared.notes:
+                log.warning("The base's %s", note)
         self._pooling: postprocess.Pooling = "mean"
         if isinstance(inputs, Images):
             self._pooling = "cls"  # what classifiers of images read
@@ -143,16 +151,17 @@ class Reader:
     def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
         """An answer, or an exception of that row's own, for each row of the group.
 
-        Embeddings are of whatever the adapter was trained for: by default the mean over the tokens
-        for encoders, the last token for decoders (the only one that has read the whole text), the
-        class token for images.
+        Embeddings are of whatever the adapter was trained for. They are made as the request says,
+        else as the adapter declares, else as the base does. Where nobody says: the mean over the
+        tokens for encoders, the last token for decoders (the only one that has read the whole
+        text), the class token for images; of length 1.
 
         Raises:
             TaskMismatch: The adapter, or the bare base, does something else.
-            AdapterError: The head is wrong.
+            AdapterError: The head is wrong, or the base declares vectors that are not served.
         """
         if group.task == "feature-extraction":
-            return group.each(lambda index: self._embed(group, index))
+            return group.each(lambda index: self._embed(group, index, weights))
         if weights is not None and weights.task != group.task:
             raise TaskMismatch(group.task, weights.task)
         if group.task == "fill-mask":
@@ -188,12 +197,48 @@ class Reader:
             )[: group.requests[index].top_k]
         )
 
-    def _embed(self, group: Group, index: int) -> tuple[float, ...]:
+    def fault_of_base(
+        self, task: Task, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> Exception | None:
+        """Why the bare base cannot answer one row, as far as no adapter's head has a part in it.
+
+        Args:
+            task: Asked for.
+            hidden: ``[T, H]`` of the bare base.
+            ids, mask: ``[T]``.
+
+        Raises:
+            Exception: The base's own head does.
+        """
+        values = hidden[mask == 1]
+        if task == "fill-mask":
+            is_mask = (ids == self._text.mask_id) & (mask == 1)
+            plan = segments.from_runs([(segments.BASE_SLOT, int(is_mask.sum()))])
+            with self._base.adapted.batch(plan):
+                values = self._heads.language_model_head()(hidden[is_mask].unsqueeze(0))[0]
+        try:
+            postprocess.check_finite(values)
+        except NotFinite as error:
+            return error
+        return None
+
+    def _embed(self, group: Group, index: int, weights: AdapterWeights | None) -> tuple[float, ...]:
         options = group.requests[index].options
+        pooling, normalize = options.get("pooling"), options.get("normalize")
+        declared = self._declared
+        if weights is not None and weights.pooling.mode is not None:
+            declared = weights.pooling
+        if isinstance(declared, AdapterError):
+            if pooling is None:
+                raise declared
+        else:
+            pooling = pooling or declared.mode
+            if normalize is None and declared.mode is not None:
+                normalize = declared.normalize
         return postprocess.embed(
             group.hidden[index][group.mask[index] == 1],
-            pooling=options.get("pooling", self._pooling),
-            normalize=options.get("normalize", True),
+            pooling=pooling or self._pooling,
+            normalize=normalize is not False,
         )
 
     def _fill_masks(self, group: Group) -> list[Any]:

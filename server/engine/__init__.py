@@ -1,0 +1,1 @@
+"""One device: its lanes, its residency and whose turn it is. `Engine`."""

@@ -23,10 +23,12 @@ from adapters.errors import AdapterNotFound, UnsupportedOption
 from adapters.intake.checkpoint import TENSOR_FILE, AdapterWeights, load_adapter
 from adapters.registry.store import Store
 from adapters.residency.slots import Residency
+from adapters.tasks import Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
 from server.engine.snapshot import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
+from server.engine.trial import generate_lane, try_base
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateFigures, GenerateLane
 from server.inputs.images import ImageInput, Images
@@ -46,7 +48,6 @@ from server.messages import (
     Preload,
     Request,
     SamplingOptions,
-    Task,
 )
 from server.options import EngineOptions
 
@@ -89,7 +90,7 @@ class Engine:
 
     @classmethod
     def build(cls, options: EngineOptions) -> Engine:
-        """Load the base and start; takes seconds to minutes.
+        """Load the base, try it (``server.engine.trial``) and start; takes seconds to minutes.
 
         Raises:
             BaseModelError: The base cannot be served.
@@ -127,16 +128,23 @@ class Engine:
             dtype=base.dtype,
             size=size,
         )
+        try:
+            encode = EncodeLane(base, inputs, residency, options)
+            generate = None
+            if base.generates and isinstance(inputs, Text):
+                generate = generate_lane(base, inputs, residency, options)
+            try_base(base, inputs, encode, generate)
+        except BaseException:
+            residency.close()
+            raise
         linear, other = base.adapted.base_bytes()
         return cls(
             _Parts(
                 base=base,
                 inputs=inputs,
                 residency=residency,
-                encode=EncodeLane(base, inputs, residency, options),
-                generate=GenerateLane(base.adapted, inputs.tokenizer, residency, options)
-                if base.generates and isinstance(inputs, Text)
-                else None,
+                encode=encode,
+                generate=generate,
                 conduct=Conduct(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
             )

@@ -17,6 +17,7 @@ from server.messages import Event, Failure, Request, TokenEvent
 log = logging.getLogger(__name__)
 
 # What an adapter alone can bring about: a forward or a head that raises, numbers that overflow.
+# What the bare base does as well is base_failed, and no adapter's fault.
 OWN_FAULTS: Final = frozenset({"adapter_failed", "adapter_error", "internal"})
 
 SPARE_S: Final = 5.0  # more than the HTTP processes take to tell of a new name

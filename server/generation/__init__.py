@@ -1,0 +1,1 @@
+"""The lane that continues texts, a token a step for every sequence. `GenerateLane`."""

@@ -90,6 +90,11 @@ def broken(request: GenerateRequest, error: Exception) -> Failure:
     )
 
 
+def of_base(request_id: str, error: Exception) -> Failure:
+    """The bare base fails on the same text."""
+    return encode_failures.of_base(request_id, error)
+
+
 def cannot_generate(request_id: str, architecture: str) -> Failure:
     """The base has no causal head."""
     return Failure(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import segments
 from adapters.errors import SlotNotResident
+from server.failures import NotFinite
 from server.generation import failures
 from server.generation.fair_queue import FairQueue
 from server.generation.forward import PagedForward, Part, Sequence, next_parts
@@ -32,6 +33,7 @@ from server.messages import (
     GeneratedToken,
     GenerateRequest,
     GenerateResult,
+    SamplingOptions,
     TokenEvent,
 )
 from server.options import EngineOptions
@@ -170,6 +172,11 @@ class GenerateLane:
     def next_deadline(self) -> float | None:
         """The earliest deadline of a request that is here, as ``time.monotonic()`` counts."""
         return min(self._deadlines.values(), default=None)
+
+    @property
+    def room_tokens(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return min(self._context_tokens, self._kv.capacity_tokens)
 
     def depth(self) -> int:
         """Requests that wait."""
@@ -315,12 +322,9 @@ class GenerateLane:
 
     def _run(self, parts: list[Part], events: list[Event]) -> None:
         ran = self._forward.apart(parts)
-        for sequence, error in ran.broken:
-            events.append(self._fail(sequence, error))
-        for sequence in ran.not_finite:
-            self._leave(sequence, forget=True)
-            events.append(failures.not_finite(sequence.request))
-        failed = {one.request.id for one in (*(one for one, _ in ran.broken), *ran.not_finite)}
+        faults = [(one, failures.broken(one.request, error)) for one, error in ran.broken]
+        faults += [(one, failures.not_finite(one.request)) for one in ran.not_finite]
+        failed = {one.request.id for one, _ in faults}
         parts = [part for part in parts if part.sequence.request.id not in failed]
         done = [part.sequence for part in parts if part.completes and not part.predicts]
         for part in parts:
@@ -334,18 +338,19 @@ class GenerateLane:
         for sequence, choice in ran.chosen:
             if sequence.request.id in failed:
                 continue
+            if not choice.finite:
+                faults.append((sequence, failures.not_finite(sequence.request)))
+                continue
             try:
                 events += self._advance(sequence, choice)
             except Exception as error:
                 log.exception("Request %s failed", sequence.request.id)
-                events.append(self._fail(sequence, error))
+                faults.append((sequence, failures.broken(sequence.request, error)))
+        events += self._settled(faults)
 
     def _advance(self, sequence: Sequence, choice: Choice) -> list[Event]:
         """Take in a token; the events are the token's, if streamed, and the end, if it is one."""
         request = sequence.request
-        if not choice.finite:
-            self._leave(sequence, forget=True)
-            return [failures.not_finite(request)]
         token = choice.token_id
         special = token in self._special_ids
         sequence.ids.append(token)
@@ -395,9 +400,55 @@ class GenerateLane:
             prompt_likeliest=((), *sequence.likeliest) if _tells_likeliest(request) else (),
         )
 
-    def _fail(self, sequence: Sequence, error: Exception) -> Failure:
-        self._leave(sequence, forget=True)
-        return failures.broken(sequence.request, error)
+    def _settled(self, faults: list[tuple[Sequence, Failure]]) -> list[Failure]:
+        """End what has failed, as the adapter's fault only where the bare base does not fail, too.
+
+        The base is tried once for each adapter, on the shortest of its texts.
+        """
+        for sequence, _ in faults:
+            self._leave(sequence, forget=True)
+        shortest: dict[str | None, Sequence] = {}
+        for sequence, _ in sorted(faults, key=lambda fault: -len(fault[0].ids)):
+            shortest[sequence.request.version] = sequence
+        found = {version: self._fault_of_base(one) for version, one in shortest.items()}
+        return [
+            failure
+            if (cause := found[sequence.request.version]) is None
+            else failures.of_base(sequence.request.id, cause)
+            for sequence, failure in faults
+        ]
+
+    def _fault_of_base(self, failed: Sequence) -> Exception | None:
+        """What the bare base raises at the end of a text, as much of it as one step reads.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        ids = failed.ids[-self._options.prefill_tokens :]
+        request = GenerateRequest(
+            f"{failed.request.id} on the base", None, None, tuple(ids), SamplingOptions(1)
+        )
+        reserved = self._kv.reserve(
+            request.id, None, request.token_ids, len(ids), reuse=False, share=False
+        )
+        if reserved is None:
+            return None  # others share what the failed text has left; nothing is known of the base
+        bare = Sequence(
+            request=request,
+            slot=segments.BASE_SLOT,
+            ids=ids,
+            written=0,
+            chooser=TokenChooser(request.sampling, ids),
+            text=TextStream(self._tokenizer, request.token_ids, ()),
+            admitted=time.monotonic(),
+        )
+        try:
+            ran = self._forward.apart([Part(bare, len(ids))])
+        finally:
+            self._kv.release(request.id, forget=True)
+        if ran.broken:
+            return ran.broken[0][1]
+        return None if all(choice.finite for _, choice in ran.chosen) else NotFinite()
 
     def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Free what a running sequence holds: its blocks, its lease and its place."""

@@ -1,0 +1,1 @@
+"""Texts and images to and from what the base takes: `Text`, `Images`, `Detokenizer`."""

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from adapters.tasks import Task
 from server.inputs.text import InvalidInput
-from server.messages import EncodedImage, Task
+from server.messages import EncodedImage
 
 ImageInput = str | bytes | tuple[str, str]  # base64 or a data URL, a file; a pair is refused
 

@@ -14,10 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from adapters.tasks import Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
 from server.inputs.tokenizer import TokenizerError, load_tokenizer
-from server.messages import EncodedInput, Likeliest, Task
+from server.messages import EncodedInput, Likeliest
 from server.options import TokenizerSource
 
 __all__ = [

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from adapters.tasks import Task
 from server import metrics
 from server.edge.admit.shared_load import SharedLoad
 from server.inputs.text import InputTooLong, InvalidInput, Text, TextInput
-from server.messages import EncodedInput, Task
+from server.messages import EncodedInput
 from server.settings import load_settings
 from tests.stand import shifted_clock
 

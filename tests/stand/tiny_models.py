@@ -52,6 +52,16 @@ def _bert_backbone() -> nn.Module:
     return BertModel(config)  # type: ignore[no-any-return]
 
 
+def _falcon() -> nn.Module:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, ffn_hidden_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=48,
+    )  # fmt: skip
+    return FalconForCausalLM(config)  # type: ignore[no-any-return]
+
+
 def _opt() -> nn.Module:
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -100,6 +110,7 @@ BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
     "bert": _bert,
     "bert-backbone": _bert_backbone,
     "opt": _opt,
+    "falcon": _falcon,
     "gpt2": _gpt2,
     "llama": _llama,
     "qwen2": _qwen2,

@@ -1,0 +1,1 @@
+"""Every HTTP call: its body, its checks and its answer."""

@@ -327,7 +327,8 @@ REGISTER_BODY: Final[dict[str, Any]] = {
                         "files": {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
-                            "description": "The adapter's files, or one .zip or .tar archive",
+                            "description": "The adapter's files, or one .zip or .tar archive; "
+                            "1_Pooling/config.json under a file name with its folder",
                         },
                     },
                 }

@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from adapters.tasks import Task
 from server.edge.endpoints.middleware import Exchange, Json
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.ticket import Ticket
@@ -37,7 +38,6 @@ from server.messages import (
     GenerateResult,
     Request,
     SamplingOptions,
-    Task,
 )
 
 BASE_VERSION: Final = "base"

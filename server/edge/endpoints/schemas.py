@@ -26,7 +26,7 @@ AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
 # One wrong item of a list is told, not each of a million: to list those stops everybody.
 Texts = Annotated[list[str], Field(fail_fast=True)]
-Strategy = Literal["none", "simple", "first", "average", "max"]
+AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 Finish = Literal["length", "eos_token", "stop_sequence"]
 
 MAX_TOP_K = 1 << 20
@@ -78,7 +78,7 @@ class PredictParameters(Body):
         default=None, description="Labels or words per input; all labels and 5 words by default."
     )
     truncation: Flag = Field(default=False, description="Cut inputs that are too long.")
-    aggregation_strategy: Strategy | None = Field(
+    aggregation_strategy: AggregationStrategy | None = Field(
         default=None, description="Token classification: how tokens become entities."
     )
     ignore_labels: list[str] | None = Field(
@@ -110,9 +110,15 @@ class PredictRequest(Body):
 
 class EmbedParameters(Body):
     truncation: Flag = False
-    normalize: Flag = Field(default=True, description="Scale every vector to length 1.")
+    normalize: Flag | None = Field(
+        default=None,
+        description="Scale every vector to length 1. By default as the adapter or else the base "
+        "declares (modules.json), where neither does: true.",
+    )
     pooling: Literal["mean", "cls", "last"] | None = Field(
-        default=None, description="By default: mean for encoders, last token for decoders."
+        default=None,
+        description="By default as the adapter or else the base declares (modules.json), where "
+        "neither does: mean for encoders, last token for decoders.",
     )
 
 

@@ -24,7 +24,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 IdLists = Annotated[list[Ids], Field(fail_fast=True)]
 MAX_ALTERNATIVES = 20
-FinishReason = Literal["stop", "length"]
+OpenAIFinishReason = Literal["stop", "length"]
 # Neutral values of what we cannot do; any other value is refused, not ignored.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "presence_penalty": (0, None),
@@ -163,7 +163,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None
+    finish_reason: OpenAIFinishReason | None
 
 
 class Completion(BaseModel):
@@ -199,7 +199,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: OpenAIFinishReason
 
 
 class ChatCompletion(BaseModel):

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from fastapi import Depends, Query, Request, Response
 
+from adapters.tasks import Task
 from server.edge.endpoints.answers import (
     EventStream,
     Generations,
@@ -33,15 +34,7 @@ from server.edge.endpoints.word_limit import check_words
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
-from server.messages import (
-    Encoded,
-    Event,
-    Failure,
-    GenerateResult,
-    SamplingOptions,
-    Task,
-    TokenEvent,
-)
+from server.messages import Encoded, Event, Failure, GenerateResult, SamplingOptions, TokenEvent
 
 PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
     {
@@ -126,7 +119,9 @@ class Native:
         inputs = await self._encoded(
             request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
         )
-        options: dict[str, Any] = {"normalize": parameters.normalize}
+        options: dict[str, Any] = {}
+        if parameters.normalize is not None:
+            options["normalize"] = parameters.normalize
         if parameters.pooling is not None:
             options["pooling"] = parameters.pooling
         result = await encode(

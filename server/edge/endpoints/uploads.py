@@ -1,7 +1,8 @@
 """Multipart uploads, written to disk as they arrive.
 
 LitServe switches Starlette's parser to keep whole files in memory; adapters may be gigabytes, so
-the parts are taken here. Names of files are reduced to plain names: no path leaves the folder.
+the parts are taken here. Names of files are reduced to plain names: no path leaves the folder. Of
+``1_Pooling/config.json`` and its like the folder counts: they get the flat name they are stored by.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from adapters.intake.pooling import NESTED
 from server.edge.service import Service
 from server.errors import Refusal
 
@@ -137,7 +139,8 @@ class _Parts:
             if len(self.upload.fields) >= FIELDS_MAX:
                 raise _malformed(f"more than {FIELDS_MAX} fields")
             return
-        plain = file_name.decode("utf-8", "replace").replace("\\", "/").rsplit("/", 1)[-1]
+        steps = file_name.decode("utf-8", "replace").replace("\\", "/").split("/")
+        plain = NESTED.get("/".join(steps[-2:]), steps[-1])
         if not FILE_NAME.fullmatch(plain):
             raise Refusal.because(
                 "unsafe_format",

@@ -1,0 +1,1 @@
+"""The only place that imports LitServe: its API, spec, loop and server."""

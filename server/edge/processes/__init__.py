@@ -1,0 +1,1 @@
+"""The processes of a server: prepared, started, supervised and ended."""

@@ -7,14 +7,8 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterFaults, CorruptFile, UnsupportedMethod, UnsupportedOption
-from adapters.intake.config import (
-    HONOURED,
-    REFUSED,
-    WITHOUT_EFFECT,
-    AdapterConfig,
-    Method,
-    parse_config,
-)
+from adapters.intake.config import HONOURED, REFUSED, WITHOUT_EFFECT, AdapterConfig, parse_config
+from adapters.signature import Method
 
 HIRA: dict[str, Any] = {"peft_type": "HIRA", "r": 8, "target_modules": ["q_lin"]}
 LORA: dict[str, Any] = {**HIRA, "peft_type": "LORA", "lora_alpha": 16}

@@ -224,6 +224,7 @@ def test_question_answering_on_a_decoder_is_matched(tmp_path: Path) -> None:
         *(f"model.layers.{index}.self_attn.q_proj" for index in range(2)),
     }
     assert set(weights.head) == {"qa_outputs.weight", "qa_outputs.bias"}
+    assert any("keeps its backbone elsewhere" in note for note in weights.notes)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3", "nemotron", "gpt2"])

@@ -27,6 +27,7 @@ LINEAR = {
     "opt": ["q_proj", "fc1", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "down_proj"],
+    "falcon": ["query_key_value", "dense", "dense_h_to_4h"],  # a class of linear layers of its own
 }
 EMBEDDINGS = {"distilbert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens"}
 

@@ -15,13 +15,14 @@ import torch
 
 from adapters.errors import AdapterError
 from adapters.intake.checkpoint import load_adapter
+from adapters.tasks import Task
 from server.base.load import BaseModelError, load_base
 from server.base.plan import plan_base
 from server.base.skeletons import Skeletons
 from server.engine.engine import Engine, EngineFailure
 from server.inputs.images import ImageProcessorError, Images
 from server.inputs.text import InvalidInput
-from server.messages import EncodedInput, EncodeRequest, EncodeResult, Failure, Task
+from server.messages import EncodedInput, EncodeRequest, EncodeResult, Failure
 from tests.stand import tiny_bases
 from tests.stand.tiny_bases import Reference, assert_close, image, image_file
 

@@ -73,6 +73,40 @@ def test_adapter_that_keeps_failing_is_quarantined_alone_until_it_is_lifted(
     assert outputs(ask("mood", 11)) == good
 
 
+def test_what_the_bare_base_fails_at_is_no_fault_of_the_adapter(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preload(world)
+    engine, sample = world.engine, tiny_bases.texts(1, seed=3)
+
+    def ask(number: int) -> Event:
+        request = world.request("mood", sample, "text-classification", id=f"base-{number}")
+        engine.submit(request)
+        return by_id(world.drain())[f"base-{number}"]
+
+    def fails(**given: Any) -> Any:
+        raise RuntimeError("a base of stone")
+
+    real = engine.base.backbone.forward
+
+    def overflows(**given: Any) -> Any:
+        out = real(**given)
+        for states in (out.last_hidden_state, getattr(out, "pooler_output", None)):
+            if states is not None:
+                states.fill_(float("nan"))
+        return out
+
+    for fault, message in ((fails, "a base of stone"), (overflows, "NaN")):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.base.backbone, "forward", fault)
+            for number in range(8):
+                event = ask(number)
+                assert isinstance(event, Failure)
+                assert (event.code, message in str(event.found)) == ("base_failed", True), event
+    assert engine.snapshot().quarantined == {}
+    outputs(ask(9))
+
+
 def conduct_of(*requests: str) -> Conduct:
     """Of which these requests of one version run; three failures in a row are too many."""
     conduct = Conduct(3, 60.0)

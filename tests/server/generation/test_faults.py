@@ -64,6 +64,41 @@ def test_an_adapter_whose_forward_fails_fails_alone(caplog: pytest.LogCaptureFix
     assert "no such kernel" in caplog.text
 
 
+@pytest.mark.parametrize("fault", ["raises", "overflows"])
+def test_what_the_bare_base_fails_at_is_the_bases_fault(fault: str) -> None:
+    stage = Stage()
+
+    def explode(plan: Segments) -> None:
+        if stage.lane.figures().steps <= 3:
+            return
+        if fault == "raises":
+            raise RuntimeError("a base of stone")
+        stage.adapted.model.lm_head.weight.data.fill_(float("nan"))
+        for weights in stage.adapted.slots.values():
+            weights["lm_head"].fill_(float("nan"))
+
+    stage.adapted.before_batch = explode
+    for i, prompt in enumerate(prompts(8, 40, seed=4)):
+        stage.submit(VERSIONS[i % 4], prompt, ignore_eos=True)
+    results = stage.drain()
+    assert len(results) == 8
+    for result in results:
+        assert result.code == "base_failed", result
+    assert nothing_is_held(stage)
+
+
+def test_numbers_that_overflow_in_an_adapter_alone_are_its_own_fault() -> None:
+    stage = Stage()
+    stage.adapted.slots[2]["lm_head"].fill_(float("nan"))
+    asked = {}
+    for i, prompt in enumerate(prompts(8, 40, seed=4)):
+        asked[stage.submit(VERSIONS[i % 4], prompt, ignore_eos=True)] = VERSIONS[i % 4]
+    for result in stage.drain():
+        bad = stage.residency.slots.get(asked[result.id] or "") == 2
+        assert getattr(result, "code", None) == ("adapter_failed" if bad else None)
+    assert nothing_is_held(stage)
+
+
 def test_a_request_whose_step_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage()
 

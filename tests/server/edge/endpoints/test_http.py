@@ -409,7 +409,11 @@ def test_killed_worker_comes_back_with_its_adapters(live: Live) -> None:
         assert {one.result().status_code for one in running} == {503}
         assert time.monotonic() - killed < 2.0
     live.wait_ready(60)
-    assert post(live, "/predict?adapter=mood", {"inputs": "a fine day"}).json() == before
+    after = post(live, "/predict?adapter=mood", {"inputs": "a fine day"}).json()
+    assert [one["label"] for one in after] == [one["label"] for one in before]
+    # A new worker may choose another exact strategy, which rounds otherwise.
+    scores = [one["score"] for one in before]
+    assert [one["score"] for one in after] == pytest.approx(scores, rel=1e-3, abs=1e-9)
     until = time.monotonic() + 10
     record: dict[str, Any] = {}
     while record.get("residency") != "device":
