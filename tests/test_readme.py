@@ -1,4 +1,5 @@
-"""The README's blocks do what they say: its curl lines against a running demo, its Python as it is.
+"""The blocks of the README and of docs/ do what they say: curl lines against a running demo, Python
+as it is.
 
 The line below a curl line that begins with `#` is what must come out; `...` stands for anything.
 """
@@ -15,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from server.demo import ADAPTERS_DIR, BASE_DIR
-from server.edge.service import RELOADABLE
-from server.settings import Settings
 from tests.stand.live import Live, hira
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, *pages: Path) -> list[str]:
+    """The blocks of a language in the pages, or in all."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+    return [block for path in pages or PAGES for block in fence.findall(path.read_text())]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert len(blocks("bash")) >= 8
-    assert len(blocks("python")) >= 1
+    assert len(blocks("bash", PAGES[0])) == 3
+    assert len(blocks("bash")) >= 10
+    assert len(blocks("python")) == 2
 
 
 @pytest.mark.http
@@ -82,7 +84,7 @@ def test_the_openai_client_streams(live: Live) -> None:
 
 
 @pytest.mark.http
-def test_the_adapter_of_the_readme_can_be_served(live: Live, tmp_path: Path) -> None:
+def test_an_adapter_that_the_pages_train_can_be_served(live: Live, tmp_path: Path) -> None:
     (block,) = (one for one in blocks("python") if "get_peft_model" in one)
     script = block.replace("server/demo/base", str(BASE_DIR))
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
@@ -95,16 +97,6 @@ def test_the_adapter_of_the_readme_can_be_served(live: Live, tmp_path: Path) -> 
     subprocess.run(command, cwd=tmp_path, check=True, timeout=60, env=environment)
     answer = live.client.post("/predict?adapter=my-adapter", json={"inputs": "fine"})
     assert [one["label"] for one in answer.json()]
-
-
-def test_every_setting_is_documented() -> None:
-    missing = [name for name in Settings.model_fields if f"`{name}`" not in README]
-    assert missing == []
-
-
-def test_what_is_reloaded_is_documented() -> None:
-    at_once = README.split("SIGHUP reads the settings again.", 1)[1].split("All others", 1)[0]
-    assert set(re.findall(r"`(\w+)`", at_once)) == set(RELOADABLE)
 
 
 def test_every_demo_adapter_has_a_card_with_its_score() -> None:
