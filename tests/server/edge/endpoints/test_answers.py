@@ -209,6 +209,26 @@ def test_null_in_the_place_of_what_nobody_knows_is_refused(live: Live) -> None:
 
 
 @pytest.mark.http
+@pytest.mark.parametrize(
+    ("path", "field", "code"),
+    [
+        ("/predict?adapter=imdb", "inputs", ("code",)),
+        ("/generate", "inputs", ("code",)),
+        ("/v1/completions", "prompt", ("error", "code")),
+        ("/v1/embeddings", "input", ("error", "code")),
+    ],
+)
+def test_a_body_of_very_many_values_is_refused_by_every_call(
+    live: Live, path: str, field: str, code: tuple[str, ...]
+) -> None:
+    answer = post(live, path, {"model": "base", field: [1] * 400_000})
+    found = answer.json()
+    for name in code:
+        found = found[name]
+    assert (answer.status_code, found) == (413, "request_too_large")
+
+
+@pytest.mark.http
 def test_health_is_where_other_servers_have_it(live: Live) -> None:
     answer = live.client.get("/health")
     assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
