@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -264,7 +265,8 @@ def test_questions_with_contexts_are_taken() -> None:
 @pytest.mark.parametrize("name", ["mine", "base"])
 def test_no_adapter_of_the_start_has_the_bases_name(name: str) -> None:
     nothing: Any = None
-    base = Base("mine", "text-generation", nothing, nothing, nothing, nothing, 0.0)
+    signature: Any = SimpleNamespace(digest="")
+    base = Base("mine", "text-generation", signature, nothing, nothing, nothing, 0.0)
     with pytest.raises(StartFailed, match=f"adapter {name}: "):
         prepare.register(nothing, base, (AdapterSource(name, "/x"),), Settings())
 
@@ -272,7 +274,8 @@ def test_no_adapter_of_the_start_has_the_bases_name(name: str) -> None:
 def test_the_banner_tells_what_the_worker_has_loaded(tmp_path: Path) -> None:
     settings = load_settings({"data_dir": tmp_path, "quantization": "nf4", "dtype": "bf16"})
     nothing: Any = None
-    base = Base("mine", "text-generation", nothing, nothing, nothing, nothing, 0.0)
+    signature: Any = SimpleNamespace(digest="")
+    base = Base("mine", "text-generation", signature, nothing, nothing, nothing, 0.0)
     registry: Any = FakeRegistry()
     service = Service(settings, base, registry, lambda: settings)
     settings.run_dir.mkdir()
