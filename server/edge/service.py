@@ -44,13 +44,15 @@ AT_ONCE_CHARACTERS: Final = 4096  # texts longer than this are tokenized off the
 LONG_CHARACTERS: Final = 1 << 16  # and longer than this, by a tokenizer that nobody else waits for
 INPUT_CHARACTERS: Final = 128  # what an input costs beside its text, in characters
 # Threads of each kind of slow work: one kind at its limit stops no other.
-Pool = Literal["sources", "uploads", "registrations", "records", "metrics"]
+Pool = Literal["sources", "uploads", "registrations", "records", "metrics", "bodies", "answers"]
 POOLS: Final[dict[Pool, int]] = {
     "sources": 4,  # fetching: as slow as where they come from
     "uploads": 2,
     "registrations": 2,
     "records": 2,
     "metrics": 1,
+    "bodies": 1,  # large ones, from bytes to values
+    "answers": 1,  # large ones, from values to bytes
 }
 # What may change while the server runs.
 RELOADABLE: Final = (

@@ -6,7 +6,6 @@ new version from the moment its row is committed; requests admitted before finis
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from fastapi import Depends, Query, Request, Response
 from fastapi import Path as PathParameter
-from fastapi import Query, Request, Response
-from pydantic import ValidationError
 
 from adapters.errors import AdapterError, StoreFull
 from adapters.registry.registry import AdapterRecord
 from server.edge.endpoints.allowed_sources import fetched, unpacked
+from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
@@ -38,6 +37,7 @@ PAGE_MAX: Final = 1000
 ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
+PATCH_BODY: Any = Depends(sent_json(PatchRequest))
 Name = PathParameter(max_length=128, description="The adapter's name.")
 
 
@@ -75,7 +75,7 @@ class Admin:
                     lambda: unpacked(upload, self.service.settings), "registrations"
                 )
                 return await self._register(wish, folder, "upload")
-        body = await _json_body(request)
+        body = await read_json(request, RegisterRequest, any_type=True)
         wish = Wish(body.name, body.replace, body.pinned, body.preload)
         async with fetched(body.source, self.service) as folder:
             return await self._register(wish, folder, body.source)
@@ -104,7 +104,9 @@ class Admin:
         record = self.service.record(name, "name")
         return Json(self._answer(record, await self._known()))
 
-    async def change(self, request: Request, body: PatchRequest, name: str = Name) -> Response:
+    async def change(
+        self, request: Request, body: PatchRequest = PATCH_BODY, name: str = Name
+    ) -> Response:
         """Pin or unpin an adapter, or bring it to the device; any change lifts a quarantine."""
         asks_device = body.preload or body.pinned
         found = self.service.served_record if asks_device else self.service.record
@@ -258,36 +260,13 @@ def _flag(name: str, text: str) -> bool:
     return text.lower() in TRUE
 
 
-async def _json_body(request: Request) -> RegisterRequest:
-    """The JSON form; parsed here, because one path takes two kinds of body."""
-    raw = await request.body()
-    try:
-        return RegisterRequest.model_validate(json.loads(raw))
-    except ValidationError as error:
-        faults = [
-            Fault(
-                "invalid_request",
-                str(one["msg"]),
-                repr(one["input"])[:120] if isinstance(one["input"], str | int) else None,
-                field=".".join(map(str, one["loc"])) or None,
-            )
-            for one in error.errors(include_url=False)[:20]
-        ]
-        raise Refusal(faults) from None
-    except (ValueError, RecursionError) as error:
-        raise Refusal.because(
-            "malformed_body",
-            "The body is not JSON.",
-            found=str(error)[:120],
-            expected="JSON in UTF-8, or multipart/form-data",
-        ) from None
-
-
 def admin_routes(admin: Admin) -> list[Endpoint]:
     """The routes of these endpoints."""
 
     def route(method: str, path: str, endpoint: Any, answer: Any, success: int = 200) -> Endpoint:
         extra = {"openapi_extra": REGISTER_BODY} if success == 201 else {}
+        if method == "PATCH":
+            extra = described_json(PatchRequest)
         return Endpoint(
             path,
             endpoint,

@@ -10,10 +10,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from adapters.tasks import Task
+from server.edge.endpoints.json_text import AT_ONCE_VALUES, weight, written
 from server.edge.endpoints.middleware import Exchange, Json
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.ticket import Ticket
@@ -348,5 +349,9 @@ class EventStream(StreamingResponse):
             self._generations.close()
 
 
-def json_response(content: object, headers: Mapping[str, str]) -> Json:
-    return Json(content, headers=dict(headers))
+async def json_response(service: Service, content: object, headers: Mapping[str, str]) -> Response:
+    """An answer as JSON; a large one is written in a thread."""
+    if weight(content) <= AT_ONCE_VALUES:
+        return Json(content, headers=dict(headers))
+    text = await service.in_thread(lambda: written(content), "answers")
+    return Response(text, headers=dict(headers), media_type=Json.media_type)

@@ -1,7 +1,8 @@
-"""Bodies that come as JSON or as a multipart form with image files: one path takes both.
+"""Bodies of calls: JSON, or JSON and multipart forms with image files on one path.
 
-FastAPI reads one kind of body for a path, so these are read here; faults in JSON leave in its own
-words, and the limits on a body's size and pace are the gate's.
+FastAPI would read and check them on the event loop, and takes one kind of body for a path, so all
+are read here: large ones in a thread. Faults in JSON leave in FastAPI's words; the limits on a
+body's size and pace are the gate's.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from server.edge.endpoints.json_text import AT_ONCE_BYTES, loaded
 from server.edge.endpoints.middleware import BodyRefused
+from server.edge.service import Service
 from server.errors import Fault, Refusal
 
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 FILES: Final = "inputs"  # the form's field with the images
 _FIELDS: Final = ("parameters", "adapter")  # of a form, beside the files
@@ -47,15 +51,46 @@ def posted(model: type[Model]) -> Callable[[Request], Awaitable[Posted[Model]]]:
     async def read(request: Request) -> Posted[Model]:
         if request.headers.get("content-type", "").startswith("multipart/"):
             return await _form(request, model)
-        return Posted(_checked(model, await _json(request)))
+        return Posted(await read_json(request, model))
 
     return read
 
 
+def sent_json(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
+    """A dependency that reads a request's JSON body as ``model``."""
+
+    async def read(request: Request) -> Model:
+        return await read_json(request, model)
+
+    return read
+
+
+async def read_json(request: Request, model: type[Model], *, any_type: bool = False) -> Model:
+    """The JSON body of a request.
+
+    Args:
+        request: Of which the gate knows.
+        model: What the body has to be.
+        any_type: Take it for JSON whatever its content type says.
+
+    Raises:
+        Refusal: request_too_large for too many values.
+        RequestValidationError: It is no JSON, or not as the model has it.
+        HTTPException: 400 where it cannot be decoded.
+    """
+    raw = await request.body()
+    if not raw:
+        raise RequestValidationError(
+            [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
+        )
+    if not (any_type or _is_json(request)):
+        return _checked(model, raw)
+    return await _aside(request, len(raw), lambda: _checked(model, _loaded(raw)))
+
+
 def described(model: type[BaseModel]) -> dict[str, Any]:
     """What the OpenAPI document says of such a body."""
-    schema = model.model_json_schema()
-    schema = _inlined(schema, schema.pop("$defs", {}))
+    content = _content(model)
     named: dict[str, Any] = {
         one: {"type": "string", "description": "A JSON object" if one == "parameters" else ""}
         for one in _FIELDS
@@ -70,26 +105,33 @@ def described(model: type[BaseModel]) -> dict[str, Any]:
         "openapi_extra": {
             "requestBody": {
                 "required": True,
-                "content": {
-                    "application/json": {"schema": schema},
-                    "multipart/form-data": {"schema": form},
-                },
+                "content": {**content, "multipart/form-data": {"schema": form}},
             }
         }
     }
 
 
-async def _json(request: Request) -> Any:
-    raw = await request.body()
-    if not raw:
-        raise RequestValidationError(
-            [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
-        )
+def described_json(model: type[BaseModel]) -> dict[str, Any]:
+    """What the OpenAPI document says of a body that is always JSON."""
+    return {"openapi_extra": {"requestBody": {"required": True, "content": _content(model)}}}
+
+
+async def _aside(request: Request, size: int, work: Callable[[], T]) -> T:
+    """Run the work on a body: a large one's in a thread."""
+    if size <= AT_ONCE_BYTES:
+        return work()
+    service: Service = request.scope["hira_service"]
+    return await service.in_thread(work, "bodies")
+
+
+def _is_json(request: Request) -> bool:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not (kind == "application/json" or (kind.startswith("application/") and "+json" in kind)):
-        return raw
+    return kind == "application/json" or (kind.startswith("application/") and "+json" in kind)
+
+
+def _loaded(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
+        return loaded(raw)
     except json.JSONDecodeError as error:
         fault = {
             "type": "json_invalid",
@@ -101,6 +143,11 @@ async def _json(request: Request) -> Any:
         raise RequestValidationError([fault]) from None
     except (ValueError, RecursionError):  # not UTF-8, or nested without end
         raise HTTPException(400) from None
+
+
+def _content(model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    return {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
 
 
 def _checked(model: type[Model], content: Any) -> Model:
@@ -126,7 +173,7 @@ async def _form(request: Request, model: type[Model]) -> Posted[Model]:
                 elif name not in _FIELDS or name in content:
                     raise _wrong(name, "a field", "one each of " + ", ".join(_FIELDS))
                 else:
-                    content[name] = _object(value) if name == "parameters" else value
+                    content[name] = value
     except BodyRefused:
         raise
     except HTTPException as error:
@@ -138,12 +185,19 @@ async def _form(request: Request, model: type[Model]) -> Posted[Model]:
         ) from None
     if not files:
         raise _wrong(FILES, "no file", "one or more images")
-    return Posted(_checked(model, {**content, FILES: [_PLACEHOLDER] * len(files)}), tuple(files))
+    text = content.get("parameters", "")
+
+    def checked() -> Model:
+        if "parameters" in content:
+            content["parameters"] = _object(text)
+        return _checked(model, {**content, FILES: [_PLACEHOLDER] * len(files)})
+
+    return Posted(await _aside(request, len(text), checked), tuple(files))
 
 
 def _object(text: str) -> Any:
     try:
-        return json.loads(text)
+        return loaded(text)
     except (ValueError, RecursionError):
         raise _wrong("parameters", "no JSON", "a JSON object") from None
 

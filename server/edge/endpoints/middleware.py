@@ -7,7 +7,6 @@ endpoints and cost a task per request.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.edge.admit.body_budget import HeldBody
 from server.edge.admit.connections import HEAD_FAULT
+from server.edge.endpoints.json_text import written
 from server.edge.service import Service
 from server.errors import PROBLEM_TYPE, Refusal
 
@@ -72,8 +72,7 @@ class Json(JSONResponse):
     """JSON in UTF-8, also of text that came as a lone surrogate and cannot be written so."""
 
     def render(self, content: Any) -> bytes:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "replace")
+        return written(content)
 
 
 def error_response(scope: Scope, refusal: Refusal) -> Response:
@@ -115,7 +114,7 @@ class Gate:
             request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
             began=time.monotonic(),
         )
-        scope["hira"] = exchange
+        scope["hira"], scope["hira_service"] = exchange, self.service
         self.service.refresh()
 
         async def finish(message: Message) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Depends, Request, Response
 
 from server.edge.endpoints.answers import (
     EventStream,
@@ -24,6 +24,9 @@ from server.edge.endpoints.answers import (
     target_headers,
     tokenize,
 )
+from server.edge.endpoints.body import sent_json
+from server.edge.endpoints.json_text import AT_ONCE_VALUES
+from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
 from server.edge.endpoints.schemas_openai import (
     ChatRequest,
@@ -42,6 +45,9 @@ DEFAULT_TOKENS = 16
 DEFAULT_CHAT_TOKENS = 256
 MAX_MODELS = 10_000
 SEEDS = 1 << 63
+COMPLETION_BODY: Any = Depends(sent_json(CompletionRequest))
+CHAT_BODY: Any = Depends(sent_json(ChatRequest))
+EMBEDDING_BODY: Any = Depends(sent_json(EmbeddingRequest))
 
 
 class OpenAI:
@@ -56,17 +62,19 @@ class OpenAI:
         records = self.service.names.listed(fitting=True)[:MAX_MODELS]
         own = [self._model(base.name, base.created, None)]
         adapters = [self._model(one.name, one.created.timestamp(), base.name) for one in records]
-        return json_response({"object": "list", "data": own + adapters}, {})
+        return await json_response(self.service, {"object": "list", "data": own + adapters}, {})
 
     async def model(self, request: Request, model: str) -> Response:
         """One of them."""
         base = self.service.base
         if self.service.is_base(model):
-            return json_response(self._model(base.name, base.created, None), {})
+            return Json(self._model(base.name, base.created, None))
         record = self.service.served_record(model, "model")
-        return json_response(self._model(record.name, record.created.timestamp(), base.name), {})
+        return Json(self._model(record.name, record.created.timestamp(), base.name))
 
-    async def completions(self, request: Request, body: CompletionRequest) -> Response:
+    async def completions(
+        self, request: Request, body: CompletionRequest = COMPLETION_BODY
+    ) -> Response:
         """Continue one or more prompts."""
         target = self._target(request, body, "/v1/completions")
         wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
@@ -104,7 +112,7 @@ class OpenAI:
             scores=scores,
         )
 
-    async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
+    async def chat_completions(self, request: Request, body: ChatRequest = CHAT_BODY) -> Response:
         """Continue a conversation, written out with the base's chat template."""
         target = self._target(request, body, "/v1/chat/completions")
         text = self.service.base.texts
@@ -138,7 +146,9 @@ class OpenAI:
             request, body, target, prompts=[prompt], wanted=wanted, shape=shape, field="messages"
         )
 
-    async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
+    async def embeddings(
+        self, request: Request, body: EmbeddingRequest = EMBEDDING_BODY
+    ) -> Response:
         """Turn texts into vectors of length 1."""
         target = self._target(request, body, "/v1/embeddings")
         given = body.input
@@ -184,7 +194,9 @@ class OpenAI:
             "model": body.model,
             "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
         }
-        return json_response(answer, answer_headers(target, result.queue_ms, result.compute_ms))
+        return await json_response(
+            service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
+        )
 
     async def _generate(
         self,
@@ -212,7 +224,7 @@ class OpenAI:
         if not stream:
             results = await generations.results()
             if scores and shape.alternatives and isinstance(shape, CompletionFormat):
-                told = [one.prompt_likeliest for one in results[::copies]]
+                likeliest = [one.prompt_likeliest for one in results[::copies]]
                 count = sum(map(len, prompts)) * (1 + shape.alternatives)
                 spelled = await tokenize(
                     request,
@@ -220,13 +232,16 @@ class OpenAI:
                     self.service.base.texts,
                     INPUT_CHARACTERS * count,
                     lambda text: [
-                        text.spell(ids, others) for ids, others in zip(prompts, told, strict=True)
+                        text.spell(ids, others)
+                        for ids, others in zip(prompts, likeliest, strict=True)
                     ],
                     "prompt",
                 )
                 shape = replace(shape, spelled=spelled)
-            return json_response(
-                {**shape.answer(results, copies), "usage": usage(results, copies)},
+            told = await self._told(shape, results, copies)
+            return await json_response(
+                self.service,
+                {**told, "usage": usage(results, copies)},
                 answer_headers(
                     target,
                     max(one.queue_ms for one in results),
@@ -240,6 +255,15 @@ class OpenAI:
             shape, first, events, choices=len(each), copies=copies, with_usage=with_usage
         )
         return EventStream(chunks, generations, target_headers(target))
+
+    async def _told(
+        self, shape: Format, results: Sequence[GenerateResult], copies: int
+    ) -> dict[str, Any]:
+        """The answer as values; one with many log-probabilities is put together in a thread."""
+        tokens = sum(len(one.tokens) + len(one.prompt_logprobs) for one in results)
+        if tokens * (1 + shape.alternatives) <= AT_ONCE_VALUES:
+            return shape.answer(results, copies)
+        return await self.service.in_thread(lambda: shape.answer(results, copies), "answers")
 
     def _target(self, request: Request, body: Known, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""

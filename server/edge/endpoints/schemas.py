@@ -34,6 +34,7 @@ MAX_TARGETS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = (1 << 63) - 1
+MAX_UNKNOWN = 32  # fields that are told to be unknown
 
 
 def without_nulls(model: type[BaseModel], content: Any) -> Any:
@@ -41,7 +42,12 @@ def without_nulls(model: type[BaseModel], content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     known = model.model_fields
-    return {name: it for name, it in content.items() if it is not None or name not in known}
+    kept = {name: it for name, it in content.items() if it is not None or name not in known}
+    if model.model_config.get("extra") == "forbid":
+        # Each is an error of its own: a few are told, a hundred thousand would stop everybody.
+        for name in [one for one in kept if one not in known][MAX_UNKNOWN:]:
+            del kept[name]
+    return kept
 
 
 def nullable(schema: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from server.edge.endpoints.answers import (
     target_headers,
     tokenize,
 )
-from server.edge.endpoints.body import Posted, posted
+from server.edge.endpoints.body import Posted, posted, sent_json
 from server.edge.endpoints.schemas import (
     EmbedRequest,
     GenerateParameters,
@@ -57,6 +57,7 @@ TASK_PARAMETERS: Final[dict[str, tuple[Task, ...]]] = {
 
 PREDICT_BODY: Any = Depends(posted(PredictRequest))
 EMBED_BODY: Any = Depends(posted(EmbedRequest))
+GENERATE_BODY: Any = Depends(sent_json(GenerateRequestBody))
 Named = Query(default=None, max_length=256, description="The adapter's name.")
 
 
@@ -100,7 +101,8 @@ class Native:
             options=options,
         )
         outputs = [plain(one) for one in result.outputs]
-        return json_response(
+        return await json_response(
+            service,
             outputs if listed else outputs[0],
             answer_headers(target, result.queue_ms, result.compute_ms),
         )
@@ -127,13 +129,17 @@ class Native:
         result = await encode(
             request, service, target, inputs, task="feature-extraction", options=options
         )
-        return json_response(
+        return await json_response(
+            service,
             [list(one) for one in result.outputs],
             answer_headers(target, result.queue_ms, result.compute_ms),
         )
 
     async def generate(
-        self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
+        self,
+        request: Request,
+        body: GenerateRequestBody = GENERATE_BODY,
+        adapter: str | None = Named,
     ) -> Response:
         """Continue a text."""
         if body.stream:
@@ -157,10 +163,15 @@ class Native:
                     for one in result.tokens
                 ],
             }
-        return json_response(answer, answer_headers(target, result.queue_ms, result.compute_ms))
+        return await json_response(
+            self.service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
+        )
 
     async def generate_stream(
-        self, request: Request, body: GenerateRequestBody, adapter: str | None = Named
+        self,
+        request: Request,
+        body: GenerateRequestBody = GENERATE_BODY,
+        adapter: str | None = Named,
     ) -> Response:
         """Continue a text, a server-sent event per token."""
         if body.parameters.decoder_input_details:

@@ -20,6 +20,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkProcess
+from reprlib import Repr
 from typing import Any, Final
 
 import uvicorn
@@ -51,6 +52,11 @@ DESCRIPTION: Final = "Many HiRA and LoRA adapters on one 4-bit base model."
 END_S: Final = 2.0  # for an HTTP process whose requests have ended, to close its connections
 JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
 BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
+# What a fault shows of a value: repr() of all of a large one would take its time.
+SHOWN: Final = Repr()
+SHOWN.maxlevel = 2
+SHOWN.maxlist = SHOWN.maxtuple = 120
+SHOWN.maxstring = SHOWN.maxlong = SHOWN.maxother = 400
 _bearer = HTTPBearer(auto_error=False)
 
 
@@ -336,7 +342,7 @@ def _fault(found: Mapping[str, Any], request: Request) -> Fault:
     if tuple(found["loc"]) == ("body",) and "json" not in content_type:
         fix = "Send the header Content-Type: application/json."
     value = found.get("input")
-    shown = None if isinstance(value, dict | bytes) or value is None else repr(value)[:120]
+    shown = None if isinstance(value, dict | bytes) or value is None else SHOWN.repr(value)[:120]
     return Fault("invalid_request", str(found["msg"]), shown, fix=fix, field=_field(found["loc"]))
 
 

@@ -15,21 +15,26 @@ from typing import Any, cast
 
 from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
+from pydantic import BaseModel
 
-from server.edge.endpoints.body import described
+from server.edge.endpoints.body import described, described_json
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
     EmbedRequest,
     GenerateAnswer,
+    GenerateRequestBody,
     Prediction,
     PredictRequest,
     StreamEvent,
 )
 from server.edge.endpoints.schemas_openai import (
     ChatCompletion,
+    ChatRequest,
     Completion,
+    CompletionRequest,
     EmbeddingList,
+    EmbeddingRequest,
     Model,
     ModelList,
     OpenAIError,
@@ -93,6 +98,7 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
         answer: Any,
         *,
         streams: bool = False,
+        body: type[BaseModel] | None = None,
     ) -> Endpoint:
         return Endpoint(
             path,
@@ -103,6 +109,7 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
             error=OpenAIError,
             statuses=OPENAI_STATUSES,
             streams=streams,
+            extra=described_json(body) if body else {},
         )
 
     return [
@@ -122,7 +129,15 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
             list[list[float]],
             extra=described(EmbedRequest),
         ),
-        Endpoint("/generate", native.generate, post, "Native", GenerateAnswer, streams=True),
+        Endpoint(
+            "/generate",
+            native.generate,
+            post,
+            "Native",
+            GenerateAnswer,
+            streams=True,
+            extra=described_json(GenerateRequestBody),
+        ),
         Endpoint(
             "/generate_stream",
             native.generate_stream,
@@ -130,10 +145,25 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
             "Native",
             StreamEvent,
             media_type="text/event-stream",
+            extra=described_json(GenerateRequestBody),
         ),
         v1("/v1/models", openai.models, get, ModelList),
         v1("/v1/models/{model:path}", openai.model, get, Model),
-        v1("/v1/completions", openai.completions, post, Completion, streams=True),
-        v1("/v1/chat/completions", openai.chat_completions, post, ChatCompletion, streams=True),
-        v1("/v1/embeddings", openai.embeddings, post, EmbeddingList),
+        v1(
+            "/v1/completions",
+            openai.completions,
+            post,
+            Completion,
+            streams=True,
+            body=CompletionRequest,
+        ),
+        v1(
+            "/v1/chat/completions",
+            openai.chat_completions,
+            post,
+            ChatCompletion,
+            streams=True,
+            body=ChatRequest,
+        ),
+        v1("/v1/embeddings", openai.embeddings, post, EmbeddingList, body=EmbeddingRequest),
     ]

@@ -172,6 +172,7 @@ def service() -> Iterator[Any]:
     served: Any = Service.__new__(Service)
     served.settings = Settings()
     served._short, served._long = Encoders(), Encoders("long-texts")
+    served._reader = None
     served._pools = {name: ThreadPoolExecutor(count) for name, count in POOLS.items()}
     served.registry = Closed()
     try:

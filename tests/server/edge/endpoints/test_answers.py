@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -209,6 +210,26 @@ def test_null_in_the_place_of_what_nobody_knows_is_refused(live: Live) -> None:
 
 
 @pytest.mark.http
+@pytest.mark.parametrize(
+    ("path", "field", "code"),
+    [
+        ("/predict?adapter=imdb", "inputs", ("code",)),
+        ("/generate", "inputs", ("code",)),
+        ("/v1/completions", "prompt", ("error", "code")),
+        ("/v1/embeddings", "input", ("error", "code")),
+    ],
+)
+def test_a_body_of_very_many_values_is_refused_by_every_call(
+    live: Live, path: str, field: str, code: tuple[str, ...]
+) -> None:
+    answer = post(live, path, {"model": "base", field: [1] * 400_000})
+    found = answer.json()
+    for name in code:
+        found = found[name]
+    assert (answer.status_code, found) == (413, "request_too_large")
+
+
+@pytest.mark.http
 def test_health_is_where_other_servers_have_it(live: Live) -> None:
     answer = live.client.get("/health")
     assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
@@ -244,7 +265,8 @@ def test_questions_with_contexts_are_taken() -> None:
 @pytest.mark.parametrize("name", ["mine", "base"])
 def test_no_adapter_of_the_start_has_the_bases_name(name: str) -> None:
     nothing: Any = None
-    base = Base("mine", "text-generation", nothing, nothing, nothing, nothing, 0.0)
+    signature: Any = SimpleNamespace(digest="")
+    base = Base("mine", "text-generation", signature, nothing, nothing, nothing, 0.0)
     with pytest.raises(StartFailed, match=f"adapter {name}: "):
         prepare.register(nothing, base, (AdapterSource(name, "/x"),), Settings())
 
@@ -252,7 +274,8 @@ def test_no_adapter_of_the_start_has_the_bases_name(name: str) -> None:
 def test_the_banner_tells_what_the_worker_has_loaded(tmp_path: Path) -> None:
     settings = load_settings({"data_dir": tmp_path, "quantization": "nf4", "dtype": "bf16"})
     nothing: Any = None
-    base = Base("mine", "text-generation", nothing, nothing, nothing, nothing, 0.0)
+    signature: Any = SimpleNamespace(digest="")
+    base = Base("mine", "text-generation", signature, nothing, nothing, nothing, 0.0)
     registry: Any = FakeRegistry()
     service = Service(settings, base, registry, lambda: settings)
     settings.run_dir.mkdir()
