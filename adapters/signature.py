@@ -234,7 +234,7 @@ def _computes_the_product(cls: type[nn.Linear]) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
         x = torch.randn(4, 3, dtype=torch.float64, generator=generator, device="cpu")
         return torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias))
 

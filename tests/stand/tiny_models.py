@@ -146,7 +146,7 @@ def quantize(model: nn.Module, quantization: Quantization, double_quant: bool = 
     output = model.get_output_embeddings()  # type: ignore[operator]
     for path, module in list(model.named_modules()):
         is_conv1d = type(module).__name__ == "Conv1D"
-        if module is output or not (is_conv1d or type(module) is nn.Linear):
+        if module is output or not (is_conv1d or isinstance(module, nn.Linear)):
             continue
         weight: Any = module.weight
         dense = (weight.t() if is_conv1d else weight).detach().contiguous()
