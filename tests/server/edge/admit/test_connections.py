@@ -298,8 +298,12 @@ def test_request_without_a_key_is_refused_before_its_body_is_read(live: Live) ->
             b"Content-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
         )
         one.settimeout(0.5 * PATIENCE_S)  # no byte of the body is sent
-        status, problem = answer(one.recv(65536))
-        assert (status, problem["code"]) == (401, "key_missing")
+        found = b""
+        while b"key_missing" not in found:  # the body may come in a piece of its own
+            piece = one.recv(65536)
+            assert piece, found
+            found += piece
+        assert answer(found)[0] == 401
 
 
 def test_connections_that_end_leave_nothing_behind(live: Live) -> None:
