@@ -6,6 +6,7 @@ Every member is looked at before any is written. What the files hold is checked 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import stat
@@ -252,11 +253,11 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
         *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError),
         *(NotImplementedError, RuntimeError, ValueError, OverflowError),
     ) as cause:
-        raise CorruptFile(
-            "The archive cannot be read.",
-            found=str(cause)[:120] or type(cause).__name__,
-            expected="a zip, tar or tar.gz archive, without a password",
-        ) from cause
+        raise _unreadable(cause) from cause
+    except OSError as cause:
+        if cause.errno != errno.EINVAL:  # an index that points before the file begins
+            raise
+        raise _unreadable(cause) from cause
 
 
 @contextmanager
@@ -271,3 +272,11 @@ def _reader(opened: zipfile.ZipFile | tarfile.TarFile, member: _Member) -> Itera
     assert extracted is not None  # only regular files come here
     with extracted as reader:
         yield reader
+
+
+def _unreadable(cause: Exception) -> CorruptFile:
+    return CorruptFile(
+        "The archive cannot be read.",
+        found=str(cause)[:120] or type(cause).__name__,
+        expected="a zip, tar or tar.gz archive, without a password",
+    )

@@ -277,7 +277,7 @@ def judge(family: str, architecture: str, folder: Path) -> Row:
     text = Text(tiny_bases.tokenizer("bert"), max_tokens=60, vocab_size=tiny_bases.VOCABULARY)
     options = tiny_bases.options(place, folder / "store", threads=1, modulation="expand")
     try:
-        with mock.patch("server.engine.inputs_of", return_value=text):
+        with mock.patch("server.engine.engine.inputs_of", return_value=text):
             engine = Engine.build(options)
     except BaseModelError as error:
         line = f"{error.message} {error.found or ''}"

@@ -375,3 +375,15 @@ def test_nothing_is_written_but_the_four_files_in_the_target(
     assert written <= {Path("deep/target") / name for name in WANTED}
     assert all(path.is_file() and not path.is_symlink() for path in target.iterdir())
     assert all(after[name] == content for name, content in before.items())
+
+
+def test_an_index_that_points_before_the_file_is_corrupt(tmp_path: Path) -> None:
+    archive = pack("zip", tmp_path, ADAPTER)
+    raw = bytearray(archive.read_bytes())
+    at = raw.rfind(b"PK\x05\x06") + 16  # where the index begins, as the end of the file says
+    begins = int.from_bytes(raw[at : at + 4], "little")
+    raw[at : at + 4] = (begins + 10).to_bytes(4, "little")
+    archive.write_bytes(raw)
+    (target := tmp_path / "target").mkdir()
+    with pytest.raises(CorruptFile, match="cannot be read"):
+        unpack(archive, target, max_bytes=LIMIT_BYTES)

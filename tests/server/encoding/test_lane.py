@@ -163,7 +163,7 @@ def test_a_base_whose_numbers_overflow_is_the_servers_fault(
 
     monkeypatch.setattr(shared.base.backbone, "forward", forward)
     shared.lane.submit(shared.request("base", None, "feature-extraction", ["a film"]))
-    assert only(shared.drain()).code == "internal"
+    assert only(shared.drain()).code == "base_failed"
 
 
 def test_an_adapter_that_waits_for_its_turn_is_not_counted_as_used(tmp_path: Path) -> None:

@@ -454,7 +454,7 @@ def test_a_base_that_overflows_is_the_servers_fault() -> None:
     stage = Stage()
     with torch.no_grad():
         stage.adapted.model.lm_head.weight.fill_(float("nan"))
-    assert stage.answer(None, [5, 6, 7]).code == "internal"
+    assert stage.answer(None, [5, 6, 7]).code == "base_failed"
 
 
 def test_a_cache_that_holds_nothing_is_refused_with_a_remedy() -> None:
