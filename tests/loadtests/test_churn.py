@@ -47,9 +47,11 @@ def test_a_version_that_was_being_replaced_may_answer() -> None:
 
 def test_a_quota_ends_by_number_or_by_time() -> None:
     quota = Quota(2, math.inf)
-    assert quota.is_open
-    quota.compared = 2
-    assert not quota.is_open
+    found = []
+    for compared in range(4):
+        quota.compared = compared
+        found.append(quota.is_open)
+    assert found == [True, True, False, False]
     assert not Quota(None, -1.0).is_open
     assert Quota(None, 60.0).is_open
 
