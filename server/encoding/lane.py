@@ -32,7 +32,7 @@ from server.options import EngineOptions
 if TYPE_CHECKING:
     from adapters.residency.slots import Residency
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,14 +285,16 @@ class EncodeLane:
             keys = dict.fromkeys(row.key for row in rows)
             if len(keys) > 1:
                 # One adapter alone may be at fault; rows of one adapter are neighbours.
-                log.warning("A batch of %d adapters failed; each is run alone", len(keys))
+                logger.warning("A batch of %d adapters failed; each is run alone", len(keys))
                 parts = [[row for row in rows if row.key == key] for key in keys]
             elif len(rows) > 1:
-                log.warning("%d rows of version %s failed; halves are run", len(rows), rows[0].key)
+                logger.warning(
+                    "%d rows of version %s failed; halves are run", len(rows), rows[0].key
+                )
                 half = len(rows) // 2
                 parts = [list(rows[:half]), list(rows[half:])]
             else:
-                log.exception("Encoding a row of version %s failed", rows[0].key)
+                logger.exception("Encoding a row of version %s failed", rows[0].key)
                 return [error.with_traceback(None)]
         return [output for part in parts for output in self._forward(part, slots)]
 

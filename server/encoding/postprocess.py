@@ -13,7 +13,7 @@ import torch
 
 from server.failures import NotFinite
 from server.inputs.text import Text
-from server.messages import DEFAULT_WORDS, EncodedInput
+from server.messages import DEFAULT_WORDS, TokenizedInput
 
 Apply = Literal["softmax", "sigmoid", "none"]
 Pooling = Literal["mean", "cls", "last"]
@@ -86,7 +86,7 @@ def embed(hidden: torch.Tensor, *, pooling: Pooling, normalize: bool = True) -> 
 
 def fill(
     logits: torch.Tensor,
-    item: EncodedInput,
+    item: TokenizedInput,
     text: Text,
     *,
     top_k: int | None = None,
@@ -134,7 +134,7 @@ def fill(
 
 def entities(
     logits: torch.Tensor,
-    item: EncodedInput,
+    item: TokenizedInput,
     labels: Sequence[str],
     text: Text,
     *,
@@ -200,7 +200,7 @@ def entities(
 
 
 def answers(
-    logits: torch.Tensor, item: EncodedInput, *, top_k: int | None = None
+    logits: torch.Tensor, item: TokenizedInput, *, top_k: int | None = None
 ) -> tuple[dict[str, Any], ...]:
     """Spans of the context that answer the question, most probable first.
 

@@ -28,7 +28,7 @@ from server.messages import EncodeRequest
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Group:
     task: Task
     slot: int
     requests: Sequence[EncodeRequest]
-    items: Sequence[Any]  # Encoded, all of one kind
+    items: Sequence[Any]  # ModelInput, all of one kind
     hidden: torch.Tensor
     pooled: torch.Tensor | None
     ids: torch.Tensor
@@ -65,7 +65,7 @@ class Group:
                 if is_lost(error):
                     raise
                 if not is_expected(error):
-                    log.exception("A row of version %s failed", self.version)
+                    logger.exception("A row of version %s failed", self.version)
                 found.append(error.with_traceback(None))
         return found
 
@@ -104,10 +104,10 @@ class Reader:
         self._heads = Heads(base, heads_kept, head_bytes)
         self._declared = base_pooling(base.folder, base.adapted.signature.max_length)
         if isinstance(self._declared, AdapterError):
-            log.warning("%s (found %s)", self._declared.message, self._declared.found)
+            logger.warning("%s (found %s)", self._declared.message, self._declared.found)
         else:
             for note in self._declared.notes:
-                log.warning("The base's %s", note)
+                logger.warning("The base's %s", note)
         self._pooling: postprocess.Pooling = "mean"
         if isinstance(inputs, Images):
             self._pooling = "cls"  # what classifiers of images read
@@ -144,7 +144,7 @@ class Reader:
                 raise
             if is_expected(error) or len(group.items) == 1:
                 if not is_expected(error):
-                    log.exception("The head of version %s failed", group.version)
+                    logger.exception("The head of version %s failed", group.version)
                 return [error.with_traceback(None)] * len(group.items)
         return [answer for half in group.halves() for answer in self.read_apart(half, weights)]
 

@@ -25,14 +25,14 @@ from server.generation.lane import GenerateLane
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import (
-    EncodedImage,
-    EncodedInput,
     EncodeRequest,
     EncodeResult,
     Failure,
     GenerateRequest,
     GenerateResult,
+    ProcessedImage,
     SamplingOptions,
+    TokenizedInput,
 )
 from server.options import EngineOptions
 
@@ -115,7 +115,7 @@ class _Trial:
 
     def masks(self, lane: EncodeLane, text: Text) -> None:
         assert text.mask_id is not None
-        items = [EncodedInput((text.mask_id, *one.token_ids[1:])) for one in self._items()[:2]]
+        items = [TokenizedInput((text.mask_id, *one.token_ids[1:])) for one in self._items()[:2]]
         targets = tuple(range(min(_TARGETS, self._base.adapted.signature.vocab_size or _TARGETS)))
         words = self._encoded(lane, items, "fill-mask", "in a batch", targets=targets)
         errors = []
@@ -151,7 +151,7 @@ class _Trial:
         if isinstance(self._inputs, Images):
             shape = self._inputs.shape
             return [
-                EncodedImage(torch.randn(shape).numpy().tobytes(), shape, self._inputs.tokens)
+                ProcessedImage(torch.randn(shape).numpy().tobytes(), shape, self._inputs.tokens)
                 for _ in LENGTHS_TOKENS
             ]
         text = self._inputs
@@ -160,7 +160,7 @@ class _Trial:
         ids = [one for one in range(min(vocabulary, 4096)) if one not in special] or [0]
         lengths = [max(1, min(one, text.max_tokens - NEW_TOKENS)) for one in LENGTHS_TOKENS]
         return [
-            EncodedInput(tuple(ids[i] for i in torch.randint(len(ids), (length,)).tolist()))
+            TokenizedInput(tuple(ids[i] for i in torch.randint(len(ids), (length,)).tolist()))
             for length in lengths
         ]
 

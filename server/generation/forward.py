@@ -28,7 +28,7 @@ from server.messages import GeneratedToken, GenerateRequest, Likeliest
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
 
@@ -138,7 +138,7 @@ def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class StepOutcome:
     """What became of the parts of a step.
 
     Args:
@@ -279,7 +279,7 @@ class PagedForward:
         """Whether the sequence will be read anew if all tokens asked for are generated."""
         return self._rope.changes(len(request.token_ids), request.tokens)
 
-    def apart(self, parts: Items[Part]) -> Ran:
+    def apart(self, parts: Items[Part]) -> StepOutcome:
         """Run the parts, choose a token for each that predicts and note the scores of prompts; what
         raises is run apart, by adapter and then by halves, until only the sequences that are at
         fault have failed.
@@ -299,13 +299,13 @@ class PagedForward:
                 raise
             if len(parts) == 1:
                 sequence = parts[0].sequence
-                log.exception("A step of version %s failed", sequence.request.version)
-                return Ran([], [(sequence, error.with_traceback(None))], [])
-            log.warning("A generate step of %d sequences failed; they are run apart", len(parts))
+                logger.exception("A step of version %s failed", sequence.request.version)
+                return StepOutcome([], [(sequence, error.with_traceback(None))], [])
+            logger.warning("A generate step of %d sequences failed; they are run apart", len(parts))
         else:
-            return Ran(list(zip(predicting, choices, strict=True)), [], not_finite)
+            return StepOutcome(list(zip(predicting, choices, strict=True)), [], not_finite)
         groups = [self.apart(group) for group in _split(parts)]
-        return Ran(
+        return StepOutcome(
             [one for group in groups for one in group.chosen],
             [one for group in groups for one in group.broken],
             [one for group in groups for one in group.not_finite],

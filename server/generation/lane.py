@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
     from adapters.residency.slots import Residency
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # An adapter that runs something already leaves this share of the sequences and of the KV blocks to
 # adapters that run nothing: a flood on one never makes another wait for a whole answer to end.
@@ -344,7 +344,7 @@ class GenerateLane:
             try:
                 events += self._advance(sequence, choice)
             except Exception as error:
-                log.exception("Request %s failed", sequence.request.id)
+                logger.exception("Request %s failed", sequence.request.id)
                 faults.append((sequence, failures.broken(sequence.request, error)))
         events += self._settled(faults)
 

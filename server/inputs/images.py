@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 
 from adapters.tasks import Task
 from server.inputs.text import InvalidInput
-from server.messages import EncodedImage
+from server.messages import ProcessedImage
 
 ImageInput = str | bytes | tuple[str, str]  # base64 or a data URL, a file; a pair is refused
 
@@ -150,7 +150,7 @@ class Images:
 
     def encode(
         self, images: Sequence[ImageInput], task: Task, *, truncation: bool = False
-    ) -> tuple[EncodedImage, ...]:
+    ) -> tuple[ProcessedImage, ...]:
         """Decode and prepare the images of one request.
 
         Args:
@@ -172,15 +172,15 @@ class Images:
                 expected=f"at most {self.max_request_pixels} pixels",
                 fix="Scale them down, or send several requests.",
             )
-        found: list[EncodedImage] = []
+        found: list[ProcessedImage] = []
         while opened:  # each decoded image is let go before the next
             found.append(self._encode(opened.pop(0), len(found)))
         return tuple(found)
 
-    def _encode(self, opened: Any, index: int) -> EncodedImage:
+    def _encode(self, opened: Any, index: int) -> ProcessedImage:
         upright = self._decoded(opened, index)
         found = self.processor(upright, return_tensors="np")["pixel_values"][0]
-        return EncodedImage(found.astype("<f4").tobytes(), self.shape, self.tokens)
+        return ProcessedImage(found.astype("<f4").tobytes(), self.shape, self.tokens)
 
     def _open(self, image: ImageInput, index: int) -> Any:
         """An image of which no more than the header is read."""

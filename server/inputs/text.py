@@ -18,7 +18,7 @@ from adapters.tasks import Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
 from server.inputs.tokenizer import TokenizerError, load_tokenizer
-from server.messages import EncodedInput, Likeliest
+from server.messages import Likeliest, TokenizedInput
 from server.options import TokenizerSource
 
 __all__ = [
@@ -173,7 +173,7 @@ class Text:
 
     def encode(
         self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
-    ) -> tuple[EncodedInput, ...]:
+    ) -> tuple[TokenizedInput, ...]:
         """Encode the inputs of one request of the encode lane, special tokens included.
 
         Args:
@@ -201,7 +201,7 @@ class Text:
                     fix="Put the mask token where a word is wanted, and keep it within the limit.",
                 )
             encoded.append(
-                EncodedInput(
+                TokenizedInput(
                     token_ids=tuple(ids),
                     text=(first if second is None else second) if spans else None,
                     offsets=tuple(offsets) if spans else None,

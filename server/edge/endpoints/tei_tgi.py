@@ -14,9 +14,9 @@ from server.edge.endpoints.answers import (
     Generations,
     answer_headers,
     check_inputs,
+    context_of,
     encode,
     encoded,
-    exchange_of,
     json_response,
     sse,
     target_headers,
@@ -34,7 +34,7 @@ from server.edge.endpoints.word_limit import check_words
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
-from server.messages import Encoded, Event, Failure, GenerateResult, SamplingOptions, TokenEvent
+from server.messages import Event, Failure, GenerateResult, ModelInput, SamplingOptions, TokenEvent
 
 PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
     {
@@ -76,7 +76,7 @@ class Native:
         """Classify texts, tokens or images, or fill masks: whatever the adapter was trained for."""
         service, body = self.service, sent.body
         target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
         if target.task == "question-answering":
             check_contexts(body.inputs)
@@ -116,7 +116,7 @@ class Native:
         """Turn texts or images into vectors with the base, or with an adapter's version of it."""
         service, body = self.service, sent.body
         target = service.target((*named(request, adapter), body.adapter), EMBED_TASKS, "/embed")
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         parameters = body.parameters
         inputs = await self._encoded(
             request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
@@ -197,7 +197,7 @@ class Native:
         task: Task,
         *,
         truncation: bool,
-    ) -> tuple[Encoded, ...]:
+    ) -> tuple[ModelInput, ...]:
         """Token ids of texts, or pixels of images.
 
         Args:
@@ -262,7 +262,7 @@ class Native:
         service, parameters = self.service, body.parameters
         names = (*named(request, adapter), body.adapter, parameters.adapter_id)
         target = service.target(names, GENERATE_TASKS, "/generate")
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
         token_ids = await tokenize(
             request,

@@ -34,7 +34,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from server.edge.admit.connections import Connection, ConnectionLimits, make_room_for_connections
-from server.edge.endpoints.middleware import BodyRefused, Gate, error_response
+from server.edge.endpoints.middleware import BodyRefused, RequestMiddleware, error_response
 from server.edge.endpoints.openapi import amended
 from server.edge.endpoints.queries import check_query
 from server.edge.endpoints.routes import Endpoint
@@ -104,7 +104,7 @@ class HiraServer(LitServer):
             devices=1,
             timeout=False,  # deadlines are the dispatcher's
             restart_workers=True,
-            middlewares=[(Gate, {"service": service})],
+            middlewares=[(RequestMiddleware, {"service": service})],
         )
         self.uvicorn_graceful_timeout = service.settings.drain_s + JOIN_S
         self.app.title, self.app.version, self.app.description = TITLE, version, DESCRIPTION

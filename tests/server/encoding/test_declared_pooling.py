@@ -19,7 +19,7 @@ from server.cli import adapters as cli_adapters
 from server.edge.endpoints.schemas import EmbedRequest
 from server.edge.endpoints.uploads import _Parts
 from server.engine.engine import Engine, EngineFailure
-from server.messages import EncodedInput, EncodeRequest, EncodeResult
+from server.messages import EncodeRequest, EncodeResult, TokenizedInput
 from tests.adapters.intake.test_pooling import declare, flags, modules
 from tests.stand import tiny_bases
 
@@ -47,7 +47,7 @@ def serving(base: Path, store: Path) -> Iterator[Engine]:
 
 def vector(engine: Engine, version: str | None = None, **options: Any) -> torch.Tensor:
     request = EncodeRequest(
-        "r", "feature-extraction", version, version, (EncodedInput(tuple(IDS)),), options=options
+        "r", "feature-extraction", version, version, (TokenizedInput(tuple(IDS)),), options=options
     )
     result = engine.run(request)
     assert isinstance(result, EncodeResult)

@@ -14,7 +14,7 @@ import pytest
 
 from server.edge.admit.tokenizing import Encoders, EncodersFull
 from server.edge.endpoints import answers as calls
-from server.edge.endpoints.middleware import Exchange
+from server.edge.endpoints.middleware import RequestContext
 from server.edge.service import AT_ONCE_CHARACTERS, LONG_CHARACTERS, POOLS, Service
 from server.errors import Refusal
 from server.settings import Settings
@@ -118,7 +118,7 @@ def test_given_up_work_keeps_the_thread_until_it_ends() -> None:
 def test_call_whose_client_leaves_stops_waiting_for_the_encoders(leaves: bool) -> None:
     class Call:
         def __init__(self) -> None:
-            self.scope = {"hira": Exchange("id", time.monotonic())}
+            self.scope = {"hira": RequestContext("id", time.monotonic())}
             self.headers: dict[str, str] = {}
 
         async def receive(self) -> dict[str, Any]:
