@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat
 
 from adapters.kernels import native_ops
-from adapters.modulation.strategy import Backend, Bucket, Candidate, Way
+from adapters.modulation.strategy import Backend, Bucket, Candidate, Computation
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _bucket(text: str) -> Bucket:
 def _candidate(text: str) -> Candidate:
     """Raises ValueError unless it is one."""
     backends: dict[str, Backend] = {one: one for one in get_args(Backend)}
-    ways: dict[str, Way] = {one: one for one in get_args(Way)}
+    ways: dict[str, Computation] = {one: one for one in get_args(Computation)}
     backend, _, way = text.partition(" ")
     if backend not in backends or way not in ways:
         raise ValueError(f"{text!r} is no strategy")

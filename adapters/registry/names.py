@@ -79,8 +79,9 @@ class Names:
                 records = self._registry.records()
             except Exception as error:  # noqa: BLE001  # whatever it is, the next reading tries again
                 if not self.is_down:
-                    logger.error("The registry cannot be read; answers go on from what is known: %s",
-                               error)  # fmt: skip
+                    logger.error(
+                        "The registry cannot be read; answers go on from what is known: %s", error
+                    )
                 self.is_down = True
                 return False
             if self.is_down:

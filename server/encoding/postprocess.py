@@ -170,7 +170,7 @@ def entities(
             }
         )
     if strategy in _WORD_STRATEGIES:
-        found = [_agree(word, strategy, text) for word in _words(found, item.text)]
+        found = [_agree(word, strategy, text) for word in _group_words(found, item.text)]
     for one in found:
         best = int(one["scores"].argmax())
         one["entity"] = labels[best]
@@ -250,7 +250,7 @@ def best_spans(logits: torch.Tensor, count: int) -> list[tuple[float, int, int]]
     return found
 
 
-def _words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:
+def _group_words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:
     """Tokens of one word: those between which the text has neither space nor punctuation."""
     words: list[list[dict[str, Any]]] = []
     for one in tokens:

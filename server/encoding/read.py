@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows of one batch that belong to one adapter (None: the bare base) and one task.
 
     Args:
@@ -69,12 +69,12 @@ class Group:
                 found.append(error.with_traceback(None))
         return found
 
-    def halves(self) -> list[Group]:
+    def halves(self) -> list[RowGroup]:
         """The group as two, in order."""
         half = len(self.items) // 2
         return [self._rows(slice(None, half)), self._rows(slice(half, None))]
 
-    def _rows(self, rows: slice) -> Group:
+    def _rows(self, rows: slice) -> RowGroup:
         return replace(
             self,
             requests=self.requests[rows],
@@ -130,7 +130,7 @@ class Reader:
     def forget(self, version: str) -> None:
         self._heads.forget(version)
 
-    def read_apart(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+    def read_apart(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
         """``read``, but what it raises takes the place of answers: of all rows where they have it
         in common, else only of the rows at fault, which are found by halves.
 
@@ -148,7 +148,7 @@ class Reader:
                 return [error.with_traceback(None)] * len(group.items)
         return [answer for half in group.halves() for answer in self.read_apart(half, weights)]
 
-    def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+    def read(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
         """An answer, or an exception of that row's own, for each row of the group.
 
         Embeddings are of whatever the adapter was trained for. They are made as the request says,
@@ -222,7 +222,9 @@ class Reader:
             return error
         return None
 
-    def _embed(self, group: Group, index: int, weights: AdapterWeights | None) -> tuple[float, ...]:
+    def _embed(
+        self, group: RowGroup, index: int, weights: AdapterWeights | None
+    ) -> tuple[float, ...]:
         options = group.requests[index].options
         pooling, normalize = options.get("pooling"), options.get("normalize")
         declared = self._declared
@@ -241,7 +243,7 @@ class Reader:
             normalize=normalize is not False,
         )
 
-    def _fill_masks(self, group: Group) -> list[Any]:
+    def _fill_masks(self, group: RowGroup) -> list[Any]:
         head = self._heads.language_model_head()
         is_mask = (group.ids == self._text.mask_id) & (group.mask == 1)
         counts: list[int] = is_mask.sum(1).tolist()

@@ -27,7 +27,13 @@ from adapters.tasks import Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
-from server.engine.snapshot import EngineSnapshot, FailureTracker, Names, StepFigures, cuda_bytes
+from server.engine.snapshot import (
+    EngineSnapshot,
+    FailureTracker,
+    NamedVersions,
+    StepFigures,
+    cuda_bytes,
+)
 from server.engine.trial import generate_lane, try_base
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateFigures, GenerateLane
@@ -65,7 +71,7 @@ class EngineFailure(Exception):
 
 
 @dataclass(slots=True)
-class _Parts:
+class _EngineParts:
     base: LoadedBase
     inputs: Text | Images
     residency: Residency
@@ -78,14 +84,14 @@ class _Parts:
 class Engine:
     """See the module. Made by ``build``."""
 
-    def __init__(self, parts: _Parts) -> None:
+    def __init__(self, parts: _EngineParts) -> None:
         self._parts = parts
         self._wake = threading.Event()
         self._outbox: list[Event] = []
         self._turn_is_encode = True
         self._ids = itertools.count()
         self._last: StepFigures | None = None
-        self._names = Names()
+        self._names = NamedVersions()
         parts.residency.on_ready(self._settled)
 
     @classmethod
@@ -139,7 +145,7 @@ class Engine:
             raise
         linear, other = base.adapted.base_bytes()
         return cls(
-            _Parts(
+            _EngineParts(
                 base=base,
                 inputs=inputs,
                 residency=residency,

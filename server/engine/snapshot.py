@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 OWN_FAULTS: Final = frozenset({"adapter_failed", "adapter_error", "internal"})
 
 SPARE_S: Final = 5.0  # more than the HTTP processes take to tell of a new name
-LOOK_S: Final = 1.0
+NAMES_CHECKED_EVERY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class FailureTracker:
         return {version: (now + one.left_s, one.reason) for version, one in entries.items()}
 
 
-class Names:
+class NamedVersions:
     """Which adapter versions a name is on, as last told.
 
     A version is in use before the worker hears of its name, and may be asked for again just after
@@ -170,7 +170,7 @@ class Names:
 
     def is_due(self) -> bool:
         """Whether it is time to look again."""
-        return self.named is not None and time.monotonic() - self._looked >= LOOK_S
+        return self.named is not None and time.monotonic() - self._looked >= NAMES_CHECKED_EVERY_S
 
     def unnamed(self, versions: Collection[str]) -> set[str]:
         """Those of ``versions`` that have no name and were not asked for lately."""

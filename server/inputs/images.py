@@ -116,7 +116,7 @@ class Images:
         from transformers import AutoImageProcessor
 
         if not (folder / PROCESSOR_FILE).is_file():
-            raise _unusable(f"no {PROCESSOR_FILE} in {folder}")
+            raise _unusable_processor(f"no {PROCESSOR_FILE} in {folder}")
         channels = int(config.num_channels)
         mode = "L" if channels == 1 else "RGB"
         try:
@@ -129,12 +129,12 @@ class Images:
             }
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             line = str(error).strip().splitlines() or [""]
-            raise _unusable(f"{type(error).__name__}: {line[0][:200]}") from error
+            raise _unusable_processor(f"{type(error).__name__}: {line[0][:200]}") from error
         size = _pair(config.image_size)
         _, found_channels, height, width = next(iter(made))
         fits = (height, width) == size or config.model_type in _ANY_SIZE
         if len(made) > 1 or found_channels != channels or not fits:
-            raise _unusable(
+            raise _unusable_processor(
                 "pixels of " + " and ".join(sorted(map(str, made))),
                 expected=f"(1, {channels}, {size[0]}, {size[1]}) for every image, as config.json",
             )
@@ -264,7 +264,7 @@ def _not_an_image(index: int, found: str) -> InvalidInput:
     )
 
 
-def _unusable(found: str, expected: str | None = None) -> ImageProcessorError:
+def _unusable_processor(found: str, expected: str | None = None) -> ImageProcessorError:
     return ImageProcessorError(
         "The base's image processor cannot be used.",
         found=found,

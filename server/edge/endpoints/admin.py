@@ -52,7 +52,7 @@ class Registration:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class AdapterStatus:
     """What others than the registry know of adapters at this moment."""
 
     residency: Mapping[str, str]  # tier by version
@@ -166,14 +166,16 @@ class Admin:
         with _refused():
             return await self.service.change_registry(work, pool)
 
-    def _answer(self, record: AdapterRecord, known: Known) -> dict[str, Any]:
+    def _answer(self, record: AdapterRecord, known: AdapterStatus) -> dict[str, Any]:
         return _answer(record, known, served=record.fits(self.service.names.base_digest))
 
-    async def _known(self) -> Known:
+    async def _known(self) -> AdapterStatus:
         state = read_state(self.service.settings.run_dir)
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        return Known(residency, quarantined, await self.service.in_thread(adapter_usage, "metrics"))
+        return AdapterStatus(
+            residency, quarantined, await self.service.in_thread(adapter_usage, "metrics")
+        )
 
 
 @contextmanager
@@ -190,7 +192,7 @@ def _refused() -> Iterator[None]:
         raise Refusal.of(full) from None
 
 
-def _answer(record: AdapterRecord, known: Known, *, served: bool) -> dict[str, Any]:
+def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dict[str, Any]:
     requests, last_used = known.usage.get(record.name, (0, None))
     until, why = known.quarantined.get(record.version, (None, None))
     return AdapterAnswer(
@@ -230,7 +232,7 @@ def _registration(upload: Upload) -> Registration:
     """
     fields = dict(upload.fields)
     name = fields.pop("name", None)
-    flags = {one: _flag(one, fields.pop(one, "")) for one in ("replace", "pinned", "preload")}
+    flags = {one: _parse_flag(one, fields.pop(one, "")) for one in ("replace", "pinned", "preload")}
     faults = [
         Fault("invalid_request", "There is no such field.", field=unknown) for unknown in fields
     ]
@@ -251,7 +253,7 @@ def _registration(upload: Upload) -> Registration:
     return Registration(name, **flags)
 
 
-def _flag(name: str, text: str) -> bool:
+def _parse_flag(name: str, text: str) -> bool:
     if text.lower() not in TRUE | FALSE:
         raise Refusal.because(
             "invalid_request", "Not a yes or no.", found=text[:40], expected="true or false",

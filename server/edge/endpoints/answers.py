@@ -22,7 +22,7 @@ from server.edge.service import (
     AT_ONCE_CHARACTERS,
     INPUT_CHARACTERS,
     LONG_CHARACTERS,
-    Encoder,
+    InputsT,
     Service,
     Target,
 )
@@ -85,9 +85,9 @@ def deadline_of(request: HttpRequest, service: Service) -> float:
 async def tokenize(  # noqa: PLR0917  # what Service.tokenize takes, after the call
     request: HttpRequest,
     service: Service,
-    encoder: Encoder,
+    encoder: InputsT,
     characters: int,
-    work: Callable[[Encoder], T],
+    work: Callable[[InputsT], T],
     field: str = "inputs",
 ) -> T:
     """`Service.tokenize` for a call: within its deadline, and while its client is there.

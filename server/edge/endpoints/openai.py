@@ -32,7 +32,7 @@ from server.edge.endpoints.schemas_openai import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    Known,
+    OpenAIBody,
     Sampling,
 )
 from server.edge.endpoints.tei_tgi import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
@@ -265,7 +265,7 @@ class OpenAI:
             return shape.answer(results, copies)
         return await self.service.in_thread(lambda: shape.answer(results, copies), "answers")
 
-    def _target(self, request: Request, body: Known, verb: str) -> Target:
+    def _target(self, request: Request, body: OpenAIBody, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
         for name, value in body.unsupported():
             raise Refusal.because(
