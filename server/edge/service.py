@@ -21,7 +21,7 @@ from adapters.tasks import Task
 from server.edge.admit.body_budget import BodyBudget
 from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, PoolLate
 from server.edge.admit.bounds import Bounds
-from server.edge.admit.keys import Keyring, admin_key
+from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.link.dispatcher import Dispatcher
 from server.errors import Fault, Refusal
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Encoder = TypeVar("Encoder", Text, Images)
+InputsT = TypeVar("InputsT", Text, Images)
 
 AT_ONCE_CHARACTERS: Final = 4096  # texts longer than this are tokenized off the event loop
 LONG_CHARACTERS: Final = 1 << 16  # and longer than this, by a tokenizer that nobody else waits for
@@ -345,9 +345,9 @@ class Service:
 
     async def tokenize(
         self,
-        encoder: Encoder,
+        encoder: InputsT,
         characters: int,
-        work: Callable[[Encoder], T],
+        work: Callable[[InputsT], T],
         field: str,
         deadline: float,
     ) -> T:
@@ -505,7 +505,7 @@ class Service:
         return Target(None, None, self.base.task)
 
     def _keyring(self) -> Keyring:
-        key, _ = admin_key(self.settings.admin_key, self.settings.data_dir)
+        key, _ = resolve_admin_key(self.settings.admin_key, self.settings.data_dir)
         return Keyring(key, self.settings.api_keys)
 
     def _known_versions(self) -> Pin:

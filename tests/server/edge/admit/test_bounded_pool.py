@@ -16,7 +16,7 @@ from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, Pool
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.endpoints import answers as calls
-from server.edge.endpoints.middleware import Exchange
+from server.edge.endpoints.middleware import RequestContext
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.service import (
     AT_ONCE_CHARACTERS,
@@ -126,7 +126,7 @@ def test_given_up_work_keeps_the_thread_until_it_ends() -> None:
 def test_call_whose_client_leaves_stops_waiting_for_the_encoders(leaves: bool) -> None:
     class Call:
         def __init__(self) -> None:
-            self.scope = {"hira": Exchange("id", time.monotonic())}
+            self.scope = {"hira": RequestContext("id", time.monotonic())}
             self.headers: dict[str, str] = {}
 
         async def receive(self) -> dict[str, Any]:
