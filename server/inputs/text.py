@@ -360,6 +360,8 @@ class Text:
             if text is not None:
                 _check_unicode(text, index)
         if truncation and second is not None:
+            if self._surely_exceeds(first, self.max_tokens):
+                raise _input_too_long(index, "a first text that fills the context", self.max_tokens)
             second = self._bound.head(second, self.max_tokens)
         elif truncation:
             first = self._bound.head(first, self.max_tokens)
