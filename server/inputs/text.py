@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
 from server.inputs.tokenizer import TokenizerError, load_tokenizer
@@ -34,8 +34,6 @@ __all__ = [
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
 
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
-
-SPAN_TASKS: frozenset[str] = frozenset({"token-classification", "question-answering"})
 
 
 class TextError(Exception):
@@ -187,13 +185,13 @@ class Text:
             InputTooLong: An input is longer than ``max_tokens`` and ``truncation`` is off.
             InvalidInput: No tokens, no mask token for fill-mask, or a lone surrogate.
         """
-        spans = task in SPAN_TASKS
+        row = BY_NAME[task]
         encoded = []
         for index, one in enumerate(texts):
             first, second = one if isinstance(one, tuple) else (one, None)
             ids, offsets, type_ids = self._tokenize(first, second, truncation, index)
             self._check(ids, index)
-            if task == "fill-mask" and self.mask_id not in ids:
+            if row.needs_mask and self.mask_id not in ids:
                 raise InvalidInput(
                     f"Input {index} has nothing to fill.",
                     found="no mask token",
@@ -203,8 +201,8 @@ class Text:
             encoded.append(
                 EncodedInput(
                     token_ids=tuple(ids),
-                    text=(first if second is None else second) if spans else None,
-                    offsets=tuple(offsets) if spans else None,
+                    text=(first if second is None else second) if row.spans else None,
+                    offsets=tuple(offsets) if row.spans else None,
                     type_ids=tuple(type_ids) if type_ids is not None else None,
                 )
             )

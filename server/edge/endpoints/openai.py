@@ -35,7 +35,7 @@ from server.edge.endpoints.schemas_openai import (
     Known,
     Sampling,
 )
-from server.edge.endpoints.tei_tgi import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
+from server.edge.endpoints.tei_tgi import check_new_tokens
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.text import Text
@@ -276,9 +276,9 @@ class OpenAI:
                 field=name,
             )
         model = str(getattr(body, "model", ""))
-        tasks = EMBED_TASKS if isinstance(body, EmbeddingRequest) else GENERATE_TASKS
+        path = "/embed" if isinstance(body, EmbeddingRequest) else "/generate"
         names = (model, *request.query_params.getlist("adapter"))
-        target = self.service.target(names, tasks, verb, "model")
+        target = self.service.target(names, path, "model", call=verb)
         exchange_of(request).adapter = target.adapter
         return target
 
