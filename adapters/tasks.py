@@ -18,10 +18,12 @@ Task = Literal[
     "feature-extraction",
     "question-answering",
     "image-classification",
+    "text-ranking",
 ]
 Lane = Literal["encode", "generate"]
 Head = Literal["adapter", "base"]
 Kind = Literal["texts", "images"]
+Cut = Literal["second", "longest"]
 # Families whose backbone is a row of patches for each image, whatever its size: those served.
 IMAGE_MODELS: Final = frozenset({"vit", "deit", "dinov2"})
 
@@ -48,6 +50,7 @@ class TaskRow:
         default_top_k: Answers for each input where the request does not say; None for all.
         spans: The answer names places in the text, so text and offsets travel with the tokens.
         needs_pair: An input is two texts.
+        cuts: Which of a pair that is too long is cut.
         needs_mask: An input has mask tokens.
     """
 
@@ -67,6 +70,7 @@ class TaskRow:
     default_top_k: int | None = None
     spans: bool = False
     needs_pair: bool = False
+    cuts: Cut = "second"
     needs_mask: bool = False
 
     @property
@@ -109,6 +113,17 @@ ROWS: Final[tuple[TaskRow, ...]] = (
         auto_class="AutoModelForImageClassification",
         narrows="text-classification",
         parameters=("function_to_apply",),
+    ),
+    TaskRow(
+        name="text-ranking",
+        path="/rerank",
+        also=("text-classification", "feature-extraction"),
+        task_type="SEQ_CLS",
+        auto_class="AutoModelForSequenceClassification",
+        narrows="text-classification",
+        outputs=1,
+        needs_pair=True,
+        cuts="longest",
     ),
     TaskRow(
         name="fill-mask",

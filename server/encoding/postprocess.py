@@ -366,12 +366,20 @@ def _filled(one: Reading) -> Any:
     return fill(one.values, one.item, one.tokenizer, top_k=top_k, targets=targets)
 
 
+def _relevance(one: Reading) -> float:
+    """How relevant the second text of a pair is to the first: a probability, or the bare logit."""
+    check_finite(one.values)
+    score = one.values.float()[0]
+    return float(score if one.option("raw_scores") else score.sigmoid())
+
+
 # The answer to one input, for each task that one forward answers.
 POSTPROCESSORS: Final[Mapping[Task, Callable[[Reading], Any]]] = {
     "text-classification": _classified,
     "token-classification": _entities,
     "question-answering": lambda one: answers(one.values, one.item, top_k=one.top_k or 1),
     "image-classification": _classified,
+    "text-ranking": _relevance,
     "fill-mask": _filled,
     "feature-extraction": lambda one: embed(
         one.values, pooling=one.pooling, normalize=one.normalize

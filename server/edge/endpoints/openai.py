@@ -267,14 +267,7 @@ class OpenAI:
 
     def _target(self, request: Request, body: Known, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
-        for name, value in body.unsupported():
-            raise Refusal.because(
-                "unsupported_parameter",
-                f"{name} cannot be honoured by this server.",
-                found=repr(value)[:80],
-                expected="its neutral value, or no such field",
-                field=name,
-            )
+        body.check_supported()
         model = str(getattr(body, "model", ""))
         path = "/embed" if isinstance(body, EmbeddingRequest) else "/generate"
         names = (model, *request.query_params.getlist("adapter"))
