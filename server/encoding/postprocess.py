@@ -15,7 +15,7 @@ import torch
 from adapters.tasks import BY_NAME, Task
 from server.failures import NotFinite
 from server.inputs.text import Text
-from server.messages import EncodedInput, EncodeRequest
+from server.messages import EncodeRequest, TokenizedInput
 
 Apply = Literal["softmax", "sigmoid", "none"]
 Pooling = Literal["mean", "cls", "last"]
@@ -127,7 +127,7 @@ def embed(hidden: torch.Tensor, *, pooling: Pooling, normalize: bool = True) -> 
 
 def fill(
     logits: torch.Tensor,
-    item: EncodedInput,
+    item: TokenizedInput,
     text: Text,
     *,
     top_k: int | None = None,
@@ -175,7 +175,7 @@ def fill(
 
 def entities(
     logits: torch.Tensor,
-    item: EncodedInput,
+    item: TokenizedInput,
     labels: Sequence[str],
     text: Text,
     *,
@@ -211,7 +211,7 @@ def entities(
             }
         )
     if strategy in _WORD_STRATEGIES:
-        found = [_agree(word, strategy, text) for word in _words(found, item.text)]
+        found = [_agree(word, strategy, text) for word in _group_words(found, item.text)]
     for one in found:
         best = int(one["scores"].argmax())
         one["entity"] = labels[best]
@@ -241,7 +241,7 @@ def entities(
 
 
 def answers(
-    logits: torch.Tensor, item: EncodedInput, *, top_k: int = 1
+    logits: torch.Tensor, item: TokenizedInput, *, top_k: int = 1
 ) -> tuple[dict[str, Any], ...]:
     """Spans of the context that answer the question, most probable first.
 
@@ -291,7 +291,7 @@ def best_spans(logits: torch.Tensor, count: int) -> list[tuple[float, int, int]]
     return found
 
 
-def _words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:
+def _group_words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:
     """Tokens of one word: those between which the text has neither space nor punctuation."""
     words: list[list[dict[str, Any]]] = []
     for one in tokens:

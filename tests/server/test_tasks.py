@@ -24,7 +24,7 @@ from adapters.tasks import (
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.schemas import PredictParameters
-from server.edge.endpoints.tei_tgi import Native
+from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.litserve.spec import inference_routes
 from server.encoding.postprocess import POSTPROCESSORS
 
@@ -50,7 +50,7 @@ def test_every_task_of_the_encode_lane_has_a_postprocessor_and_no_other_has() ->
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_task_has_its_call(row: TaskRow) -> None:
     nothing: Any = None
-    routes = inference_routes(Native(nothing), Ranking(nothing), OpenAI(nothing))
+    routes = inference_routes(TeiTgi(nothing), Ranking(nothing), OpenAI(nothing))
     assert row.path in {one.path for one in routes if "POST" in one.methods}
     assert asked_at(row.name, row.path) == row.name
     assert row.name in tasks_at(row.path)

@@ -12,9 +12,9 @@ from fastapi import Depends, Request, Response
 from server.edge.endpoints.answers import (
     answer_headers,
     check_inputs,
+    context_of,
     encode,
     encoded,
-    exchange_of,
     json_response,
 )
 from server.edge.endpoints.body import sent_json
@@ -24,7 +24,7 @@ from server.edge.endpoints.schemas_ranking import (
     ScoreRequest,
     SimilarityRequest,
 )
-from server.edge.endpoints.tei_tgi import Named, named
+from server.edge.endpoints.tei_tgi import Named, adapter_names
 from server.edge.service import Service, Target
 from server.errors import Refusal
 from server.inputs.text import Side
@@ -52,7 +52,7 @@ class Ranking:
         body = sent.root
         if isinstance(body, DocumentsRequest):
             return await self.rerank_documents(request, body)
-        target = self._target(request, (*named(request, adapter), body.adapter), "adapter")
+        target = self._target(request, (*adapter_names(request, adapter), body.adapter), "adapter")
         result = await self._scores(
             request,
             target,
@@ -137,9 +137,9 @@ class Ranking:
         service, parameters = self.service, body.parameters
         check_prompt_name(parameters.prompt_name, "parameters.prompt_name")
         target = service.target(
-            (*named(request, adapter), body.adapter), "/embed", call="/similarity"
+            (*adapter_names(request, adapter), body.adapter), "/embed", call="/similarity"
         )
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         sentences = [body.inputs.source_sentence, *body.inputs.sentences]
         # One sentence has none to be compared with.
         check_inputs(len(sentences) if len(sentences) > 1 else 0, service, "inputs.sentences")
@@ -163,12 +163,12 @@ class Ranking:
     def _target(self, request: Request, names: Sequence[str | None], field: str) -> Target:
         call = request.url.path
         target = self.service.target(names, "/rerank", field, call=call)
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         return target
 
     def _openai_target(self, request: Request, body: DocumentsRequest | ScoreRequest) -> Target:
         body.check_supported()
-        return self._target(request, (body.model, *named(request, None)), "model")
+        return self._target(request, (body.model, *adapter_names(request, None)), "model")
 
     async def _scores(
         self,

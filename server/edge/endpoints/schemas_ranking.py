@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, RootModel, Tag, model_validator
 
 from server.edge.endpoints.schemas import AdapterName, Answer, Body, Flag, Texts, Whole
-from server.edge.endpoints.schemas_openai import Known
+from server.edge.endpoints.schemas_openai import OpenAIBody
 
 TruncationDirection = Literal["left", "right", "Left", "Right"]
 AnyTexts = str | Texts
@@ -40,11 +40,11 @@ class RerankRequest(Truncation):
     )
 
 
-class DocumentObject(Known):
+class DocumentObject(OpenAIBody):
     text: str
 
 
-class DocumentsRequest(Known):
+class DocumentsRequest(OpenAIBody):
     model: str | None = None
     query: str
     documents: Annotated[list[str | DocumentObject], Field(fail_fast=True)]
@@ -91,7 +91,7 @@ _SIDES = (
 )
 
 
-class ScoreRequest(Known):
+class ScoreRequest(OpenAIBody):
     model: str
     text_1: AnyTexts | None = None
     text_2: AnyTexts | None = None

@@ -17,7 +17,7 @@ from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
 from pydantic import BaseModel
 
-from server.edge.endpoints.body import described, described_json
+from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
@@ -49,7 +49,7 @@ from server.edge.endpoints.schemas_ranking import (
     ScoreRequest,
     SimilarityRequest,
 )
-from server.edge.endpoints.tei_tgi import Native
+from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.wire import EVENTS_UID
 
@@ -58,7 +58,7 @@ class HiraSpec(LitSpec):
     """See the module. In the worker process only its path is left of it."""
 
     def __init__(
-        self, native: Native, ranking: Ranking, openai: OpenAI, dispatcher: Dispatcher
+        self, native: TeiTgi, ranking: Ranking, openai: OpenAI, dispatcher: Dispatcher
     ) -> None:
         super().__init__()
         self.api_path = "/predict"
@@ -100,7 +100,7 @@ class HiraSpec(LitSpec):
         return output
 
 
-def inference_routes(native: Native, ranking: Ranking, openai: OpenAI) -> list[Endpoint]:
+def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[Endpoint]:
     post, get = ("POST",), ("GET",)
 
     def v1(
@@ -131,7 +131,7 @@ def inference_routes(native: Native, ranking: Ranking, openai: OpenAI) -> list[E
             post,
             "Native",
             Prediction | list[Prediction],
-            extra=described(PredictRequest),
+            extra=form_schema(PredictRequest),
         ),
         Endpoint(
             "/embed",
@@ -139,7 +139,7 @@ def inference_routes(native: Native, ranking: Ranking, openai: OpenAI) -> list[E
             post,
             "Native",
             list[list[float]],
-            extra=described(EmbedRequest),
+            extra=form_schema(EmbedRequest),
         ),
         Endpoint(
             "/rerank",
