@@ -173,8 +173,10 @@ def test_added_token_that_takes_the_space_behind_a_word_along_is_not_cut(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", ["token-classification", "question-answering"])
-def test_span_task_cuts_as_the_whole_text_is_cut(kind: str, task: Any) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_span_task_cuts_as_the_whole_text_is_cut(kind: str, task: Any, side: str) -> None:
     text, choose = Text(KINDS[kind](), max_tokens=24), random.Random(9)
+    text.tokenizer.truncation_side = side
     for _ in range(40):
         long = "".join(choose.choices(PIECES + (" film",) * 9, k=300)) + " end"
         given: Any = long if task == "token-classification" else ("a film", long)
