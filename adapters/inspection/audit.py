@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterError, CorruptFile
-from adapters.inspection.cards import CardClaims, Finding, explain, read_card
+from adapters.inspection.cards import CardClaims, Finding, explain_counts, read_card
 from adapters.inspection.known_bases import Fit, known_names
-from adapters.inspection.proofs import Layout, TensorProof, as_findings, prove, rank_of, some
+from adapters.inspection.proofs import FileTensors, TensorProof, as_findings, prove, rank_of, some
 from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, load_adapter
 from adapters.intake.config import AdapterConfig, parse_config
 from adapters.intake.model_config import read_task_config
@@ -76,7 +76,7 @@ def audit_card(text: str) -> AuditReport:
         text: Markdown. A card without counts proves nothing, and the report says so.
     """
     card = read_card(text)
-    found, best, findings = explain(card)
+    found, best, findings = explain_counts(card)
     return AuditReport(card=card, fit=best, fits=found, findings=findings)
 
 
@@ -129,18 +129,18 @@ def _claims(
 ) -> tuple[AdapterConfig | None, tuple[str, ...] | None]:
     config, labels = None, None
     try:
-        config = parse_config(_read(folder / CONFIG_FILE))
+        config = parse_config(_read_file(folder / CONFIG_FILE))
     except AdapterError as fault:
         findings += as_findings(fault)
     if (folder / TASK_CONFIG_FILE).exists():
         try:
-            labels = read_task_config(_read(folder / TASK_CONFIG_FILE)).names
+            labels = read_task_config(_read_file(folder / TASK_CONFIG_FILE)).names
         except AdapterError as fault:
             findings += as_findings(fault)
     return config, labels
 
 
-def _against_config(config: AdapterConfig, proof: TensorProof, layout: Layout) -> Iterator[Finding]:
+def _against_config(config: AdapterConfig, proof: TensorProof, layout: FileTensors) -> Iterator[Finding]:
     if proof.method not in (None, config.method):
         yield Finding(
             "contradiction", "method", f"peft_type {config.method}", f"{proof.method} tensors"
@@ -236,7 +236,7 @@ def _against_tensors(
         yield Finding("contradiction", "base model", f"card: {card.base}", f"{CONFIG_FILE}: {own}")
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     if not path.exists():
         raise CorruptFile(f"{path.name} is missing.", found="no file", expected=path.name)
     with open_regular(path) as file:

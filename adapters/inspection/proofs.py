@@ -73,7 +73,7 @@ class TensorProof:
 
 
 @dataclass
-class Layout:
+class FileTensors:
     """Factors by layer, and what is no factor."""
 
     pairs: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Layout:
     nonzero: int = 0
 
 
-def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
+def prove(folder: Path) -> tuple[TensorProof, FileTensors, list[Finding]]:
     """Read the tensors in ``folder``.
 
     Returns:
@@ -106,7 +106,7 @@ def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
             expected=TENSOR_FILE,
             fix=PICKLE_FIX,
         )
-    layout = Layout()
+    layout = FileTensors()
     tensor_bytes = 0
     with open_regular(path) as file:
         for entry in read_header(file).values():
@@ -168,7 +168,7 @@ def rank_of(pair: Mapping[str, TensorEntry]) -> int | None:
     return a[0] if len(a) >= 2 and len(b) >= 2 and a[0] == b[1] >= 1 else None
 
 
-def _outputs(layout: Layout) -> int | None:
+def _outputs(layout: FileTensors) -> int | None:
     """Outputs of the head's last layer: the one that no other saved layer could follow."""
     shapes = [entry.shape for _, entry in layout.saved if len(entry.shape) == 2]
     last = [
@@ -179,7 +179,7 @@ def _outputs(layout: Layout) -> int | None:
     return last[0] if len(last) == 1 else None
 
 
-def _known_fits(layout: Layout) -> Iterator[str]:
+def _known_fits(layout: FileTensors) -> Iterator[str]:
     for names in KNOWN if layout.pairs else ():
         plain = counted(names, "")
         wrong = [] if plain is None else _misfits(layout.pairs, plain.signature)

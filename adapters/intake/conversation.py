@@ -20,7 +20,7 @@ TOKENIZER_FILE: Final = "tokenizer_config.json"
 GENERATION_FILE: Final = "generation_config.json"
 FILES: Final = (TEMPLATE_FILE, TOKENIZER_FILE, GENERATION_FILE)
 # Without effect on an answer here; names with an underscore first neither.
-_WITHOUT_EFFECT = frozenset({"bos_token_id", "pad_token_id", "transformers_version", "use_cache"})
+_SETTINGS_WITHOUT_EFFECT = frozenset({"bos_token_id", "pad_token_id", "transformers_version", "use_cache"})
 _SHOWN = 8
 
 
@@ -48,7 +48,7 @@ def _said(name: str, content: dict[str, Any]) -> Iterator[str]:
     said = [
         f"{field[:80]} = {show(value)}"
         for field, value in content.items()
-        if value is not None and field not in _WITHOUT_EFFECT and not field.startswith("_")
+        if value is not None and field not in _SETTINGS_WITHOUT_EFFECT and not field.startswith("_")
     ]
     if said:
         more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Recent(Generic[T]):
+class RecentResults(Generic[T]):
     """The values of the ``capacity`` keys used last. What raises is not kept; safe in threads.
 
     Args:

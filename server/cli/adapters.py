@@ -15,8 +15,8 @@ from server.cli.client import (
     DEFAULT_URL,
     AsJson,
     Key,
-    Url,
-    admin_key,
+    UrlOption,
+    key_or_local_admin_key,
     ask,
     check,
     fail,
@@ -25,7 +25,7 @@ from server.cli.client import (
     show_table,
 )
 
-app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
+adapters_app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 CHUNK_BYTES = 1 << 18
@@ -47,16 +47,16 @@ FILES = (
 )
 
 
-@app.command("list")
+@adapters_app.command("list")
 def list_adapters(
     prefix: Annotated[str, typer.Option(help="Names that begin so.")] = "",
-    url: Url = DEFAULT_URL,
+    url: UrlOption = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """List all adapters."""
     rows: list[dict[str, Any]] = []
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         while True:
             params = {"prefix": prefix, "offset": len(rows), "limit": PAGE}
             page = ask(client, "GET", "/admin/adapters", params=params).json()
@@ -70,15 +70,15 @@ def list_adapters(
     show_table(columns, [[_cell(name, row[name]) for name in columns] for row in rows])
 
 
-@app.command()
-def show(name: Name, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+@adapters_app.command()
+def show(name: Name, url: UrlOption = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
     """Show one adapter."""
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         row = ask(client, "GET", _path(name)).json()
     _print_record(row, as_json)
 
 
-@app.command()
+@adapters_app.command()
 def add(
     name: Name,
     path: Annotated[
@@ -92,13 +92,13 @@ def add(
     replace: Annotated[bool, typer.Option(help="Replace the adapter of this name.")] = False,
     pinned: Annotated[bool, typer.Option(help="Keep it on the device.")] = False,
     preload: Annotated[bool, typer.Option(help="Bring it to the device now.")] = False,
-    url: Url = DEFAULT_URL,
+    url: UrlOption = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Register an adapter: upload its files, or let the server fetch them."""
     fields: dict[str, Any] = {"replace": replace, "pinned": pinned, "preload": preload}
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         if remote:
             body = {"name": name, "source": path, **fields}
             answer = ask(client, "POST", "/admin/adapters", json=body)
@@ -115,23 +115,23 @@ def add(
     _print_record(answer.json(), as_json)
 
 
-@app.command()
-def remove(name: Name, url: Url = DEFAULT_URL, key: Key = None) -> None:
+@adapters_app.command()
+def remove(name: Name, url: UrlOption = DEFAULT_URL, key: Key = None) -> None:
     """Remove an adapter; requests that run finish."""
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         ask(client, "DELETE", _path(name))
 
 
-@app.command()
+@adapters_app.command()
 def pin(
     name: Name,
     off: Annotated[bool, typer.Option("--off", help="Unpin it.")] = False,
-    url: Url = DEFAULT_URL,
+    url: UrlOption = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Keep an adapter on the device, or let it go again."""
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         answer = ask(client, "PATCH", _path(name), json={"pinned": not off})
     _print_record(answer.json(), as_json)
 

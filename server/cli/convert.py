@@ -10,7 +10,7 @@ import typer
 from server.cli.client import fail
 
 
-def add_to(app: typer.Typer) -> None:
+def add_convert_command(app: typer.Typer) -> None:
     app.command()(convert)
 
 
