@@ -14,6 +14,7 @@ from adapters.errors import AdapterError, AdapterFaults, UnsafeFormat
 from adapters.inspection.cards import Finding
 from adapters.inspection.known_bases import HEADS, KNOWN, counted
 from adapters.intake.checkpoint import TENSOR_FILE
+from adapters.intake.factor_shapes import first_names
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
@@ -24,8 +25,6 @@ from adapters.intake.safetensors_header import (
     read_tensor,
 )
 from adapters.signature import BaseSignature
-
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,9 @@ def prove(folder: Path) -> tuple[TensorProof, FileTensors, list[Finding]]:
                 layout.unknown.append(entry.name)
     if layout.unknown:
         findings.append(
-            Finding("contradiction", "tensors", some(layout.unknown), "no tensors of an adapter")
+            Finding(
+                "contradiction", "tensors", first_names(layout.unknown), "no tensors of an adapter"
+            )
         )
     ranks: dict[str, set[int]] = {}
     for layer, pair in layout.pairs.items():
@@ -215,9 +216,3 @@ def as_findings(fault: AdapterError) -> Iterator[Finding]:
     for each in fault.faults if isinstance(fault, AdapterFaults) else (fault,):
         expected = f", expected {each.expected}" if each.expected else ""
         yield Finding("contradiction", each.code, each.message, f"{each.found or ''}{expected}")
-
-
-def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -21,13 +21,15 @@ from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
 from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES, TENSOR_FILE
-from adapters.intake.conversation import FILES as NOTED_FILES
+from adapters.intake.conversation import CONVERSATION_FILES
 from adapters.intake.pooling import NESTED
 from adapters.intake.safetensors_header import PICKLE_FIX
 
 # By their path in an adapter's folder: the names that they are stored under, those aside that are
 # only looked at when an adapter comes in.
-WANTED: dict[str, str] = {name: name for name in (*STORED_FILES, *NOTED_FILES)} | dict(NESTED)
+WANTED: dict[str, str] = {name: name for name in (*STORED_FILES, *CONVERSATION_FILES)} | dict(
+    NESTED
+)
 MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink
 COPY_CHUNK_BYTES = 1 << 20
@@ -49,7 +51,7 @@ class _Member:
 def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
     """Take the files of an adapter out of a zip, tar or tar.gz archive.
 
-    Memory stays within a few ``_CHUNK_BYTES``, whatever the archive claims or unpacks to.
+    Memory stays within a few ``COPY_CHUNK_BYTES``, whatever the archive claims or unpacks to.
 
     Args:
         archive: On disk.
@@ -211,7 +213,9 @@ class _Bounded(io.RawIOBase):
         self._file = file
 
     def read(self, size: int = -1, /) -> bytes:
-        content = self._file.read(COPY_CHUNK_BYTES + 1 if size < 0 else min(size, COPY_CHUNK_BYTES + 1))
+        content = self._file.read(
+            COPY_CHUNK_BYTES + 1 if size < 0 else min(size, COPY_CHUNK_BYTES + 1)
+        )
         if len(content) > COPY_CHUNK_BYTES:
             raise UploadTooLarge(
                 "The archive's list of members is too long.",

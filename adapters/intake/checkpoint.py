@@ -25,12 +25,12 @@ from adapters.errors import (
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
 from adapters.intake.conversation import conversation_notes
+from adapters.intake.file_names import CARD_FILE
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
 from adapters.intake.memo import RecentResults
 from adapters.intake.model_config import Labels, TaskConfig, read_task_config
-from adapters.intake.pooling import FILES as DECLARATION_FILES
-from adapters.intake.pooling import Declaration, pooling_files, read_pooling
+from adapters.intake.pooling import EMBEDDING_FILES, Declaration, pooling_files, read_pooling
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
     TensorEntry,
@@ -47,8 +47,7 @@ from adapters.tasks import HEADED, Task
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
-STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *DECLARATION_FILES)
+STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *EMBEDDING_FILES)
 _RECENT_PLANS = 32
 
 

@@ -23,7 +23,9 @@ from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
 from adapters.signature import Method
 
 ALL_LINEAR = "all-linear"
-PEFT_TASK_TYPES = frozenset({"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+PEFT_TASK_TYPES = frozenset(
+    {"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"}
+)
 
 _TASK_FIXES: Final = {
     "SEQ_2_SEQ_LM": "If it was trained on a decoder such as Llama, or GPT-2: set task_type to "
@@ -172,7 +174,9 @@ class AdapterConfig:
             return False
         if self.all_linear:
             return True
-        if self.target_modules is None or not _is_named(self.target_modules, path, "target_modules"):
+        if self.target_modules is None or not _is_named(
+            self.target_modules, path, "target_modules"
+        ):
             return False
         if not self.layers_to_transform or isinstance(self.target_modules, str):
             return True
@@ -332,7 +336,7 @@ def _pattern_faults(config: AdapterConfig) -> list[AdapterError]:
     faults: list[AdapterError] = []
     for option, pattern in options:
         try:
-            patterns.check(pattern, option=option)
+            patterns.check_pattern(pattern, option=option)
         except UnsupportedOption as fault:
             faults.append(fault)
     return faults

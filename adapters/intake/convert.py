@@ -36,12 +36,12 @@ from adapters.errors import (
 )
 from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.intake.config import parse_config
-from adapters.intake.factor_shapes import some
+from adapters.intake.factor_shapes import first_names
 from adapters.intake.foreign import AUTHORS_MARK, authors_variant
 from adapters.intake.keys import PEFT_PREFIX, FactorKey, SavedKey, parse_key
 from adapters.intake.safetensors_header import (
-    SAFETENSORS_DTYPES,
     MAX_TENSOR_FILE_BYTES,
+    SAFETENSORS_DTYPES,
     open_regular,
     read_header,
 )
@@ -83,7 +83,7 @@ def convert(source: Path, dest: Path) -> Converted:
     _check_config(content)
     tensors = _renamed(_read_checkpoint(source))
     ranks = _ranks(tensors)
-    config = json.dumps(_peft_config(content, ranks), indent=2)
+    config = json.dumps(_converted_config(content, ranks), indent=2)
     parse_config(config.encode())
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".converted-") as scratch:
@@ -185,7 +185,7 @@ def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if strange:
         raise UnmatchedTensors(
             "Some tensors are none that the authors' code saves.",
-            found=f"{len(strange)}: {some(strange)}",
+            found=f"{len(strange)}: {first_names(strange)}",
             expected=f"{PEFT_PREFIX}....lora_A and lora_B, and modules saved whole",
         )
     return made
@@ -219,7 +219,7 @@ def _ranks(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return ranks
 
 
-def _peft_config(content: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _converted_config(content: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     """PEFT's configuration; what the authors' forward never reads is left out."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     named = content.get("target_modules")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from adapters.errors import BaseMismatch, UnmatchedTensors
-from adapters.intake.factor_shapes import some
+from adapters.intake.factor_shapes import first_names
 from adapters.intake.keys import PEFT_PREFIX, BiasKey, FactorKey, parse_key
 from adapters.intake.safetensors_header import TensorEntry
 from adapters.signature import BaseSignature, LayerSignature
@@ -27,7 +27,7 @@ def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | No
         f"The tensors' names have a part too many: {too_many}"
         if is_extra
         else f"The tensors' names do not begin with {too_many}",
-        found=f"{len(names)}: {some(list(names))}",
+        found=f"{len(names)}: {first_names(list(names))}",
         expected=f"names such as {PEFT_PREFIX}{next(iter(base.layers))}...",
         fix=f"Take {too_many} out of the names, if the adapter was made for this base."
         if is_extra

@@ -118,7 +118,11 @@ class TaskConfig:
         if isinstance(rope, dict):
             known = {**known, "rope_scaling": rope}  # one field of transformers 5, two before
         for name, value in self.fields.items():
-            if name.startswith("_") or "dropout" in name or name in HEAD_FIELDS | _FIELDS_WITHOUT_EFFECT:
+            if (
+                name.startswith("_")
+                or "dropout" in name
+                or name in HEAD_FIELDS | _FIELDS_WITHOUT_EFFECT
+            ):
                 continue
             if name in known and None not in (value, known[name]) and _differ(value, known[name]):
                 yield (

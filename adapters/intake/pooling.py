@@ -26,7 +26,7 @@ NESTED: Final[Mapping[str, str]] = {
 }
 # What decides a vector, and with it an adapter's version.
 POOLING_FILES: Final = (MODULES_FILE, *NESTED.values())
-FILES: Final = (*POOLING_FILES, PROMPTS_FILE, LENGTH_FILE)
+EMBEDDING_FILES: Final = (*POOLING_FILES, PROMPTS_FILE, LENGTH_FILE)
 
 Mode = Literal["mean", "cls", "last"]
 _MODES: Final[Mapping[str, Mode]] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
@@ -59,8 +59,8 @@ class Declaration:
 
 
 def located(folder: Path) -> dict[str, Path]:
-    """Where the files of ``FILES`` are in a folder, flat or nested, by their flat name."""
-    names = {name: name for name in FILES} | {flat: name for name, flat in NESTED.items()}
+    """Where ``EMBEDDING_FILES`` are in a folder, flat or nested, by their flat name."""
+    names = {name: name for name in EMBEDDING_FILES} | {flat: name for name, flat in NESTED.items()}
     places = {flat: (folder / name, folder / flat) for flat, name in names.items()}
     return {
         flat: there[0]
@@ -144,12 +144,16 @@ def _modules(raw: bytes) -> Iterator[tuple[str, str]]:
     """The kind and the path of each module."""
     content = strict_list(raw, MODULES_FILE)
     if len(content) > _MODULES_MAX:
-        raise _malformed_declaration(MODULES_FILE, f"{len(content)} modules", f"at most {_MODULES_MAX}")
+        raise _malformed_declaration(
+            MODULES_FILE, f"{len(content)} modules", f"at most {_MODULES_MAX}"
+        )
     for entry in content:
         kind = entry.get("type") if isinstance(entry, dict) else None
         path = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(kind, str) or not isinstance(path, str):
-            raise _malformed_declaration(MODULES_FILE, show(entry), "an object with type and path, both texts")
+            raise _malformed_declaration(
+                MODULES_FILE, show(entry), "an object with type and path, both texts"
+            )
         # Code that a folder brings along is never run, whatever its class is called.
         yield kind.rsplit(".", 1)[-1] if kind.startswith(_LIBRARY) else kind, path
 
@@ -196,7 +200,9 @@ def _modes(content: Mapping[str, Any], name: str) -> list[str]:
         value = content["pooling_mode"]
         modes = [value] if isinstance(value, str) else value
         if not (isinstance(modes, list) and modes and all(isinstance(one, str) for one in modes)):
-            raise _malformed_declaration(name, f"pooling_mode = {show(value)}", "a text or a list of texts")
+            raise _malformed_declaration(
+                name, f"pooling_mode = {show(value)}", "a text or a list of texts"
+            )
         return list(modes)
     chosen: list[str] = []
     for flag, value in content.items():
@@ -214,7 +220,9 @@ def _prompts(raw: bytes) -> Iterator[str]:
     prompts = content.get("prompts") or {}
     default = content.get("default_prompt_name")
     if not isinstance(prompts, dict):
-        raise _malformed_declaration(PROMPTS_FILE, f"prompts = {show(prompts)}", "an object of texts")
+        raise _malformed_declaration(
+            PROMPTS_FILE, f"prompts = {show(prompts)}", "an object of texts"
+        )
     if default is not None and (not isinstance(default, str) or default not in prompts):
         raise _malformed_declaration(
             PROMPTS_FILE, f"default_prompt_name = {show(default)}", "a name of its prompts, or null"

@@ -32,7 +32,7 @@ _CALL = struct.Struct("15q")
 _FACTORS = struct.Struct("4q")
 _CHOICE = struct.Struct("2q")
 _RECORD_BYTES = _FACTORS.size + _CHOICE.size
-ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
 INPUTS_MULTIPLE = 32
 
 AS_BASE, AS_FOLD, AS_EXPAND = (_CHOICE.pack(_HOWS[how], 0) for how in ("base", "fold", "expand"))

@@ -47,7 +47,9 @@ from adapters.registry.tables import ADAPTERS, STATE, migrate
 from adapters.signature import BaseSignature
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-UNNAMED_BYTES_KEPT_S = 300.0  # bytes that no row names any more are kept this long for requests under way
+UNNAMED_BYTES_KEPT_S = (
+    300.0  # bytes that no row names any more are kept this long for requests under way
+)
 
 __all__ = ["AdapterRecord", "Registry", "check_name"]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
+from adapters.intake.archive import COPY_CHUNK_BYTES
 from adapters.intake.checkpoint import (
     CONFIG_FILE,
     STORED_FILES,
@@ -38,7 +39,6 @@ from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
-COPY_CHUNK_BYTES = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 

@@ -13,25 +13,25 @@ import typer
 
 from server.cli.client import (
     DEFAULT_URL,
-    AsJson,
-    Key,
+    JsonOption,
+    KeyOption,
     UrlOption,
-    key_or_local_admin_key,
     ask,
-    check,
+    exit_on_error,
     fail,
+    key_or_local_admin_key,
     print_json,
     reach,
     show_table,
 )
 
 adapters_app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-CHUNK_BYTES = 1 << 18
+SENT_AT_ONCE_BYTES = 1 << 18
 PAGE = 500
 # As in adapters.intake.archive.WANTED, which takes torch along.
-FILES = (
+SENT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",
@@ -51,8 +51,8 @@ FILES = (
 def list_adapters(
     prefix: Annotated[str, typer.Option(help="Names that begin so.")] = "",
     url: UrlOption = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List all adapters."""
     rows: list[dict[str, Any]] = []
@@ -70,8 +70,13 @@ def list_adapters(
     show_table(columns, [[_cell(name, row[name]) for name in columns] for row in rows])
 
 
-@adapters_app.command()
-def show(name: Name, url: UrlOption = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+@adapters_app.command("show")
+def show_adapter(
+    name: NameArgument,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show one adapter."""
     with reach(url, key_or_local_admin_key(key)) as client:
         row = ask(client, "GET", _path(name)).json()
@@ -80,7 +85,7 @@ def show(name: Name, url: UrlOption = DEFAULT_URL, key: Key = None, as_json: AsJ
 
 @adapters_app.command()
 def add(
-    name: Name,
+    name: NameArgument,
     path: Annotated[
         str, typer.Argument(help="A folder or archive here, or a source with --remote.")
     ],
@@ -93,8 +98,8 @@ def add(
     pinned: Annotated[bool, typer.Option(help="Keep it on the device.")] = False,
     preload: Annotated[bool, typer.Option(help="Bring it to the device now.")] = False,
     url: UrlOption = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Register an adapter: upload its files, or let the server fetch them."""
     fields: dict[str, Any] = {"replace": replace, "pinned": pinned, "preload": preload}
@@ -111,12 +116,12 @@ def add(
                 content=_shown(body_chunks, length),
                 headers={"Content-Type": content_type, "Content-Length": str(length)},
             )
-            check(answer)
+            exit_on_error(answer)
     _print_record(answer.json(), as_json)
 
 
 @adapters_app.command()
-def remove(name: Name, url: UrlOption = DEFAULT_URL, key: Key = None) -> None:
+def remove(name: NameArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
     """Remove an adapter; requests that run finish."""
     with reach(url, key_or_local_admin_key(key)) as client:
         ask(client, "DELETE", _path(name))
@@ -124,11 +129,11 @@ def remove(name: Name, url: UrlOption = DEFAULT_URL, key: Key = None) -> None:
 
 @adapters_app.command()
 def pin(
-    name: Name,
+    name: NameArgument,
     off: Annotated[bool, typer.Option("--off", help="Unpin it.")] = False,
     url: UrlOption = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Keep an adapter on the device, or let it go again."""
     with reach(url, key_or_local_admin_key(key)) as client:
@@ -148,7 +153,7 @@ def files_of(path: Path) -> dict[str, Path]:
         return {path.name: path}
     if not (path / "adapter_config.json").is_file():
         fail(f"{path} holds no adapter_config.json")
-    return {name: path / name for name in FILES if (path / name).is_file()}
+    return {name: path / name for name in SENT_FILES if (path / name).is_file()}
 
 
 def _multipart(fields: dict[str, str], files: dict[str, Path]) -> tuple[str, int, Iterator[bytes]]:
@@ -173,7 +178,7 @@ def _multipart(fields: dict[str, str], files: dict[str, Path]) -> tuple[str, int
                 yield part
                 continue
             with part.open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
+                while chunk := file.read(SENT_AT_ONCE_BYTES):
                     yield chunk
 
     return f"multipart/form-data; boundary={boundary}", length, chunks()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 URL_HELP = "Where the server is; also HIRA_URL."
 KEY_HELP = "A key; also HIRA_KEY. The admin key of a local server is in DATA_DIR/admin.key."
 UrlOption = Annotated[str, typer.Option("--url", envvar="HIRA_URL", help=URL_HELP)]
-Key = Annotated[str | None, typer.Option("--key", envvar="HIRA_KEY", help=KEY_HELP)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeyOption = Annotated[str | None, typer.Option("--key", envvar="HIRA_KEY", help=KEY_HELP)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="The adapter's name.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -37,8 +37,8 @@ def predict(
     adapter: AdapterOption = None,
     top_k: Annotated[int | None, typer.Option(help="Answers per text.")] = None,
     url: UrlOption = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Classify texts, tokens, or fill masks with a running server."""
     body = {"inputs": texts, "parameters": {} if top_k is None else {"top_k": top_k}}
@@ -63,8 +63,8 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Sample; without: greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     url: UrlOption = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Continue a text with a running server, word by word as it comes."""
     parameters: dict[str, Any] = {"max_new_tokens": max_new_tokens}
@@ -76,10 +76,14 @@ def generate(
     with reach(url, key) as client:
         if as_json:
             body["parameters"] = {**parameters, "details": True}
-            print_json(ask(client, "POST", "/generate", json=body, params=_adapter_query(adapter)).json())
+            print_json(
+                ask(client, "POST", "/generate", json=body, params=_adapter_query(adapter)).json()
+            )
             return
-        with client.stream("POST", "/generate_stream", json=body, params=_adapter_query(adapter)) as answer:
-            check(answer)
+        with client.stream(
+            "POST", "/generate_stream", json=body, params=_adapter_query(adapter)
+        ) as answer:
+            exit_on_error(answer)
             for event in _events(answer):
                 if "error" in event:
                     fail(event["error"])
@@ -106,11 +110,11 @@ def reach(url: str, key: str | None) -> Iterator[httpx.Client]:
 def ask(client: httpx.Client, method: str, path: str, **arguments: Any) -> httpx.Response:
     """One call; an error response ends the command with what it says."""
     answer = client.request(method, path, **arguments)
-    check(answer)
+    exit_on_error(answer)
     return answer
 
 
-def check(answer: httpx.Response) -> None:
+def exit_on_error(answer: httpx.Response) -> None:
     """End the command when the response is an error."""
     if answer.is_success:
         return

@@ -90,14 +90,14 @@ def _flags() -> list[inspect.Parameter]:
     """A flag for every setting: one list of them, in `server.settings`."""
     return [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, field)
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag_option(name, field)
         )
         for name, field in describe_fields().items()
         if name not in {"admin_key", "api_keys"}  # secrets would show in the list of processes
     ]
 
 
-def _option(name: str, field: FieldInfo) -> Any:
+def _flag_option(name: str, field: FieldInfo) -> Any:
     extra = field.json_schema_extra
     panel = str(extra["panel"]) if isinstance(extra, dict) else "Settings"
     empty = field.default is None or field.default in ((), {})

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterFaults, CorruptFile, UnsupportedMethod, UnsupportedOption
-from adapters.intake.config import HONOURED, REFUSED, OPTIONS_WITHOUT_EFFECT, AdapterConfig, parse_config
+from adapters.intake.config import (
+    HONOURED,
+    OPTIONS_WITHOUT_EFFECT,
+    REFUSED,
+    AdapterConfig,
+    parse_config,
+)
 from adapters.signature import Method
 
 HIRA: dict[str, Any] = {"peft_type": "HIRA", "r": 8, "target_modules": ["q_lin"]}
