@@ -23,7 +23,7 @@ from adapters.errors import (
 from adapters.intake.config import AdapterConfig
 from adapters.intake.factor_shapes import bias_faults, first_names, pair_faults
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key, wrappers
-from adapters.intake.misfits import odd_part, other_base
+from adapters.intake.mismatches import odd_part, other_base
 from adapters.intake.safetensors_header import TensorEntry
 from adapters.signature import BaseSignature, Method
 from adapters.tasks import HEADED, Task

@@ -26,7 +26,7 @@ from adapters.errors import (
     UnsafeFormat,
     UploadTooLarge,
 )
-from adapters.intake.memo import RecentResults
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.strict_json import show, strict_json
 
 MAX_HEADER_BYTES = 8 << 20

@@ -21,7 +21,7 @@ from adapters.errors import (
     UnmatchedTensors,
     UnsupportedOption,
 )
-from adapters.intake.memo import RecentResults
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.strict_json import show
 from adapters.tasks import HEADED, Task
 

@@ -26,8 +26,8 @@ from server.edge.admit.admission import Admission
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.ticket import RequestQueue, Ticket
-from server.edge.link.watch import watched
-from server.edge.link.wire import (
+from server.edge.link.thread_deaths import watched
+from server.edge.link.envelopes import (
     Events,
     Requests,
     WorkerReady,

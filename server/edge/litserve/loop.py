@@ -22,8 +22,8 @@ from typing import Any, Final
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
-from server.edge.link.callers import HttpProcesses, RunningRequests
-from server.edge.link.wire import (
+from server.edge.link.http_processes import HttpProcesses, RunningRequests
+from server.edge.link.envelopes import (
     EVENTS_UID,
     Events,
     Requests,

@@ -11,9 +11,9 @@ from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.tei_tgi import TeiTgi
-from server.edge.link.wire import read_state
+from server.edge.link.envelopes import read_state
 from server.edge.litserve.api import HiraAPI
-from server.edge.litserve.lifeline import bind_forked_children
+from server.edge.litserve.parent_death import bind_forked_children
 from server.edge.litserve.loop import EngineLoop
 from server.edge.litserve.server import HiraServer
 from server.edge.litserve.spec import HiraSpec

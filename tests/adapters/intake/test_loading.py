@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import BaseMismatch, CorruptFile, NonFinite
 from adapters.intake.checkpoint import load_adapter
-from adapters.intake.memo import RecentResults
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import inspect_values
 from adapters.residency.low_priority import step_back
 from adapters.residency.slots import Residency
