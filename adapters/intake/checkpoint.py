@@ -28,9 +28,9 @@ from adapters.intake.conversation import conversation_notes
 from adapters.intake.file_names import CARD_FILE
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
-from adapters.intake.recent_results import RecentResults
 from adapters.intake.model_config import Labels, TaskConfig, read_task_config
 from adapters.intake.pooling import EMBEDDING_FILES, Declaration, pooling_files, read_pooling
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
     TensorEntry,

@@ -1,7 +1,7 @@
 """The tensors of an adapter file, sorted to the layers of one base; collects what does not fit.
 
 Which other base an adapter may be for, and which part of a name is one too many, are the business
-of ``misfits``.
+of ``mismatches``.
 """
 
 from __future__ import annotations

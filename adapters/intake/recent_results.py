@@ -1,4 +1,4 @@
-"""A memo of what was worked out last, for inputs that come again: fifty fine-tunes by one recipe
+"""What was worked out last, for inputs that come again: fifty fine-tunes by one recipe
 have one header and one configuration."""
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from adapters.tasks import Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
+from server.engine.self_check import generate_lane, try_base
 from server.engine.snapshot import (
     EngineSnapshot,
     FailureTracker,
@@ -34,7 +35,6 @@ from server.engine.snapshot import (
     StepFigures,
     cuda_bytes,
 )
-from server.engine.self_check import generate_lane, try_base
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateFigures, GenerateLane
 from server.inputs.images import ImageInput, Images

@@ -13,8 +13,8 @@ from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.envelopes import read_state
 from server.edge.litserve.api import HiraAPI
-from server.edge.litserve.parent_death import bind_forked_children
 from server.edge.litserve.loop import EngineLoop
+from server.edge.litserve.parent_death import bind_forked_children
 from server.edge.litserve.server import HiraServer
 from server.edge.litserve.spec import HiraSpec
 from server.edge.processes.supervise import Supervisor
