@@ -32,7 +32,7 @@ _CALL = struct.Struct("15q")
 _FACTORS = struct.Struct("4q")
 _CHOICE = struct.Struct("2q")
 _RECORD_BYTES = _FACTORS.size + _CHOICE.size
-ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
+_ALIGNMENT_BYTES = 64
 INPUTS_MULTIPLE = 32
 
 AS_BASE, AS_FOLD, AS_EXPAND = (_CHOICE.pack(_HOWS[how], 0) for how in ("base", "fold", "expand"))
@@ -194,11 +194,11 @@ def modulated_linear_into(
         assert kind != "int8"
         scale_address = scales.data_ptr()
         levels_address = ctypes.addressof(_level_array(kind))
-    buffer = scratch(ALIGNMENT_BYTES)
+    buffer = scratch(_ALIGNMENT_BYTES)
     parallel = _parallel()
     threads = torch.get_num_threads() if parallel else 1
     while True:
-        start = -(-buffer.data_ptr() // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        start = -(-buffer.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         call = _CALL.pack(
             y.data_ptr(), x.data_ptr(), stored.data_ptr(), scale_address, levels_address,
             0 if bias is None else bias.data_ptr(), len(records) // _RECORD_BYTES,
@@ -210,4 +210,4 @@ def modulated_linear_into(
             return
         if needed < 0:
             raise ValueError(f"The compiled kernel does not serve {tuple(y.shape)} of {kind}.")
-        buffer = scratch(needed + ALIGNMENT_BYTES)
+        buffer = scratch(needed + _ALIGNMENT_BYTES)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from adapters.errors import MissingTensors
-from adapters.kernels.native_ops import ALIGNMENT_BYTES
 from adapters.modulation.slot_factors import SlotFactors
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 # The share of numbers other than zero up to which an adapter is kept without its zeros. In bf16 a
 # bit for each number and the numbers left make 0.0625 + share of the whole: 0.5625 at one half.
 _SPARSE_TO = 0.75
+_TENSOR_ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
 _BYTE_BITS = 8  # of a byte
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -196,7 +196,7 @@ def pack_adapter(
         raise MissingTensors(
             "The adapter has no factors.", found="0 layers", expected="at least one target layer"
         )
-    step = max(1, ALIGNMENT_BYTES // dtype.itemsize)
+    step = max(1, _TENSOR_ALIGNMENT_BYTES // dtype.itemsize)
     places: dict[str, tuple[_Place, _Place, _Place | None]] = {}
     end = 0
 
