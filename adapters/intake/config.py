@@ -23,9 +23,6 @@ from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
 from adapters.signature import Method
 
 ALL_LINEAR = "all-linear"
-PEFT_TASK_TYPES = frozenset(
-    {"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"}
-)
 
 _TASK_FIXES: Final = {
     "SEQ_2_SEQ_LM": "If it was trained on a decoder such as Llama, or GPT-2: set task_type to "
@@ -283,12 +280,12 @@ def _refusals(content: Mapping[str, Any], method: Method) -> list[AdapterError]:
     if method == "lora":
         faults += _lora_refusals(content)
     task_type = content.get("task_type")
-    if isinstance(task_type, str) and task_type not in PEFT_TASK_TYPES:
+    if isinstance(task_type, str) and task_type not in TASK_TYPES:
         faults.append(
             UnsupportedOption(
                 "This task is not served.",
                 found=f"task_type = {show(task_type)}",
-                expected="one of " + ", ".join(sorted(PEFT_TASK_TYPES)) + ", or null",
+                expected="one of " + ", ".join(sorted(TASK_TYPES)) + ", or null",
                 fix=_TASK_FIXES.get(task_type),
             )
         )
