@@ -21,6 +21,7 @@ from adapters.intake import patterns
 from adapters.intake.foreign import LOOKALIKES, foreign_format
 from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
 from adapters.signature import Method
+from adapters.tasks import TASK_TYPES
 
 ALL_LINEAR = "all-linear"
 
