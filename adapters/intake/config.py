@@ -31,44 +31,32 @@ _TASK_FIXES: Final = {
 }
 
 # The options of peft.LoraConfig and peft.HiraConfig, each in exactly one of three sets.
+_HONOURED_BY_BOTH: Final = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",  # names the class that the adapter was made on, and so its task
+        "base_model_name_or_path",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+    }
+)
 HONOURED: Final[Mapping[Method, frozenset[str]]] = {
-    "hira": frozenset(
-        {
-            "peft_type",
-            "task_type",
-            "auto_mapping",  # names the class that the adapter was made on, and so its task
-            "base_model_name_or_path",
-            "r",
-            "target_modules",
-            "exclude_modules",
-            "fan_in_fan_out",
-            "modules_to_save",
-            "layers_to_transform",
-            "layers_pattern",
-            "rank_pattern",
-        }
-    ),
-    "lora": frozenset(
-        {
-            "peft_type",
-            "task_type",
-            "auto_mapping",
-            "base_model_name_or_path",
-            "r",
-            "target_modules",
-            "exclude_modules",
-            "fan_in_fan_out",
-            "modules_to_save",
-            "layers_to_transform",
-            "layers_pattern",
-            "rank_pattern",
-            "lora_alpha",
-            "alpha_pattern",
-            "use_rslora",
-            "bias",  # "none" and "lora_only"
-            "init_lora_weights",  # only those that leave the base weight as it was
-        }
-    ),
+    "hira": _HONOURED_BY_BOTH,
+    "lora": _HONOURED_BY_BOTH
+    | {
+        "lora_alpha",
+        "alpha_pattern",
+        "use_rslora",
+        "bias",  # "none" and "lora_only"
+        "init_lora_weights",  # only those that leave the base weight as it was
+    },
 }
 WITHOUT_EFFECT: Final[Mapping[Method, frozenset[str]]] = {
     "hira": frozenset(

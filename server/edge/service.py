@@ -24,7 +24,7 @@ from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.admit.tokenizing import TokenizersBusy, TokenizerThreads
 from server.edge.link.dispatcher import Dispatcher
-from server.errors import Fault, Refusal
+from server.errors import Refusal
 from server.inputs.images import Images
 from server.inputs.text import Text, TextError
 from server.messages import Event, Failure, GenerateResult, Pin, Request, TokenEvent
@@ -297,8 +297,7 @@ class Service:
                 return await self._short.run(lambda: work(encoder), deadline=deadline, most=most)
             return await self._long.run(lambda: work(encoder.apart), deadline=deadline, most=most)
         except TextError as error:
-            fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-            raise Refusal((fault,)) from None
+            raise Refusal.of(error, field) from None
         except TokenizersBusy as error:
             raise self.dispatcher.admission.overloaded(str(error), f"at most {most}") from None
         except TimeoutError:
@@ -317,7 +316,7 @@ class Service:
         try:
             return self.names.resolve(name)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
 
     def served_record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The record of an adapter that can be asked for answers on this base.
@@ -329,7 +328,7 @@ class Service:
         try:
             self.names.check_fits(record)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
         return record
 
     def is_base(self, name: str) -> bool:
@@ -461,12 +460,6 @@ class Service:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=len(event.tokens))
             case _:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=0)
-
-
-def _at(error: AdapterError, field: str | None) -> Refusal:
-    """The refusal for an error, with the field that named the adapter."""
-    fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-    return Refusal((fault,))
 
 
 PATHS: Final = {

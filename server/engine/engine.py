@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import AdapterNotFound, UnsupportedOption
-from adapters.intake.checkpoint import TENSOR_FILE, AdapterWeights, load_adapter
+from adapters.intake.checkpoint import AdapterWeights, load_adapter
+from adapters.intake.safetensors_header import TENSOR_FILE
 from adapters.registry.store import Store
 from adapters.residency.slots import Residency
 from adapters.tasks import Task
