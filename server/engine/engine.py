@@ -271,6 +271,7 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         parts = self._parts
         known = parts.residency.snapshot()
+        quarantined = parts.failures.quarantined()
         generate = parts.generate.figures() if parts.generate is not None else None
         encode = parts.encode.figures()
         depth = {"encode": parts.encode.depth()}
@@ -299,16 +300,18 @@ class Engine:
                 "folded": known.folded_bytes,
                 "heads": encode.head_bytes,
             },
-            adapters=Counter(known.tiers.values()),
-            slots=known.slots,
-            slots_used=known.slots_used,
+            adapters={
+                **Counter(known.tiers.values()),
+                "quarantined": len(quarantined),
+                "pinned": len(known.pinned),
+                "pins_without_room": len(known.pins_without_room),
+            },
+            slots={"used": known.slots_used, "free": known.slots - known.slots_used},
             kv_blocks=blocks,
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),
-            quarantined=parts.failures.quarantined(),
-            pinned=known.pinned,
-            pins_without_room=known.pins_without_room,
+            quarantined=quarantined,
             device=str(parts.base.device),
             dtype=str(parts.base.dtype).removeprefix("torch."),
             storage=parts.base.storage,

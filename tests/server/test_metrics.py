@@ -79,9 +79,7 @@ def test_worker_metrics_are_by_lane() -> None:
 def test_live_gauges_show_this_moment() -> None:
     registry = CollectorRegistry()
     live = Live(
-        queue_depth={"encode": 2},
-        base_bytes={"linear": 10, "other": 5},
-        adapter_bytes={"device": 7},
+        {"queue_depth": {"encode": 2}, "base_bytes": {"linear": 10, "other": 5}},
         processes={"main": os.getpid(), "gone": 2**22 + 1},
         worker_ready=True,
     )
