@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from adapters.errors import AdapterError
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Task
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import (
@@ -23,24 +23,6 @@ from server.messages import (
     TokenizedInput,
 )
 
-_NEEDS_ADAPTER: frozenset[Task] = frozenset(
-    {
-        "text-classification",
-        "token-classification",
-        "question-answering",
-        "image-classification",
-    }
-)
-_OF_IMAGES: frozenset[Task] = frozenset({"image-classification", "feature-extraction"})
-_OF_TEXTS: frozenset[Task] = frozenset(
-    {
-        "text-classification",
-        "token-classification",
-        "question-answering",
-        "fill-mask",
-        "feature-extraction",
-    }
-)
 WIDER = "Serve the base in a dtype of wider range: --dtype bf16 or fp32."
 
 T = TypeVar("T")
@@ -68,8 +50,10 @@ def refusal(request: EncodeRequest, inputs: Text | Images) -> Failure | None:
     Args:
         inputs: What the base takes: texts or images.
     """
-    served = _OF_IMAGES if isinstance(inputs, Images) else _OF_TEXTS
-    if request.task not in served or (request.version is None and request.task in _NEEDS_ADAPTER):
+    row = BY_NAME[request.task]
+    kind = "images" if isinstance(inputs, Images) else "texts"
+    served = row.lane == "encode" and kind in row.takes
+    if not served or (request.version is None and row.head == "adapter"):
         return _mismatch(request, None)
     if request.inputs and all(_is_whole(item, inputs) for item in request.inputs):
         return None
