@@ -119,51 +119,45 @@ class HttpMetrics:
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
         registry = registry or REGISTRY
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(
+            name: str, text: str, *labels: str, buckets: tuple[float, ...] = REQUEST_SECONDS
+        ) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
         self._labels = AdapterLabels(seen=_counted_before())
-        self._requests = Counter(
-            "hira_requests_total",
-            "Requests answered.",
-            ["endpoint", "adapter", "status"],
-            registry=registry,
+        self._requests = counter(
+            "hira_requests_total", "Requests answered.", "endpoint", "adapter", "status"
         )
-        self._seconds = Histogram(
+        self._seconds = histogram(
             "hira_request_seconds",
             "From the request to the end of its answer.",
-            ["endpoint", "adapter"],
-            buckets=REQUEST_SECONDS,
-            registry=registry,
+            *("endpoint", "adapter"),
         )
-        self._tokens = Counter(
-            "hira_tokens_total",
-            "Tokens taken in and generated.",
-            ["adapter", "kind"],
-            registry=registry,
+        self._tokens = counter(
+            "hira_tokens_total", "Tokens taken in and generated.", "adapter", "kind"
         )
-        self._first = Histogram(
+        self._first = histogram(
             "hira_time_to_first_token_seconds",
             "From admission to the first token of a streamed answer.",
-            ["adapter"],
-            buckets=REQUEST_SECONDS,
-            registry=registry,
+            "adapter",
         )
-        self._between = Histogram(
+        self._between = histogram(
             "hira_inter_token_seconds",
             "Between two tokens of a streamed answer.",
-            ["adapter"],
+            "adapter",
             buckets=TOKEN_SECONDS,
-            registry=registry,
         )
-        self._failed = Counter(
+        self._failed = counter(
             "hira_failures_total",
             "Admitted requests that ended without an answer.",
-            ["adapter", "code"],
-            registry=registry,
+            *("adapter", "code"),
         )
-        self._refused = Counter(
-            "hira_refusals_total",
-            "Error responses and refused connections.",
-            ["code"],
-            registry=registry,
+        self._refused = counter(
+            "hira_refusals_total", "Error responses and refused connections.", "code"
         )
         self._last = Gauge(
             "hira_last_request_timestamp_seconds",
