@@ -19,8 +19,8 @@ from pydantic import BaseModel
 
 from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
-from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.openapi import SSE_TYPE
+from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
     EmbedRequest,
@@ -52,7 +52,7 @@ from server.edge.endpoints.schemas_ranking import (
 )
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.dispatcher import Dispatcher
-from server.edge.link.wire import EVENTS_UID
+from server.edge.link.envelopes import EVENTS_UID
 
 
 class HiraSpec(LitSpec):
@@ -130,7 +130,9 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
     generation = described_json(GenerateRequestBody)
     documents, pairs = described_json(DocumentsRequest), described_json(SimilarityRequest)
     return [
-        plain("/predict", native.predict, Prediction | list[Prediction], form_schema(PredictRequest)),
+        plain(
+            "/predict", native.predict, Prediction | list[Prediction], form_schema(PredictRequest)
+        ),
         plain("/embed", native.embed, list[list[float]], form_schema(EmbedRequest)),
         plain("/rerank", ranking.rerank, list[Rank] | Reranked, described_json(AnyRerankRequest)),
         plain("/v2/rerank", ranking.rerank_documents, Reranked, documents),
