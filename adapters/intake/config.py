@@ -312,7 +312,7 @@ def _sorted(value: str | list[str] | None) -> str | tuple[str, ...] | None:
 def _listed(value: Item | list[Item] | None) -> list[Item]:
     if isinstance(value, list):
         return value
-    return [value] if value else []
+    return [] if value is None or value == "" else [value]
 
 
 def _is_named(names: str | tuple[str, ...], path: str, option: str) -> bool:
