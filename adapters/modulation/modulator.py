@@ -5,7 +5,7 @@
     fold      y = x (W0 + W0 ⊙ BA)ᵀ + b                       W0 dequantized once per call
     expand    base + Σ_k b_k ⊙ (W0 (a_k ⊙ x))                 few rows; all of them in one matmul
     cached    fold, with the folded weight kept between calls
-    native    all of these in one pass over W0, by the compiled CPU kernel, in bfloat16
+    native    all of these in one pass over W0, by the compiled CPU kernel
     fused     all but lora in one pass over W0, by the GPU kernel: ``adapters.modulation.fused``
     reference float64, as the equations are written
 
