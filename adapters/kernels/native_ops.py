@@ -183,7 +183,7 @@ def record(
 
 
 def as_kept(folded: torch.Tensor) -> bytes:
-    """The choice to use ``folded`` ``[out, in]``, contiguous, in x's dtype; valid while it lives."""
+    """The choice to use ``folded``: ``[out, in]``, contiguous, as x in dtype, to be kept alive."""
     return _CHOICE.pack(_HOWS["kept"], folded.data_ptr())
 
 
