@@ -25,7 +25,7 @@ from adapters.segments import Segments
 
 # The best instruction set to use; each leaves out what stands before it. ``none``: no kernel.
 Level = Literal["best", "avx512", "avx2", "none"]
-How = Literal["base", "fold", "expand", "kept"]
+NativeComputation = Literal["base", "fold", "expand", "kept"]
 InstructionSet = Literal["amx", "avx512_bf16", "avx512", "avx2"]
 
 # What the library's numbers mean, by the dtype.
@@ -38,7 +38,7 @@ _MOST: dict[torch.dtype, dict[Level, int]] = {
     torch.bfloat16: {"best": 2, "avx512": 1, "avx2": 0, "none": 0},
     torch.float32: {"best": 2, "avx512": 2, "avx2": 1, "none": 0},
 }
-_HOWS: dict[How, int] = {"base": 0, "fold": 1, "expand": 2, "kept": 3}
+_HOWS: dict[NativeComputation, int] = {"base": 0, "fold": 1, "expand": 2, "kept": 3}
 # As hira_cpu.cpp: its interface, and its structures, whose every field is eight bytes.
 _INTERFACE = 3
 _CALL = struct.Struct("15q")

@@ -10,19 +10,19 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
 from adapters.registry.names import POLL_S, Names
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, ROWS, Task, asked_at, tasks_at
 from server.edge.admit.body_budget import BodyBudget
 from server.edge.admit.bounds import Bounds
-from server.edge.admit.keys import Keyring, admin_key
+from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.admit.tokenizing import Encoders, EncodersFull
+from server.edge.admit.tokenizing import TokenizersBusy, TokenizerThreads
 from server.edge.link.dispatcher import Dispatcher
 from server.errors import Fault, Refusal
 from server.inputs.images import Images
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Encoder = TypeVar("Encoder", Text, Images)
+InputsT = TypeVar("InputsT", Text, Images)
 
 AT_ONCE_CHARACTERS: Final = 4096  # texts longer than this are tokenized off the event loop
 LONG_CHARACTERS: Final = 1 << 16  # and longer than this, by a tokenizer that nobody else waits for
@@ -105,7 +105,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whom a request is for: an adapter in one version, or the bare base."""
+    """Whom a request is for: an adapter in one version, or the bare base; and what it asks for."""
 
     adapter: str | None
     version: str | None
@@ -118,9 +118,8 @@ class Target:
 
 def base_task(architecture: str) -> Task:
     """What a base of this class does without any adapter."""
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "text-generation"
-    return "fill-mask" if architecture.endswith("ForMaskedLM") else "feature-extraction"
+    heads = (row for row in ROWS if row.head == "base" and architecture.endswith(row.class_ends))
+    return next((row.name for row in heads), "feature-extraction")
 
 
 def bounds_of(settings: Settings) -> Bounds:
@@ -170,8 +169,8 @@ class Service:
         self.keys = self._keyring()
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
         # Not asyncio's default threads: LitServe's response task lives there and must never wait.
-        self._short: Encoders | None = None
-        self._long: Encoders | None = None
+        self._short: TokenizerThreads | None = None
+        self._long: TokenizerThreads | None = None
         self._pools: dict[Pool, ThreadPoolExecutor] = {}
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
 
@@ -185,7 +184,7 @@ class Service:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self.registry.reopen()
         self.metrics = HttpMetrics()
-        self._short, self._long = Encoders("short-texts"), Encoders("long-texts")
+        self._short, self._long = TokenizerThreads("short-texts"), TokenizerThreads("long-texts")
         self._pools = {name: ThreadPoolExecutor(count, name) for name, count in POOLS.items()}
         self.dispatcher.on_event = self._count
 
@@ -267,9 +266,9 @@ class Service:
 
     async def tokenize(
         self,
-        encoder: Encoder,
+        encoder: InputsT,
         characters: int,
-        work: Callable[[Encoder], T],
+        work: Callable[[InputsT], T],
         field: str,
         deadline: float,
     ) -> T:
@@ -299,7 +298,7 @@ class Service:
         except TextError as error:
             fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
             raise Refusal((fault,)) from None
-        except EncodersFull as error:
+        except TokenizersBusy as error:
             raise self.dispatcher.admission.overloaded(str(error), f"at most {most}") from None
         except TimeoutError:
             raise Refusal.because(
@@ -339,18 +338,19 @@ class Service:
     def target(
         self,
         names: Sequence[str | None],
-        tasks: Collection[Task],
-        verb: str,
+        path: str,
         field: str = "adapter",
+        *,
+        call: str | None = None,
     ) -> Target:
         """Resolve the adapter that a call names, in its query or its body.
 
         Args:
             names: Everything that names one; at most one distinct name may be among them. The
                 base's own name means the bare base.
-            tasks: What the endpoint can do.
-            verb: The endpoint, for the error.
+            path: The native call, which the table of tasks has.
             field: Where it is named, for the error.
+            call: What the client called, for the error, where that is another.
 
         Raises:
             Refusal: adapter_conflict, adapter_required, or as ``adapter_target``.
@@ -367,26 +367,29 @@ class Service:
                 field=field,
             )
         if not distinct or self.is_base(distinct[0]):
-            return self._bare_base(tasks, verb, field)
-        return self.adapter_target(distinct[0], tasks, field)
+            return self._bare_base(path, field, call or path)
+        return self.adapter_target(distinct[0], path, field)
 
-    def adapter_target(self, name: str, tasks: Collection[Task], field: str = "adapter") -> Target:
+    def adapter_target(self, name: str, path: str, field: str = "adapter") -> Target:
         """Resolve one adapter for an endpoint.
 
         Raises:
             Refusal: adapter_not_found, registry_unavailable, base_mismatch or task_mismatch.
         """
         record = self.served_record(name, field)
-        if record.task not in tasks:
+        # A record of another program's may hold a task that this one does not know.
+        task = asked_at(cast(Task, record.task), path) if record.task in BY_NAME else None
+        if task is None:
+            own = BY_NAME.get(record.task)
             raise Refusal.because(
                 "task_mismatch",
                 f"The adapter {name} does {record.task}.",
                 found=record.task,
-                expected=" or ".join(sorted(tasks)),
-                fix=f"Call {PATHS.get(record.task, 'another endpoint')} for this adapter.",
+                expected=" or ".join(sorted(tasks_at(path))),
+                fix=f"Call {f'POST {own.path}' if own else 'another endpoint'} for this adapter.",
                 field=field,
             )
-        return Target(name, record.version, cast(Task, record.task))
+        return Target(name, record.version, task)
 
     def deadline(self, began: float, asked: str | None) -> float:
         """When a request must be done, as ``time.monotonic()`` counts.
@@ -414,13 +417,12 @@ class Service:
                 )
         return began + seconds
 
-    def _bare_base(self, tasks: Collection[Task], verb: str, field: str) -> Target:
-        if verb in {"/embed", "/v1/embeddings"}:
-            return Target(None, None, "feature-extraction")
-        if self.base.task not in tasks:
+    def _bare_base(self, path: str, field: str, call: str) -> Target:
+        task = asked_at(self.base.task, path)
+        if task is None:
             raise Refusal.because(
                 "adapter_required",
-                f"{verb} needs an adapter on this base.",
+                f"{call} needs an adapter on this base.",
                 found="no adapter",
                 expected=(
                     "?adapter=NAME, or adapter in the body"
@@ -430,10 +432,10 @@ class Service:
                 fix="GET /v1/models lists the adapters.",
                 field=field,
             )
-        return Target(None, None, self.base.task)
+        return Target(None, None, task)
 
     def _keyring(self) -> Keyring:
-        key, _ = admin_key(self.settings.admin_key, self.settings.data_dir)
+        key, _ = resolve_admin_key(self.settings.admin_key, self.settings.data_dir)
         return Keyring(key, self.settings.api_keys)
 
     def _known_versions(self) -> Pin:
@@ -467,14 +469,3 @@ def _at(error: AdapterError, field: str | None) -> Refusal:
     """The refusal for an error, with the field that named the adapter."""
     fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
     return Refusal((fault,))
-
-
-PATHS: Final = {
-    "text-classification": "POST /predict",
-    "token-classification": "POST /predict",
-    "fill-mask": "POST /predict",
-    "question-answering": "POST /predict",
-    "image-classification": "POST /predict",
-    "text-generation": "POST /generate",
-    "feature-extraction": "POST /embed",
-}

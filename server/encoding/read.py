@@ -16,7 +16,7 @@ import torch
 from adapters import segments
 from adapters.errors import AdapterError
 from adapters.intake.pooling import base_pooling
-from adapters.tasks import HEADED, Task
+from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase
 from server.encoding import postprocess
 from server.encoding.heads import Heads
@@ -28,11 +28,11 @@ from server.messages import EncodeRequest
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows of one batch that belong to one adapter (None: the bare base) and one task.
 
     Args:
@@ -45,7 +45,7 @@ class Group:
     task: Task
     slot: int
     requests: Sequence[EncodeRequest]
-    items: Sequence[Any]  # Encoded, all of one kind
+    items: Sequence[Any]  # ModelInput, all of one kind
     hidden: torch.Tensor
     pooled: torch.Tensor | None
     ids: torch.Tensor
@@ -65,16 +65,16 @@ class Group:
                 if is_lost(error):
                     raise
                 if not is_expected(error):
-                    log.exception("A row of version %s failed", self.version)
+                    logger.exception("A row of version %s failed", self.version)
                 found.append(error.with_traceback(None))
         return found
 
-    def halves(self) -> list[Group]:
+    def halves(self) -> list[RowGroup]:
         """The group as two, in order."""
         half = len(self.items) // 2
         return [self._rows(slice(None, half)), self._rows(slice(half, None))]
 
-    def _rows(self, rows: slice) -> Group:
+    def _rows(self, rows: slice) -> RowGroup:
         return replace(
             self,
             requests=self.requests[rows],
@@ -104,10 +104,10 @@ class Reader:
         self._heads = Heads(base, heads_kept, head_bytes)
         self._declared = base_pooling(base.folder, base.adapted.signature.max_length)
         if isinstance(self._declared, AdapterError):
-            log.warning("%s (found %s)", self._declared.message, self._declared.found)
+            logger.warning("%s (found %s)", self._declared.message, self._declared.found)
         else:
             for note in self._declared.notes:
-                log.warning("The base's %s", note)
+                logger.warning("The base's %s", note)
         self._pooling: postprocess.Pooling = "mean"
         if isinstance(inputs, Images):
             self._pooling = "cls"  # what classifiers of images read
@@ -130,7 +130,7 @@ class Reader:
     def forget(self, version: str) -> None:
         self._heads.forget(version)
 
-    def read_apart(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+    def read_apart(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
         """``read``, but what it raises takes the place of answers: of all rows where they have it
         in common, else only of the rows at fault, which are found by halves.
 
@@ -144,11 +144,11 @@ class Reader:
                 raise
             if is_expected(error) or len(group.items) == 1:
                 if not is_expected(error):
-                    log.exception("The head of version %s failed", group.version)
+                    logger.exception("The head of version %s failed", group.version)
                 return [error.with_traceback(None)] * len(group.items)
         return [answer for half in group.halves() for answer in self.read_apart(half, weights)]
 
-    def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+    def read(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
         """An answer, or an exception of that row's own, for each row of the group.
 
         Embeddings are of whatever the adapter was trained for. They are made as the request says,
@@ -160,42 +160,18 @@ class Reader:
             TaskMismatch: The adapter, or the bare base, does something else.
             AdapterError: The head is wrong, or the base declares vectors that are not served.
         """
-        if group.task == "feature-extraction":
-            return group.each(lambda index: self._embed(group, index, weights))
-        if weights is not None and weights.task != group.task:
+        row = BY_NAME[group.task]
+        if row.head is None:
+            return self._vectors(group, weights)
+        if weights is not None and group.task not in (weights.task, *BY_NAME[weights.task].also):
             raise TaskMismatch(group.task, weights.task)
-        if group.task == "fill-mask":
-            return self._fill_masks(group)
-        if weights is None or group.version is None or group.task not in HEADED:
+        if row.head == "base":
+            return self._at_masks(group)
+        if weights is None or group.version is None:
             raise TaskMismatch(group.task, None)
         head = self._heads.task_head(group.version, weights)
         logits = head(group.hidden, group.pooled, group.ids, group.mask).cpu()
-        if group.task in ("text-classification", "image-classification"):
-            return group.each(
-                lambda index: postprocess.classify(
-                    logits[index],
-                    head.labels,
-                    head.problem_type,
-                    top_k=group.requests[index].top_k,
-                    apply=group.requests[index].options.get("function_to_apply"),
-                )
-            )
-        if group.task == "question-answering":
-            return group.each(
-                lambda index: postprocess.answers(
-                    logits[index], group.items[index], top_k=group.requests[index].top_k
-                )
-            )
-        return group.each(
-            lambda index: postprocess.entities(
-                logits[index],
-                group.items[index],
-                head.labels,
-                self._text,
-                strategy=group.requests[index].options.get("aggregation_strategy", "simple"),
-                ignored=group.requests[index].options.get("ignore_labels", ("O",)),
-            )[: group.requests[index].top_k]
-        )
+        return self._answers(group, logits, labels=head.labels, problem_type=head.problem_type)
 
     def fault_of_base(
         self, task: Task, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
@@ -211,7 +187,7 @@ class Reader:
             Exception: The base's own head does.
         """
         values = hidden[mask == 1]
-        if task == "fill-mask":
+        if BY_NAME[task].needs_mask:
             is_mask = (ids == self._text.mask_id) & (mask == 1)
             plan = segments.from_runs([(segments.BASE_SLOT, int(is_mask.sum()))])
             with self._base.adapted.batch(plan):
@@ -222,9 +198,42 @@ class Reader:
             return error
         return None
 
-    def _embed(self, group: Group, index: int, weights: AdapterWeights | None) -> tuple[float, ...]:
-        options = group.requests[index].options
-        pooling, normalize = options.get("pooling"), options.get("normalize")
+    def _answers(
+        self, group: RowGroup, values: torch.Tensor | Sequence[torch.Tensor], **more: Any
+    ) -> list[Any]:
+        """Of each row, by the task's postprocessor; ``values`` are as ``Reading`` has them."""
+        answer = postprocess.POSTPROCESSORS[group.task]
+        text = self._inputs if isinstance(self._inputs, Text) else None
+        return group.each(
+            lambda index: answer(
+                postprocess.Reading(
+                    values[index], group.items[index], group.requests[index], text, **more
+                )
+            )
+        )
+
+    def _vectors(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
+        answer = postprocess.POSTPROCESSORS[group.task]
+
+        def vector(index: int) -> Any:
+            request = group.requests[index]
+            pooling, normalize = self._vector_options(request, weights)
+            return answer(
+                postprocess.Reading(
+                    group.hidden[index][group.mask[index] == 1],
+                    group.items[index],
+                    request,
+                    pooling=pooling,
+                    normalize=normalize,
+                )
+            )
+
+        return group.each(vector)
+
+    def _vector_options(
+        self, request: EncodeRequest, weights: AdapterWeights | None
+    ) -> tuple[postprocess.Pooling, bool]:
+        pooling, normalize = request.options.get("pooling"), request.options.get("normalize")
         declared = self._declared
         if weights is not None and weights.pooling.mode is not None:
             declared = weights.pooling
@@ -235,29 +244,16 @@ class Reader:
             pooling = pooling or declared.mode
             if normalize is None and declared.mode is not None:
                 normalize = declared.normalize
-        return postprocess.embed(
-            group.hidden[index][group.mask[index] == 1],
-            pooling=pooling or self._pooling,
-            normalize=normalize is not False,
-        )
+        return pooling or self._pooling, normalize is not False
 
-    def _fill_masks(self, group: Group) -> list[Any]:
+    def _at_masks(self, group: RowGroup) -> list[Any]:
         head = self._heads.language_model_head()
         is_mask = (group.ids == self._text.mask_id) & (group.mask == 1)
         counts: list[int] = is_mask.sum(1).tolist()
         # The head's own layers may be adapted, too; it sees the masks alone.
         with self._base.adapted.batch(segments.from_runs([(group.slot, sum(counts))])):
             logits = head(group.hidden[is_mask].unsqueeze(0))[0].cpu()
-        parts: Sequence[torch.Tensor] = torch.split(logits, counts)
-        return group.each(
-            lambda index: postprocess.fill(
-                parts[index],
-                group.items[index],
-                self._text,
-                top_k=group.requests[index].top_k,
-                targets=group.requests[index].options.get("targets"),
-            )
-        )
+        return self._answers(group, torch.split(logits, counts))
 
 
 def _is_decoder(config: Any) -> bool:

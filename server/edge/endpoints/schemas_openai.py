@@ -19,6 +19,7 @@ from server.edge.endpoints.schemas import (
     nullable,
     without_nulls,
 )
+from server.errors import Refusal
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
@@ -45,10 +46,15 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "min_p": (0, None),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "rank_fields": ([], ["text"], None),
+    "max_chunks_per_doc": (None,),
+    "max_tokens_per_doc": (None,),
+    "truncate_prompt_tokens": (None,),
+    "instruction": ("", None),
 }
 
 
-class Known(BaseModel):
+class OpenAIBody(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=nullable)
 
     @model_validator(mode="before")
@@ -67,12 +73,23 @@ class Known(BaseModel):
             and value not in NEUTRAL[name]
         ]
 
+    def check_supported(self) -> None:
+        """Raises Refusal for a field that would change the answer and cannot be honoured."""
+        for name, value in self.unsupported():
+            raise Refusal.because(
+                "unsupported_parameter",
+                f"{name} cannot be honoured by this server.",
+                found=repr(value)[:80],
+                expected="its neutral value, or no such field",
+                field=name,
+            )
 
-class StreamOptions(Known):
+
+class StreamOptions(OpenAIBody):
     include_usage: bool = False
 
 
-class Sampling(Known):
+class Sampling(OpenAIBody):
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
@@ -138,7 +155,7 @@ class ChatRequest(Sampling):
         return self
 
 
-class EmbeddingRequest(Known):
+class EmbeddingRequest(OpenAIBody):
     model: str
     input: str | Texts | Ids | IdLists
     encoding_format: Literal["float", "base64"] | None = "float"
