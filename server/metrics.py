@@ -241,6 +241,7 @@ class Live:
     adapters: Mapping[str, float] = field(default_factory=dict)  # by state
     kv_blocks: Mapping[str, float] = field(default_factory=dict)  # by state
     cuda_bytes: Mapping[str, float] = field(default_factory=dict)  # by kind
+    kernels: Mapping[str, float] = field(default_factory=dict)  # 1 for the one that is used
     totals: Mapping[str, float] = field(default_factory=dict)  # residency counters by what
     processes: Mapping[str, int] = field(default_factory=dict)  # pid by role
     running: Mapping[str, float] = field(default_factory=dict)  # admitted, by what
@@ -265,6 +266,7 @@ class LiveCollector:
             ("hira_adapters", "Adapters.", "state", live.adapters),
             ("hira_kv_blocks", "Blocks of the KV cache.", "state", live.kv_blocks),
             ("hira_cuda_bytes", "Memory of the CUDA device.", "kind", live.cuda_bytes),
+            ("hira_kernel", "What computes the linear layers.", "kernel", live.kernels),
             ("hira_admitted", "Requests and tokens admitted now.", "kind", live.running),
             ("hira_process_resident_bytes", "Resident memory, shared pages in each.", "role",
              resident_bytes(live.processes)),

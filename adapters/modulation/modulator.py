@@ -120,6 +120,16 @@ class Modulator:
         finally:
             self.plan = before
 
+    def kernel(self, dtype: torch.dtype, device: torch.device) -> str:
+        """What computes linear layers in ``dtype``: ``triton``, ``torch``, or the instruction set
+        that the compiled kernel runs on."""
+        if self.fused is not None:
+            return "triton"
+        compiled = None
+        if device.type == "cpu" and self.strategy in {"auto", "native"}:
+            compiled = native_ops.instruction_set(dtype)
+        return compiled or "torch"
+
     def forget(self, slot: int) -> None:
         """Drop what was derived from a slot that no batch uses any more; in any thread."""
         self.folded.forget(slot)  # with this, nothing that was settled holds any longer:

@@ -308,6 +308,7 @@ class Engine:
             pins_without_room=known.pins_without_room,
             device=str(parts.base.device),
             dtype=str(parts.base.dtype).removeprefix("torch."),
+            kernel=parts.base.kernel,
             storage=parts.base.storage,
         )
 

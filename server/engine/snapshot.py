@@ -52,6 +52,7 @@ class EngineSnapshot:
         pinned: Versions that stay on the device.
         pins_without_room: Pinned by name, but beyond what pins may take of the device.
         device, dtype: Where and in what everything is computed.
+        kernel: What computes the linear layers: ``Modulator.kernel``.
         storage: How the base's linear layers are stored, for people.
     """
 
@@ -70,6 +71,7 @@ class EngineSnapshot:
     pins_without_room: tuple[str, ...]
     device: str
     dtype: str
+    kernel: str
     storage: str
 
 

@@ -20,7 +20,8 @@ using Call = CallOf<float>;
 using Factors = FactorsOf<float>;
 
 constexpr int64_t kStrip = kVectors * kWidth;
-constexpr int64_t kDepth = 256;              // inputs of a panel: it stays in L1, or nearly
+constexpr int64_t kDepth = 768;              // inputs of a panel: it stays in L2, y is seldom visited
+constexpr int64_t kAhead = 6;                // inputs whose weights are fetched into L1
 constexpr int64_t kTurn = 128;               // rows of x that stay in L2 from strip to strip
 constexpr int64_t kStep = 32;                // inputs that surely share a scale
 constexpr int64_t kFewRows = 4;
@@ -95,7 +96,13 @@ inline __attribute__((always_inline)) void products(Reg (&acc)[R][N], const floa
         for (int u = 0; u < kApart; ++u) {
             Reg line[N];
 #pragma GCC unroll 3
-            for (int v = 0; v < N; ++v) line[v] = load(w + (k + u) * N * kWidth + v * kWidth);
+            for (int v = 0; v < N; ++v) {
+                const float* at = w + ((k + u) * N + v) * kWidth;
+                line[v] = load(at);
+                if (!kPacked)
+                    _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * N * kWidth),
+                                 _MM_HINT_T0);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Reg one = all(kPacked ? x[(k + u) * R + r] : x[r * pitch + k + u]);

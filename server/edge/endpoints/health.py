@@ -130,6 +130,7 @@ def live_figures(
         },
         kv_blocks=snapshot.get("kv_blocks", {}),
         cuda_bytes=snapshot.get("cuda_bytes", {}),
+        kernels={snapshot["kernel"]: 1.0} if "kernel" in snapshot else {},
         totals=snapshot.get("totals", {}),
         processes=processes,
         running=running,
