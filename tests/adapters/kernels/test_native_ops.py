@@ -108,7 +108,7 @@ def run(
         else f.native_record + next(tails, AS.get(path.how, b""))
         for f in found
     ]
-    native_ops.linear_into(
+    native_ops.modulated_linear_into(
         y,
         x,
         stored=weight.stored,
