@@ -82,6 +82,7 @@ def test_live_gauges_show_this_moment() -> None:
         queue_depth={"encode": 2},
         base_bytes={"linear": 10, "other": 5},
         adapter_bytes={"device": 7},
+        kernels={"avx2": 1.0},
         processes={"main": os.getpid(), "gone": 2**22 + 1},
         worker_ready=True,
     )
@@ -89,6 +90,7 @@ def test_live_gauges_show_this_moment() -> None:
     text = shown(registry)
     assert 'hira_base_bytes{part="linear"} 10.0' in text
     assert 'hira_queue_depth{lane="encode"} 2.0' in text
+    assert 'hira_kernel{kernel="avx2"} 1.0' in text
     assert 'hira_process_resident_bytes{role="main"}' in text
     assert "gone" not in text
     assert "hira_worker_ready 1.0" in text
