@@ -269,6 +269,8 @@ class LiveCollector:
             (name, text, label, said.get(key, {})) for key, name, text, label in SNAPSHOT_GAUGES
         ]
         rows += [
+            ("hira_kernel", "What computes the linear layers.", "kernel",
+             {said["kernel"]: 1.0} if "kernel" in said else {}),
             ("hira_admitted", "Requests and tokens admitted now.", "kind", live.running),
             ("hira_process_resident_bytes", "Resident memory, shared pages in each.", "role",
              resident_bytes(live.processes)),

@@ -312,6 +312,7 @@ class Engine:
             quarantined=quarantined,
             device=str(parts.base.device),
             dtype=str(parts.base.dtype).removeprefix("torch."),
+            kernel=parts.base.kernel,
             storage=parts.base.storage,
         )
 

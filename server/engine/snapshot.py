@@ -51,6 +51,7 @@ class EngineSnapshot:
         residency: The tier of each version that is not only on disk.
         quarantined: Versions that failed too often: until when (``time.time()``), and why.
         device, dtype: Where and in what everything is computed.
+        kernel: What computes the linear layers: ``Modulator.kernel``.
         storage: How the base's linear layers are stored, for people.
     """
 
@@ -66,6 +67,7 @@ class EngineSnapshot:
     quarantined: Mapping[str, tuple[float, str]]
     device: str
     dtype: str
+    kernel: str
     storage: str
 
 
