@@ -24,7 +24,7 @@ from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.link.dispatcher import Dispatcher
-from server.errors import Fault, Refusal
+from server.errors import Refusal
 from server.inputs.images import Images
 from server.inputs.text import Text, TextError
 from server.messages import Event, Failure, GenerateResult, Pin, Request, TokenEvent
@@ -376,8 +376,7 @@ class Service:
                 lambda: work(encoder.apart), "long-texts", size_bytes=characters, deadline=deadline
             )
         except TextError as error:
-            fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-            raise Refusal((fault,)) from None
+            raise Refusal.of(error, field) from None
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The registry's record of an adapter, from memory; of whatever base.
@@ -388,7 +387,7 @@ class Service:
         try:
             return self.names.resolve(name)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
 
     def served_record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The record of an adapter that can be asked for answers on this base.
@@ -400,7 +399,7 @@ class Service:
         try:
             self.names.check_fits(record)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
         return record
 
     def is_base(self, name: str) -> bool:
@@ -535,9 +534,3 @@ class Service:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=len(event.tokens))
             case _:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=0)
-
-
-def _at(error: AdapterError, field: str | None) -> Refusal:
-    """The refusal for an error, with the field that named the adapter."""
-    fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-    return Refusal((fault,))
