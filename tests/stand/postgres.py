@@ -80,7 +80,7 @@ def postgres(folder: Path) -> Iterator[Postgres]:
         for one in folder.parents:  # a test's folders are its own user's
             if one.stat().st_mode & 0o001 == 0:
                 one.chmod(one.stat().st_mode | 0o011)
-    _run("initdb", "-D", str(folder), "-U", USER, "-A", "trust", "--no-sync")
+    _run("initdb", "-D", str(folder), "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
