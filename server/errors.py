@@ -33,6 +33,7 @@ TABLE: Final[Mapping[str, Row]] = {
     "task_mismatch": Row(400, "The adapter does another task"),
     "unsupported_parameter": Row(400, "A parameter that cannot be honoured"),
     "chat_template_missing": Row(400, "The base has no chat template"),
+    "chat_template_failed": Row(422, "The chat template could not be run"),
     "invalid_request": Row(422, "The request is not valid"),
     "invalid_input": Row(422, "An input cannot be given to the model"),
     "input_too_long": Row(413, "The input is too long"),

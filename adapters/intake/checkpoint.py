@@ -24,7 +24,7 @@ from adapters.errors import (
 )
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
-from adapters.intake.conversation import conversation_notes
+from adapters.intake.conversation import Conversation, read_conversation
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
 from adapters.intake.memo import Recent
@@ -89,6 +89,7 @@ class AdapterWeights:
         notes: Contradictions, and what of it is not used, for a person to read.
         head_config: What its own ``config.json`` says of how the head is built and read.
         pooling: What it declares of how a vector is made.
+        conversation: Templates, end tokens and defaults of one that generates.
     """
 
     config: AdapterConfig
@@ -102,6 +103,7 @@ class AdapterWeights:
     notes: tuple[str, ...] = ()
     head_config: Mapping[str, Any] = field(default_factory=dict)
     pooling: Declaration = field(default_factory=Declaration)
+    conversation: Conversation = field(default_factory=Conversation)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -180,7 +182,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
-    said = conversation_notes(folder) if task == "text-generation" else ()
+    said = read_conversation(folder) if task == "text-generation" else Conversation()
     return AdapterWeights(
         config=config,
         factors={
@@ -198,9 +200,10 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=sum(nonzero.values()),
-        notes=(*plan.notes, *said, *_without_effect(nonzero)),
+        notes=(*plan.notes, *said.notes, *_without_effect(nonzero)),
         head_config=plan.task_config.head,
         pooling=plan.pooling,
+        conversation=said,
     )
 
 

@@ -11,6 +11,12 @@ from transformers import PreTrainedTokenizerFast
 PAD_TOKEN: Final = "<pad>"
 BOS_TOKEN: Final = "<s>"
 EOS_TOKEN: Final = "</s>"
+# As a script of a play has it, which the base has read: it is taught no conversations.
+CHAT_TEMPLATE: Final = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}:\n"
+    "{{ message.content | trim }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
 VOCABULARY_TOKENS: Final = 6144
 CONTEXT_TOKENS: Final = 512
 
@@ -45,6 +51,7 @@ def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
         padding_side="right",
         truncation_side="right",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

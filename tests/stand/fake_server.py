@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,9 @@ class Record:
     version: str
     created: datetime
     pinned: bool = False
+    labels: tuple[str, ...] | None = None
+    chat_template: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
 
     def fits(self, base_digest: str) -> bool:
         return not base_digest
@@ -41,6 +44,7 @@ class Record:
 
 class FakeRegistry:
     def __init__(self) -> None:
+        self.store: Any = SimpleNamespace(conversation=None)
         tasks = {"imdb": "text-classification", "story": "text-generation"}
         now = datetime.now(UTC)
         self.known = {name: Record(name, task, f"{name}-v1", now) for name, task in tasks.items()}
@@ -62,6 +66,10 @@ class Characters(Text):
     def apart(self) -> Text:
         """Nothing is shared, so nothing has to be apart."""
         return self
+
+    @property
+    def chat_template(self) -> str | None:
+        return None
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens

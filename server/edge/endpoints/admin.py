@@ -144,6 +144,7 @@ class Admin:
                 replace=wish.replace,
                 pinned=wish.pinned,
                 check=self.service.base.check_head,
+                settle=self.service.settle,
             ),
             "registrations",
         )
@@ -214,6 +215,8 @@ def _answer(record: AdapterRecord, known: Known, *, served: bool) -> dict[str, A
         last_used=_when(last_used),
         quarantined_until=_when(until),
         quarantine_reason=why,
+        chat_template=record.chat_template,
+        generation=dict(record.generation),
         notes=list(record.notes),
     ).model_dump()
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, Request, Response
 
@@ -25,6 +25,7 @@ from server.edge.endpoints.answers import (
     tokenize,
 )
 from server.edge.endpoints.body import sent_json
+from server.edge.endpoints.chat import chat_prompt, with_defaults
 from server.edge.endpoints.json_text import AT_ONCE_VALUES
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
@@ -41,10 +42,15 @@ from server.errors import Refusal
 from server.inputs.text import Text
 from server.messages import EncodedInput, GenerateResult, SamplingOptions
 
+if TYPE_CHECKING:
+    from adapters.registry.records import AdapterRecord
+
 DEFAULT_TOKENS = 16
 DEFAULT_CHAT_TOKENS = 256
 MAX_MODELS = 10_000
 SEEDS = 1 << 63
+# What clients that have no model to name write in its place.
+PLACEHOLDERS = frozenset({"tgi", "tei", "dummy", "default", "none", "-", "_"})
 COMPLETION_BODY: Any = Depends(sent_json(CompletionRequest))
 CHAT_BODY: Any = Depends(sent_json(ChatRequest))
 EMBEDDING_BODY: Any = Depends(sent_json(EmbeddingRequest))
@@ -61,7 +67,7 @@ class OpenAI:
         base = self.service.base
         records = self.service.names.listed(fitting=True)[:MAX_MODELS]
         own = [self._model(base.name, base.created, None)]
-        adapters = [self._model(one.name, one.created.timestamp(), base.name) for one in records]
+        adapters = [self._model(one.name, one.created.timestamp(), one) for one in records]
         return await json_response(self.service, {"object": "list", "data": own + adapters}, {})
 
     async def model(self, request: Request, model: str) -> Response:
@@ -70,7 +76,7 @@ class OpenAI:
         if self.service.is_base(model):
             return Json(self._model(base.name, base.created, None))
         record = self.service.served_record(model, "model")
-        return Json(self._model(record.name, record.created.timestamp(), base.name))
+        return Json(self._model(record.name, record.created.timestamp(), record))
 
     async def completions(
         self, request: Request, body: CompletionRequest = COMPLETION_BODY
@@ -86,7 +92,7 @@ class OpenAI:
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            body.model,
+            self._meant(body),
             await self._echoed(request, body, prompts) if body.echo else None,
             body.logprobs is not None,
             alternatives := body.logprobs or 0,
@@ -113,7 +119,7 @@ class OpenAI:
         )
 
     async def chat_completions(self, request: Request, body: ChatRequest = CHAT_BODY) -> Response:
-        """Continue a conversation, written out with the base's chat template."""
+        """Continue a conversation, written out with the adapter's chat template or the base's."""
         target = self._target(request, body, "/v1/chat/completions")
         text = self.service.base.texts
         messages = [message.plain() for message in body.messages]
@@ -122,23 +128,24 @@ class OpenAI:
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             check_new_tokens(asked, self.service, limit)
         # Without a limit: what is left of the context, so that a long conversation is not refused.
+        written = await chat_prompt(request, self.service, target, messages)
         prompt = await tokenize(
             request,
             self.service,
             text,
-            sum(len(message["content"]) + INPUT_CHARACTERS for message in messages),
-            lambda one: one.encode_chat(messages, max_new_tokens=asked or 1),
+            len(written) + INPUT_CHARACTERS,
+            lambda one: one.encode_prompt(written, max_new_tokens=asked or 1, special_tokens=False),
             "messages",
         )
         wanted = asked or min(
-            DEFAULT_CHAT_TOKENS,
+            target.generation.get("max_new_tokens", DEFAULT_CHAT_TOKENS),
             self.service.settings.max_new_tokens,
             text.max_tokens - len(prompt),
         )
         shape = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            body.model,
+            self._meant(body),
             bool(body.logprobs),
             body.top_logprobs or 0,
         )
@@ -191,7 +198,7 @@ class OpenAI:
                 }
                 for index, vector in enumerate(vectors)
             ],
-            "model": body.model,
+            "model": self._meant(body),
             "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
         }
         return await json_response(
@@ -213,7 +220,7 @@ class OpenAI:
         copies = body.n or 1
         check_inputs(len(prompts) * copies, self.service, "n")
         each = [
-            (prompt, self._sampling(body, wanted, copy, shape, scores=scores))
+            (prompt, self._sampling(body, target, wanted, copy, shape, scores=scores))
             for prompt in prompts
             for copy in range(copies)
         ]
@@ -275,14 +282,34 @@ class OpenAI:
                 expected="its neutral value, or no such field",
                 field=name,
             )
-        model = str(getattr(body, "model", ""))
         tasks = EMBED_TASKS if isinstance(body, EmbeddingRequest) else GENERATE_TASKS
-        names = (model, *request.query_params.getlist("adapter"))
+        named = request.query_params.getlist("adapter")
+        names = named if named and self._names_nobody(body.model) else [self._meant(body), *named]
         target = self.service.target(names, tasks, verb, "model")
         exchange_of(request).adapter = target.adapter
         return target
 
-    def _model(self, name: str, created: float, parent: str | None) -> dict[str, Any]:
+    def _meant(self, body: Known) -> str:
+        """The name of who answers: ``model``, or where that names nobody the default."""
+        return self.service.default_model if self._names_nobody(body.model) else body.model
+
+    def _names_nobody(self, model: str | None) -> bool:
+        """Whether there is no model, or what a client writes that has none."""
+        return not model or (model in PLACEHOLDERS and model not in self.service.names.records)
+
+    def _model(self, name: str, created: float, record: AdapterRecord | None) -> dict[str, Any]:
+        base = self.service.base
+        parent = None if record is None else base.name
+        task = base.task if record is None else record.task
+        labels = None if record is None else record.labels
+        context: int | None = None
+        chats = False
+        if base.prompts is not None:
+            generates = task == "text-generation"
+            holder = base.prompts if generates or not isinstance(base.inputs, Text) else base.inputs
+            context = holder.max_tokens
+            own = record is not None and record.chat_template
+            chats = generates and (own or base.prompts.chat_template is not None)
         return {
             "id": name,
             "object": "model",
@@ -290,6 +317,10 @@ class OpenAI:
             "owned_by": "hira-server",
             "parent": parent,
             "root": parent or name,
+            "task": task,
+            "labels": None if labels is None else list(labels),
+            "context": context,
+            "chat": chats,
         }
 
     async def _prompts(
@@ -363,11 +394,21 @@ class OpenAI:
         )
 
     def _sampling(
-        self, body: Sampling, wanted: int, copy: int, shape: Format, *, scores: bool
+        self,
+        body: Sampling,
+        target: Target,
+        wanted: int,
+        copy: int,
+        shape: Format,
+        *,
+        scores: bool,
     ) -> SamplingOptions:
         temperature = 1.0 if body.temperature is None else body.temperature
         stop = body.stop or ()
-        return SamplingOptions(
+        said = {name for name in body.model_fields_set if getattr(body, name) is not None}
+        if "temperature" in said:
+            said.add("do_sample")
+        options = SamplingOptions(
             max_new_tokens=wanted,
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
@@ -382,6 +423,7 @@ class OpenAI:
             ignore_eos=body.ignore_eos,
             prompt_logprobs=scores,
         )
+        return with_defaults(options, target, said)
 
 
 def _check_scoring(body: CompletionRequest, wanted: int, *, scores: bool) -> None:
