@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from adapters.intake.conversation import Conversation
-from server.edge.admit.tokenizing import EncodersFull
+from server.edge.admit.tokenizing import TokenizersBusy
 from server.inputs.rendering import ChatTemplate, RenderLimits, RenderProcess
 
 PROCESSES: Final = 3
-LONG_CHARACTERS: Final = 1 << 16
+LONG_CHAT_CHARACTERS: Final = 1 << 16
 KEPT_BYTES: Final = 8 << 20  # of templates read from the store
 
 
@@ -82,15 +82,15 @@ class Templates:
             most: How many conversations may wait.
 
         Raises:
-            EncodersFull: Come back later.
+            TokenizersBusy: Come back later.
             TimeoutError: The deadline passed before its turn came.
             TextError: As ``RenderProcess.render``.
         """
         if self.waiting >= most:
-            raise EncodersFull(self.waiting)
+            raise TokenizersBusy(self.waiting)
         if deadline <= time.monotonic():
             raise TimeoutError
-        turn = (key, characters > LONG_CHARACTERS)
+        turn = (key, characters > LONG_CHAT_CHARACTERS)
         lock, users = self._turns.setdefault(turn, (asyncio.Lock(), []))
         users.append(None)
         self.waiting += 1

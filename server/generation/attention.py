@@ -47,7 +47,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _DecodingGroup:
     """Decoding sequences that attend together."""
 
     rows: torch.Tensor  # [g] row of each in the batch
@@ -112,7 +112,7 @@ class _FullPlan:
         decoding.sort(key=lambda item: item[0])
         page_bytes = allocator.bytes_per_page // 2
         room = max(1, GROUP_BYTES.get(device.type, GROUP_BYTES["cuda"]) // page_bytes)
-        self.groups: list[_Group] = []
+        self.groups: list[_DecodingGroup] = []
         while decoding:
             widest = next(
                 (n for n in range(len(decoding), 1, -1) if n * decoding[n - 1][0] <= room), 1
@@ -278,7 +278,7 @@ def _group(
     members: Sequence[tuple[int, Span, list[int]]],
     page: int,
     like: torch.Tensor,
-) -> _Group:
+) -> _DecodingGroup:
     width = members[-1][0]
     table = [p for used, _, pages in members for p in pages + [0] * (width - used)]
     lengths = [span.tokens for _, span, _ in members]
@@ -288,7 +288,7 @@ def _group(
         mask = torch.zeros(absent.shape, dtype=like.dtype).masked_fill_(absent, float("-inf"))
         mask = mask[:, None, None].to(like.device)
     rows = torch.tensor([span.start for _, span, _ in members], device=like.device)
-    return _Group(rows, torch.tensor(table, device=like.device), mask)
+    return _DecodingGroup(rows, torch.tensor(table, device=like.device), mask)
 
 
 def _causal_mask(

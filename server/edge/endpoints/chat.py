@@ -9,7 +9,7 @@ from typing import Any, Final
 from starlette.requests import Request as HttpRequest
 
 from adapters.errors import AdapterError
-from server.edge.admit.tokenizing import EncodersFull
+from server.edge.admit.tokenizing import TokenizersBusy
 from server.edge.endpoints.answers import deadline_of
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Fault, Refusal
@@ -49,7 +49,7 @@ async def chat_prompt(
         raise Refusal((fault,)) from None
     except AdapterError as error:
         raise Refusal.of(error) from None
-    except EncodersFull as error:
+    except TokenizersBusy as error:
         raise service.dispatcher.admission.overloaded(str(error), f"at most {most}") from None
     except TimeoutError:
         raise Refusal.because(

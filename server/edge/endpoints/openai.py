@@ -17,9 +17,9 @@ from server.edge.endpoints.answers import (
     Generations,
     answer_headers,
     check_inputs,
+    context_of,
     encode,
     encoded,
-    exchange_of,
     json_response,
     target_headers,
     tokenize,
@@ -33,14 +33,14 @@ from server.edge.endpoints.schemas_openai import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    Known,
+    ModelNamed,
     Sampling,
 )
 from server.edge.endpoints.tei_tgi import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.text import Text
-from server.messages import EncodedInput, GenerateResult, SamplingOptions
+from server.messages import GenerateResult, SamplingOptions, TokenizedInput
 
 if TYPE_CHECKING:
     from adapters.registry.records import AdapterRecord
@@ -177,7 +177,7 @@ class OpenAI:
             if isinstance(service.base.inputs, Text):
                 most = service.base.inputs.max_tokens
             lists = self._token_lists(given, "input", None if truncation else most)
-            inputs = tuple(EncodedInput(ids[:most]) for ids in lists)
+            inputs = tuple(TokenizedInput(ids[:most]) for ids in lists)
         result = await encode(
             request,
             service,
@@ -272,7 +272,7 @@ class OpenAI:
             return shape.answer(results, copies)
         return await self.service.in_thread(lambda: shape.answer(results, copies), "answers")
 
-    def _target(self, request: Request, body: Known, verb: str) -> Target:
+    def _target(self, request: Request, body: ModelNamed, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
         for name, value in body.unsupported():
             raise Refusal.because(
@@ -286,16 +286,23 @@ class OpenAI:
         named = request.query_params.getlist("adapter")
         names = named if named and self._names_nobody(body.model) else [self._meant(body), *named]
         target = self.service.target(names, tasks, verb, "model")
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         return target
 
-    def _meant(self, body: Known) -> str:
+    def _meant(self, body: ModelNamed) -> str:
         """The name of who answers: ``model``, or where that names nobody the default."""
-        return self.service.default_model if self._names_nobody(body.model) else body.model
+        model = body.model
+        if model is None or self._names_nobody(model):
+            return self.service.default_model
+        return model
 
     def _names_nobody(self, model: str | None) -> bool:
         """Whether there is no model, or what a client writes that has none."""
-        return not model or (model in PLACEHOLDERS and model not in self.service.names.records)
+        return not model or (
+            model in PLACEHOLDERS
+            and model not in self.service.names.records
+            and not self.service.is_base(model)
+        )
 
     def _model(self, name: str, created: float, record: AdapterRecord | None) -> dict[str, Any]:
         base = self.service.base

@@ -49,7 +49,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-class Known(BaseModel):
+class OpenAIBody(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=nullable)
 
     @model_validator(mode="before")
@@ -69,18 +69,18 @@ class Known(BaseModel):
         ]
 
 
-class Named(Known):
+class ModelNamed(OpenAIBody):
     model: str | None = Field(
         default=None,
         description="An adapter's name, or the base's; without one the server's default answers.",
     )
 
 
-class StreamOptions(Known):
+class StreamOptions(OpenAIBody):
     include_usage: bool = False
 
 
-class Sampling(Named):
+class Sampling(ModelNamed):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
@@ -188,7 +188,7 @@ class ChatRequest(Sampling):
         return self
 
 
-class EmbeddingRequest(Named):
+class EmbeddingRequest(ModelNamed):
     input: str | Texts | Ids | IdLists
     encoding_format: Literal["float", "base64"] | None = "float"
     truncation: bool | None = Field(default=False, description="Cut inputs that are too long.")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.intake.conversation import Conversation
-from server.edge.admit.tokenizing import EncodersFull
+from server.edge.admit.tokenizing import TokenizersBusy
 from server.edge.templates import KEPT_BYTES, PROCESSES, Templates
 from server.inputs.rendering import ChatTemplate, ChatTemplateFailed, RenderLimits
 
@@ -48,7 +48,7 @@ def test_who_cannot_be_answered_in_time_is_told_and_its_turn_goes_on() -> None:
         templates = Templates(RenderLimits(cpu_s=0.3), nothing)
         with pytest.raises(TimeoutError):
             await ask(templates, "a", QUICK, deadline=time.monotonic() - 1)
-        with pytest.raises(EncodersFull):
+        with pytest.raises(TokenizersBusy):
             await ask(templates, "a", QUICK, most=0)
         first = asyncio.ensure_future(ask(templates, "a", SLOW))
         left = asyncio.ensure_future(ask(templates, "a", SLOW))
