@@ -187,7 +187,8 @@ def stored_conversation(raw: bytes) -> Conversation:
         CorruptFile: It is not that.
     """
     content = strict_json(raw, CONVERSATION_FILE, _MAX_TOKENIZER_BYTES)
-    templates, special = content.get("templates"), content.get("special_tokens")
+    templates: Any = content.get("templates")
+    special: Any = content.get("special_tokens")
     ids, end_ids, sampling = (content.get(name) for name in ("token_ids", "end_ids", "sampling"))
     if not (
         all(_is_texts(one) for one in (templates, special))
@@ -236,13 +237,13 @@ def _templates(
     listed = given if isinstance(given, list) else [given]
     for one in listed[:_SHOWN]:
         entry = one if isinstance(one, dict) else {}
-        name, text = entry.get("name"), entry.get("template")
-        if not isinstance(name, str) or not isinstance(text, str):
+        called, text = entry.get("name"), entry.get("template")
+        if not isinstance(called, str) or not isinstance(text, str):
             notes.append(f"{where} is not used: {show(one)} is no template with a name")
-        elif name in places:
-            yield from _template(name, text, where, notes)
+        elif called in places:
+            yield from _template(called, text, where, notes)
         else:
-            notes.append(f"{where}: the template {name[:80]} is not used, no call asks for it")
+            notes.append(f"{where}: the template {called[:80]} is not used, no call asks for it")
 
 
 def _template(name: str, text: str, where: str, notes: list[str]) -> Iterator[tuple[str, str]]:

@@ -176,9 +176,9 @@ def _ends(conversation: Conversation, text: Text, notes: list[str]) -> tuple[int
     token = conversation.special_tokens.get("eos_token")
     if token is None:
         return ()
-    reason = _disagreement(token, conversation.token_ids, text)
-    id_ = text.id_of(token)
-    if reason is not None or id_ is None:
-        notes.append(f"its end token {token[:80]!r} is not used: it {reason}")
+    disagreement = _disagreement(token, conversation.token_ids, text)
+    end = text.id_of(token)
+    if disagreement is not None or end is None:
+        notes.append(f"its end token {token[:80]!r} is not used: it {disagreement}")
         return ()
-    return (id_,)
+    return (end,)

@@ -218,9 +218,17 @@ class OpenAI:
         scores: bool = False,
     ) -> Response:
         copies = body.n or 1
+        said = {name for name in body.model_fields_set if getattr(body, name) is not None}
+        if "temperature" in said:
+            said.add("do_sample")
         check_inputs(len(prompts) * copies, self.service, "n")
         each = [
-            (prompt, self._sampling(body, target, wanted, copy, shape, scores=scores))
+            (
+                prompt,
+                with_defaults(
+                    self._sampling(body, wanted, copy, shape, scores=scores), target, said
+                ),
+            )
             for prompt in prompts
             for copy in range(copies)
         ]
@@ -401,21 +409,11 @@ class OpenAI:
         )
 
     def _sampling(
-        self,
-        body: Sampling,
-        target: Target,
-        wanted: int,
-        copy: int,
-        shape: Format,
-        *,
-        scores: bool,
+        self, body: Sampling, wanted: int, copy: int, shape: Format, *, scores: bool
     ) -> SamplingOptions:
         temperature = 1.0 if body.temperature is None else body.temperature
         stop = body.stop or ()
-        said = {name for name in body.model_fields_set if getattr(body, name) is not None}
-        if "temperature" in said:
-            said.add("do_sample")
-        options = SamplingOptions(
+        return SamplingOptions(
             max_new_tokens=wanted,
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
@@ -430,7 +428,6 @@ class OpenAI:
             ignore_eos=body.ignore_eos,
             prompt_logprobs=scores,
         )
-        return with_defaults(options, target, said)
 
 
 def _check_scoring(body: CompletionRequest, wanted: int, *, scores: bool) -> None:

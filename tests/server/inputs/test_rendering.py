@@ -59,7 +59,7 @@ def reference(template: str, messages: list[dict[str, Any]], variables: dict[str
         conversations=[messages],
         chat_template=template,
         add_generation_prompt=True,
-        **variables,  # type: ignore[arg-type]
+        **variables,
     )
     return str(text)
 

@@ -108,13 +108,14 @@ def test_an_empty_prompt_is_the_start_token(prompts: Text) -> None:
 
 
 def test_the_template_without_tools_is_the_one_for_conversations(prompts: Text) -> None:
-    assert prompts.chat_template is None
-    prompts.tokenizer.chat_template = "{{ messages }}"
-    assert prompts.chat_template == "{{ messages }}"
-    prompts.tokenizer.chat_template = {"tool_use": "x"}
-    assert prompts.chat_template is None
-    prompts.tokenizer.chat_template = {"tool_use": "x", "default": "y"}
-    assert prompts.chat_template == "y"
+    for given, found in (
+        (None, None),
+        ("{{ messages }}", "{{ messages }}"),
+        ({"tool_use": "x"}, None),
+        ({"tool_use": "x", "default": "y"}, "y"),
+    ):
+        prompts.tokenizer.chat_template = given
+        assert prompts.chat_template == found
 
 
 def test_a_token_and_its_id_are_of_the_base_or_none(prompts: Text) -> None:
