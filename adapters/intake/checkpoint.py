@@ -28,7 +28,7 @@ from adapters.intake.conversation import Conversation, read_conversation
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
 from adapters.intake.memo import Recent
-from adapters.intake.model_config import Labels, TaskConfig, read_task_config
+from adapters.intake.model_config import Labels, TaskConfig, output_counts, read_task_config
 from adapters.intake.pooling import FILES as DECLARATION_FILES
 from adapters.intake.pooling import Declaration, pooling_files, read_pooling
 from adapters.intake.safetensors_header import (
@@ -42,7 +42,7 @@ from adapters.intake.safetensors_header import (
 from adapters.intake.strict_json import MAX_JSON_BYTES
 from adapters.intake.task_of import task_of
 from adapters.signature import BaseSignature
-from adapters.tasks import HEADED, Task
+from adapters.tasks import BY_NAME, Task
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -178,11 +178,12 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
             tensors[entry.name] = tensor
     head = {key.name: tensors[entry.name] for key, entry in layout.saved}
     labels: Labels | None = None
-    if task in HEADED:
+    if BY_NAME[task].head == "adapter":
         labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
-    said = read_conversation(folder) if task == "text-generation" else Conversation()
+    generates = BY_NAME[task].lane == "generate"
+    said = read_conversation(folder) if generates else Conversation()
     return AdapterWeights(
         config=config,
         factors={
@@ -266,7 +267,15 @@ def _plan(
     layout = Layout(config, base)
     for entry in entries.values():
         layout.take(entry)
-    task = task_of(config, base, task_config, has_head=bool(layout.saved))
+    shapes = {key.name: tuple(entry.shape) for key, entry in layout.saved}
+    counts = output_counts(shapes)
+    task = task_of(
+        config,
+        base,
+        task_config,
+        has_head=bool(layout.saved),
+        outputs=counts[0] if len(counts) == 1 else None,
+    )
     _raise_all(layout.faults(task))
     notes = (*layout.notes(), *task_config.body_notes(base.config), *pooling.notes)
     return _Plan(task_config, layout, task, pooling, notes)

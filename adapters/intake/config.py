@@ -21,9 +21,9 @@ from adapters.intake import patterns
 from adapters.intake.foreign import LOOKALIKES, foreign_format
 from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
 from adapters.signature import Method
+from adapters.tasks import TASK_TYPES
 
 ALL_LINEAR = "all-linear"
-TASK_TYPES = frozenset({"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 
 _TASK_FIXES: Final = {
     "SEQ_2_SEQ_LM": "If it was trained on a decoder such as Llama, or GPT-2: set task_type to "

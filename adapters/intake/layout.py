@@ -26,7 +26,7 @@ from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key, wrappe
 from adapters.intake.misfits import odd_part, other_base
 from adapters.intake.safetensors_header import TensorEntry
 from adapters.signature import BaseSignature, Method
-from adapters.tasks import HEADED, Task
+from adapters.tasks import BY_NAME, Task
 
 
 @dataclass
@@ -202,7 +202,7 @@ class Layout:
                     fix="Save the adapter again, or correct target_modules.",
                 )
             )
-        if task not in HEADED and self.saved:
+        if BY_NAME[task].head != "adapter" and self.saved:
             found.append(
                 UnsupportedOption(
                     f"Saved modules have no use in {task}.",
@@ -211,7 +211,7 @@ class Layout:
                     fix="Set task_type to the task of the saved head, or train without it.",
                 )
             )
-        if task in HEADED and not self.saved:
+        if BY_NAME[task].head == "adapter" and not self.saved:
             found.append(
                 MissingTensors(
                     "The adapter brings no task head.",
@@ -251,9 +251,7 @@ class Layout:
         for path, layer in self.base.layers.items():
             in_backbone = path.startswith(prefix)
             # The language-model head is not part of a classifier's model, or of a bare backbone.
-            if not in_backbone and (
-                other is not None or task not in ("text-generation", "fill-mask")
-            ):
+            if not in_backbone and (other is not None or BY_NAME[task].head != "base"):
                 continue
             spelled = path
             if other is not None and in_backbone:

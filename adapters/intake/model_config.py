@@ -15,7 +15,7 @@ import torch
 
 from adapters.errors import AdapterError, CorruptFile, MissingTensors, ShapeMismatch
 from adapters.intake.strict_json import show, strict_json
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Task
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 _PROBLEM_TYPES: tuple[ProblemType, ...] = (
@@ -135,11 +135,7 @@ class TaskConfig:
             head: Its tensors by name.
             task: What the head is for.
         """
-        outputs = [
-            tensor.shape[0]
-            for name, tensor in head.items()
-            if name.endswith(".weight") and name.split(".")[-2] in _OUTPUTS and tensor.dim() == 2
-        ]
+        outputs = output_counts({name: tuple(tensor.shape) for name, tensor in head.items()})
         if len(outputs) != 1:
             return None, [
                 MissingTensors(
@@ -150,15 +146,31 @@ class TaskConfig:
                 )
             ]
         (count,) = outputs
-        if task == "question-answering":
-            faults: list[AdapterError] = [] if count == 2 else [_wrong(count, 2)]
-            return Labels(("start", "end"), None), faults
+        fixed = BY_NAME[task].output_names
+        if fixed is not None:
+            faults: list[AdapterError] = []
+            if count != len(fixed):
+                faults = [_wrong(count, len(fixed))]
+            return Labels(fixed, None), faults
         names = self.names
         # Two labels are what transformers writes when nobody named any.
         if names is None or (names == _default_names(2) and count != 2):
             names = _default_names(count)
         faults = [] if len(names) == count else [_wrong(count, len(names))]
         return Labels(names, self.problem_type), faults
+
+
+def output_counts(shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """How many outputs each output layer has among the tensors of a head.
+
+    Args:
+        shapes: Of its tensors, by name.
+    """
+    return [
+        shape[0]
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and name.split(".")[-2] in _OUTPUTS and len(shape) == 2
+    ]
 
 
 def read_task_config(raw: bytes) -> TaskConfig:

@@ -23,7 +23,7 @@ from adapters.errors import AdapterNotFound, UnsupportedOption
 from adapters.intake.checkpoint import TENSOR_FILE, AdapterWeights, load_adapter
 from adapters.registry.store import Store
 from adapters.residency.slots import Residency
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
@@ -58,8 +58,6 @@ from server.messages import (
 from server.options import EngineOptions
 
 logger = logging.getLogger(__name__)
-
-_NO_HEADS: frozenset[Task] = frozenset({"fill-mask", "text-generation", "feature-extraction"})
 
 
 class EngineFailure(Exception):
@@ -109,7 +107,7 @@ class Engine:
 
         def load(version: str) -> AdapterWeights:
             weights = load_adapter(store.sound_path(version), signature)
-            if weights.head and weights.task in _NO_HEADS:
+            if weights.head and BY_NAME[weights.task].head != "adapter":
                 raise UnsupportedOption(
                     f"The adapter does {weights.task} and saved modules whole.",
                     found=", ".join(sorted(weights.head)[:3]),

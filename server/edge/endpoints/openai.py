@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, Request, Response
 
+from adapters.tasks import BY_NAME
 from server.edge.endpoints.answers import (
     EventStream,
     Generations,
@@ -36,7 +37,7 @@ from server.edge.endpoints.schemas_openai import (
     ModelNamed,
     Sampling,
 )
-from server.edge.endpoints.tei_tgi import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
+from server.edge.endpoints.tei_tgi import check_new_tokens
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.text import Text
@@ -282,18 +283,11 @@ class OpenAI:
 
     def _target(self, request: Request, body: ModelNamed, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
-        for name, value in body.unsupported():
-            raise Refusal.because(
-                "unsupported_parameter",
-                f"{name} cannot be honoured by this server.",
-                found=repr(value)[:80],
-                expected="its neutral value, or no such field",
-                field=name,
-            )
-        tasks = EMBED_TASKS if isinstance(body, EmbeddingRequest) else GENERATE_TASKS
+        body.check_supported()
+        path = "/embed" if isinstance(body, EmbeddingRequest) else "/generate"
         named = request.query_params.getlist("adapter")
         names = named if named and self._names_nobody(body.model) else [self._meant(body), *named]
-        target = self.service.target(names, tasks, verb, "model")
+        target = self.service.target(names, path, "model", call=verb)
         context_of(request).adapter = target.adapter
         return target
 
@@ -320,7 +314,8 @@ class OpenAI:
         context: int | None = None
         chats = False
         if base.prompts is not None:
-            generates = task == "text-generation"
+            row = BY_NAME.get(task)
+            generates = row is not None and row.lane == "generate"
             holder = base.prompts if generates or not isinstance(base.inputs, Text) else base.inputs
             context = holder.max_tokens
             own = record is not None and record.chat_template

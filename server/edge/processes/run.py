@@ -9,6 +9,7 @@ from typing import Final
 from adapters.registry.records import AdapterRecord
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.openai import OpenAI
+from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.wire import read_state
@@ -52,7 +53,7 @@ def run_service(
     api = HiraAPI(
         settings.engine_options(base),
         settings.run_dir,
-        spec=HiraSpec(TeiTgi(service), OpenAI(service), service.dispatcher),
+        spec=HiraSpec(TeiTgi(service), Ranking(service), OpenAI(service), service.dispatcher),
         loop=EngineLoop(settings.api_processes),
         engine=engine,
         log_level=settings.log_level,
