@@ -93,7 +93,7 @@ class OpenAI:
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            self._meant(body),
+            self._answering(body, target),
             await self._echoed(request, body, prompts) if body.echo else None,
             body.logprobs is not None,
             alternatives := body.logprobs or 0,
@@ -146,7 +146,7 @@ class OpenAI:
         shape = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            self._meant(body),
+            self._answering(body, target),
             bool(body.logprobs),
             body.top_logprobs or 0,
         )
@@ -199,7 +199,7 @@ class OpenAI:
                 }
                 for index, vector in enumerate(vectors)
             ],
-            "model": self._meant(body),
+            "model": self._answering(body, target),
             "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
         }
         return await json_response(
@@ -286,16 +286,19 @@ class OpenAI:
         body.check_supported()
         path = "/embed" if isinstance(body, EmbeddingRequest) else "/generate"
         named = request.query_params.getlist("adapter")
-        names = named if named and self._names_nobody(body.model) else [self._meant(body), *named]
+        model = body.model
+        if self._names_nobody(model):
+            model = None if named else self.service.default_model
+        names = [model, *named]
         target = self.service.target(names, path, "model", call=verb)
         context_of(request).adapter = target.adapter
         return target
 
-    def _meant(self, body: ModelNamed) -> str:
-        """The name of who answers: ``model``, or where that names nobody the default."""
+    def _answering(self, body: ModelNamed, target: Target) -> str:
+        """Who answers, for the answer: as the request has it, if it names anybody."""
         model = body.model
         if model is None or self._names_nobody(model):
-            return self.service.default_model
+            return target.adapter or self.service.base.name
         return model
 
     def _names_nobody(self, model: str | None) -> bool:
