@@ -1,7 +1,7 @@
 """What an adapter brings for conversations and for generating: templates, end tokens, defaults.
 
-Read from the tokenizer's and the generation's files beside an adapter, and kept with it in one file
-of its own, ``CONVERSATION_FILE``, that holds what can change an answer and nothing else. Nothing
+Read from the tokenizer's and the generation's files beside an adapter, and kept with it in one
+file, ``KEPT_CONVERSATION_FILE``, that holds what can change an answer and nothing else. Nothing
 here refuses an adapter: what cannot be read is noted. Whether it agrees with a base's vocabulary,
 and whether a template renders, is for those to say who have the base's tokenizer.
 """
@@ -26,19 +26,19 @@ TOKENIZER_FILE: Final = "tokenizer_config.json"
 VOCABULARY_FILE: Final = "tokenizer.json"
 ADDED_TOKENS_FILE: Final = "added_tokens.json"
 GENERATION_FILE: Final = "generation_config.json"
-CONVERSATION_FILE: Final = "hira_conversation.json"
+KEPT_CONVERSATION_FILE: Final = "hira_conversation.json"
 # By their path in a folder: the names under which the same files lie flat.
 NESTED_TEMPLATES: Final[Mapping[str, str]] = {
     f"additional_chat_templates/{TOOLS_TEMPLATE_FILE}": TOOLS_TEMPLATE_FILE
 }
-FILES: Final = (
+CONVERSATION_FILES: Final = (
     TEMPLATE_FILE,
     TOOLS_TEMPLATE_FILE,
     TOKENIZER_FILE,
     VOCABULARY_FILE,
     ADDED_TOKENS_FILE,
     GENERATION_FILE,
-    CONVERSATION_FILE,
+    KEPT_CONVERSATION_FILE,
 )
 # PEFT's task types of adapters that are never asked to generate: their files mean nothing here.
 OTHER_TASK_TYPES: Final = frozenset(
@@ -63,14 +63,14 @@ _WITHOUT_EFFECT: Final = frozenset(
     {"bos_token_id", "pad_token_id", "transformers_version", "use_cache", "cache_implementation"}
 )
 # What the other fields say when they say nothing.
-_NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
+_UNSAID: Final[Mapping[str, tuple[object, ...]]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1,)),
     **dict.fromkeys(("length_penalty", "typical_p", "encoder_repetition_penalty"), (1,)),
     **dict.fromkeys(("no_repeat_ngram_size", "min_length", "diversity_penalty"), (0,)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "encoder_no_repeat_ngram_size"), (0,)),
     "max_length": (20,),
 }
-_SHOWN: Final = 8
+_FIELDS_SHOWN: Final = 8
 _HALF: Final = re.compile("[\ud800-\udfff]")  # half a character cannot be written anywhere
 _BASES: Final = "the base's is"
 
@@ -114,7 +114,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Settled:
+class UsedConversation:
     """What of a conversation is used on one base.
 
     Args:
@@ -128,14 +128,14 @@ class Settled:
     notes: tuple[str, ...] = ()
 
 
-def unused(conversation: Conversation) -> Settled:
+def unused(conversation: Conversation) -> UsedConversation:
     """Where there is no tokenizer to compare with: nothing is used, and all of it is noted."""
     notes = []
     if conversation.templates:
         notes.append(f"its chat template is not used: {_BASES}")
     if conversation.end_ids or conversation.sampling:
         notes.append(f"{GENERATION_FILE} is not used: {_BASES}")
-    return Settled(notes=tuple(notes))
+    return UsedConversation(notes=tuple(notes))
 
 
 def read_conversation(folder: Path) -> Conversation:
@@ -147,17 +147,19 @@ def read_conversation(folder: Path) -> Conversation:
     Returns:
         What could be read, within bounds on every file; the rest is in its notes.
     """
-    if os.path.lexists(folder / CONVERSATION_FILE):
+    if os.path.lexists(folder / KEPT_CONVERSATION_FILE):
         try:
-            return stored_conversation(_read(folder / CONVERSATION_FILE, _MAX_TOKENIZER_BYTES))
+            return stored_conversation(
+                _read_bounded(folder / KEPT_CONVERSATION_FILE, _MAX_TOKENIZER_BYTES)
+            )
         except CorruptFile as fault:
-            return Conversation(notes=(_unreadable(CONVERSATION_FILE, fault),))
+            return Conversation(notes=(_cannot_be_read(KEPT_CONVERSATION_FILE, fault),))
     notes: list[str] = []
-    tokenizer = _json(folder, TOKENIZER_FILE, notes)
+    tokenizer = _read_object(folder, TOKENIZER_FILE, notes)
     templates = dict(_templates(folder, tokenizer, notes))
     special = dict(_special_tokens(tokenizer))
     added = _added_tokens(folder, tokenizer, notes)
-    end_ids, sampling = _generation(_json(folder, GENERATION_FILE, notes), notes)
+    end_ids, sampling = _generation(_read_object(folder, GENERATION_FILE, notes), notes)
     written = "\n".join(templates.values())
     named = {name: it for name, it in special.items() if name == "eos_token" or name in written}
     wanted = {
@@ -186,7 +188,7 @@ def stored_conversation(raw: bytes) -> Conversation:
     Raises:
         CorruptFile: It is not that.
     """
-    content = strict_json(raw, CONVERSATION_FILE, _MAX_TOKENIZER_BYTES)
+    content = strict_json(raw, KEPT_CONVERSATION_FILE, _MAX_TOKENIZER_BYTES)
     templates: Any = content.get("templates")
     special: Any = content.get("special_tokens")
     ids, end_ids, sampling = (content.get(name) for name in ("token_ids", "end_ids", "sampling"))
@@ -200,7 +202,7 @@ def stored_conversation(raw: bytes) -> Conversation:
         and all(len(one.encode()) <= MAX_TEMPLATE_BYTES for one in templates.values())
     ):
         raise CorruptFile(
-            f"{CONVERSATION_FILE} is malformed.",
+            f"{KEPT_CONVERSATION_FILE} is malformed.",
             found=show(raw[:80]),
             expected="what this server keeps of an adapter's chat template and end tokens",
             fix="Leave it out and send the tokenizer's files and generation_config.json.",
@@ -222,10 +224,10 @@ def _templates(
             if os.path.lexists(folder / place):
                 found = True
                 try:
-                    raw = _read(folder / place, MAX_TEMPLATE_BYTES)
+                    raw = _read_bounded(folder / place, MAX_TEMPLATE_BYTES)
                     yield from _template(name, raw.decode("utf-8"), place, notes)
                 except (CorruptFile, UnicodeDecodeError) as fault:
-                    notes.append(_unreadable(place, fault))
+                    notes.append(_cannot_be_read(place, fault))
                 break
     given = tokenizer.get("chat_template")
     if found or given is None:
@@ -235,7 +237,7 @@ def _templates(
         yield from _template("default", given, where, notes)
         return
     listed = given if isinstance(given, list) else [given]
-    for one in listed[:_SHOWN]:
+    for one in listed[:_FIELDS_SHOWN]:
         entry = one if isinstance(one, dict) else {}
         called, text = entry.get("name"), entry.get("template")
         if not isinstance(called, str) or not isinstance(text, str):
@@ -275,7 +277,7 @@ def _added_tokens(folder: Path, tokenizer: Mapping[str, Any], notes: list[str]) 
         if 0 < len(token) <= _MAX_TOKEN_CHARACTERS and not _HALF.search(token):
             found[token] = id_
 
-    for token, id_ in _json(folder, ADDED_TOKENS_FILE, notes).items():
+    for token, id_ in _read_object(folder, ADDED_TOKENS_FILE, notes).items():
         take(token, id_)
     decoder = tokenizer.get("added_tokens_decoder")
     for id_, entry in (decoder if isinstance(decoder, dict) else {}).items():
@@ -297,7 +299,7 @@ def _listed_in_vocabulary(folder: Path, notes: list[str]) -> list[Any]:
         place = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
         found = [] if place is None else json.JSONDecoder().raw_decode(text, place.end())[0]
     except (CorruptFile, ValueError, RecursionError) as fault:
-        notes.append(_unreadable(VOCABULARY_FILE, fault))
+        notes.append(_cannot_be_read(VOCABULARY_FILE, fault))
         return []
     return found if isinstance(found, list) else []
 
@@ -316,11 +318,11 @@ def _generation(
             end_ids = tuple(dict.fromkeys(listed))
         elif _is_allowed(name, value):
             sampling[name] = value
-        elif value is not False and value not in _NEUTRAL.get(name, ()):
+        elif value is not False and value not in _UNSAID.get(name, ()):
             said.append(f"{name[:80]} = {show(value)}")
     if said:
-        more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
-        notes.append(f"{GENERATION_FILE}: not used: {', '.join(said[:_SHOWN])}{more}")
+        more = f" and {len(said) - _FIELDS_SHOWN} more" if len(said) > _FIELDS_SHOWN else ""
+        notes.append(f"{GENERATION_FILE}: not used: {', '.join(said[:_FIELDS_SHOWN])}{more}")
     return end_ids, sampling
 
 
@@ -348,19 +350,19 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
-def _json(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
+def _read_object(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
     """A file's object; {} where there is none, or none that can be read, which is noted."""
     if not os.path.lexists(folder / name):
         return {}
     limit = MAX_JSON_BYTES if name == GENERATION_FILE else _MAX_TOKENIZER_BYTES
     try:
-        return strict_json(_read(folder / name, limit), name, limit)
+        return strict_json(_read_bounded(folder / name, limit), name, limit)
     except CorruptFile as fault:
-        notes.append(_unreadable(name, fault))
+        notes.append(_cannot_be_read(name, fault))
         return {}
 
 
-def _read(path: Path, limit_bytes: int) -> bytes:
+def _read_bounded(path: Path, limit_bytes: int) -> bytes:
     with open_regular(path) as file:
         raw = file.read(limit_bytes + 1)
     if len(raw) > limit_bytes:
@@ -372,6 +374,6 @@ def _read(path: Path, limit_bytes: int) -> bytes:
     return raw
 
 
-def _unreadable(name: str, fault: Exception) -> str:
+def _cannot_be_read(name: str, fault: Exception) -> str:
     why = fault.found if isinstance(fault, CorruptFile) else str(fault)[:200]
     return f"{name} is not used, and cannot be read ({why})"

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from adapters.intake.checkpoint import AdapterWeights
-from adapters.intake.conversation import Settled
+from adapters.intake.conversation import UsedConversation
 from adapters.registry.tables import ADAPTERS, STATE
 
 _NAMES_A_QUERY = 500  # fewer than the variables that a database takes in one statement
@@ -70,7 +70,7 @@ def record_of(
     name: str,
     version: str,
     weights: AdapterWeights,
-    settled: Settled,
+    settled: UsedConversation,
     *,
     source: str,
     pinned: bool,

@@ -29,7 +29,7 @@ from adapters.errors import (
     StoreFull,
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
-from adapters.intake.conversation import Conversation, Settled, unused
+from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.faults import connected, time_limit
 from adapters.registry.records import (
     AdapterRecord,
@@ -49,7 +49,9 @@ from adapters.registry.tables import ADAPTERS, STATE, migrate
 from adapters.signature import BaseSignature
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-GRACE_S = 300.0  # bytes that no row names any more are kept this long for requests under way
+UNNAMED_BYTES_KEPT_S = (
+    300.0  # bytes that no row names any more are kept this long for requests under way
+)
 
 __all__ = ["AdapterRecord", "Registry", "check_name"]
 
@@ -87,7 +89,7 @@ class Registry:
         replace: bool = False,
         pinned: bool = False,
         check: Callable[[AdapterWeights], None] | None = None,
-        settle: Callable[[Conversation], Settled] = unused,
+        settle: Callable[[Conversation], UsedConversation] = unused,
     ) -> tuple[AdapterRecord, bool]:
         """Check the adapter in ``folder``, store its bytes, and put ``name`` on it.
 
@@ -214,7 +216,7 @@ class Registry:
             return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())
 
     def collect_garbage(
-        self, in_use: Collection[str] = (), *, grace_s: float = GRACE_S
+        self, in_use: Collection[str] = (), *, grace_s: float = UNNAMED_BYTES_KEPT_S
     ) -> builtins.list[str]:
         """Delete the bytes of versions that no name is on; returns which.
 
@@ -312,7 +314,7 @@ class Registry:
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         with (
-            _available(),
+            _typed_database_errors(),
             self._connected().connect() as connection,
             time_limit(connection),
             connection.begin(),
@@ -323,7 +325,7 @@ class Registry:
     def _transaction(self) -> Iterator[sa.Connection]:
         """One write transaction; it holds the database's write lock from its first statement."""
         with (
-            _available(),
+            _typed_database_errors(),
             self._connected().connect() as connection,
             time_limit(connection),  # its commit included
             connection.begin(),
@@ -341,7 +343,7 @@ class Registry:
         """Read the table again if any process has committed since; called with the lock held."""
         for last in (self._watch is None, True):
             try:
-                with _available():
+                with _typed_database_errors():
                     self._read_changes()
                 return
             except RegistryUnavailable:
@@ -407,7 +409,7 @@ def _check_free(name: str, present: AdapterRecord | None, folder: Path) -> None:
 
 
 @contextmanager
-def _available() -> Iterator[None]:
+def _typed_database_errors() -> Iterator[None]:
     """Turn what a database raises for its own reasons into typed errors.
 
     Raises:

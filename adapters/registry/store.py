@@ -1,7 +1,7 @@
 """The bytes of adapters, by content: what is the same is kept once, what is there is whole.
 
     <root>/versions/<version>/   what it has of ``STORED_FILES``: two are always there; and
-                                 ``CONVERSATION_FILE``, made of the files that it came with
+                                 ``KEPT_CONVERSATION_FILE``, made of the files that it came with
     <root>/staging/<name>/       being written; swept when the store is opened for checking
 
 An entry appears by one rename of a folder whose files are already on the disk, so a crash leaves
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
+from adapters.intake.archive import COPY_CHUNK_BYTES
 from adapters.intake.checkpoint import (
     CONFIG_FILE,
     STORED_FILES,
@@ -33,7 +34,7 @@ from adapters.intake.checkpoint import (
     TENSOR_FILE,
 )
 from adapters.intake.conversation import (
-    CONVERSATION_FILE,
+    KEPT_CONVERSATION_FILE,
     Conversation,
     conversation_bytes,
     stored_conversation,
@@ -46,7 +47,6 @@ from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
-_CHUNK_BYTES = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -92,7 +92,7 @@ class Store:
                     _copy_durably(path, staged / name)
                 said = conversation_bytes(folder, _config(folder))
                 if said:
-                    _copy_durably(io.BytesIO(said), staged / CONVERSATION_FILE)
+                    _copy_durably(io.BytesIO(said), staged / KEPT_CONVERSATION_FILE)
                 version = version_of(staged)
                 _sync_folder(staged)
                 with self._alone():
@@ -149,7 +149,7 @@ class Store:
             AdapterNotFound: There is no such version in this store.
             CorruptFile: It is damaged.
         """
-        path = self.path(version) / CONVERSATION_FILE
+        path = self.path(version) / KEPT_CONVERSATION_FILE
         if not path.exists():
             return Conversation()
         with open_regular(path) as file:
@@ -279,7 +279,7 @@ def version_of(folder: Path, *, former: bool = False, conversation: bool = True)
     if said:
         digest.update(said)
     if (folder / TASK_CONFIG_FILE).exists():
-        task = strict_json(_read(folder / TASK_CONFIG_FILE), TASK_CONFIG_FILE)
+        task = strict_json(_read_bytes(folder / TASK_CONFIG_FILE), TASK_CONFIG_FILE)
         digest.update(_canonical({name: task.get(name) for name in _TASK_FIELDS}))
         head = {name: task[name] for name in sorted(HEAD_FIELDS & task.keys())}
         if head and not former:
@@ -288,14 +288,14 @@ def version_of(folder: Path, *, former: bool = False, conversation: bool = True)
     for name in POOLING_FILES:
         if name in declared:
             parse = strict_list if name == MODULES_FILE else strict_json
-            digest.update(_canonical([name, parse(_read(declared[name]), name)]))
+            digest.update(_canonical([name, parse(_read_bytes(declared[name]), name)]))
     with open_regular(folder / TENSOR_FILE) as file:
         for name, entry in sorted(read_header(file).items()):
             digest.update(_canonical([name, str(entry.dtype), list(entry.shape)]))
             file.seek(entry.start)
             left = entry.stop - entry.start
             while left:
-                chunk = file.read(min(left, _CHUNK_BYTES))
+                chunk = file.read(min(left, COPY_CHUNK_BYTES))
                 if not chunk:
                     raise CorruptFile(f"{TENSOR_FILE} ends inside {name}.")
                 digest.update(chunk)
@@ -313,14 +313,14 @@ def versions_of(folder: Path) -> set[str]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return strict_json(_read(folder / CONFIG_FILE), CONFIG_FILE)
+    return strict_json(_read_bytes(folder / CONFIG_FILE), CONFIG_FILE)
 
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _read(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     with open_regular(path) as file:
         return file.read(MAX_JSON_BYTES + 1)
 
@@ -334,7 +334,7 @@ def _present(folder: Path) -> dict[str, Path]:
 def _copy_durably(source: Path | io.BytesIO, target: Path) -> None:
     opened = open_regular(source) if isinstance(source, Path) else nullcontext(source)
     with opened as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
+        shutil.copyfileobj(reader, writer, COPY_CHUNK_BYTES)
         writer.flush()
         os.fsync(writer.fileno())
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
-from adapters.intake.conversation import Conversation, Settled, unused
+from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.names import POLL_S, Names
 from adapters.tasks import BY_NAME, ROWS, Task, asked_at, tasks_at
 from server.edge.admit.body_budget import BodyBudget
@@ -227,7 +227,7 @@ class Service:
         """Who answers where nobody is named: the adapter that the operator named, or the base."""
         return self.settings.default_adapter or self.base.name
 
-    def settle(self, conversation: Conversation) -> Settled:
+    def settle(self, conversation: Conversation) -> UsedConversation:
         """What of an adapter's conversation is used on this base; not for the event loop."""
         return settle_on(self.base, conversation, self._trials)
 
@@ -497,7 +497,7 @@ class Service:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=0)
 
 
-def settle_on(base: Base, conversation: Conversation, process: RenderProcess) -> Settled:
+def settle_on(base: Base, conversation: Conversation, process: RenderProcess) -> UsedConversation:
     """What of an adapter's conversation is used on a base: nothing where it takes no texts."""
     if base.prompts is None:
         return unused(conversation)

@@ -14,14 +14,14 @@ from adapters.intake.conversation import (
     GENERATION_FILE,
     MAX_TEMPLATE_BYTES,
     Conversation,
-    Settled,
+    UsedConversation,
 )
 from server.inputs.rendering import ChatTemplate, RenderProcess
 from server.inputs.text import Text, TextError
 
 # A short conversation that every template should take; the words are looked for in its prompt.
 TRIED: Final = ({"role": "user", "content": "Good morning"},)
-_SHOWN: Final = 8
+_TOKENS_SHOWN: Final = 8
 _NOT_USED: Final = "its chat template is not used, the base's is"
 
 
@@ -31,7 +31,7 @@ class ChatTemplateMissing(TextError):
     code: ClassVar[str] = "chat_template_missing"
 
 
-def settle(conversation: Conversation, text: Text, process: RenderProcess) -> Settled:
+def settle(conversation: Conversation, text: Text, process: RenderProcess) -> UsedConversation:
     """Decide what of an adapter's conversation is used on this base.
 
     Args:
@@ -51,13 +51,13 @@ def settle(conversation: Conversation, text: Text, process: RenderProcess) -> Se
     if template is None:
         if conversation.templates:
             notes.append(f"{_NOT_USED}: it is for tools only")
-        return Settled(False, generation, tuple(notes))
+        return UsedConversation(False, generation, tuple(notes))
     reasons = list(_disagreements(template, conversation, text))
     if not reasons:
         reasons = list(_faults(template_of(conversation, text, "the adapter"), process))
     if reasons:
         notes.append(f"{_NOT_USED}: {'; '.join(reasons)}")
-    return Settled(not reasons, generation, tuple(notes))
+    return UsedConversation(not reasons, generation, tuple(notes))
 
 
 def template_of(conversation: Conversation, text: Text, owner: str) -> ChatTemplate:
@@ -126,8 +126,8 @@ def _lacking(conversation: Conversation, text: Text) -> Iterator[str]:
     """Added tokens that the base has not, or has under another id."""
     lacking = [token for token, id_ in conversation.added.items() if text.id_of(token) != id_]
     if lacking:
-        more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
-        shown = ", ".join(repr(token[:80]) for token in lacking[:_SHOWN])
+        more = f" and {len(lacking) - _TOKENS_SHOWN} more" if len(lacking) > _TOKENS_SHOWN else ""
+        shown = ", ".join(repr(token[:80]) for token in lacking[:_TOKENS_SHOWN])
         yield (
             f"added tokens that the base's vocabulary has not, or under other ids: {shown}{more}; "
             "their text is read as the base's tokenizer reads it"

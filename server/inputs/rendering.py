@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
+from server.inputs.template_process import PREFIX_BYTES
 from server.inputs.text import InvalidInput, TextError
 
 PROGRAM: Final = Path(__file__).with_name("template_process.py")
-LENGTH_BYTES: Final = 4
 START_S: Final = 30.0  # allowed for the interpreter to start on a busy machine
 _PIPE_BYTES: Final = 1 << 16
 _ESCAPED_BYTES: Final = 12  # the most that one character takes in JSON
@@ -73,7 +73,7 @@ class ChatTemplate:
     owner: str = "the base"
 
 
-class _Gone(Exception):
+class _RendererEnded(Exception):
     """The process has ended; ``because`` says what of."""
 
     def __init__(self, because: str) -> None:
@@ -162,7 +162,7 @@ class RenderProcess:
             used, self._used = self._used, self._used + 1
             try:
                 answer: dict[str, str] = json.loads(self._exchange(raw, deadline))
-            except _Gone as error:
+            except _RendererEnded as error:
                 self._end()
                 if not used:
                     self._start()  # while nobody waits for it
@@ -213,7 +213,7 @@ class RenderProcess:
 
         Raises:
             TimeoutError: The deadline passed.
-            _Gone: The process ended.
+            _RendererEnded: The process ended.
         """
         child = self._child
         assert child is not None
@@ -222,7 +222,7 @@ class RenderProcess:
         # Where the caller has none: the processor time is bounded, and a busy machine has others.
         until = deadline if deadline is not None else time.monotonic() + START_S
         source, sink = child.stdout.fileno(), child.stdin.fileno()
-        left = memoryview(len(raw).to_bytes(LENGTH_BYTES) + raw)
+        left = memoryview(len(raw).to_bytes(PREFIX_BYTES) + raw)
         got = bytearray()
         polled = select.poll()
         polled.register(source, select.POLLIN)
@@ -236,20 +236,20 @@ class RenderProcess:
                 try:
                     left = left[os.write(sink, left[:_PIPE_BYTES]) :]
                 except BrokenPipeError:
-                    raise _Gone(self._why(child)) from None
+                    raise _RendererEnded(self._why(child)) from None
                 if not left:
                     polled.unregister(sink)
             if source in ready:
                 piece = os.read(source, _PIPE_BYTES)
                 if not piece:
-                    raise _Gone(self._why(child))
+                    raise _RendererEnded(self._why(child))
                 got += piece
-                if len(got) >= LENGTH_BYTES:
-                    length = int.from_bytes(got[:LENGTH_BYTES])
+                if len(got) >= PREFIX_BYTES:
+                    length = int.from_bytes(got[:PREFIX_BYTES])
                     if length > _ESCAPED_BYTES * self.limits.characters + _PIPE_BYTES:
-                        raise _Gone(f"more than {self.limits.characters} characters")
-                    if len(got) >= LENGTH_BYTES + length:
-                        return bytes(got[LENGTH_BYTES:])
+                        raise _RendererEnded(f"more than {self.limits.characters} characters")
+                    if len(got) >= PREFIX_BYTES + length:
+                        return bytes(got[PREFIX_BYTES:])
 
     def _why(self, child: subprocess.Popen[bytes]) -> str:
         """What a process that closed its pipe ended of."""

@@ -3,8 +3,8 @@
 A template is a program of whoever made the model. It runs in jinja's sandbox, set up as
 transformers sets it up, and the process it runs in has little: memory to a limit, processor time to
 a limit for each conversation, no files to write, nothing of the server's memory or environment.
-``server.inputs.rendering`` starts it and speaks with it over a pipe; nothing else imports it, and
-it imports nothing of this project, so that it starts in a fraction of a second.
+``server.inputs.rendering`` starts it and speaks with it over a pipe; it
+imports nothing of this project, so that it starts in a fraction of a second.
 
     request, answer    4 bytes, the length, big-endian; then so much JSON
     request            {"template", "messages", "variables", "cpu_s", "characters"}
@@ -30,7 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 COMPILED: Final = 32  # templates kept ready
 OPEN_FILES: Final = 16
 REASON_CHARACTERS: Final = 300
-LENGTH_BYTES: Final = 4
+PREFIX_BYTES: Final = 4
 # One text under all the names that templates read it by.
 REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
@@ -79,7 +79,7 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _json(
+def _to_json(
     value: Any,
     ensure_ascii: bool = False,  # as templates call it
     indent: int | None = None,
@@ -101,7 +101,7 @@ def compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _json
+    environment.filters["tojson"] = _to_json
     environment.globals.update(
         raise_exception=_raise,
         strftime_now=lambda form: datetime.now().astimezone().strftime(form),
@@ -165,7 +165,7 @@ def _bound(memory_bytes: int) -> None:
         resource.setrlimit(what, (most, most))
 
 
-def _read(pipe: BinaryIO, count: int) -> bytes:
+def _read_exactly(pipe: BinaryIO, count: int) -> bytes:
     raw = pipe.read(count)
     if len(raw) < count:
         sys.exit(0)  # the server has ended, or has no use for this process
@@ -178,15 +178,15 @@ def main(memory_bytes: int) -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while True:
         try:
-            length = int.from_bytes(_read(requests, LENGTH_BYTES))
-            request = json.loads(_read(requests, length))
+            length = int.from_bytes(_read_exactly(requests, PREFIX_BYTES))
+            request = json.loads(_read_exactly(requests, length))
             with _processor_time(float(request["cpu_s"])):
                 answer = json.dumps(render(request)).encode()
             lost = False
         except MemoryError:
             # What is left of the memory is not to be relied on.
             answer, lost = b'{"exceeded": "more memory than it may have"}', True
-        answers.write(len(answer).to_bytes(LENGTH_BYTES) + answer)
+        answers.write(len(answer).to_bytes(PREFIX_BYTES) + answer)
         answers.flush()
         if lost:
             sys.exit(1)

@@ -18,7 +18,7 @@ from server.inputs.text import TextError
 from server.messages import SamplingOptions
 
 # What a request may leave to the defaults of its adapter.
-DEFAULTS: Final = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+ADAPTER_DEFAULTS: Final = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
 async def chat_prompt(
@@ -76,10 +76,10 @@ def with_defaults(
     Args:
         sampling: Of the request, with the defaults of its call.
         target: Whom it is for.
-        said: Those of ``DEFAULTS`` that the request says.
+        said: Those of ``ADAPTER_DEFAULTS`` that the request says.
     """
     own = target.generation
-    changes = {name: own[name] for name in DEFAULTS if name in own and name not in said}
+    changes = {name: own[name] for name in ADAPTER_DEFAULTS if name in own and name not in said}
     if "top_k" in changes:
         changes["top_k"] = max(0, changes["top_k"])
     if "end_ids" in own:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.intake.checkpoint import load_adapter
 from adapters.intake.conversation import (
-    FILES,
+    CONVERSATION_FILES,
     MAX_TEMPLATE_BYTES,
     Conversation,
     conversation_bytes,
@@ -63,7 +63,7 @@ def speak(folder: Path) -> Path:
 def llama_folder(folder: Path) -> Path:
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     made = save_with_peft(LlamaForCausalLM(CONFIG), config, folder)
-    for name in FILES:
+    for name in CONVERSATION_FILES:
         (made / name).unlink(missing_ok=True)
     return made
 
@@ -114,7 +114,7 @@ def test_a_template_in_a_folder_of_its_own_is_found(tmp_path: Path) -> None:
     assert read_conversation(tmp_path).templates == {"tool_use": "nested"}
 
 
-@pytest.mark.parametrize("name", [one for one in FILES if not one.endswith("jinja")])
+@pytest.mark.parametrize("name", [one for one in CONVERSATION_FILES if not one.endswith("jinja")])
 def test_a_file_that_cannot_be_read_is_noted_and_refuses_nothing(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('{"added_tokens": [')
     (note,) = read_conversation(tmp_path).notes

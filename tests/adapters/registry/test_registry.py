@@ -24,9 +24,9 @@ from adapters.errors import (
     InvalidName,
     RegistryUnavailable,
 )
-from adapters.intake.conversation import Settled
+from adapters.intake.conversation import UsedConversation
 from adapters.registry.faults import _network_bounds, time_limit
-from adapters.registry.registry import Registry, _available, check_name
+from adapters.registry.registry import Registry, _typed_database_errors, check_name
 from adapters.registry.store import Store
 from adapters.registry.tables import STATE, SchemaTooNew
 from adapters.signature import BaseSignature
@@ -305,7 +305,7 @@ def test_a_damaged_database_answers_nothing_and_a_restored_one_is_taken_up(
 
 @pytest.mark.parametrize("message", ["", "\n", "gone\nfor good"])
 def test_a_driver_that_says_little_is_an_error_all_the_same(message: str) -> None:
-    with pytest.raises(RegistryUnavailable) as caught, _available():
+    with pytest.raises(RegistryUnavailable) as caught, _typed_database_errors():
         raise sa.exc.OperationalError("SELECT 1", {}, sqlite3.OperationalError(message))
     assert caught.value.found == (message.splitlines() or ["OperationalError"])[0]
 
@@ -436,7 +436,7 @@ def test_postgresql_is_given_bounds_and_its_url_goes_before() -> None:
 def test_what_is_used_of_a_conversation_is_kept_and_found_out_anew_on_another_base(
     registry: Registry, base: BaseSignature, folders: list[Path]
 ) -> None:
-    first = Settled(True, {"end_ids": [3], "top_p": 0.5}, ("noted",))
+    first = UsedConversation(True, {"end_ids": [3], "top_p": 0.5}, ("noted",))
     one = replace(base, digest="1")
     record, _ = registry.register("a", folders[0], one, source="x", settle=lambda _: first)
     registry.register("b", folders[0], one, source="x", settle=lambda _: first)
