@@ -1,7 +1,7 @@
 """Chat templates rendered in a process with bounds: the side of the server.
 
 A template comes with a model or an adapter and is a program of a stranger. Nothing of it runs in a
-process of the server: ``server.inputs.template_process`` runs it, with limits on memory, processor
+process of the server: ``server.inputs.template_program`` runs it, with limits on memory, processor
 time and the length of what comes out. A process that breaks one of them is ended and the next
 conversation gets a new one. Which template is used is said in ``server.inputs.conversation``.
 """
@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
-from server.inputs.template_process import PREFIX_BYTES
+from server.inputs.template_program import PREFIX_BYTES
 from server.inputs.text import InvalidInput, TextError
 
-PROGRAM: Final = Path(__file__).with_name("template_process.py")
+PROGRAM: Final = Path(__file__).with_name("template_program.py")
 START_S: Final = 30.0  # allowed for the interpreter to start on a busy machine
 _PIPE_BYTES: Final = 1 << 16
 _ESCAPED_BYTES: Final = 12  # the most that one character takes in JSON
