@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from adapters.intake.conversation import Conversation
-from server.edge.admit.tokenizing import TokenizersBusy
+from server.edge.admit.bounded_pool import PoolFull, PoolLate
 from server.inputs.rendering import ChatTemplate, RenderLimits, RenderProcess
 
 PROCESSES: Final = 3
@@ -82,26 +82,21 @@ class Templates:
             most: How many conversations may wait.
 
         Raises:
-            TokenizersBusy: Come back later.
-            TimeoutError: The deadline passed before its turn came.
+            PoolFull: Come back later.
+            PoolLate: The deadline passed before its turn came.
             TextError: As ``RenderProcess.render``.
         """
         if self.waiting >= most:
-            raise TokenizersBusy(self.waiting)
+            waiting = f"{self.waiting} conversations wait to be rendered"
+            raise PoolFull(waiting, f"at most {most}")
         if deadline <= time.monotonic():
-            raise TimeoutError
+            raise PoolLate
         turn = (key, characters > LONG_CHAT_CHARACTERS)
         lock, users = self._turns.setdefault(turn, (asyncio.Lock(), []))
         users.append(None)
         self.waiting += 1
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                await lock.acquire()
-                try:
-                    await self._places.acquire()
-                except BaseException:
-                    lock.release()
-                    raise
+            await self._take(lock, deadline)
             running = asyncio.get_running_loop().run_in_executor(
                 self._threads, self._work, template, messages, deadline
             )
@@ -127,6 +122,19 @@ class Templates:
         for one in self._all:
             if one in self._free:  # those at work end with the process, as their pipes do
                 one.close()
+
+    async def _take(self, lock: asyncio.Lock, deadline: float) -> None:
+        """A turn, and then a place."""
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await lock.acquire()
+                try:
+                    await self._places.acquire()
+                except BaseException:
+                    lock.release()
+                    raise
+        except TimeoutError:
+            raise PoolLate from None
 
     def _forget(self, turn: tuple[str, bool]) -> None:
         """Nobody has this turn or waits for it."""

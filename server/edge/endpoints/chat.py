@@ -9,7 +9,7 @@ from typing import Any, Final
 from starlette.requests import Request as HttpRequest
 
 from adapters.errors import AdapterError
-from server.edge.admit.tokenizing import TokenizersBusy
+from server.edge.admit.bounded_pool import PoolFull, PoolLate
 from server.edge.endpoints.answers import deadline_of
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Fault, Refusal
@@ -49,9 +49,9 @@ async def chat_prompt(
         raise Refusal((fault,)) from None
     except AdapterError as error:
         raise Refusal.of(error) from None
-    except TokenizersBusy as error:
-        raise service.dispatcher.admission.overloaded(str(error), f"at most {most}") from None
-    except TimeoutError:
+    except PoolFull as full:
+        raise service.dispatcher.admission.overloaded(full.found, full.expected) from None
+    except PoolLate:
         raise Refusal.because(
             "deadline_exceeded",
             "The deadline passed before the conversation was rendered.",

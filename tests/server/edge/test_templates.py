@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.intake.conversation import Conversation
-from server.edge.admit.tokenizing import TokenizersBusy
+from server.edge.admit.bounded_pool import PoolFull, PoolLate
 from server.edge.templates import KEPT_BYTES, PROCESSES, Templates
 from server.inputs.rendering import ChatTemplate, ChatTemplateFailed, RenderLimits
 
@@ -46,9 +46,9 @@ def test_slow_templates_of_one_adapter_leave_the_other_places_free() -> None:
 def test_who_cannot_be_answered_in_time_is_told_and_its_turn_goes_on() -> None:
     async def run() -> None:
         templates = Templates(RenderLimits(cpu_s=0.3), nothing)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(PoolLate):
             await ask(templates, "a", QUICK, deadline=time.monotonic() - 1)
-        with pytest.raises(TokenizersBusy):
+        with pytest.raises(PoolFull):
             await ask(templates, "a", QUICK, most=0)
         first = asyncio.ensure_future(ask(templates, "a", SLOW))
         left = asyncio.ensure_future(ask(templates, "a", SLOW))
