@@ -26,7 +26,7 @@ from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.templates import Templates
-from server.errors import Fault, Refusal
+from server.errors import Refusal
 from server.inputs.conversation import settle
 from server.inputs.images import Images
 from server.inputs.rendering import RenderLimits, RenderProcess
@@ -404,8 +404,7 @@ class Service:
                 lambda: work(encoder.apart), "long-texts", size_bytes=characters, deadline=deadline
             )
         except TextError as error:
-            fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-            raise Refusal((fault,)) from None
+            raise Refusal.of(error, field) from None
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The registry's record of an adapter, from memory; of whatever base.
@@ -416,7 +415,7 @@ class Service:
         try:
             return self.names.resolve(name)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
 
     def served_record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The record of an adapter that can be asked for answers on this base.
@@ -428,7 +427,7 @@ class Service:
         try:
             self.names.check_fits(record)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
         return record
 
     def is_base(self, name: str) -> bool:
@@ -574,9 +573,3 @@ def settle_on(base: Base, conversation: Conversation, process: RenderProcess) ->
     if base.prompts is None:
         return unused(conversation)
     return settle(conversation, base.prompts, process)
-
-
-def _at(error: AdapterError, field: str | None) -> Refusal:
-    """The refusal for an error, with the field that named the adapter."""
-    fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-    return Refusal((fault,))

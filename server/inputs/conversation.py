@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from adapters.intake.conversation import (
     GENERATION_FILE,
@@ -28,7 +28,7 @@ _NOT_USED: Final = "its chat template is not used, the base's is"
 class ChatTemplateMissing(TextError):
     """Neither the base nor the adapter has a chat template."""
 
-    code: ClassVar[str] = "chat_template_missing"
+    code = "chat_template_missing"
 
 
 def settle(conversation: Conversation, text: Text, process: RenderProcess) -> UsedConversation:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, Final, Self
 
 from server.inputs.template_program import PREFIX_BYTES
 from server.inputs.text import InvalidInput, TextError
@@ -34,13 +34,13 @@ _ESCAPED_BYTES: Final = 12  # the most that one character takes in JSON
 class ChatTemplateFailed(TextError):
     """A chat template that took more than it may have, or is no template."""
 
-    code: ClassVar[str] = "chat_template_failed"
+    code = "chat_template_failed"
 
 
 class ChatTemplateTooSlow(ChatTemplateFailed):
     """The request's own deadline passed while its template was rendered."""
 
-    code: ClassVar[str] = "deadline_exceeded"
+    code = "deadline_exceeded"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
+from adapters.errors import ExplainedError
 from adapters.tasks import BY_NAME, Cut, Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
@@ -36,24 +37,10 @@ TextInput = str | tuple[str, str]  # a text, or a pair such as (question, contex
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
 
 
-class TextError(Exception):
+class TextError(ExplainedError):
     """An input that cannot be given to the model, with what was found and expected."""
 
-    code: ClassVar[str] = "invalid_request"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        found: str | None = None,
-        expected: str | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+    code = "invalid_request"
 
 
 class InvalidInput(TextError):

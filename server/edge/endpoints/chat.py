@@ -12,7 +12,7 @@ from adapters.errors import AdapterError
 from server.edge.admit.bounded_pool import PoolFull, PoolLate
 from server.edge.endpoints.answers import deadline_of
 from server.edge.service import INPUT_CHARACTERS, Service, Target
-from server.errors import Fault, Refusal
+from server.errors import Refusal
 from server.inputs.conversation import ChatTemplateMissing, base_template, template_of
 from server.inputs.text import TextError
 from server.messages import SamplingOptions
@@ -45,8 +45,7 @@ async def chat_prompt(
         )
     except TextError as error:
         field = "model" if isinstance(error, ChatTemplateMissing) else "messages"
-        fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-        raise Refusal((fault,)) from None
+        raise Refusal.of(error, field) from None
     except AdapterError as error:
         raise Refusal.of(error) from None
     except PoolFull as full:
