@@ -33,6 +33,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "task_mismatch": ErrorCode(400, "The adapter does another task"),
     "unsupported_parameter": ErrorCode(400, "A parameter that cannot be honoured"),
     "chat_template_missing": ErrorCode(400, "The base has no chat template"),
+    "chat_template_failed": ErrorCode(422, "The chat template could not be run"),
     "invalid_request": ErrorCode(422, "The request is not valid"),
     "invalid_input": ErrorCode(422, "An input cannot be given to the model"),
     "input_too_long": ErrorCode(413, "The input is too long"),

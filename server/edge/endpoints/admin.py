@@ -144,6 +144,7 @@ class Admin:
                 replace=registration.replace,
                 pinned=registration.pinned,
                 check=self.service.base.check_head,
+                settle=self.service.settle,
             ),
             "registrations",
         )
@@ -212,6 +213,8 @@ def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dic
         last_used=_when(last_used),
         quarantined_until=_when(until),
         quarantine_reason=why,
+        chat_template=record.chat_template,
+        generation=dict(record.generation),
         notes=list(record.notes),
     ).model_dump()
 
