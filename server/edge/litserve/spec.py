@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
+from server.edge.endpoints.root import AnyBody, RootEndpoint
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
     EmbedRequest,
@@ -125,6 +126,14 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
         )
 
     return [
+        Endpoint(
+            "/",
+            RootEndpoint(native, ranking).answer,
+            post,
+            "Native",
+            streams=True,
+            extra=described_json(AnyBody),
+        ),
         Endpoint(
             "/predict",
             native.predict,
