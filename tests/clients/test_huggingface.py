@@ -166,6 +166,7 @@ def test_the_root_answers_as_the_call_of_the_task(encoder: Live, decoder: Live) 
         assert post(decoder, "/", body).json() == [post(decoder, "/generate", body).json()]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's own, of pydantic
 def test_text_generation_client_and_its_errors(decoder: Live) -> None:
     library = pytest.importorskip(
         "text_generation", reason="the client text-generation is not installed (extra clients)"
