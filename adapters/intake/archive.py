@@ -20,10 +20,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
-from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES, TENSOR_FILE
+from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES
 from adapters.intake.conversation import CONVERSATION_FILES
 from adapters.intake.pooling import NESTED
-from adapters.intake.safetensors_header import PICKLE_FIX
+from adapters.intake.safetensors_header import TENSOR_FILE, pickle_refused
 
 # By their path in an adapter's folder: the names that they are stored under, those aside that are
 # only looked at when an adapter comes in.
@@ -180,12 +180,7 @@ def _danger(member: _Member) -> UnsafeFormat | None:
             expected="stored or deflated, without a password",
         )
     if path.name.startswith("adapter_model") and path.suffix in _PICKLES:
-        return UnsafeFormat(
-            "The adapter is a pickle, which can run code when it is read.",
-            found=shown,
-            expected=TENSOR_FILE,
-            fix=PICKLE_FIX,
-        )
+        return pickle_refused(shown)
     return None
 
 

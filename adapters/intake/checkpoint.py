@@ -19,7 +19,6 @@ from adapters.errors import (
     AdapterError,
     AdapterFaults,
     BaseMismatch,
-    UnsafeFormat,
     UnsupportedOption,
 )
 from adapters.intake.base_files import Difference
@@ -32,10 +31,11 @@ from adapters.intake.model_config import Labels, TaskConfig, output_counts, read
 from adapters.intake.pooling import EMBEDDING_FILES, Declaration, pooling_files, read_pooling
 from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import (
-    PICKLE_FIX,
+    TENSOR_FILE,
     TensorEntry,
     inspect_values,
     open_regular,
+    open_tensors,
     read_header,
     read_tensor,
 )
@@ -45,7 +45,6 @@ from adapters.signature import BaseSignature
 from adapters.tasks import BY_NAME, Task
 
 CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
 STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *EMBEDDING_FILES)
 _RECENT_PLANS = 32
@@ -138,17 +137,9 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     config_json = _read_small(folder, CONFIG_FILE)
     task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
     pooling = pooling_files(folder)
-    path = folder / TENSOR_FILE
-    if not path.exists():
+    if not (folder / TENSOR_FILE).exists():
         parse_config(config_json)  # another program's folder is named as that
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise UnsafeFormat(
-            "The adapter is a pickle, which can run code when it is read.",
-            found="adapter_model.bin",
-            expected=TENSOR_FILE,
-            fix=PICKLE_FIX,
-        )
-    with open_regular(path) as file:
+    with open_tensors(folder) as file:
         entries = read_header(file)
         # The base is in the key by identity, and in the plan, so that no other can take its place.
         plan = _recent_plans.get(

@@ -23,23 +23,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
+from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull, full_disk_refused
 from adapters.intake.archive import COPY_CHUNK_BYTES
-from adapters.intake.checkpoint import (
-    CONFIG_FILE,
-    STORED_FILES,
-    TASK_CONFIG_FILE,
-    TENSOR_FILE,
-)
+from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES, TASK_CONFIG_FILE
 from adapters.intake.model_config import HEAD_FIELDS
 from adapters.intake.pooling import MODULES_FILE, POOLING_FILES, located
-from adapters.intake.safetensors_header import open_regular, read_header
+from adapters.intake.safetensors_header import TENSOR_FILE, open_regular, read_header
 from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Store:
@@ -75,7 +69,7 @@ class Store:
             StoreFull: Over ``max_bytes``, or the disk is full; nothing is left behind.
         """
         staged = self._staging / uuid.uuid4().hex
-        with _full_as_store_full():
+        with full_disk_refused("The disk of the adapter store"):
             try:
                 staged.mkdir()
                 if self.max_bytes is not None and not self.has(version_of(folder)):
@@ -158,12 +152,6 @@ class Store:
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
         return len(left)
-
-    def damaged(self) -> Iterator[str]:
-        """Versions whose content is not what their name says; reads every byte."""
-        for version in sorted(self.versions()):
-            if not self.is_sound(version):
-                yield version
 
     def is_sound(self, version: str) -> bool:
         """Whether the content of an entry is what its name says; reads every byte of it."""
@@ -307,17 +295,3 @@ def _folder_bytes(folder: Path) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
     except FileNotFoundError:
         return 0  # removed meanwhile
-
-
-@contextmanager
-def _full_as_store_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise StoreFull(
-            "The disk of the adapter store is full.",
-            found=os.strerror(error.errno or 0),
-            fix="Free disk space, or remove adapters.",
-        ) from error

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import segments
 from adapters.errors import SlotNotResident
+from server import failures
 from server.failures import NotFinite
-from server.generation import failures
+from server.generation import failures as refusals
 from server.generation.fair_queue import FairQueue
 from server.generation.forward import PagedForward, ScheduledRows, Sequence, next_parts
 from server.generation.kv_cache import KVCache
@@ -128,7 +129,7 @@ class GenerateLane:
         """
         if request.id in self._queue or request.id in self._running:
             raise ValueError(f"A request with the id {request.id!r} is already here.")
-        refusal = failures.refusal(
+        refusal = refusals.refusal(
             request,
             vocabulary=self._adapted.signature.vocab_size,
             max_input_tokens=self._options.max_input_tokens,

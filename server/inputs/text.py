@@ -12,8 +12,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
+from adapters.errors import ExplainedError
 from adapters.tasks import BY_NAME, Cut, Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
@@ -37,24 +38,10 @@ TextInput = str | tuple[str, str]  # a text, or a pair such as (question, contex
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
 
 
-class TextError(Exception):
+class TextError(ExplainedError):
     """An input that cannot be given to the model, with what was found and expected."""
 
-    code: ClassVar[str] = "invalid_request"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        found: str | None = None,
-        expected: str | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+    code = "invalid_request"
 
 
 class InvalidInput(TextError):
@@ -369,6 +356,9 @@ class Text:
                 _check_unicode(text, index)
         side = side or self.tokenizer.truncation_side
         nearest = self._bound.tail if side == "left" else self._bound.head
+        whole = len(first if second is None else second)  # of the text that offsets are of
+        if cuts == "second" and second is not None and self._surely_exceeds(first, self.max_tokens):
+            raise _input_too_long(index, "a first text that fills the context", self.max_tokens)
         if cuts is not None:
             # Of two that are both too long, the longer one keeps the odd token: which it is, is
             # decided by all tokens of texts that are not huge.
@@ -414,8 +404,9 @@ class Text:
         if len(ids) > self.max_tokens:
             raise _input_too_long(index, f"{len(ids)} tokens", self.max_tokens)
         wanted = 0 if second is None else 1
+        left_out = whole - len(first if second is None else second) if side == "left" else 0
         offsets = [
-            (int(start), int(stop)) if sequence == wanted else (0, 0)
+            (int(start) + left_out, int(stop) + left_out) if sequence == wanted else (0, 0)
             for (start, stop), sequence in zip(
                 encoding["offset_mapping"], sequence_ids, strict=True
             )

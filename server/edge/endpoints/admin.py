@@ -17,7 +17,7 @@ from typing import Any, Final
 from fastapi import Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 
-from adapters.errors import AdapterError, StoreFull
+from adapters.errors import AdapterError, full_disk_refused
 from adapters.registry.registry import AdapterRecord
 from server.edge.endpoints.allowed_sources import fetched, unpacked
 from server.edge.endpoints.body import described_json, read_json, sent_json
@@ -182,14 +182,10 @@ class Admin:
 def _refused() -> Iterator[None]:
     """Turn errors of the registry and the disk into refusals."""
     try:
-        yield
+        with full_disk_refused("The disk"):
+            yield
     except AdapterError as error:
         raise Refusal.of(error) from None
-    except OSError as error:
-        if error.errno not in {28, 122}:  # ENOSPC, EDQUOT
-            raise
-        full = StoreFull("The disk is full.", fix="Free space, or remove adapters.")
-        raise Refusal.of(full) from None
 
 
 def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dict[str, Any]:

@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 DEMO_NAME: Final = "hira-demo-base"
 
-logger = logging.getLogger(__name__)
-
 
 def base_and_adapters(settings: Settings) -> tuple[str, str, tuple[AdapterSource, ...]]:
     """The base's place, its name, and the adapters of the start.
