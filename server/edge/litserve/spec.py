@@ -134,7 +134,7 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
         Endpoint(
             "/",
             RootEndpoint(native, ranking).answer,
-            post,
+            ("POST",),
             "Native",
             streams=True,
             extra=described_json(AnyBody),
