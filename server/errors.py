@@ -33,6 +33,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "task_mismatch": ErrorCode(400, "The adapter does another task"),
     "unsupported_parameter": ErrorCode(400, "A parameter that cannot be honoured"),
     "chat_template_missing": ErrorCode(400, "The base has no chat template"),
+    "chat_template_failed": ErrorCode(422, "The chat template could not be run"),
     "invalid_request": ErrorCode(422, "The request is not valid"),
     "invalid_input": ErrorCode(422, "An input cannot be given to the model"),
     "input_too_long": ErrorCode(413, "The input is too long"),
@@ -176,6 +177,9 @@ class Refusal(Exception):
             "detail": first.message,
             "code": first.code,
             **first.parts(),
+            # As text-generation-inference and text-embeddings-inference name them.
+            "error": first.message,
+            "error_type": self.error_type,
         }
         if len(self.faults) > 1:
             body["problems"] = [
@@ -183,6 +187,16 @@ class Refusal(Exception):
                 for fault in self.faults
             ]
         return body
+
+    @property
+    def error_type(self) -> str:
+        """TGI's type of the error, by which its clients choose what they raise; else the code."""
+        status = self.status
+        if self.code in {"adapter_not_found", "not_found", "method_not_allowed"}:
+            return self.code
+        if status in {400, 413, 422}:
+            return "validation"
+        return {429: "overloaded", 500: "generation"}.get(status, self.code)
 
     def openai(self) -> dict[str, Any]:
         """OpenAI's error object, with the same code."""

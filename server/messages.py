@@ -85,11 +85,13 @@ class SamplingOptions:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
+    typical_p: float = 1.0  # 1: off
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = False
     ignore_eos: bool = False
+    end_ids: tuple[int, ...] | None = None  # tokens that end the answer; None: the base's
     alternatives: int = 0  # likeliest tokens told beside each, where log-probabilities are
     prompt_logprobs: bool = False  # of the prompt's own tokens; then max_new_tokens may be 0
 

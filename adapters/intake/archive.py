@@ -21,14 +21,15 @@ from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
 from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES
-from adapters.intake.conversation import CONVERSATION_FILES
+from adapters.intake.conversation import CONVERSATION_FILES, NESTED_TEMPLATES
 from adapters.intake.pooling import NESTED
 from adapters.intake.safetensors_header import TENSOR_FILE, pickle_refused
 
-# By their path in an adapter's folder: the names that they are stored under, those aside that are
-# only looked at when an adapter comes in.
-WANTED: dict[str, str] = {name: name for name in (*STORED_FILES, *CONVERSATION_FILES)} | dict(
-    NESTED
+# By their path in an adapter's folder: the flat names under which they are looked at.
+WANTED: dict[str, str] = (
+    {name: name for name in (*STORED_FILES, *CONVERSATION_FILES)}
+    | dict(NESTED)
+    | dict(NESTED_TEMPLATES)
 )
 MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink

@@ -23,7 +23,7 @@ from adapters.errors import (
 )
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
-from adapters.intake.conversation import conversation_notes
+from adapters.intake.conversation import Conversation, read_conversation
 from adapters.intake.file_names import CARD_FILE
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
@@ -87,6 +87,7 @@ class AdapterWeights:
         notes: Contradictions, and what of it is not used, for a person to read.
         head_config: What its own ``config.json`` says of how the head is built and read.
         pooling: What it declares of how a vector is made.
+        conversation: Templates, end tokens and defaults of one that generates.
     """
 
     config: AdapterConfig
@@ -100,6 +101,7 @@ class AdapterWeights:
     notes: tuple[str, ...] = ()
     head_config: Mapping[str, Any] = field(default_factory=dict)
     pooling: Declaration = field(default_factory=Declaration)
+    conversation: Conversation = field(default_factory=Conversation)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -170,7 +172,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
-    said = conversation_notes(folder) if BY_NAME[task].lane == "generate" else ()
+    generates = BY_NAME[task].lane == "generate"
+    said = read_conversation(folder) if generates else Conversation()
     return AdapterWeights(
         config=config,
         factors={
@@ -188,9 +191,10 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=sum(nonzero.values()),
-        notes=(*plan.notes, *said, *_without_effect(nonzero)),
+        notes=(*plan.notes, *said.notes, *_without_effect(nonzero)),
         head_config=plan.task_config.head,
         pooling=plan.pooling,
+        conversation=said,
     )
 
 

@@ -42,8 +42,13 @@ SENT_FILES = (
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "tool_use.jinja",
     "tokenizer_config.json",
+    "tokenizer.json",
+    "added_tokens.json",
     "generation_config.json",
+    "hira_conversation.json",
     *(f"{n}_Pooling/config.json" for n in (1, 2, 3)),
     *(f"{n}_Pooling.json" for n in (1, 2, 3)),
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -368,7 +369,7 @@ class GenerateLane:
         reason: FinishReason | None = None
         if sequence.text.stopped:
             reason = "stop_sequence"
-        elif token in self._eos_ids and not request.sampling.ignore_eos:
+        elif token in self._ends_of(request) and not request.sampling.ignore_eos:
             reason = "eos_token"
         elif len(sequence.tokens) >= request.sampling.max_new_tokens:
             reason = "length"
@@ -378,6 +379,11 @@ class GenerateLane:
             sequence.written = 0
             self._kv.rewind(request.id)
         return events
+
+    def _ends_of(self, request: GenerateRequest) -> Collection[int]:
+        """Tokens that end the answer: the request's own, which are its adapter's, or the base's."""
+        own = request.sampling.end_ids
+        return self._eos_ids if own is None else own
 
     def _result(self, sequence: Sequence, reason: FinishReason) -> GenerateResult:
         request = sequence.request
