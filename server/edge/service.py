@@ -317,7 +317,10 @@ class Service:
                 self.load.registry_changed(self._number)
             return done
 
-        return await self.in_thread(change, pool)
+        done = await self.in_thread(change, pool)
+        if self.names.is_down:  # the database has just answered: do not wait for the next reading
+            await self._read_registry()
+        return done
 
     async def in_thread(
         self,

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,25 +73,29 @@ class Postgres:
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[Postgres]:
-    """A new PostgreSQL in ``folder``, which is made here; gone after the block."""
-    folder.mkdir(parents=True)
+def postgres() -> Iterator[Postgres]:
+    """A new PostgreSQL, gone after the block.
+
+    Not in a test's own folder: pytest closes those to other users, such as the one it runs as.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="hira-postgres-"))
     if os.geteuid() == 0:
         shutil.chown(folder, USER)
-        for one in folder.parents:  # a test's folders are its own user's
-            if one.stat().st_mode & 0o001 == 0:
-                one.chmod(one.stat().st_mode | 0o011)
-    _run("initdb", "-D", str(folder), "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    made = Postgres(folder, port)
-    made.start()
     try:
-        yield made
+        options = ("-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
+        _run("initdb", "-D", str(folder), *options)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        made = Postgres(folder, port)
+        made.start()
+        try:
+            yield made
+        finally:
+            if (folder / "postmaster.pid").exists():
+                made.stop()
     finally:
-        if (folder / "postmaster.pid").exists():
-            made.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _program(name: str) -> str | None:

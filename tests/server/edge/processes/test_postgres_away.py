@@ -70,8 +70,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     sources = tmp_path_factory.mktemp("sources")
-    folder = tmp_path_factory.mktemp("postgres") / "database"
-    with postgres.postgres(folder) as database:
+    with postgres.postgres() as database:
         data = tmp_path_factory.mktemp("served") / "data"
         root = f"--source-root={sources}"
         with hira(data, root, registry_url=database.url, dtype="fp32") as live:
@@ -82,6 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def test_database_that_is_down_for_seconds_stops_no_answer(world: World) -> None:
     assert world.register("before", 1).status_code == 201
+    assert world.ask("before").status_code == 200  # from here on the change is known in memory
     world.database.stop()
     world.check_away("while-down")
     assert world.ask("before").status_code == 200

@@ -112,6 +112,21 @@ def test_while_the_database_is_away_answers_go_on_and_changes_are_refused() -> N
     asyncio.run(run())
 
 
+def test_a_change_that_succeeds_ends_the_time_in_which_the_database_is_away() -> None:
+    async def run() -> None:
+        registry = Registry()
+        one = process(registry, SharedLoad(1), 0)
+        registry.away = True
+        await one._read_registry()
+        registry.away = False
+        row = SimpleNamespace(version="v9", fits=lambda _: True)
+        await one.change_registry(lambda: registry.rows.update(new=row), "records")
+        await one.catch_up()
+        assert one.record("new").version == "v9"
+
+    asyncio.run(run())
+
+
 def test_the_collector_takes_over_a_longer_limit_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
