@@ -147,7 +147,3 @@ def main(engine: str) -> None:
     except StartFailed as failure:
         sys.stderr.write(f"hira: {failure}\n")
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

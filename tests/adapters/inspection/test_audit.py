@@ -10,7 +10,7 @@ import torch
 from adapters.errors import CorruptFile, UnsafeFormat
 from adapters.inspection.audit import audit
 from adapters.intake.checkpoint import CONFIG_FILE, TENSOR_FILE
-from tests.adapters.inspection.test_cards import about, card, subjects
+from tests.stand.cards import about, card, subjects
 from tests.stand.folders import (
     change_config,
     change_tensors,

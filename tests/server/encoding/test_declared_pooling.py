@@ -20,7 +20,7 @@ from server.edge.endpoints.schemas import EmbedRequest
 from server.edge.endpoints.uploads import _MultipartCallbacks
 from server.engine.engine import Engine, EngineFailure
 from server.messages import EncodeRequest, EncodeResult, TokenizedInput
-from tests.adapters.intake.test_pooling import declare, flags, modules
+from tests.stand.pooling_files import declare, flags, modules
 from tests.stand import tiny_bases
 
 IDS = [2, 5, 6, 7, 8, 3]

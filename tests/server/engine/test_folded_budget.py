@@ -12,7 +12,7 @@ import torch
 from adapters.modulation.folded import FoldedCache
 from server.engine.engine import Engine
 from server.messages import EncodeRequest, EncodeResult
-from tests.server.engine.test_engine import by_id, drain
+from tests.stand.engines import by_id, drain
 from tests.stand import tiny_bases
 
 

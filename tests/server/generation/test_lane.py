@@ -19,8 +19,8 @@ from server.generation.forward import MIN_PREFILL_TOKENS
 from server.generation.lane import GenerateLane
 from server.messages import Failure, GenerateResult, TokenEvent
 from tests.stand.dense import Stage, hira_factors, ids_of, options, prompts, terminals
+from tests.stand.generate_lane import VERSIONS, nothing_is_held
 
-VERSIONS: list[str | None] = [None, "a", "b", "c"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def nothing_is_held(stage: Stage) -> bool:
-    figures = stage.lane.figures()
-    return (
-        (figures.running, figures.waiting, figures.waiting_tokens, figures.kv_blocks_used)
-        == (0, 0, 0, 0)
-        and not +stage.residency.leases
-        and stage.lane.next_deadline() is None
-    )
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "llama", "qwen2"])

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from server.demo import BASE_DIR
 from tests.stand.folders import save_with_peft
 from tests.stand.live import Live, hira
+from tests.stand.uploads import upload
 
 pytestmark = [
     pytest.mark.http,
@@ -120,13 +121,6 @@ def live(
         yield server
 
 
-def upload(live: Live, name: str, folder: Path) -> Any:
-    names = ("adapter_config.json", "adapter_model.safetensors", "config.json")
-    with ExitStack() as stack:
-        files = [("files", (one, stack.enter_context((folder / one).open("rb")))) for one in names]
-        return live.client.post(
-            "/admin/adapters", data={"name": name}, files=files, headers=live.admin
-        )
 
 
 def error_of(live: Live, one: Made) -> float:
