@@ -118,7 +118,7 @@ def _columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def _factors(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
+def _factor_addresses(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
     """Where A ``[r, in]`` and Bᵀ ``[r, out]`` of this slot start, and r."""
     entry = table_ptr + (slot.to(tl.int64) * LAYERS + layer) * COLUMNS
     a_ptr = tl.multiple_of(tl.load(entry).to(like_ptr.dtype), 16)
@@ -169,7 +169,7 @@ def many_rows_kernel(
     x_mask = (m < count)[None, :]
     dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
     if R > 0:
-        a_ptr, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+        a_ptr, b_ptr, rank = _factor_addresses(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
         b = _load_b(b_ptr, rank, n, N, R)
     total = tl.full((BN, BM), 0.0, tl.float32)
     for first in tl.range(0, K, 2 * HALF, num_stages=STAGES):
@@ -225,7 +225,7 @@ def few_rows_kernel(
         total = _dot(low.to(dtype), x_low, total, EXACT)
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
             slot = tl.load(entries_ptr + entry * 3)
-            a_ptr, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+            a_ptr, b_ptr, rank = _factor_addresses(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
             b = _load_b(b_ptr, rank, n, N, R)
             product = high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
             part = tl.full((BN, BM), 0.0, tl.float32)
@@ -334,7 +334,7 @@ def hira_linear(
         "DECODER": decoder(weight.kind, x.device),
         "COLUMNS": FACTOR_COLUMNS,
     }
-    multiprocessors, shared_bytes = _limits(x.device)
+    multiprocessors, shared_bytes = _device_limits(x.device)
     for many in launches.many:
         blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
         many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
@@ -379,7 +379,7 @@ def decoder(kind: FourBitKind, device: torch.device) -> str:
 
 
 @lru_cache(maxsize=32)
-def _limits(device: torch.device) -> tuple[int, int]:
+def _device_limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a program may take."""
     if device.type != "cuda":
         return 4, LARGE_SHARED_BYTES

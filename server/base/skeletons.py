@@ -22,7 +22,7 @@ from adapters.errors import (
     UnmatchedTensors,
     UnsupportedOption,
 )
-from adapters.intake.memo import Recent
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.strict_json import show
 from adapters.tasks import BY_NAME, Task
 
@@ -46,7 +46,7 @@ class Skeletons:
         self._config = config
         self._vocab_size = vocab_size
         self._has_pooler = has_pooler
-        self._made: Recent[Any] = Recent(_MADE_KEPT)
+        self._made: RecentResults[Any] = RecentResults(_MADE_KEPT)
 
     def check(self, weights: AdapterWeights) -> None:
         """Check that the head of an adapter is all that its task needs; mutates nothing.

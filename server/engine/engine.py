@@ -27,6 +27,7 @@ from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
+from server.engine.self_check import generate_lane, try_base
 from server.engine.snapshot import (
     EngineSnapshot,
     FailureTracker,
@@ -34,7 +35,6 @@ from server.engine.snapshot import (
     StepFigures,
     cuda_bytes,
 )
-from server.engine.trial import generate_lane, try_base
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateFigures, GenerateLane
 from server.inputs.images import ImageInput, Images
@@ -94,7 +94,7 @@ class Engine:
 
     @classmethod
     def build(cls, options: EngineOptions) -> Engine:
-        """Load the base, try it (``server.engine.trial``) and start; takes seconds to minutes.
+        """Load the base, try it (``server.engine.self_check``) and start; takes seconds to minutes.
 
         Raises:
             BaseModelError: The base cannot be served.

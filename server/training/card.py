@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapters.inspection.audit import audit
+from adapters.intake.file_names import CARD_FILE
 from adapters.tasks import of_task_type
 from server.training.settings import Recipe, Report
 
-CARD_NAME = "README.md"
 _TENSORS = "adapter_model.safetensors"
 _TITLES = {"hira": "HiRA", "lora": "LoRA"}
 
@@ -91,5 +91,5 @@ kept (step {report.best_step:,}); so an upper estimate.
 
 {measured}
 """
-    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
     return text

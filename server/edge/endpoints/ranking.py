@@ -95,7 +95,7 @@ class Ranking:
             "id": f"rerank-{uuid.uuid4().hex}",
             "model": body.model or target.shown,
             "results": results,
-            "usage": _usage(result),
+            "usage": _ranking_usage(result),
         }
         return await json_response(
             self.service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
@@ -121,7 +121,7 @@ class Ranking:
                 {"index": index, "object": "score", "score": score}
                 for index, score in enumerate(result.outputs)
             ],
-            "usage": _usage(result),
+            "usage": _ranking_usage(result),
         }
         return await json_response(
             self.service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
@@ -222,5 +222,5 @@ def _ordered(scores: Sequence[float]) -> list[tuple[int, float]]:
     return sorted(enumerate(scores), key=lambda one: -one[1])
 
 
-def _usage(result: EncodeResult) -> dict[str, int]:
+def _ranking_usage(result: EncodeResult) -> dict[str, int]:
     return {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}

@@ -120,7 +120,7 @@ class ScoreRequest(OpenAIBody):
         for pair in _SIDES:
             first, second = (getattr(self, name) for name in pair)
             if first is not None and second is not None:
-                return _listed(first), _listed(second)
+                return _as_texts(first), _as_texts(second)
         return [], []
 
     @property
@@ -129,7 +129,7 @@ class ScoreRequest(OpenAIBody):
         return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
-def _listed(texts: str | list[str]) -> list[str]:
+def _as_texts(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 

@@ -51,7 +51,7 @@ from server.edge.endpoints.schemas_ranking import (
 )
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.dispatcher import Dispatcher
-from server.edge.link.wire import EVENTS_UID
+from server.edge.link.envelopes import EVENTS_UID
 
 
 class HiraSpec(LitSpec):
