@@ -47,7 +47,7 @@ class Lane:
 
     def drain(self) -> dict[str, Event]:
         found: dict[str, Event] = {}
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while self.lane.depth() or self.lane.has_work():
             assert time.monotonic() < until
             for event in self.lane.step():

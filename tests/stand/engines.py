@@ -59,7 +59,7 @@ class World:
     def drain(self) -> list[Event]:
         return drain(self.engine)
 
-def drain(engine: Engine, seconds: float = 20.0) -> list[Event]:
+def drain(engine: Engine, seconds: float = 60.0) -> list[Event]:
     """Step until nothing waits."""
     events: list[Event] = []
     until = time.monotonic() + seconds
@@ -110,7 +110,7 @@ def world(
 def preload(world: World) -> None:
     for version in world.versions.values():
         world.engine.submit(Preload(version))
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while any(world.engine.residency.state(v) != "ready" for v in world.versions.values()):
         assert time.monotonic() < until
         world.engine.wait(0.05)

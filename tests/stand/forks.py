@@ -88,6 +88,19 @@ class ForkServer:
         self._told = threading.Condition()
         threading.Thread(target=self._listen, name="fork-server", daemon=True).start()
 
+    def run(
+        self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end, as ``subprocess.run`` does that captures what it says."""
+        said = [cwd / f"said-{os.urandom(4).hex()}.{name}" for name in ("out", "err")]
+        child = self.start(command, cwd=cwd, env=env, stdout=said[0], stderr=said[1])
+        try:
+            status = child.wait(timeout)
+        finally:
+            child.kill()
+        out, err = (one.read_text() for one in said)
+        return subprocess.CompletedProcess(list(command), status, out, err)
+
     def start(
         self,
         command: Sequence[str],
@@ -141,10 +154,11 @@ class ForkServer:
 _servers: dict[int, ForkServer] = {}
 
 
-def fork_server(environment: Mapping[str, str]) -> ForkServer:
+def fork_server() -> ForkServer:
     """The one of this process, started when it is first asked for."""
     if os.getpid() not in _servers:
-        made = _servers[os.getpid()] = ForkServer(environment)
+        path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        made = _servers[os.getpid()] = ForkServer({**os.environ, **path})
         atexit.register(made.close)
     return _servers[os.getpid()]
 

@@ -140,7 +140,7 @@ def running(
     child: subprocess.Popen[bytes] | Forked
     variables = environment(folder, **{"port": port, "log_level": "info", **settings})
     if forked:
-        child = fork_server(environment(folder)).start(
+        child = fork_server().start(
             command, cwd=folder.parent, env=variables, stdout=log
         )
     else:
