@@ -1,16 +1,9 @@
 """Model cards as people write them, and what an audit finds in them."""
 
 from __future__ import annotations
-import os
-import random
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-import pytest
-import torch
-from adapters.inspection.audit import AuditReport, audit_card
-from adapters.inspection.cards import Finding, read_card
-from adapters.inspection.known_bases import KNOWN, Fit, counted, fits
+
+from adapters.inspection.audit import AuditReport
+from adapters.inspection.cards import Finding
 
 
 def card(base: str, rank: int, targets: str, counts: tuple[int, int], extra: str = "") -> str:
@@ -28,8 +21,10 @@ library_name: peft
 {extra}
 """
 
+
 def subjects(report: AuditReport) -> set[str]:
     return {finding.subject for finding in report.contradictions}
+
 
 def about(report: AuditReport, subject: str) -> Finding:
     return next(entry for entry in report.contradictions if entry.subject == subject)

@@ -1,19 +1,19 @@
 """The encode lane by itself, with a tiny base and its adapters."""
 
 from __future__ import annotations
+
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-import pytest
+
 import torch
+
 from adapters.intake.checkpoint import load_adapter
 from adapters.residency.slots import Residency
 from server.base.load import LoadedBase, load_base
 from server.encoding.lane import EncodeLane
 from server.inputs.text import Text
-from server.messages import EncodeRequest, EncodeResult, Event, Failure, TokenizedInput
+from server.messages import EncodeRequest, Event
 from tests.stand import tiny_bases
 
 

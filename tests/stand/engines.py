@@ -1,38 +1,27 @@
 """A whole engine over a tiny base, with adapters for three tasks."""
 
 from __future__ import annotations
-import threading
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
 import pytest
-import torch
-from adapters.registry.names import Names
-from server.base.plan import BaseModelError, plan_base
-from server.edge.service import Service
-from server.engine.engine import Engine, EngineFailure
+
+from server.engine.engine import Engine
 from server.messages import (
     TERMINAL,
-    Cancel,
     EncodeRequest,
     EncodeResult,
     Event,
-    Failure,
-    GenerateRequest,
-    GenerateResult,
-    Pin,
     Preload,
-    SamplingOptions,
 )
 from tests.stand import tiny_bases
-from tests.stand.fake_server import FakeRegistry
-from tests.stand.tiny_bases import Reference, assert_close
-
 
 LABELS = {"mood": ("bad", "fine", "great"), "topics": ("art", "war"), "names": ("O", "B-X", "I-X")}
+
 
 @dataclass
 class World:
@@ -59,6 +48,7 @@ class World:
     def drain(self) -> list[Event]:
         return drain(self.engine)
 
+
 def drain(engine: Engine, seconds: float = 60.0) -> list[Event]:
     """Step until nothing waits."""
     events: list[Event] = []
@@ -70,14 +60,17 @@ def drain(engine: Engine, seconds: float = 60.0) -> list[Event]:
         events += engine.step()
     return events
 
+
 def by_id(events: list[Event]) -> dict[str, Event]:
     ended = [event for event in events if isinstance(event, TERMINAL)]
     assert len({event.id for event in ended}) == len(ended), "two ends of one request"
     return {event.id: event for event in ended}
 
+
 def outputs(event: Event) -> tuple[Any, ...]:
     assert isinstance(event, EncodeResult), event
     return event.outputs
+
 
 @pytest.fixture(scope="module", params=["distilbert", "bert"])
 def world(
@@ -106,6 +99,7 @@ def world(
     engine = Engine.build(tiny_bases.options(base, store))
     yield World(base, store, made, versions, engine)
     engine.close()
+
 
 def preload(world: World) -> None:
     for version in world.versions.values():

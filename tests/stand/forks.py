@@ -145,6 +145,7 @@ class ForkServer:
             kind, pid, *status = line.split()
             with self._told:
                 if kind == "began":
+                    self._ended.pop(int(pid), None)  # of a program before it, of the same number
                     self._pids.append(int(pid))
                 else:
                     self._ended[int(pid)] = int(status[0])

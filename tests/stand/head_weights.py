@@ -1,18 +1,16 @@
 """Adapters whose tensors are a head for a tiny DistilBERT."""
 
 from __future__ import annotations
+
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
-import pytest
+
 import torch
-from transformers import BertConfig, DistilBertConfig, LlamaConfig
-from adapters.errors import AdapterFaults, MissingTensors, ShapeMismatch, UnmatchedTensors
+from transformers import DistilBertConfig
+
 from adapters.intake.checkpoint import AdapterWeights
 from adapters.intake.config import parse_config
 from adapters.intake.model_config import Labels
-from server.base.skeletons import Skeletons
-
 
 DISTILBERT = DistilBertConfig(dim=32, hidden_dim=64, n_layers=1, n_heads=2, vocab_size=50)
 
@@ -22,6 +20,7 @@ HEAD = {
     "classifier.weight": torch.zeros(2, 32),
     "classifier.bias": torch.zeros(2),
 }
+
 
 def weights(
     head_config: Mapping[str, Any] | None = None, **head: torch.Tensor | None

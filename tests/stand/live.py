@@ -140,9 +140,7 @@ def running(
     child: subprocess.Popen[bytes] | Forked
     variables = environment(folder, **{"port": port, "log_level": "info", **settings})
     if forked:
-        child = fork_server().start(
-            command, cwd=folder.parent, env=variables, stdout=log
-        )
+        child = fork_server().start(command, cwd=folder.parent, env=variables, stdout=log)
     else:
         with log.open("wb") as output:
             child = subprocess.Popen(

@@ -1,28 +1,15 @@
 """Pictures for a tiny vision base, and what float64 says of them."""
 
 from __future__ import annotations
-import base64
-import json
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-import numpy as np
-import pytest
-import torch
-from adapters.errors import AdapterError
-from adapters.intake.checkpoint import load_adapter
-from adapters.tasks import Task
-from server.base.load import BaseModelError, load_base
-from server.base.plan import plan_base
-from server.base.skeletons import Skeletons
-from server.engine.engine import Engine, EngineFailure
-from server.inputs.images import ImageProcessorError, Images
-from server.inputs.text import InvalidInput
-from server.messages import EncodeRequest, EncodeResult, Failure, TokenizedInput
-from tests.stand import tiny_bases
-from tests.stand.tiny_bases import Reference, assert_close, image, image_file
 
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapters.tasks import Task
+from tests.stand import tiny_bases
+from tests.stand.tiny_bases import Reference, image, image_file
 
 TASK: Task = "image-classification"
 
@@ -30,8 +17,10 @@ LABELS = {"pets": ("cat", "dog", "eel"), "flags": ("red", "blue"), "age": ("year
 
 SIZES = ((16, 16), (40, 30), (9, 50), (16, 64))
 
+
 def pictures() -> list[Any]:
     return [image(*size, seed=seed) for seed, size in enumerate(SIZES)]
+
 
 def prepared(picture: Any) -> torch.Tensor:
     """By Pillow and numpy alone: scaled to the base's size, then to -1 … 1."""
@@ -42,15 +31,18 @@ def prepared(picture: Any) -> torch.Tensor:
     values = np.asarray(scaled, dtype=np.float64) / 255
     return torch.from_numpy((values - 0.5) / 0.5).permute(2, 0, 1)
 
+
 def logits_of(reference: Reference, picture: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = reference.model(pixel_values=prepared(picture)[None]).logits[0]
     return found
 
+
 def expected(name: str, logits: torch.Tensor) -> list[dict[str, Any]]:
     values = {"pets": logits.softmax(-1), "flags": logits.sigmoid(), "age": logits}[name].tolist()
     pairs = sorted(zip(values, LABELS[name], strict=True), reverse=True)
     return [{"label": label, "score": value} for value, label in pairs]
+
 
 def bomb() -> bytes:
     """A PNG of a few hundred bytes whose header claims 60,000 x 60,000 pixels."""

@@ -1,25 +1,15 @@
 """Files by which sentence-transformers says how a model pools."""
 
 from __future__ import annotations
-import io
+
 import json
-import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any
-import pytest
-from adapters.errors import AdapterError, CorruptFile, SourceForbidden, UnsupportedOption
-from adapters.intake.archive import WANTED, unpack
-from adapters.intake.checkpoint import load_adapter
-from adapters.intake.pooling import Declaration, base_pooling, pooling_files, read_pooling
-from adapters.intake.sources import Sources
-from adapters.registry.store import Store, version_of
-from tests.stand.folders import hira_folder, small_base
-
 
 MODELS = "sentence_transformers.models."
 
 FLAGS = ("cls_token", "mean_tokens", "lasttoken", "max_tokens", "mean_sqrt_len_tokens")
+
 
 def modules(*kinds: str, prefix: str = MODELS) -> list[dict[str, Any]]:
     return [
@@ -27,10 +17,12 @@ def modules(*kinds: str, prefix: str = MODELS) -> list[dict[str, Any]]:
         for n, kind in enumerate(("Transformer", *kinds))
     ]
 
+
 def flags(*chosen: str) -> dict[str, Any]:
     return {"word_embedding_dimension": 64} | {
         f"pooling_mode_{name}": name in chosen for name in (*FLAGS, "weightedmean_tokens")
     }
+
 
 def declare(
     folder: Path,

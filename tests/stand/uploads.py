@@ -1,18 +1,12 @@
 """Registers an adapter over HTTP, by its files."""
 
 from __future__ import annotations
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-import pytest
-import torch
-from safetensors.torch import load_file
-from server.demo import BASE_DIR
-from tests.stand.folders import save_with_peft
-from tests.stand.live import Live, hira
+
+from tests.stand.live import Live
 
 
 def upload(live: Live, name: str, folder: Path) -> Any:

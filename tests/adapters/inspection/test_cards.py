@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapters.inspection.audit import AuditReport, audit_card
-from adapters.inspection.cards import Finding, read_card
+from adapters.inspection.cards import read_card
 from adapters.inspection.known_bases import KNOWN, Fit, counted, fits
 from tests.stand.cards import about, card, subjects
 
@@ -23,12 +23,6 @@ def seed(number: str) -> str:
     if not found:
         pytest.skip(f"the founding document {number} is not at {SEEDS}")
     return found[0].read_text()
-
-
-
-
-
-
 
 
 def chosen(report: AuditReport) -> Fit:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ from adapters.errors import BaseMismatch, CorruptFile, NonFinite
 from adapters.intake.checkpoint import load_adapter
 from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import inspect_values
-from adapters.residency.low_priority import step_back
-from adapters.residency.slots import Residency
-from adapters.signature import describe
 from adapters.layers.inject import AdaptedModel
+from adapters.residency.low_priority import step_back
 from adapters.residency.packing import PackedAdapter
+from adapters.signature import describe
 from tests.stand.folders import hira_folder
 from tests.stand.residencies import fetch, residency
 from tests.stand.tiny_models import build

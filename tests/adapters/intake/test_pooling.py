@@ -18,14 +18,7 @@ from adapters.intake.pooling import Declaration, base_pooling, pooling_files, re
 from adapters.intake.sources import Sources
 from adapters.registry.store import Store, version_of
 from tests.stand.folders import hira_folder, small_base
-from tests.stand.pooling_files import FLAGS, MODELS, declare, flags, modules
-
-
-
-
-
-
-
+from tests.stand.pooling_files import declare, flags, modules
 
 
 def read(folder: Path) -> Declaration:

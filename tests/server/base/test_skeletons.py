@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, DistilBertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
 from adapters.errors import AdapterFaults, MissingTensors, ShapeMismatch, UnmatchedTensors
-from adapters.intake.checkpoint import AdapterWeights
-from adapters.intake.config import parse_config
-from adapters.intake.model_config import Labels
 from server.base.skeletons import Skeletons
-from tests.stand.head_weights import DISTILBERT, HEAD, weights
-
-
-
+from tests.stand.head_weights import DISTILBERT, weights
 
 
 @pytest.fixture(scope="module")

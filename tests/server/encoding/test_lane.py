@@ -11,16 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.intake.checkpoint import load_adapter
-from adapters.residency.slots import Residency
-from server.base.load import LoadedBase, load_base
-from server.encoding.lane import EncodeLane
-from server.inputs.text import Text
 from server.messages import EncodeRequest, EncodeResult, Event, Failure, TokenizedInput
 from tests.stand import tiny_bases
 from tests.stand.encode_lane import Lane
-
-
 
 
 @pytest.fixture(scope="module")

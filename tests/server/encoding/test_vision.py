@@ -15,7 +15,6 @@ import torch
 
 from adapters.errors import AdapterError
 from adapters.intake.checkpoint import load_adapter
-from adapters.tasks import Task
 from server.base.load import BaseModelError, load_base
 from server.base.plan import plan_base
 from server.base.skeletons import Skeletons
@@ -24,8 +23,8 @@ from server.inputs.images import ImageProcessorError, Images
 from server.inputs.text import InvalidInput
 from server.messages import EncodeRequest, EncodeResult, Failure, TokenizedInput
 from tests.stand import tiny_bases
+from tests.stand.pictures import LABELS, TASK, bomb, expected, logits_of, pictures, prepared
 from tests.stand.tiny_bases import Reference, assert_close, image, image_file
-from tests.stand.pictures import LABELS, SIZES, TASK, bomb, expected, logits_of, pictures, prepared
 
 pytest.importorskip("PIL", reason="Pillow is an extra of the project (vision)")
 
@@ -65,14 +64,6 @@ def engine(base: Path, folders: dict[str, Path]) -> Iterator[Engine]:
 def versions(base: Path, folders: dict[str, Path]) -> dict[str, str]:
     store = base.parent / "store"
     return {name: tiny_bases.stored(store, folder) for name, folder in folders.items()}
-
-
-
-
-
-
-
-
 
 
 def test_a_mixed_batch_equals_each_row_alone_and_dense_float64(
@@ -186,8 +177,6 @@ def test_a_photograph_is_turned_upright(engine: Engine) -> None:
         for file in (turned, upright)
     )
     assert np.abs(one - other).mean() < 0.02
-
-
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +16,6 @@ from server.base.plan import BaseModelError, plan_base
 from server.edge.service import Service
 from server.engine.engine import Engine, EngineFailure
 from server.messages import (
-    TERMINAL,
     Cancel,
     EncodeRequest,
     EncodeResult,
@@ -31,22 +28,9 @@ from server.messages import (
     SamplingOptions,
 )
 from tests.stand import tiny_bases
+from tests.stand.engines import LABELS, World, by_id, drain, outputs, preload
 from tests.stand.fake_server import FakeRegistry
 from tests.stand.tiny_bases import Reference, assert_close
-from tests.stand.engines import LABELS, World, by_id, drain, outputs, preload, world
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def test_mixed_batch_equals_each_row_alone_and_dense_float64(world: World) -> None:

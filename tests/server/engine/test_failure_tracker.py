@@ -14,10 +14,10 @@ from server.engine.engine import Engine
 from server.engine.snapshot import FailureTracker
 from server.errors import Refusal
 from server.messages import EncodeRequest, EncodeResult, Event, Failure, ReleaseQuarantine
-from tests.stand.waits import until
-from tests.stand.engines import World, by_id, outputs, preload, world
 from tests.stand import tiny_bases
+from tests.stand.engines import World, by_id, outputs, preload, world
 from tests.stand.live import hira
+from tests.stand.waits import until
 
 __all__ = ["world"]  # the fixture
 

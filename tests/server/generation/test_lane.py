@@ -22,15 +22,12 @@ from tests.stand.dense import Stage, hira_factors, ids_of, options, prompts, ter
 from tests.stand.generate_lane import VERSIONS, nothing_is_held
 
 
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "llama", "qwen2"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +118,6 @@ def live(
         for one in made:
             assert upload(server, one.name, one.folder).status_code == 201
         yield server
-
-
 
 
 def error_of(live: Live, one: Made) -> float:

@@ -20,8 +20,8 @@ import pytest
 
 from server.demo import BASE_DIR
 from tests.stand.live import Live, hira
-from tests.stand.waits import until
 from tests.stand.made import make_adapter
+from tests.stand.waits import until
 
 pytestmark = [
     pytest.mark.http,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from server.edge.litserve.loop import EngineLoop, _Pump
 from server.messages import Cancel, GenerateRequest, SamplingOptions, TokenEvent
 from server.metrics import WorkerMetrics
 from server.options import EngineOptions
-from tests.stand.waits import until
 from tests.stand.fake_engine import FakeEngine
+from tests.stand.waits import until
 
 
 class Broken(Exception):

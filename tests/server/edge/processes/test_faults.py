@@ -11,21 +11,19 @@ import re
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from tests.stand.fake_calls import generate, predict
 from tests.stand.fake_engine import SLOW_SEED
 from tests.stand.live import Live, fake
 from tests.stand.waits import until
-from tests.stand.fake_calls import generate, predict
 
 pytestmark = pytest.mark.http
 
@@ -35,10 +33,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("faults") / "data"
     with fake(folder, api_processes=2, max_body_bytes=4096) as server:
         yield server
-
-
-
-
 
 
 def test_killed_worker_fails_its_requests_at_once_and_comes_back(live: Live) -> None:

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from tests.stand.fake_calls import predict
-from tests.stand.waits import until
 from tests.stand.fake_engine import SLOW_SEED
 from tests.stand.fake_server import BROKEN_BEAT
 from tests.stand.live import Live, fake
+from tests.stand.waits import until
 
 pytestmark = pytest.mark.http
 

@@ -14,8 +14,8 @@ import pytest
 
 from server.edge.processes import run_folder as module
 from server.edge.processes.run_folder import OWNER_LOCK_FILE, RUN_DIR_PREFIX, run_folder
-from tests.stand.waits import until
 from tests.stand.live import Live, hira
+from tests.stand.waits import until
 
 
 @pytest.fixture(autouse=True)
