@@ -4,8 +4,6 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
-JOBS   ?= 2
-THREADS ?= 1
 
 .PHONY: setup serve test check format bench loadtest compare clean
 
@@ -21,9 +19,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py adapters/kernels/native/hira_c
 serve: setup
 	$(BIN)/hira serve $(ARGS)
 
-# Each test process computes with one thread; a file's tests stay together, for they share servers.
 test: setup
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

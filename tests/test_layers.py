@@ -282,7 +282,6 @@ PRIVATE_READS = {
     "server/inputs/test_images.py": 1,
     "server/inputs/test_token_bound.py": 3,
     "server/training/test_recipe.py": 3,
-    "stand/forks.py": 3,
 }
 
 

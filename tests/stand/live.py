@@ -20,8 +20,6 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.stand.forks import Forked, fork_server
-
 ROOT = Path(__file__).parents[2]
 START_S = 120.0
 
@@ -32,7 +30,7 @@ class Live:
 
     url: str
     folder: Path  # of the server's data
-    child: subprocess.Popen[bytes] | Forked
+    child: subprocess.Popen[bytes]
     log: Path
     client: httpx.Client
     family: dict[int, psutil.Process] = field(default_factory=dict)
@@ -110,7 +108,7 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     return {
         **kept,
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        "OMP_NUM_THREADS": "2",
         "HIRA_DATA_DIR": str(folder),
         **given,
     }
@@ -122,7 +120,6 @@ def running(
     command: Sequence[str],
     *,
     wait: bool = True,
-    forked: bool = False,
     **settings: object,
 ) -> Iterator[Live]:
     """A server as a child process; killed with all that belongs to it at the end.
@@ -131,26 +128,20 @@ def running(
         folder: For its data and its log.
         command: Arguments after ``python``.
         wait: Until it is ready.
-        forked: By the fork server, from a process that has imported torch; executed otherwise.
         settings: As environment variables.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     log = folder.parent / f"{folder.name}.log"
-    child: subprocess.Popen[bytes] | Forked
-    variables = environment(folder, **{"port": port, "log_level": "info", **settings})
-    if forked:
-        child = fork_server().start(command, cwd=folder.parent, env=variables, stdout=log)
-    else:
-        with log.open("wb") as output:
-            child = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=folder.parent,
-                env=variables,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder.parent,
+            env=environment(folder, **{"port": port, "log_level": "info", **settings}),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     url = f"http://127.0.0.1:{port}"
     live = Live(url, folder, child, log, httpx.Client(base_url=url, timeout=60))
     try:
@@ -171,15 +162,12 @@ def running(
             shutil.rmtree(state.readlink(), ignore_errors=True)
 
 
-HIRA = ("-c", "from server.cli.main import main; main()")
-FAKE = ("-c", "import sys; from tests.stand.fake_server import main; main(sys.argv[1])")
-
-
 def hira(
-    folder: Path, *arguments: str, wait: bool = True, forked: bool = True, **settings: object
+    folder: Path, *arguments: str, wait: bool = True, **settings: object
 ) -> AbstractContextManager[Live]:
     """`hira serve` itself."""
-    return running(folder, [*HIRA, "serve", *arguments], wait=wait, forked=forked, **settings)
+    command = ["-c", "from server.cli.main import main; main()", "serve", *arguments]
+    return running(folder, command, wait=wait, **settings)
 
 
 def fake(
@@ -190,4 +178,4 @@ def fake(
     **settings: object,
 ) -> AbstractContextManager[Live]:
     """The server around the fake engine."""
-    return running(folder, [*FAKE, engine], wait=wait, forked=True, **settings)
+    return running(folder, ["-m", "tests.stand.fake_server", engine], wait=wait, **settings)

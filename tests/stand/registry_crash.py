@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,10 +19,6 @@ from adapters.errors import AdapterNotFound
 from adapters.registry.registry import Registry
 from adapters.registry.store import Store, version_of
 from tests.stand.folders import hira_folder, small_base
-from tests.stand.forks import fork_server
-from tests.stand.waits import TIMEOUT_S, until
-
-WORK = "from tests.stand.registry_crash import main; main()"
 
 
 def work(root: Path, folders: list[Path], seed: int) -> None:
@@ -52,18 +50,27 @@ def crash_once(root: Path, folders: list[Path], seed: int) -> list[str]:
         bytes that nobody names. Empty when all is well.
     """
     root.mkdir(parents=True, exist_ok=True)
-    command = ["-c", WORK, "work", str(root), str(seed), *map(str, folders)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.stand.registry_crash",
+        "work",
+        str(root),
+        str(seed),
+        *map(str, folders),
+    ]
     rng = random.Random(seed)
-    log = root / "log"
-    child = fork_server().start(command, cwd=root, env=dict(os.environ), stdout=log)
-    until(lambda: "ready" in log.read_text() or child.poll() is not None)
-    assert child.poll() is None, log.read_text()
-    time.sleep(rng.uniform(0.0, 0.6))
-    child.kill()
-    child.wait(TIMEOUT_S)
+    with (root / "log").open("w+") as log:
+        child = subprocess.Popen(command, stdout=log, cwd=Path(__file__).parents[2])
+        while "ready" not in (root / "log").read_text():
+            assert child.poll() is None, "the worker ended early"
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 0.6))
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
     expected: dict[str, str] = {}
     pending: tuple[str, str] | None = None
-    for line in log.read_text().splitlines():
+    for line in (root / "log").read_text().splitlines():
         kind, *rest = line.split()
         if kind == "begin" and len(rest) == 2:
             pending = rest[0], rest[1]

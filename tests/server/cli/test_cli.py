@@ -22,16 +22,22 @@ from adapters.registry.faults import RegistryUnusable, database_faults
 from adapters.registry.tables import SchemaTooNew
 from server.cli.main import app
 from server.settings import Settings
-from tests.stand.forks import fork_server
-from tests.stand.live import HIRA, ROOT, environment, free_port
+from tests.stand.live import ROOT, environment, free_port
 from tests.stand.made import make_adapter
 
 runner = CliRunner()
 
 
 def hira(*arguments: str, cwd: Path, **settings: object) -> subprocess.CompletedProcess[str]:
-    command = [*HIRA, *arguments]
-    return fork_server().run(command, cwd=cwd, env=environment(cwd / "data", **settings))
+    return subprocess.run(
+        [sys.executable, "-c", "from server.cli.main import main; main()", *arguments],
+        cwd=cwd,
+        env=environment(cwd / "data", **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def plain(text: str) -> str:
