@@ -28,9 +28,11 @@ from server.messages import (
     SamplingOptions,
 )
 from tests.stand import tiny_bases
-from tests.stand.engines import LABELS, World, by_id, drain, outputs, preload
+from tests.stand.engines import LABELS, World, by_id, drain, outputs, preload, world
 from tests.stand.fake_server import FakeRegistry
 from tests.stand.tiny_bases import Reference, assert_close
+
+__all__ = ["world"]  # the fixture
 
 
 def test_mixed_batch_equals_each_row_alone_and_dense_float64(world: World) -> None:

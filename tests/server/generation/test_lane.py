@@ -409,11 +409,12 @@ def test_cancelled_requests_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("running", [True, False])
 def test_deadlines_end_requests(running: bool) -> None:
     stage = Stage(slow=() if running else ["b"])
-    late = stage.submit("b", [5, 6], max_new_tokens=100, deadline=time.monotonic() + 0.05)
+    deadline = time.monotonic() + 1.0
+    late = stage.submit("b", [5, 6], max_new_tokens=100, deadline=deadline)
     good = stage.submit("a", [5, 6], max_new_tokens=3)
     assert stage.lane.next_deadline() is not None
     results = [e for _ in range(3) for e in stage.lane.step()]
-    time.sleep(0.06)
+    time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
     assert stage.lane.has_work()
     results = {e.id: e for e in results + stage.drain()}  # type: ignore[assignment]
     failure: Any = results[late]  # type: ignore[call-overload]

@@ -21,7 +21,6 @@ import pytest
 from server.demo import BASE_DIR
 from tests.stand.live import Live, hira
 from tests.stand.made import make_adapter
-from tests.stand.waits import until
 
 pytestmark = [
     pytest.mark.http,
@@ -248,13 +247,11 @@ def test_lone_surrogates_are_refused_wherever_they_come(live: Live) -> None:
         assert answer.status_code in {404, 422}, answer.text
 
 
-def test_chat_without_a_template_is_a_clear_400(live: Live) -> None:
-    body = {"model": "teller", "messages": [{"role": "user", "content": "hello"}]}
+def test_the_demo_answers_the_first_chat_that_anybody_sends(live: Live) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     answer = post(live, "/v1/chat/completions", body)
-    if answer.status_code == 200:
-        pytest.skip("the demo base has a chat template")
-    assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "chat_template_missing"
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_upload_serves_at_once_and_is_idempotent(live: Live, made: Path) -> None:
@@ -402,21 +399,25 @@ def test_killed_worker_comes_back_with_its_adapters(live: Live) -> None:
     body = {"inputs": "Once", "parameters": {"max_new_tokens": 400, "ignore_eos_token": True}}
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(post, live, "/generate?adapter=teller", body) for _ in range(4)]
-        until(lambda: live.metric('hira_admitted{kind="requests"}') == 4, every_s=0.02)
+        until = time.monotonic() + 10
+        while live.metric('hira_admitted{kind="requests"}') < 4 and time.monotonic() < until:
+            time.sleep(0.02)
         os.kill(live.worker_pid, signal.SIGKILL)
+        killed = time.monotonic()
         assert {one.result().status_code for one in running} == {503}
+        assert time.monotonic() - killed < 2.0
     live.wait_ready(60)
     after = post(live, "/predict?adapter=mood", {"inputs": "a fine day"}).json()
     assert [one["label"] for one in after] == [one["label"] for one in before]
     # A new worker may choose another exact strategy, which rounds otherwise.
     scores = [one["score"] for one in before]
     assert [one["score"] for one in after] == pytest.approx(scores, rel=1e-3, abs=1e-9)
-
-    def is_back() -> bool:
+    until = time.monotonic() + 10
+    record: dict[str, Any] = {}
+    while record.get("residency") != "device":
+        assert time.monotonic() < until, "the pinned adapter was not brought back"
         record = live.client.get("/admin/adapters/topic", headers=live.admin).json()
-        return bool(record["residency"] == "device")
-
-    until(is_back, "the pinned adapter was not brought back", every_s=0.1)
+        time.sleep(0.1)
 
 
 def test_end_leaves_nothing(live: Live) -> None:

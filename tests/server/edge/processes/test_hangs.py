@@ -119,11 +119,11 @@ def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_pat
     with fake(tmp_path / "data") as live:
         order = live.folder / HUNG_CHORE
         order.touch()
-        wait_for(lambda: order.read_text() != "", PATIENCE_S)
+        until(lambda: order.read_text() != "")
         assert int(order.read_text()) != live.child.pid
         pid = live.worker_pid
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: live.metric("hira_worker_ready") == 0, PATIENCE_S)
+        until(lambda: live.metric("hira_worker_ready") == 0)
         live.wait_ready()
         assert live.worker_pid != pid
         assert predict(live).status_code == 200

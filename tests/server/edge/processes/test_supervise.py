@@ -156,12 +156,12 @@ def test_restarted_worker_that_hangs_in_its_setup_is_killed_and_replaced(
 def test_http_process_that_hangs_in_its_start_is_killed(
     supervisor: Supervisor, server: Server, clock: FakeClock
 ) -> None:
-    supervisor.load = SharedLoad(1)
+    supervisor.load = SharedLoad(1, clock=clock)
     supervisor.load.beat(0)  # by its maker
     child: Any = Worker()
     supervisor.kill_hung({0: child})
     assert not child.killed
-    clock.advance(HANG_S + 2)
+    clock.advance(HANG_S + 1)
     supervisor.kill_hung({0: child})
     assert child.killed
 
