@@ -65,7 +65,7 @@ def admitted(live: Live) -> float:
     return live.metric('hira_admitted{kind="requests"}')
 
 
-def wait_until(what: str, live: Live, value: float, within_s: float = 60.0) -> None:
+def wait_until(what: str, live: Live, value: float, within_s: float = 20.0) -> None:
     until = time.monotonic() + within_s
     while live.metric(what) != value:
         assert time.monotonic() < until, f"{what} is {live.metric(what)}"
@@ -81,8 +81,10 @@ def test_clock_that_jumps_neither_ends_nor_extends_a_request(live: Live, jump_s:
             shift(live.folder, jump_s)
             assert live.client.get("/health/ready").status_code == 200, "the worker seems silent"
             assert running.result().status_code == 200
+        began = time.monotonic()
         late = generate(live, 250, seed=SLOW_SEED, timeout_s=0.4)
         assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
+        assert time.monotonic() - began > 0.3
         assert predict(live).status_code == 200
         age = time.time() + jump_s - live.client.get("/v1/models").json()["data"][0]["created"]
         assert abs(age - jump_s) < DAY_S / 2, "what people see is wall time"
@@ -150,7 +152,7 @@ def test_hundreds_who_leave_at_once_leave_nothing_behind(live: Live) -> None:
     wait_until('hira_admitted{kind="requests"}', live, 0)
     wait_until('hira_adapters{state="cancelled"}', live, gone + CROWD * 2 // 3)
     assert predict(live).status_code == 200
-    until = time.monotonic() + 60
+    until = time.monotonic() + 10
     while sum(descriptors(one) for one in http) > before + 8:
         assert time.monotonic() < until, "descriptors of clients that left are still open"
         time.sleep(0.1)
