@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,14 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
     """Full names of what a file imports; with ``at_load`` only what runs when it is imported."""
-    for node in nodes(ast.parse(path.read_text()), at_load=at_load):
+    for node in nodes(tree_of(path), at_load=at_load):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -240,6 +246,78 @@ def test_imports_have_no_cycle() -> None:
 def test_names_say_what_they_do(path: Path) -> None:
     banned = {"manager", "utils", "helper", "helpers", "data", "info", "process"}
     assert not banned & set(path.stem.split("_")), f"{path}: a banned word in a module name"
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ClassDef):
             assert not node.name.lower().endswith(("manager", "utils", "helper", "data", "info"))
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+# Reads of private names that tests still make, by file. A file that is not here makes none; a
+# figure only falls.
+PRIVATE_READS = {
+    "adapters/layers/test_layers.py": 1,
+    "adapters/modulation/test_autotune.py": 1,
+    "adapters/modulation/test_fused.py": 4,
+    "adapters/registry/test_registry.py": 4,
+    "adapters/registry/test_store.py": 1,
+    "adapters/residency/test_packing.py": 3,
+    "loadtests/test_residency_window.py": 1,
+    "server/base/test_rope.py": 2,
+    "server/edge/admit/test_bounded_pool.py": 1,
+    "server/edge/endpoints/test_answers.py": 2,
+    "server/edge/endpoints/test_uploads.py": 1,
+    "server/edge/link/test_dispatcher.py": 3,
+    "server/edge/link/test_thread_deaths.py": 3,
+    "server/edge/litserve/test_loop.py": 8,
+    "server/edge/processes/test_registry_away.py": 6,
+    "server/edge/processes/test_supervise.py": 3,
+    "server/encoding/test_declared_pooling.py": 1,
+    "server/encoding/test_lane.py": 2,
+    "server/engine/test_adapter_bytes.py": 6,
+    "server/engine/test_engine.py": 13,
+    "server/engine/test_failure_tracker.py": 2,
+    "server/engine/test_quarantine.py": 1,
+    "server/engine/test_self_check.py": 1,
+    "server/generation/test_attention.py": 1,
+    "server/generation/test_lane.py": 2,
+    "server/inputs/test_images.py": 1,
+    "server/inputs/test_token_bound.py": 3,
+    "server/training/test_recipe.py": 3,
+}
+
+
+def private_reads(tree: ast.AST) -> Iterator[str]:
+    """Names with one leading underscore that are read from something but ``self``, or imported."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+            names = [] if own else [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [one.name for one in node.names]
+        yield from (name for name in names if name[0] == "_" and name[:2] != "__")
+
+
+def test_private_names_are_found_where_they_are_read() -> None:
+    tree = ast.parse("from a import _b, c\nself._d = e._f.g._h\ni.__class__")
+    assert sorted(private_reads(tree)) == ["_b", "_f", "_h"]
+
+
+def test_tests_read_no_more_private_names_than_they_did() -> None:
+    found = {
+        path.relative_to(ROOT / "tests").as_posix(): count
+        for path in TESTS
+        if (count := len(list(private_reads(tree_of(path)))))
+    }
+    assert found == PRIVATE_READS, "use a public face; a figure that fell is to be lowered here"
+
+
+def test_no_module_imports_a_test_module() -> None:
+    """What several tests need stands in ``tests/stand``."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in TESTS
+        for name in imports(path)
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))
+    ]
+    assert found == []

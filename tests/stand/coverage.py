@@ -235,7 +235,7 @@ def _compared(
         yield _generation(reference, base, answer)
         return
     if base.name == "vit":
-        from tests.server.encoding.test_vision import prepared
+        from tests.stand.pictures import prepared
 
         asked = [tiny_bases.image(20 + 9 * i, 18, seed=i) for i in range(3)]
         for picture, output in zip(asked, answer.outputs, strict=True):

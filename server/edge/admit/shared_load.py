@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from enum import IntEnum
 
 _FORK = multiprocessing.get_context("fork")
@@ -22,9 +23,15 @@ class Phase(IntEnum):
 
 
 class SharedLoad:
-    """Admitted requests, tokens and pixels of every HTTP process, and the phase of the whole."""
+    """Admitted requests, tokens and pixels of every HTTP process, and the phase of the whole.
 
-    def __init__(self, http_processes: int) -> None:
+    Args:
+        http_processes: How many there are.
+        clock: Seconds that only grow and are the same in all processes; beats are written in them.
+    """
+
+    def __init__(self, http_processes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._requests = _FORK.RawArray("q", http_processes)
         self._tokens = _FORK.RawArray("q", http_processes)
         self._pixel_bytes = _FORK.RawArray("q", http_processes)
@@ -77,12 +84,12 @@ class SharedLoad:
 
     def beat(self, http_process: int) -> None:
         """This HTTP process is alive; it says so several times a second, its maker before it is."""
-        self._beats[http_process] = time.monotonic()
+        self._beats[http_process] = self._clock()
 
     def silent_s(self, http_process: int) -> float:
         """How long ago an HTTP process last was alive; 0 before its first beat."""
         last = self._beats[http_process]
-        return time.monotonic() - last if last else 0.0
+        return self._clock() - last if last else 0.0
 
     def forget(self, http_process: int) -> None:
         """An HTTP process is gone, and what it had under way with it."""

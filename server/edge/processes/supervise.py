@@ -44,6 +44,7 @@ class Supervisor:
         server: Whose processes these are.
         on_ready: Called once, when the first worker answers.
         upkeep: Called about once a second, before anything is started anew.
+        clock: Seconds that only grow, those in which beats are written.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Supervisor:
         *,
         on_ready: Callable[[], None],
         upkeep: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server = server
         self.load = server.service.load
@@ -59,12 +61,13 @@ class Supervisor:
         self.failure: str | None = None
         self._on_ready = on_ready
         self._upkeep = upkeep
+        self._clock = clock
         self._stop_signals = 0
         self._reload = False
         self._was_ready = False
         self._ready_epoch: str | None = None
         self._heard_at = 0.0  # the beat of the last state that was read
-        self._worker_started = time.monotonic()
+        self._worker_started = self._clock()
         self._failed_starts = 0
         self._killed_because: str | None = None
         self._restart_at: float | None = None
@@ -87,8 +90,8 @@ class Supervisor:
         duties: tuple[Callable[[], None], ...] = (
             self._upkeep,  # first: whoever is started needs the run folder
             self._check_queues,  # whose process the others may have to ask
-            lambda: self._kill_hung(http),
-            self._check_worker,
+            lambda: self.kill_hung(http),
+            self.check_worker,
             lambda: self._check_http(http),
             self._try_reload,
             lambda: self._sleep(http),
@@ -97,7 +100,7 @@ class Supervisor:
             done = [self._does(duty) for duty in duties]  # each, whatever becomes of the others
             if not all(done):
                 time.sleep(SUPERVISE_EVERY_S)
-        self._drain()
+        self.drain()
 
     def _does(self, duty: Callable[[], None]) -> bool:
         """Whether a duty was done. One that fails is tried again at the next turn: with this
@@ -133,10 +136,10 @@ class Supervisor:
         if self._wake_read in wait(sentinels, timeout=timeout):
             os.read(self._wake_read, 4096)
 
-    def _check_worker(self) -> None:
+    def check_worker(self) -> None:
         (worker,) = self.server.inference_workers
         if self._restart_at is not None:
-            if time.monotonic() >= self._restart_at:
+            if self._clock() >= self._restart_at:
                 self._restart()
             return
         self._look_for_ready(worker)  # also of a dead one: it may have been ready in between
@@ -151,7 +154,7 @@ class Supervisor:
         self._ready_epoch = None
         if not self._was_ready:
             raise StartFailed(reason)
-        ran_s = time.monotonic() - self._worker_started
+        ran_s = self._clock() - self._worker_started
         if became_ready and ran_s >= HEALTHY_S:
             self._failed_starts = 0
         self._failed_starts += 1
@@ -163,10 +166,10 @@ class Supervisor:
             if self._failed_starts == 1
             else min(PAUSE_MAX_S, 0.5 * 2.0 ** (self._failed_starts - 2))
         )
-        self._restart_at = time.monotonic() + pause_s
+        self._restart_at = self._clock() + pause_s
         logger.error("The inference worker died (%s); a new one starts in %.1f s", reason, pause_s)
 
-    def _kill_hung(self, http: Mapping[int, ForkProcess]) -> None:
+    def kill_hung(self, http: Mapping[int, ForkProcess]) -> None:
         """End what lives and does nothing: its successor serves, and its requests have an end."""
         limit_s = self.settings.hang_s
         (worker,) = self.server.inference_workers
@@ -178,12 +181,12 @@ class Supervisor:
         if not worker.is_alive() or self._restart_at is not None:
             pass
         elif self._ready_epoch is None:
-            loading_s = time.monotonic() - self._worker_started
+            loading_s = self._clock() - self._worker_started
             if state is None and loading_s > self.settings.max_setup_s:
                 self._kill(worker, f"not ready after {loading_s:.0f} s (max_setup_s)")
         else:
             # A state that is gone after the worker was ready is silence as well.
-            silent_s = time.monotonic() - self._heard_at
+            silent_s = self._clock() - self._heard_at
             if silent_s > limit_s:
                 self._kill(worker, f"no sign of life for {silent_s:.0f} s")
             elif state is not None and state.busy_s > self.settings.max_step_s:
@@ -223,7 +226,7 @@ class Supervisor:
 
     def _restart(self) -> None:
         self._restart_at = None
-        self._worker_started = time.monotonic()
+        self._worker_started = self._clock()
         (api,) = self.server.litapi_connector
         self.server.inference_workers = [self.server.launch_single_inference_worker(api, 0)]
 
@@ -248,7 +251,7 @@ class Supervisor:
         return f"exit status {code}"
 
     def _check_http(self, http: dict[int, ForkProcess]) -> None:
-        now = time.monotonic()
+        now = self._clock()
         for number, child in list(http.items()):
             if child.is_alive() or self._stop_signals:
                 continue
@@ -278,13 +281,13 @@ class Supervisor:
         if not self.server.queues.is_alive():
             raise StartFailed("LitServe's queue process died; the server ends")
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """No new requests; running ones have until the bound, or until a second signal."""
         self.load.phase = Phase.DRAINING
-        until = time.monotonic() + self.settings.drain_s
+        until = self._clock() + self.settings.drain_s
         logger.warning("Stopping: %d requests are running", self.load.requests())
         signals = self._stop_signals
-        while self.load.requests() and time.monotonic() < until and self._stop_signals == signals:
+        while self.load.requests() and self._clock() < until and self._stop_signals == signals:
             time.sleep(0.05)
         self.load.phase = Phase.STOPPING
         if self.load.requests():

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from adapters.inspection.audit import AuditReport, audit_card
-from adapters.inspection.cards import Finding, read_card
+from adapters.inspection.cards import read_card
 from adapters.inspection.known_bases import KNOWN, Fit, counted, fits
+from tests.stand.cards import about, card, subjects
 
 SEEDS = Path(os.environ.get("HIRA_SHARED", Path(__file__).parents[3].parent / "shared")) / "seeds"
 UNCASED = ("distilbert-base-uncased",)
@@ -22,30 +23,6 @@ def seed(number: str) -> str:
     if not found:
         pytest.skip(f"the founding document {number} is not at {SEEDS}")
     return found[0].read_text()
-
-
-def card(base: str, rank: int, targets: str, counts: tuple[int, int], extra: str = "") -> str:
-    """A card as the founding documents have it; ``counts`` are trainable and total."""
-    trainable, total = counts
-    return f"""---
-base_model: {base}
-library_name: peft
----
-# An adapter
-- **Rank (r):** {rank}
-- **Target Modules:** {targets}
-- **Total Parameters:** {total:,}
-- **Trainable Parameters:** {trainable:,}
-{extra}
-"""
-
-
-def subjects(report: AuditReport) -> set[str]:
-    return {finding.subject for finding in report.contradictions}
-
-
-def about(report: AuditReport, subject: str) -> Finding:
-    return next(entry for entry in report.contradictions if entry.subject == subject)
 
 
 def chosen(report: AuditReport) -> Fit:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ from adapters.errors import BaseMismatch, CorruptFile, NonFinite
 from adapters.intake.checkpoint import load_adapter
 from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import inspect_values
+from adapters.layers.inject import AdaptedModel
 from adapters.residency.low_priority import step_back
-from adapters.residency.slots import Residency
+from adapters.residency.packing import PackedAdapter
 from adapters.signature import describe
 from tests.stand.folders import hira_folder
 from tests.stand.residencies import fetch, residency
@@ -28,24 +27,22 @@ from tests.stand.tiny_models import build
 from tests.stand.waits import until
 
 
-def passes_of(made: Residency, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The versions that each copy to the device brings, from now on."""
-    passes: list[list[str]] = []
-    copying, arrive = made._copying, made._tiers.arrive
+def steps_of(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """``copy`` and ``install`` for each version that is placed, from now on, in their order."""
+    steps: list[str] = []
+    to_device, install = PackedAdapter.to_device, adapted.install
 
-    @contextmanager
-    def counted() -> Iterator[None]:
-        passes.append([])
-        with copying():
-            yield
+    def copied(packed: PackedAdapter, device: torch.device) -> Any:
+        steps.append("copy")
+        return to_device(packed, device)
 
-    def noted(version: str, grace_s: float) -> list[str]:
-        passes[-1].append(version)
-        return arrive(version, grace_s)
+    def installed(*given: Any, **options: Any) -> None:
+        steps.append("install")
+        install(*given, **options)
 
-    monkeypatch.setattr(made, "_copying", counted)
-    monkeypatch.setattr(made._tiers, "arrive", noted)
-    return passes
+    monkeypatch.setattr(PackedAdapter, "to_device", copied)
+    monkeypatch.setattr(adapted, "install", installed)
+    return steps
 
 
 def test_versions_that_wait_together_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,10 +53,10 @@ def test_versions_that_wait_together_come_in_one_copy(monkeypatch: pytest.Monkey
             made.prefetch(version)
         until(lambda: len(disk.reads) == 6)
         until(lambda: made.snapshot().loads == 6)
-        passes = passes_of(made, monkeypatch)
+        steps = steps_of(disk.adapted, monkeypatch)
         made.release(["a", "b", "c"])
         until(lambda: all(made.state(version) == "ready" for version in "def"))
-        assert [one for one in passes if one] == [["d", "e", "f"]]
+        assert steps == ["copy"] * 3 + ["install"] * 3, "all are copied before any is installed"
         assert made.snapshot().slots_used == 3
 
 

@@ -20,8 +20,8 @@ from server.edge.endpoints.schemas import EmbedRequest
 from server.edge.endpoints.uploads import _MultipartCallbacks
 from server.engine.engine import Engine, EngineFailure
 from server.messages import EncodeRequest, EncodeResult, TokenizedInput
-from tests.adapters.intake.test_pooling import declare, flags, modules
 from tests.stand import tiny_bases
+from tests.stand.pooling_files import declare, flags, modules
 
 IDS = [2, 5, 6, 7, 8, 3]
 

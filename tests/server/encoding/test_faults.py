@@ -11,8 +11,8 @@ import torch
 from server.encoding import postprocess
 from server.encoding.heads import TaskHead
 from server.messages import EncodeResult, Failure
-from tests.server.encoding.test_lane import Lane
 from tests.stand import tiny_bases
+from tests.stand.encode_lane import Lane
 
 BAD = 3  # of the requests
 

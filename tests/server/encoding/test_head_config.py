@@ -140,7 +140,7 @@ def test_a_head_that_the_family_cannot_build_is_refused_by_name(
 
 def test_a_pooling_that_no_head_has_is_refused_by_name(tmp_path: Path) -> None:
     from server.base.skeletons import Skeletons
-    from tests.server.base.test_skeletons import weights
+    from tests.stand.head_weights import weights
 
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     skeletons = Skeletons(ModernBertConfig(**sizes), 50, has_pooler=False)

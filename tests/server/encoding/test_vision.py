@@ -15,7 +15,6 @@ import torch
 
 from adapters.errors import AdapterError
 from adapters.intake.checkpoint import load_adapter
-from adapters.tasks import Task
 from server.base.load import BaseModelError, load_base
 from server.base.plan import plan_base
 from server.base.skeletons import Skeletons
@@ -24,14 +23,12 @@ from server.inputs.images import ImageProcessorError, Images
 from server.inputs.text import InvalidInput
 from server.messages import EncodeRequest, EncodeResult, Failure, TokenizedInput
 from tests.stand import tiny_bases
+from tests.stand.pictures import LABELS, TASK, bomb, expected, logits_of, pictures, prepared
 from tests.stand.tiny_bases import Reference, assert_close, image, image_file
 
 pytest.importorskip("PIL", reason="Pillow is an extra of the project (vision)")
 
-TASK: Task = "image-classification"
-LABELS = {"pets": ("cat", "dog", "eel"), "flags": ("red", "blue"), "age": ("years",)}
 PROBLEMS = {"flags": "multi_label_classification", "age": "regression"}
-SIZES = ((16, 16), (40, 30), (9, 50), (16, 64))
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +64,6 @@ def engine(base: Path, folders: dict[str, Path]) -> Iterator[Engine]:
 def versions(base: Path, folders: dict[str, Path]) -> dict[str, str]:
     store = base.parent / "store"
     return {name: tiny_bases.stored(store, folder) for name, folder in folders.items()}
-
-
-def pictures() -> list[Any]:
-    return [image(*size, seed=seed) for seed, size in enumerate(SIZES)]
-
-
-def prepared(picture: Any) -> torch.Tensor:
-    """By Pillow and numpy alone: scaled to the base's size, then to -1 … 1."""
-    from PIL import Image
-
-    side = tiny_bases.IMAGE_SIDE
-    scaled = picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-    values = np.asarray(scaled, dtype=np.float64) / 255
-    return torch.from_numpy((values - 0.5) / 0.5).permute(2, 0, 1)
-
-
-def logits_of(reference: Reference, picture: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = reference.model(pixel_values=prepared(picture)[None]).logits[0]
-    return found
-
-
-def expected(name: str, logits: torch.Tensor) -> list[dict[str, Any]]:
-    values = {"pets": logits.softmax(-1), "flags": logits.sigmoid(), "age": logits}[name].tolist()
-    pairs = sorted(zip(values, LABELS[name], strict=True), reverse=True)
-    return [{"label": label, "score": value} for value, label in pairs]
 
 
 def test_a_mixed_batch_equals_each_row_alone_and_dense_float64(
@@ -206,17 +177,6 @@ def test_a_photograph_is_turned_upright(engine: Engine) -> None:
         for file in (turned, upright)
     )
     assert np.abs(one - other).mean() < 0.02
-
-
-def bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header claims 60,000 x 60,000 pixels."""
-    import struct
-    import zlib
-
-    raw = bytearray(image_file(image(8, 8)))
-    raw[16:24] = struct.pack(">II", 60_000, 60_000)
-    raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
-    return bytes(raw)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def in_slots(engine: Engine) -> list[torch.Tensor]:
 
 def ready(engine: Engine, version: str) -> None:
     engine.submit(Preload(version))
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while engine.residency.state(version) != "ready":
         assert time.monotonic() < until
         engine.wait(0.05)

@@ -14,10 +14,10 @@ from server.engine.engine import Engine
 from server.engine.snapshot import FailureTracker
 from server.errors import Refusal
 from server.messages import EncodeRequest, EncodeResult, Event, Failure, ReleaseQuarantine
-from tests.server.edge.processes.test_faults import wait_for
-from tests.server.engine.test_engine import World, by_id, outputs, preload, world
 from tests.stand import tiny_bases
+from tests.stand.engines import World, by_id, outputs, preload, world
 from tests.stand.live import hira
+from tests.stand.waits import until
 
 __all__ = ["world"]  # the fixture
 
@@ -170,10 +170,10 @@ def test_quarantine_is_visible_over_http_and_lifted_by_a_patch(tmp_path: Path) -
         refused = live.client.post("/predict?adapter=wild", json={"inputs": "A film."})
         assert refused.json()["code"] == "adapter_quarantined"
         assert 1 <= int(refused.headers["Retry-After"]) <= 60
-        wait_for(lambda: record()["quarantined_until"] is not None)
+        until(lambda: record()["quarantined_until"] is not None)
         assert "adapter_failed" in record()["quarantine_reason"]
         assert live.metric('hira_adapters{state="quarantined"}') == 1
         assert live.metric('hira_failures_total{adapter="wild",code="adapter_quarantined"}') == 1
         live.client.patch("/admin/adapters/wild", json={"pinned": False}, headers=live.admin)
-        wait_for(lambda: ask("wild") == (500, "adapter_failed"))
+        until(lambda: ask("wild") == (500, "adapter_failed"))
         assert ask("hira-sst2") == (200, "fine")

@@ -12,8 +12,8 @@ import torch
 from adapters.modulation.folded import FoldedCache
 from server.engine.engine import Engine
 from server.messages import EncodeRequest, EncodeResult
-from tests.server.engine.test_engine import by_id, drain
 from tests.stand import tiny_bases
+from tests.stand.engines import by_id, drain
 
 
 @pytest.mark.parametrize("weights", [0, 1, 5, 7])

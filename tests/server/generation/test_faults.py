@@ -11,8 +11,8 @@ import torch
 from adapters.segments import Segments
 from server.generation import forward as generate_batch
 from server.generation.sampling import Choice, choose
-from tests.server.generation.test_lane import VERSIONS, nothing_is_held
 from tests.stand.dense import Stage, ids_of, prompts, terminals
+from tests.stand.generate_lane import VERSIONS, nothing_is_held
 
 
 @pytest.fixture(autouse=True)

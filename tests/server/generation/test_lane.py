@@ -19,8 +19,7 @@ from server.generation.forward import MIN_PREFILL_TOKENS
 from server.generation.lane import GenerateLane
 from server.messages import Failure, GenerateResult, TokenEvent
 from tests.stand.dense import Stage, hira_factors, ids_of, options, prompts, terminals
-
-VERSIONS: list[str | None] = [None, "a", "b", "c"]
+from tests.stand.generate_lane import VERSIONS, nothing_is_held
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +28,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def nothing_is_held(stage: Stage) -> bool:
-    figures = stage.lane.figures()
-    return (
-        (figures.running, figures.waiting, figures.waiting_tokens, figures.kv_blocks_used)
-        == (0, 0, 0, 0)
-        and not +stage.residency.leases
-        and stage.lane.next_deadline() is None
-    )
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "llama", "qwen2"])
@@ -420,11 +409,12 @@ def test_cancelled_requests_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("running", [True, False])
 def test_deadlines_end_requests(running: bool) -> None:
     stage = Stage(slow=() if running else ["b"])
-    late = stage.submit("b", [5, 6], max_new_tokens=100, deadline=time.monotonic() + 0.05)
+    deadline = time.monotonic() + 1.0
+    late = stage.submit("b", [5, 6], max_new_tokens=100, deadline=deadline)
     good = stage.submit("a", [5, 6], max_new_tokens=3)
     assert stage.lane.next_deadline() is not None
     results = [e for _ in range(3) for e in stage.lane.step()]
-    time.sleep(0.06)
+    time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
     assert stage.lane.has_work()
     results = {e.id: e for e in results + stage.drain()}  # type: ignore[assignment]
     failure: Any = results[late]  # type: ignore[call-overload]

@@ -275,7 +275,7 @@ def test_connections_beyond_the_most_are_refused_when_all_are_busy(live: Live) -
         for _ in range(CONNECTIONS):
             busy = stack.enter_context(connect(live))
             busy.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         status = 200
         while status != 503 and time.monotonic() < until:
             with connect(live) as one:
@@ -318,7 +318,7 @@ def test_connections_that_end_leave_nothing_behind(live: Live) -> None:
         with ExitStack() as stack:
             for _ in range(30):
                 stack.enter_context(connect(live)).sendall(posted(BODY)[:40])
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while descriptors() > before + 5 and time.monotonic() < until:
         time.sleep(0.1)
     assert descriptors() <= before + 5

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.server.edge.endpoints.test_exact_over_http import upload
-from tests.server.encoding.test_vision import LABELS, TASK, bomb, expected, logits_of, pictures
 from tests.stand import tiny_bases
 from tests.stand.live import Live, hira
+from tests.stand.pictures import LABELS, TASK, bomb, expected, logits_of, pictures
 from tests.stand.tiny_bases import Reference, assert_close, image, image_file
+from tests.stand.uploads import upload
 
 pytestmark = pytest.mark.http
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from server.messages import Cancel, GenerateRequest, SamplingOptions, TokenEvent
 from server.metrics import WorkerMetrics
 from server.options import EngineOptions
 from tests.stand.fake_engine import FakeEngine
+from tests.stand.waits import until
 
 
 class Broken(Exception):
@@ -107,13 +108,6 @@ def generation(name: str) -> GenerateRequest:
     return GenerateRequest(name, None, None, (1, 2), SamplingOptions(max_new_tokens=10_000))
 
 
-def wait_for(what: Callable[[], bool], within_s: float = 20.0) -> None:
-    until = time.monotonic() + within_s
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def test_requests_of_a_dead_http_process_are_cancelled(
     pump: _Pump, requests: Queue, caller: subprocess.Popen[bytes], died: list[str]
 ) -> None:
@@ -129,13 +123,13 @@ def test_requests_of_a_dead_http_process_are_cancelled(
     late = Requests(pump.epoch, (generation("0.9"),), caller.pid)
     requests.put(Requests(pump.epoch, theirs, caller.pid))
     requests.put(Requests(pump.epoch, (generation("1.0"),), os.getpid()))
-    wait_for(lambda: running() == {"0.0", "0.1", "0.2", "1.0"})
+    until(lambda: running() == {"0.0", "0.1", "0.2", "1.0"})
     caller.kill()
-    wait_for(lambda: running() == {"1.0"})
+    until(lambda: running() == {"1.0"})
     caller.wait()
     requests.put(late)  # what it had sent before, and was still in the queue
     requests.put(Requests(pump.epoch, (generation("1.1"),), os.getpid()))
-    wait_for(lambda: "1.1" in running())
+    until(lambda: "1.1" in running())
     assert running() == {"1.0", "1.1"}
     assert died == []
     requests.error = Broken()
@@ -168,7 +162,7 @@ def test_death_of_a_caller_is_noticed_once(caller: subprocess.Popen[bytes]) -> N
     assert callers.lives(os.getpid())
     assert callers.gone() == []
     caller.kill()
-    wait_for(lambda: callers.gone() == [caller.pid])
+    until(lambda: callers.gone() == [caller.pid])
     assert callers.gone() == []
     caller.wait()
     assert not callers.lives(caller.pid)
@@ -246,4 +240,4 @@ def test_engine_that_breaks_ends_the_worker(
     requests.error = Broken()  # and the threads that `run` began
     pump.ending.set()
     pump.outbox.put(None)
-    wait_for(lambda: died == ["requests"])
+    until(lambda: died == ["requests"])

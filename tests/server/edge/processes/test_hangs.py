@@ -14,10 +14,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.edge.processes.test_faults import predict, wait_for
+from tests.stand.fake_calls import predict
 from tests.stand.fake_engine import SLOW_SEED
 from tests.stand.fake_server import BROKEN_BEAT, HANGING, HUNG_CHORE
 from tests.stand.live import Live, fake
+from tests.stand.waits import until
 
 pytestmark = pytest.mark.http
 
@@ -36,10 +37,10 @@ def test_stopped_worker_is_noticed_killed_and_replaced(live: Live) -> None:
     pid = live.worker_pid
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(generate_slowly, live) for _ in range(4)]
-        wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 4, PATIENCE_S)
+        until(lambda: live.metric('hira_admitted{kind="requests"}') == 4)
         os.kill(pid, signal.SIGSTOP)
         # Before it is killed, new requests are refused rather than kept waiting.
-        wait_for(lambda: refused(live), PATIENCE_S)
+        until(lambda: refused(live))
         assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
         assert live.client.get("/health/ready").json()["status"] == "worker_silent"
         answers = [one.result() for one in running]
@@ -90,8 +91,8 @@ def test_stopped_http_process_is_replaced(live: Live) -> None:
     _, first, _ = sorted(holding, key=lambda one: one.create_time())
     first.suspend()
     suspended = first.pid
-    wait_for(lambda: suspended not in {one.pid for one in accepting(main)}, PATIENCE_S)
-    wait_for(lambda: len(accepting(main)) == len(holding), PATIENCE_S)
+    until(lambda: suspended not in {one.pid for one in accepting(main)})
+    until(lambda: len(accepting(main)) == len(holding))
     for _ in range(20):
         assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
     assert "HTTP process 0: no sign of life" in live.log.read_text()
@@ -101,13 +102,13 @@ def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Pa
     with fake(tmp_path / "data") as live, ThreadPoolExecutor(4) as pool:
         cancelled = 'hira_adapters{state="cancelled"}'
         running = [pool.submit(generate_slowly, live) for _ in range(3)]
-        wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 3, PATIENCE_S)
+        until(lambda: live.metric('hira_admitted{kind="requests"}') == 3)
         (live.folder / BROKEN_BEAT).touch()
         answers = [one.result() for one in running]
         assert {(one.status_code, one.json()["code"]) for one in answers} == {(503, "restarting")}
         live.wait_ready()
         # Their process is gone, and the worker has stopped what it did for it.
-        wait_for(lambda: live.metric(cancelled) == 3, PATIENCE_S)
+        until(lambda: live.metric(cancelled) == 3)
         assert predict(live).status_code == 200
         log = live.log.read_text()
         assert "asked for" in log, "why, with its traceback"
@@ -118,11 +119,11 @@ def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_pat
     with fake(tmp_path / "data") as live:
         order = live.folder / HUNG_CHORE
         order.touch()
-        wait_for(lambda: order.read_text() != "", PATIENCE_S)
+        until(lambda: order.read_text() != "")
         assert int(order.read_text()) != live.child.pid
         pid = live.worker_pid
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: live.metric("hira_worker_ready") == 0, PATIENCE_S)
+        until(lambda: live.metric("hira_worker_ready") == 0)
         live.wait_ready()
         assert live.worker_pid != pid
         assert predict(live).status_code == 200

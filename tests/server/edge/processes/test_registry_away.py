@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,10 +74,8 @@ def test_an_event_loop_never_waits_for_a_database_that_hangs() -> None:
         registry.gate.clear()
         load.registry_changed(1)
         waiting = [asyncio.create_task(one.catch_up()) for _ in range(10)]
-        began = time.monotonic()
-        for _ in range(20):
+        for _ in range(20):  # would never come to an end on a loop that waits for the gate
             await asyncio.sleep(0.01)
-        assert time.monotonic() - began < 10
         assert not any(task.done() for task in waiting)
         registry.gate.set()
         await asyncio.gather(*waiting)

@@ -14,8 +14,8 @@ import pytest
 
 from server.edge.processes import run_folder as module
 from server.edge.processes.run_folder import OWNER_LOCK_FILE, RUN_DIR_PREFIX, run_folder
-from tests.server.edge.processes.test_faults import wait_for
 from tests.stand.live import Live, hira
+from tests.stand.waits import until
 
 
 @pytest.fixture(autouse=True)
@@ -140,13 +140,13 @@ def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_d
     with hira(tmp_path / "data") as live:
         pid, place = live.worker_pid, live.folder / "run"
         shutil.rmtree(place.resolve())
-        wait_for((place / "worker-0.json").exists, 60)
-        wait_for(lambda: live.client.get("/health/ready").status_code == 200, 60)
+        until((place / "worker-0.json").exists)
+        until(lambda: live.client.get("/health/ready").status_code == 200)
         assert live.worker_pid == pid, "a worker that lives is not replaced"
-        wait_for(lambda: predict(live) == 200 and counted(live) > 0, 60)
+        until(lambda: predict(live) == 200 and counted(live) > 0)
         shutil.rmtree(place.resolve())
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: (place / "worker-0.json").exists() and live.worker_pid != pid, 60)
+        until(lambda: (place / "worker-0.json").exists() and live.worker_pid != pid)
         live.wait_ready(60)
         assert predict(live) == 200
         assert live.client.get("/metrics").status_code == 200

@@ -11,6 +11,7 @@ import pytest
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.link.envelopes import WorkerState, fault_path, state_path, write_state
 from server.edge.processes.supervise import StartFailed, Supervisor
+from tests.stand.clock import FakeClock
 
 PID = 77
 HANG_S = 10.0
@@ -61,9 +62,14 @@ def server(tmp_path: Path) -> Server:
 
 
 @pytest.fixture
-def supervisor(server: Server) -> Supervisor:
+def clock() -> FakeClock:
+    return FakeClock(time.monotonic())  # beats are written by the machine's clock
+
+
+@pytest.fixture
+def supervisor(server: Server, clock: FakeClock) -> Supervisor:
     given: Any = server
-    return Supervisor(given, on_ready=lambda: None, upkeep=lambda: None)
+    return Supervisor(given, on_ready=lambda: None, upkeep=lambda: None, clock=clock)
 
 
 def speak(
@@ -80,18 +86,18 @@ def speak(
 
 
 def is_killed(supervisor: Supervisor, server: Server) -> bool:
-    supervisor._kill_hung({})
+    supervisor.kill_hung({})
     return server.inference_workers[0].killed
 
 
 def test_state_that_is_gone_after_the_worker_was_ready_is_silence(
-    supervisor: Supervisor, server: Server
+    supervisor: Supervisor, server: Server, clock: FakeClock
 ) -> None:
     speak(server, silent_s=HANG_S - 5)
-    supervisor._check_worker()
+    supervisor.check_worker()
     state_path(server.run_dir, 0).unlink()
     assert not is_killed(supervisor, server), "not before it has been silent for so long"
-    supervisor._heard_at -= 6
+    clock.advance(6)
     assert is_killed(supervisor, server)
 
 
@@ -99,13 +105,13 @@ def test_state_of_the_worker_before_tells_nothing_of_one_that_starts(
     supervisor: Supervisor, server: Server
 ) -> None:
     speak(server, pid=PID - 1, silent_s=HANG_S * 3, busy_s=HANG_S * 3)
-    supervisor._check_worker()
+    supervisor.check_worker()
     assert not is_killed(supervisor, server)
 
 
 def test_step_that_takes_too_long_is_ended(supervisor: Supervisor, server: Server) -> None:
     speak(server)
-    supervisor._check_worker()
+    supervisor.check_worker()
     assert not is_killed(supervisor, server)
     speak(server, busy_s=HANG_S + 1)
     assert is_killed(supervisor, server)
@@ -113,76 +119,79 @@ def test_step_that_takes_too_long_is_ended(supervisor: Supervisor, server: Serve
 
 def test_drain_ends_without_a_run_folder(supervisor: Supervisor, server: Server) -> None:
     server.run_dir /= "gone"
-    supervisor._drain()
+    supervisor.drain()
 
 
 def test_first_worker_that_hangs_in_its_setup_ends_the_start(
-    supervisor: Supervisor, server: Server
+    supervisor: Supervisor, server: Server, clock: FakeClock
 ) -> None:
-    supervisor._worker_started -= SETUP_S - 5
+    clock.advance(SETUP_S - 5)
     assert not is_killed(supervisor, server), "it may take its time"
-    supervisor._worker_started -= 10
+    clock.advance(10)
     assert is_killed(supervisor, server)
     with pytest.raises(StartFailed, match="max_setup_s"):
-        supervisor._check_worker()
+        supervisor.check_worker()
 
 
 def test_restarted_worker_that_hangs_in_its_setup_is_killed_and_replaced(
-    supervisor: Supervisor, server: Server
+    supervisor: Supervisor, server: Server, clock: FakeClock
 ) -> None:
     speak(server)
-    supervisor._check_worker()
+    supervisor.check_worker()
     server.inference_workers[0].kill()
-    supervisor._check_worker()
-    supervisor._check_worker()
+    supervisor.check_worker()
+    supervisor.check_worker()
     second = server.inference_workers[0]
     assert second.pid == PID + 1
     assert not is_killed(supervisor, server)
-    supervisor._worker_started -= SETUP_S + 5
+    clock.advance(SETUP_S + 5)
     assert is_killed(supervisor, server)
-    supervisor._check_worker()
-    assert supervisor._restart_at is not None
-    supervisor._restart_at = time.monotonic()
-    supervisor._check_worker()
+    supervisor.check_worker()
+    assert server.inference_workers[0] is second, "not at once"
+    clock.advance(60)
+    supervisor.check_worker()
     assert server.inference_workers[0] is not second
 
 
 def test_http_process_that_hangs_in_its_start_is_killed(
-    supervisor: Supervisor, server: Server
+    supervisor: Supervisor, server: Server, clock: FakeClock
 ) -> None:
-    supervisor.load = SharedLoad(1)
+    supervisor.load = SharedLoad(1, clock=clock)
     supervisor.load.beat(0)  # by its maker
     child: Any = Worker()
-    supervisor._kill_hung({0: child})
+    supervisor.kill_hung({0: child})
     assert not child.killed
-    supervisor.load._beats[0] -= HANG_S + 1
-    supervisor._kill_hung({0: child})
+    clock.advance(HANG_S + 1)
+    supervisor.kill_hung({0: child})
     assert child.killed
 
 
 def test_silent_queues_end_the_server(supervisor: Supervisor, server: Server) -> None:
     speak(server, queue_silent_s=HANG_S - 1)
-    supervisor._check_worker()
-    supervisor._kill_hung({})
+    supervisor.check_worker()
+    supervisor.kill_hung({})
     speak(server, queue_silent_s=HANG_S + 1)
     with pytest.raises(StartFailed, match="no sign of life"):
-        supervisor._kill_hung({})
+        supervisor.kill_hung({})
     assert server.queues.killed, "or the end would wait for it"
 
 
 def test_state_that_cannot_be_read_is_silence_and_not_the_end(
-    supervisor: Supervisor, server: Server
+    supervisor: Supervisor, server: Server, clock: FakeClock
 ) -> None:
     speak(server)
-    supervisor._check_worker()
+    supervisor.check_worker()
     state_path(server.run_dir, 0).unlink()
     state_path(server.run_dir, 0).mkdir()  # EISDIR
     assert not is_killed(supervisor, server)
-    supervisor._heard_at -= HANG_S + 1
+    clock.advance(HANG_S + 1)
     assert is_killed(supervisor, server)
     fault_path(server.run_dir, 0).mkdir()
-    supervisor._check_worker()
-    assert supervisor._restart_at is not None
+    killed = server.inference_workers[0]
+    supervisor.check_worker()
+    clock.advance(60)
+    supervisor.check_worker()
+    assert server.inference_workers[0] is not killed, "it was replaced"
 
 
 @pytest.mark.parametrize("error", [OSError(5, "an error of the disk"), ValueError("unforeseen")])
