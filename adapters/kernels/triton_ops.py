@@ -33,6 +33,7 @@ from adapters.kernels.nibbles import FourBitKind, level_values, lookup_assembly
 from adapters.kernels.triton_operands import (
     FACTOR_COLUMNS,
     HALF_FEATURES,
+    MAX_RANK,
     FactorTable,
     PackedWeight,
     check_operands,
@@ -40,6 +41,7 @@ from adapters.kernels.triton_operands import (
 from adapters.kernels.triton_tiles import (
     LARGE_SHARED_BYTES,
     BatchTiles,
+    FewRows,
     few_blocks,
     many_blocks,
     split_inputs,
@@ -50,6 +52,9 @@ ASM_REGISTERS: tl.constexpr = tl.constexpr("=r,=r,=r,=r,r")
 ASM_TYPES: tl.constexpr = tl.constexpr((tl.float16, tl.float16))
 # Output features of a program of ``sum_parts_kernel``.
 SUM_BLOCK_FEATURES = 256
+# Ranks and inputs of a program of the LoRA kernels at one time.
+LORA_BLOCK_RANK = 16
+LORA_BLOCK_INPUTS = 128
 # What differs from batch to batch, or between layers alike, is named in ``do_not_specialize``: its
 # change must not compile a kernel anew.
 
@@ -284,6 +289,54 @@ def sum_parts_kernel(
     tl.store(y_ptr + row * N + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
+@triton.jit(
+    do_not_specialize=["layer", "LAYERS"],
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
+def lora_down_kernel(
+    x_ptr, x_stride, inner_ptr, slots_ptr, table_ptr, layer, LAYERS, K,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """inner[row, r] = A_r · x: a block of ranks of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    a_ptr, _, rank = _factors(table_ptr, tl.load(slots_ptr + row), layer, LAYERS, x_ptr, COLUMNS)
+    total = tl.full((BLOCK_R,), 0.0, tl.float32)
+    for first in tl.range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+        mask = (r < rank)[:, None] & (k < K)[None, :]
+        a = tl.load(a_ptr + r[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(a * x[None, :], axis=1)
+    tl.store(inner_ptr + row * R + r, total)
+
+
+@triton.jit(
+    do_not_specialize=["layer", "LAYERS"],
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
+def lora_up_kernel(
+    y_ptr, inner_ptr, slots_ptr, table_ptr, scale_ptr, layer, LAYERS, N,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y[row, n] += s Σ_r inner[row, r] B[n, r]: a block of outputs of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.load(slots_ptr + row)
+    _, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, y_ptr, COLUMNS)
+    total = tl.full((BLOCK_N,), 0.0, tl.float32)
+    for first in tl.range(0, rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        inner = tl.load(inner_ptr + row * R + r)
+        mask = (r < rank)[:, None] & (n < N)[None, :]
+        b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(inner[:, None] * b, axis=0)
+    scale = tl.load(scale_ptr + slot.to(tl.int64) * LAYERS + layer)
+    y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
+    y += tl.where(rank > 0, scale * total, 0.0)
+    tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
 @triton.jit
 def decode_bytes_kernel(byte_ptr, found_ptr, DECODER: tl.constexpr):
     """The float16 levels of 256 bytes: of the high nibbles, then of the low ones."""
@@ -342,14 +395,64 @@ def hira_linear(
     launches = batch.launches(factors, layer)
     out_features, in_features = weight.shape
     y = out if out is not None else x.new_empty(x.shape[0], out_features)
-    nested = weight.nested
     has_bias = bias is not None
     bias = x if bias is None else bias  # a pointer that is not read
-    # In the order of the kernels' parameters.
+    source, settings = _of_weight(weight, factors.addresses, layer, len(factors.layers), x.device)
+    _, shared_bytes = _limits(x.device)
+    for many in launches.many:
+        blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
+        many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
+            x, x.stride(0), y, bias, *source, launches.rows, many.tiles, many.count,
+            out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,
+            HAS_BIAS=has_bias, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
+        )  # fmt: skip
+    if launches.few is not None:
+        _launch_few(x, y, bias, has_bias, launches.few, weight.shape, source, settings)
+    return y
+
+
+def few_rows_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    addresses: torch.Tensor,
+    layer: int,
+    few: FewRows,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """``hira_linear`` for rows whose tiles are in buffers that change between launches.
+
+    Nothing is checked and nothing is read on the host: what ``few`` and ``addresses`` hold counts
+    when the launch runs, so a captured launch serves whatever is written to them later.
+
+    Args:
+        x: ``[rows, in]``, as for ``hira_linear``.
+        weight: W0 ``[out, in]``.
+        addresses: int64 ``[slots, layers, 3]``.
+        layer: Of ``addresses``.
+        few: Tiles that hold every row.
+        bias: ``[out]`` or None.
+
+    Returns:
+        A new ``[rows, out]`` in the dtype of ``x``.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    source, settings = _of_weight(weight, addresses, layer, addresses.shape[1], x.device)
+    has_bias = bias is not None
+    _launch_few(
+        x, y, x if bias is None else bias, has_bias, few, weight.shape, source, settings
+    )  # fmt: skip
+    return y
+
+
+def _of_weight(
+    weight: PackedWeight, addresses: torch.Tensor, layer: int, layers: int, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What both kernels read of a weight and of the table, in the order of their parameters."""
+    nested = weight.nested
     source = (
         *(weight.packed, weight.levels, weight.scales),
         *((nested.code, nested.outer, nested.offset) if nested else (weight.levels,) * 3),
-        *(factors.addresses, layer, len(factors.layers)),
+        *(addresses, layer, layers),
     )
     settings: dict[str, Any] = {
         "HALF": HALF_FEATURES,
@@ -358,33 +461,67 @@ def hira_linear(
         "NESTED": nested is not None,
         "OUTER": nested.block if nested else 1,
         "EXACT": INTERPRETED,
-        "DECODER": decoder(weight.kind, x.device),
+        "DECODER": decoder(weight.kind, device),
         "COLUMNS": FACTOR_COLUMNS,
     }
-    multiprocessors, shared_bytes = _limits(x.device)
-    for many in launches.many:
-        blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
-        many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
-            x, x.stride(0), y, bias, *source, launches.rows, many.tiles, many.count,
-            out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,
-            HAS_BIAS=has_bias, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
-        )  # fmt: skip
-    few = launches.few
-    if few is not None:
-        blocks = few_blocks(few.rank)
-        out_blocks = triton.cdiv(out_features, blocks.out)
-        splits, split_features = split_inputs(in_features, few.tiles * out_blocks, multiprocessors)
-        parts = x.new_empty((splits, few.row_count, out_features), dtype=torch.float32)
-        few_rows_kernel[(few.tiles, out_blocks, splits)](
-            x, x.stride(0), parts, *source, few.rows, few.row_count, few.entries, few.bounds,
-            split_features, out_features, in_features, BM=few.block_rows, BN=blocks.out,
-            R=few.rank, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
-        )  # fmt: skip
-        sum_parts_kernel[(few.row_count, triton.cdiv(out_features, SUM_BLOCK_FEATURES))](
-            parts, y, bias, few.rows, few.row_count, splits, out_features,
-            BLOCK_N=SUM_BLOCK_FEATURES, HAS_BIAS=has_bias,
-        )  # fmt: skip
-    return y
+    return source, settings
+
+
+def _launch_few(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor,
+    has_bias: bool,
+    few: FewRows,
+    shape: tuple[int, int],
+    source: tuple[Any, ...],
+    settings: dict[str, Any],
+) -> None:
+    out_features, in_features = shape
+    multiprocessors, _ = _limits(x.device)
+    blocks = few_blocks(few.rank)
+    out_blocks = triton.cdiv(out_features, blocks.out)
+    splits, split_features = split_inputs(in_features, few.tiles * out_blocks, multiprocessors)
+    parts = x.new_empty((splits, few.row_count, out_features), dtype=torch.float32)
+    few_rows_kernel[(few.tiles, out_blocks, splits)](
+        x, x.stride(0), parts, *source, few.rows, few.row_count, few.entries, few.bounds,
+        split_features, out_features, in_features, BM=few.block_rows, BN=blocks.out,
+        R=few.rank, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
+    )  # fmt: skip
+    sum_parts_kernel[(few.row_count, triton.cdiv(out_features, SUM_BLOCK_FEATURES))](
+        parts, y, bias, few.rows, few.row_count, splits, out_features,
+        BLOCK_N=SUM_BLOCK_FEATURES, HAS_BIAS=has_bias,
+    )  # fmt: skip
+
+
+def add_lora_rows(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    addresses: torch.Tensor,
+    scales: torch.Tensor,
+    layer: int,
+) -> None:
+    """y[t] += s (x[t] Aᵀ) Bᵀ with the factors of row t's slot, found by address; adds to ``y``.
+
+    Args:
+        y: ``[rows, out]``, contiguous.
+        x: ``[rows, in]``, features contiguous.
+        slots: int32 ``[rows]``; a slot whose rank is 0 in ``addresses`` adds nothing.
+        addresses: int64 ``[slots, layers, 3]`` of LoRA factors.
+        scales: float32 ``[slots, layers]``.
+        layer: Of the tables.
+    """
+    rows, layers = x.shape[0], addresses.shape[1]
+    inner = x.new_empty((rows, MAX_RANK), dtype=torch.float32)
+    lora_down_kernel[(rows, MAX_RANK // LORA_BLOCK_RANK)](
+        x, x.stride(0), inner, slots, addresses, layer, layers, x.shape[1],
+        R=MAX_RANK, BLOCK_R=LORA_BLOCK_RANK, BLOCK_K=LORA_BLOCK_INPUTS, COLUMNS=FACTOR_COLUMNS,
+    )  # fmt: skip
+    lora_up_kernel[(rows, triton.cdiv(y.shape[1], SUM_BLOCK_FEATURES))](
+        y, inner, slots, addresses, scales, layer, layers, y.shape[1],
+        R=MAX_RANK, BLOCK_R=LORA_BLOCK_RANK, BLOCK_N=SUM_BLOCK_FEATURES, COLUMNS=FACTOR_COLUMNS,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=32)

@@ -73,6 +73,10 @@ class AdaptedLinear(nn.Module):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         rows = x.reshape(-1, self.in_features)
+        static = modulator.static
+        if static is not None and static.rows is not None:
+            y = static.linear(path, rows, bias, static.rows)
+            return y.view(*x.shape[:-1], self.out_features)
         plan = modulator.plan
         if plan is None or not plan.touches(self.slots):
             segments = modulator.base_segments(rows.shape[0])

@@ -27,7 +27,7 @@ from adapters.kernels.triton_operands import (
     PackedWeight,
     pack_weight,
 )
-from adapters.kernels.triton_tiles import BatchTiles
+from adapters.kernels.triton_tiles import BatchTiles, FewRows
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
@@ -127,6 +127,63 @@ class FusedLayers:
     def clear(self, slot: int) -> None:
         """Empty a slot that no batch uses."""
         self._table.clear(slot)
+
+    def holds(self, path: str) -> bool:
+        """Whether the kernel can serve this layer at all."""
+        return path in self._layers
+
+    def serves(self, path: str, x: torch.Tensor) -> bool:
+        """Whether the kernel serves this layer for rows of this type and device."""
+        return path in self._layers and x.dtype == self._table.dtype and x.device == self.device
+
+    def rows_by_address(
+        self,
+        path: str,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        *,
+        layer: int,
+        few: FewRows,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A layer that ``serves`` holds for, with nothing checked and nothing read on the host.
+
+        Args:
+            path: Of the layer.
+            x: ``[rows, in]``.
+            table: int64 ``[slots, layers, 3]``, as ``FactorTable.addresses``.
+            layer: Of the table.
+            few: Tiles that hold all rows of ``x``; its buffers may change until the launch runs.
+            bias: ``[out]``, or None.
+
+        Returns:
+            A new ``[rows, out]`` in the dtype of ``x``.
+        """
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y: torch.Tensor = self._ops.few_rows_linear(
+            x, self._layers[path].weight, table, layer, few, bias
+        )
+        return y
+
+    def add_lora_by_address(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        table: torch.Tensor,
+        *,
+        scales: torch.Tensor,
+        layer: int,
+    ) -> None:
+        """Add each row's s (x Aᵀ) Bᵀ to ``y``, its factors found by address.
+
+        Args:
+            y, x: ``[rows, out]``, ``[rows, in]``.
+            slots: int32 ``[rows]``.
+            table, scales: ``[slots, layers, 3]`` of LoRA factors, float32 ``[slots, layers]``.
+            layer: Of the tables.
+        """
+        self._ops.add_lora_rows(y, x, slots, table, scales, layer)
 
     def linear(self, call: LayerCall) -> tuple[torch.Tensor, list[int]]:
         """Compute a call that ``takes`` holds for, but for the segments that the kernel does not.

@@ -34,6 +34,7 @@ from adapters.modulation.fused import FusedLayers
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.plan import Plan
 from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.static_layers import StaticLayers
 from adapters.modulation.strategy import (
     Backend,
     Candidate,
@@ -98,6 +99,7 @@ class Modulator:
         self.workspace = Workspace()
         self.folded = FoldedCache(0, torch.device("cpu"))
         self.fused: FusedLayers | None = None  # None: no layer uses the fused kernel
+        self.static: StaticLayers | None = None  # None: no steps over fixed buffers
         self.plan: Plan | None = None
         self._tokens = Segments(())  # of the latest plan
         self._bounds: tuple[Segments, bytes] = (Segments(()), b"")  # of the latest native call

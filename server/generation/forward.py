@@ -7,6 +7,7 @@ and what happens to the tokens that come out, is left to ``server.generation.lan
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from server.base.rope import RopeByLength
 from server.failures import is_lost
 from server.generation.attention import PAGED_ATTENTION, PagedBatch, Span
 from server.generation.kv_cache import KVCache
+from server.generation.page_attention import decode_in_torch
 from server.generation.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
+from server.generation.static_step import StaticStep
 from server.inputs.detokenize import TextStream
 from server.messages import GeneratedToken, GenerateRequest, Likeliest
 
@@ -203,6 +206,8 @@ class PagedForward:
         self._device: torch.device = model.device
         self._keeps_logits = bool(model._supports_logits_to_keep())
         self._rope = RopeByLength(model)
+        self.static: StaticStep | None = None  # None: every step runs as one with prompts in it
+        self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
         self.steps = 0
         self.last_rows = 0
         self.last_adapters = 0  # the base not counted
@@ -235,12 +240,10 @@ class PagedForward:
                 last.append(len(wanted))
                 wanted.append(len(ids) - 1)
         slots = segments.from_runs((part.sequence.slot, part.rows) for part in parts)
-        self.steps += 1
-        self.last_rows = len(ids)
-        self.last_adapters = len(set(slots.slots) - {segments.BASE_SLOT})
+        self._note(parts)
         kept = wanted or [len(ids) - 1]  # an output layer over no row at all is a case of its own
         keep = torch.tensor(kept, device=self._device)
-        paged = PagedBatch(self._kv.paged, spans)
+        paged = PagedBatch(self._kv, spans)
         inputs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         with (
             torch.inference_mode(),
@@ -267,6 +270,20 @@ class PagedForward:
             return Logits(logits[: len(last)], logits[:0])
         return Logits(logits[last], logits[scored])
 
+    def make_static(self, slots: int, most: int) -> None:
+        """Run decode steps over fixed buffers from now on; before any adapter is installed.
+
+        Args:
+            slots: How many slots there will ever be, slot 0 included.
+            most: Sequences of a step at most.
+        """
+        if self._rope.kinds:
+            self.steps_by["rope"] = 0
+            log.warning("Steps stay dynamic: the rotary factors of this base depend on the length")
+            return
+        layers = self._adapted.make_static(slots)
+        self.static = StaticStep(self._model, layers, self._kv, most, decode_in_torch)
+
     def rereads(self, tokens: int) -> bool:
         """Whether the keys of ``tokens`` tokens are others once there is one more."""
         return self._rope.changes(tokens, tokens + 1)
@@ -290,6 +307,9 @@ class PagedForward:
             Exception: The device itself is lost; nothing can run on it any more.
         """
         predicting = [part.sequence for part in parts if part.predicts]
+        chosen = self._static(parts)
+        if chosen is not None:
+            return Ran(list(zip(predicting, chosen, strict=True)), [], [])
         try:
             logits = self(parts)
             choices = choose(logits.last, [sequence.chooser for sequence in predicting])
@@ -310,6 +330,39 @@ class PagedForward:
             [one for group in groups for one in group.broken],
             [one for group in groups for one in group.not_finite],
         )
+
+    def _static(self, parts: Items[Part]) -> list[Choice] | None:
+        """A token for each part by the static step; None: it cannot, or has failed.
+
+        What fails runs once more as a step with prompts does, which finds out who is at fault.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        if self.static is None:
+            return None
+        reason = self.static.obstacle(parts)
+        if reason is None:
+            try:
+                with self._own_attention():
+                    chosen = self.static(parts)
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                log.exception("A static step of %d sequences failed; it runs otherwise", len(parts))
+                reason = "failed"
+            else:
+                self._note(parts)
+                self.steps_by["static"] += 1
+                return chosen
+        self.steps_by[reason] += 1
+        return None
+
+    def _note(self, parts: Items[Part]) -> None:
+        slots = {part.sequence.slot for part in parts}
+        self.steps += 1
+        self.last_rows = sum(part.rows for part in parts)
+        self.last_adapters = len(slots - {segments.BASE_SLOT})
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from adapters.errors import SlotNotResident
 from server.failures import NotFinite
 from server.generation import failures
 from server.generation.fair_queue import FairQueue
-from server.generation.forward import PagedForward, Part, Sequence, next_parts
+from server.generation.forward import MIN_PREFILL_TOKENS, PagedForward, Part, Sequence, next_parts
 from server.generation.kv_cache import KVCache
 from server.generation.sampling import Choice, TokenChooser
 from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
@@ -65,6 +66,8 @@ class GenerateFigures:
     prefilled_tokens: int
     shared_tokens: int  # of prompts, found in the cache
     generated_tokens: int
+    steps_by: Mapping[str, int]  # that were static, or why they were not; {} where none may be
+    static_bytes: int  # of static steps on the device
     last_rows: int  # token rows of the latest forward
     last_adapters: int  # distinct adapters in it, the base not counted
 
@@ -110,8 +113,11 @@ class GenerateLane:
             dtype=model.dtype,
             device=model.device,
             share_prefixes=options.allow_prefix_sharing,
+            step_tokens=max(options.prefill_tokens, MIN_PREFILL_TOKENS),
         )
         self._forward = PagedForward(adapted, self._kv)
+        if options.decode_steps == "static":
+            self._forward.make_static(options.slots + 1, options.max_sequences)
         self._queue = FairQueue()
         self._running: dict[str, Sequence] = {}
         self._per_version: Counter[str | None] = Counter()
@@ -201,6 +207,8 @@ class GenerateLane:
             prefilled_tokens=self._counts["prefilled"],
             shared_tokens=self._counts["shared"],
             generated_tokens=self._counts["generated"],
+            steps_by=Counter(self._forward.steps_by),
+            static_bytes=0 if self._forward.static is None else self._forward.static.nbytes,
             last_rows=self._forward.last_rows,
             last_adapters=self._forward.last_adapters,
         )
