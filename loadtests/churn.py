@@ -1,17 +1,23 @@
 """Replaces adapters while they are asked, and holds every answer to the version it names.
 
-`python -m loadtests.churn --seconds 600 --adapters 20 --replace-per-s 2 --clients 4`
+`python -m loadtests.churn --requests 200000 --replace-per-s 5`
+`python -m loadtests.churn --base demo --seconds 600`
 
 Each adapter has a pool of versions. What each version answers is learned once, alone, before the
 traffic; the versions of an adapter differ clearly on at least one text. A version that was replaced
 before a request was sent may not answer it any more. The exit status is not 0 when an answer was
 wrong, a call failed, or the server did not keep its memory or did not go down as it should.
+
+Without --base a tiny base is made on the spot, whose forward costs so little that many answers can
+be compared on a small machine. The clients are one event loop, which is cheap as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import math
 import random
 import sys
 import tempfile
@@ -25,13 +31,18 @@ from typing import Any
 
 import httpx
 
+from loadtests.connection import Connection, Lost, Reply, encoded
 from loadtests.servers import Server, memory_faults, memory_lines, ready_server
 from loadtests.stage import SCORE_TOLERANCE, TEXTS, archive
+from loadtests.tiny import make_base, make_classifier
 
 DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
+TINY_SOURCES = 6  # random adapters that the versions are made of
+ANSWER_S = 60.0
 SEEDS_TRIED = 40  # to find versions of one adapter that answer differently
 GROWTH_BYTES = 128 << 20  # that a process may gain under traffic
 SAMPLE_S = 5.0
+ERRORS_MAX = 200  # of one client, before the run is given up
 SHOWN = 10  # faults of one kind that are printed
 Scores = Mapping[str, float]
 
@@ -55,9 +66,30 @@ class Tenant:
     acknowledged: int = 0  # position in uploads of the last one that the server confirmed
 
 
+class Quota:
+    """When the traffic ends: after so many compared answers, or at a time, whichever is first.
+
+    Args:
+        requests: None: no bound on their number.
+        seconds: Infinite: no bound on the time.
+    """
+
+    def __init__(self, requests: int | None, seconds: float) -> None:
+        self.requests = requests
+        self.end = time.monotonic() + seconds
+        self.compared = 0
+        self.given_up = False  # errors count for nothing: a server that only fails ends the run
+
+    @property
+    def is_open(self) -> bool:
+        if self.given_up or time.monotonic() >= self.end:
+            return False
+        return self.requests is None or self.compared < self.requests
+
+
 @dataclass
 class Tally:
-    """What one thread saw."""
+    """What one client saw."""
 
     requests: int = 0
     latencies: list[float] = field(default_factory=list)
@@ -71,13 +103,16 @@ def main() -> int:
     options = parse_options()
     with tempfile.TemporaryDirectory(prefix="hira-churn-") as folder:
         results = Path("loadtests/results/churn")
-        with ready_server(Path(folder), options.dtype, results) as server:
+        arguments, sources = base_and_sources(Path(folder), options)
+        with ready_server(Path(folder) / "data", options.dtype, results, *arguments) as server:
             began = time.monotonic()
-            tenants = prepare(server, options)
+            tenants = prepare(server, sources, options)
             versions = sum(len(tenant.pool) for tenant in tenants)
+            bounds = [f"{options.requests} requests"] if options.requests else []
+            bounds += [f"{options.seconds} s"] if options.seconds < math.inf else []
             print(
                 f"{len(tenants)} adapters, {versions} versions learned in "
-                f"{time.monotonic() - began:.1f} s; {options.seconds} s of traffic",
+                f"{time.monotonic() - began:.1f} s; traffic: at most {' and '.join(bounds)}",
                 flush=True,
             )
             report = run_traffic(server, tenants, options)
@@ -95,23 +130,47 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtests.churn", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument(
+        "--seconds", type=float, help="of traffic at most (600 where no --requests)"
+    )
+    parser.add_argument("--requests", type=int, help="end when so many answers were compared")
+    parser.add_argument("--base", default="tiny", help="tiny (made on the spot), demo, or a folder")
+    parser.add_argument("--sources", type=Path, help="with a folder: its classifiers, in folders")
     parser.add_argument("--adapters", type=int, default=20)
     parser.add_argument("--versions", type=int, default=4, help="in the pool of each adapter")
     parser.add_argument("--replace-per-s", type=float, default=2.0)
-    parser.add_argument("--clients", type=int, default=4, help="threads that ask")
+    parser.add_argument("--clients", type=int, default=16, help="connections that ask")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     if options.versions < 2:
         parser.error("--versions must be at least 2: there is nothing to replace with otherwise")
+    if options.requests is not None and options.requests < 1:
+        parser.error("--requests must be at least 1")
+    if (options.base not in ("tiny", "demo")) != (options.sources is not None):
+        parser.error("--base FOLDER needs --sources, and nothing else does")
+    if options.seconds is None:
+        options.seconds = 600.0 if options.requests is None else math.inf
     return options
 
 
-def prepare(server: Server, options: argparse.Namespace) -> list[Tenant]:
+def base_and_sources(
+    folder: Path, options: argparse.Namespace
+) -> tuple[tuple[str, ...], list[Path]]:
+    """Arguments of the server for the base, and the folders of classifiers to make versions of."""
+    if options.base == "tiny":
+        base = make_base(folder / "base", seed=options.seed)
+        made = folder / "adapters"
+        sources = [make_classifier(made / str(one), seed=one) for one in range(TINY_SOURCES)]
+        return (f"--base={base}",), sources
+    held = DEMO_DIR if options.base == "demo" else options.sources
+    sources = sorted(path for path in held.iterdir() if (path / "config.json").is_file())
+    return (() if options.base == "demo" else (f"--base={options.base}",)), sources
+
+
+def prepare(server: Server, sources: list[Path], options: argparse.Namespace) -> list[Tenant]:
     """Register the adapters and learn, one request at a time, what each version answers."""
-    sources = sorted(path for path in DEMO_DIR.iterdir() if (path / "config.json").is_file())
     tolerance = SCORE_TOLERANCE[options.dtype]
     tenants: list[Tenant] = []
     seed = 0
@@ -178,70 +237,109 @@ def apart(one: Version, other: Version) -> float:
 def run_traffic(
     server: Server, tenants: list[Tenant], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Ask and replace for the given time; returns the figures, with ``faults`` among them."""
+    """Ask and replace until the quota is used; returns the figures, with ``faults`` among them."""
     before = server.resident_bytes()
-    end = time.monotonic() + options.seconds
+    quota = Quota(options.requests, options.seconds)
     asked = [Tally() for _ in range(options.clients)]
     replaced = Tally()
     peak = dict(before)
     threads = [
-        threading.Thread(
-            target=ask, args=(server, tenants, tally, end, options), kwargs={"number": number}
-        )
-        for number, tally in enumerate(asked)
+        threading.Thread(target=watch, args=(server, peak, quota)),
+        threading.Thread(target=replace, args=(server, tenants, replaced, quota, options)),
     ]
-    threads.append(threading.Thread(target=replace, args=(server, tenants, replaced, end, options)))
     began = time.monotonic()
     for thread in threads:
         thread.start()
-    while time.monotonic() < end:
-        time.sleep(min(SAMPLE_S, max(0.0, end - time.monotonic())))
-        for role, amount in server.resident_bytes().items():
-            peak[role] = max(peak.get(role, 0), amount)
+    try:
+        asyncio.run(ask_all(server, tenants, asked, quota, options))
+    finally:
+        quota.given_up = True  # for the threads, whatever ended the clients
+    seconds = time.monotonic() - began
     for thread in threads:
         thread.join()
-    seconds = time.monotonic() - began
     memory = {"before": before, "after": server.resident_bytes(), "peak": peak}
-    return summary(asked, replaced, seconds, tenants, memory)
+    figures = summary(asked, replaced, seconds, tenants, memory)
+    if options.requests and quota.compared < options.requests and options.seconds == math.inf:
+        figures["faults"].append(f"only {quota.compared} of {options.requests} answers compared")
+    return figures
 
 
-def ask(
+def watch(server: Server, peak: dict[str, int], quota: Quota) -> None:
+    """Note the highest resident memory of each process."""
+    due = time.monotonic() + SAMPLE_S
+    while quota.is_open:
+        time.sleep(0.2)
+        if time.monotonic() < due:
+            continue
+        due += SAMPLE_S
+        for role, amount in server.resident_bytes().items():
+            peak[role] = max(peak.get(role, 0), amount)
+
+
+async def ask_all(
+    server: Server,
+    tenants: list[Tenant],
+    tallies: list[Tally],
+    quota: Quota,
+    options: argparse.Namespace,
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        for number, tally in enumerate(tallies):
+            group.create_task(ask(server, tenants, tally, quota, options, number=number))
+
+
+async def ask(
     server: Server,
     tenants: list[Tenant],
     tally: Tally,
-    end: float,
+    quota: Quota,
     options: argparse.Namespace,
     *,
     number: int,
 ) -> None:
-    """One client: random adapters, one text or three at a time."""
+    """One client: random adapters, one text or three at a time, on one connection."""
     rng = random.Random(f"{options.seed}-client-{number}")
     tolerance = SCORE_TOLERANCE[options.dtype]
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        while time.monotonic() < end:
-            tenant = rng.choice(tenants)
-            texts = rng.sample(TEXTS, rng.choice((1, 1, 1, 3)))
-            body = {"inputs": texts if len(texts) > 1 else texts[0]}
-            oldest = tenant.acknowledged
-            began = time.monotonic()
-            tally.requests += 1
-            try:
-                reply = client.post("/predict", params={"adapter": tenant.name}, json=body)
-            except httpx.HTTPError as error:
-                tally.errors[type(error).__name__] += 1
-                continue
-            tally.latencies.append(time.monotonic() - began)
-            if reply.status_code != 200:
-                tally.errors[status_and_code(reply)] += 1
-                continue
-            fault = fault_in(reply, tenant, texts, oldest, tolerance)
-            if fault is not None:
-                tally.wrong.append(f"{tenant.name}: {fault}")
-            tally.served[reply.headers.get("X-Adapter-Version", "")] += 1
+    connection: Connection | None = None
+    while quota.is_open:
+        tenant = rng.choice(tenants)
+        texts = rng.sample(TEXTS, rng.choice((1, 1, 1, 3)))
+        body = {"inputs": texts if len(texts) > 1 else texts[0]}
+        oldest = tenant.acknowledged
+        began = time.monotonic()
+        tally.requests += 1
+        try:
+            if connection is None or not connection.usable:
+                connection = await Connection.open(server.port)
+            async with asyncio.timeout(ANSWER_S):
+                reply = await connection.ask(encoded(f"/predict?adapter={tenant.name}", body))
+        except (Lost, OSError, TimeoutError) as error:
+            tally.errors[type(error).__name__] += 1
+            await failed(tally, quota)
+            continue
+        tally.latencies.append(time.monotonic() - began)
+        if reply.status != 200:
+            tally.errors[reply.code()] += 1
+            await failed(tally, quota)
+            continue
+        fault = fault_in(reply, tenant, texts, oldest, tolerance)
+        if fault is not None:
+            tally.wrong.append(f"{tenant.name}: {fault}")
+        tally.served[reply.header("X-Adapter-Version") or ""] += 1
+        quota.compared += 1
+    if connection is not None:
+        connection.abort()
+
+
+async def failed(tally: Tally, quota: Quota) -> None:
+    """After a call without an answer: not at once again, and not for ever."""
+    await asyncio.sleep(0.1)
+    if sum(tally.errors.values()) >= ERRORS_MAX:
+        quota.given_up = True
 
 
 def fault_in(
-    reply: httpx.Response, tenant: Tenant, texts: Sequence[str], oldest: int, tolerance: float
+    reply: Reply, tenant: Tenant, texts: Sequence[str], oldest: int, tolerance: float
 ) -> str | None:
     """None, or one line on what is wrong with an answer.
 
@@ -253,7 +351,7 @@ def fault_in(
             no version from before may answer.
         tolerance: By how much a score may be off.
     """
-    name, digest = (reply.headers.get(key) for key in ("X-Adapter", "X-Adapter-Version"))
+    name, digest = map(reply.header, ("X-Adapter", "X-Adapter-Version"))
     if name != tenant.name:
         return f"answered by {name}"
     if digest not in tenant.pool:
@@ -274,13 +372,13 @@ def fault_in(
 
 
 def replace(
-    server: Server, tenants: list[Tenant], tally: Tally, end: float, options: argparse.Namespace
+    server: Server, tenants: list[Tenant], tally: Tally, quota: Quota, options: argparse.Namespace
 ) -> None:
     """Put another version under a random name, at the given rate."""
     rng = random.Random(f"{options.seed}-replacer")
     due = time.monotonic()
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        while time.monotonic() < end:
+        while quota.is_open:
             tenant = rng.choice(tenants)
             chosen = tenant.pool[rng.choice(sorted(tenant.pool.keys() - {tenant.uploads[-1]}))]
             tenant.uploads.append(chosen.digest)

@@ -18,70 +18,70 @@ PROBLEM_TYPE: Final = "application/problem+json"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ErrorCode:
     """One code: the status it is answered with and its short name for people."""
 
     status: int
     title: str
 
 
-TABLE: Final[Mapping[str, Row]] = {
+TABLE: Final[Mapping[str, ErrorCode]] = {
     # The request
-    "malformed_body": Row(422, "The body cannot be read"),
-    "adapter_required": Row(400, "An adapter must be named"),
-    "adapter_conflict": Row(400, "Two different adapters are named"),
-    "task_mismatch": Row(400, "The adapter does another task"),
-    "unsupported_parameter": Row(400, "A parameter that cannot be honoured"),
-    "chat_template_missing": Row(400, "The base has no chat template"),
-    "invalid_request": Row(422, "The request is not valid"),
-    "invalid_input": Row(422, "An input cannot be given to the model"),
-    "input_too_long": Row(413, "The input is too long"),
-    "body_too_large": Row(413, "The body is too large"),
-    "request_too_large": Row(413, "The request can never fit"),
-    "body_too_slow": Row(408, "The body came too slowly"),
-    "malformed_request": Row(400, "The request is not HTTP"),
-    "head_too_large": Row(431, "The headers are too large"),
-    "head_too_slow": Row(408, "The headers came too slowly"),
-    "not_found": Row(404, "No such page"),
-    "method_not_allowed": Row(405, "The method is not allowed"),
+    "malformed_body": ErrorCode(422, "The body cannot be read"),
+    "adapter_required": ErrorCode(400, "An adapter must be named"),
+    "adapter_conflict": ErrorCode(400, "Two different adapters are named"),
+    "task_mismatch": ErrorCode(400, "The adapter does another task"),
+    "unsupported_parameter": ErrorCode(400, "A parameter that cannot be honoured"),
+    "chat_template_missing": ErrorCode(400, "The base has no chat template"),
+    "invalid_request": ErrorCode(422, "The request is not valid"),
+    "invalid_input": ErrorCode(422, "An input cannot be given to the model"),
+    "input_too_long": ErrorCode(413, "The input is too long"),
+    "body_too_large": ErrorCode(413, "The body is too large"),
+    "request_too_large": ErrorCode(413, "The request can never fit"),
+    "body_too_slow": ErrorCode(408, "The body came too slowly"),
+    "malformed_request": ErrorCode(400, "The request is not HTTP"),
+    "head_too_large": ErrorCode(431, "The headers are too large"),
+    "head_too_slow": ErrorCode(408, "The headers came too slowly"),
+    "not_found": ErrorCode(404, "No such page"),
+    "method_not_allowed": ErrorCode(405, "The method is not allowed"),
     # Keys
-    "key_missing": Row(401, "A key is needed"),
-    "key_wrong": Row(403, "The key is not accepted"),
+    "key_missing": ErrorCode(401, "A key is needed"),
+    "key_wrong": ErrorCode(403, "The key is not accepted"),
     # An adapter
-    "adapter_not_found": Row(404, "No such adapter"),
-    "adapter_exists": Row(409, "The name is taken"),
-    "unsafe_format": Row(422, "The adapter's files are not safe to read"),
-    "corrupt_file": Row(422, "A file is damaged"),
-    "unsupported_method": Row(422, "The adapter's method is not supported"),
-    "unsupported_option": Row(422, "An option of the adapter is not supported"),
-    "shape_mismatch": Row(422, "A tensor does not fit the base"),
-    "base_mismatch": Row(422, "The adapter belongs to another base"),
-    "unmatched_tensors": Row(422, "Tensors match no layer of the base"),
-    "missing_tensors": Row(422, "Tensors are missing"),
-    "non_finite": Row(422, "The adapter holds NaN or infinity"),
-    "invalid_name": Row(422, "The name is not allowed"),
-    "source_forbidden": Row(403, "The source is not allowed"),
-    "source_unavailable": Row(422, "The source cannot be read"),
-    "upload_too_large": Row(413, "The upload is too large"),
-    "store_full": Row(507, "The adapter store is full"),
+    "adapter_not_found": ErrorCode(404, "No such adapter"),
+    "adapter_exists": ErrorCode(409, "The name is taken"),
+    "unsafe_format": ErrorCode(422, "The adapter's files are not safe to read"),
+    "corrupt_file": ErrorCode(422, "A file is damaged"),
+    "unsupported_method": ErrorCode(422, "The adapter's method is not supported"),
+    "unsupported_option": ErrorCode(422, "An option of the adapter is not supported"),
+    "shape_mismatch": ErrorCode(422, "A tensor does not fit the base"),
+    "base_mismatch": ErrorCode(422, "The adapter belongs to another base"),
+    "unmatched_tensors": ErrorCode(422, "Tensors match no layer of the base"),
+    "missing_tensors": ErrorCode(422, "Tensors are missing"),
+    "non_finite": ErrorCode(422, "The adapter holds NaN or infinity"),
+    "invalid_name": ErrorCode(422, "The name is not allowed"),
+    "source_forbidden": ErrorCode(403, "The source is not allowed"),
+    "source_unavailable": ErrorCode(422, "The source cannot be read"),
+    "upload_too_large": ErrorCode(413, "The upload is too large"),
+    "store_full": ErrorCode(507, "The adapter store is full"),
     # The server
-    "overloaded": Row(429, "Too many requests are waiting"),
-    "too_many_connections": Row(503, "Too many connections are open"),
-    "starting": Row(503, "The server is starting"),
-    "registry_unavailable": Row(503, "The registry cannot be read or written"),
-    "draining": Row(503, "The server is stopping"),
-    "restarting": Row(503, "The HTTP process is being restarted"),
-    "worker_lost": Row(503, "The inference worker was lost"),
-    "worker_silent": Row(503, "The inference worker does not answer"),
-    "adapter_quarantined": Row(503, "The adapter failed too often"),
-    "deadline_exceeded": Row(504, "The deadline passed"),
-    "cancelled": Row(499, "The client left"),
-    "adapter_error": Row(500, "The adapter failed"),
-    "adapter_failed": Row(500, "The adapter failed"),
-    "base_failed": Row(500, "The base failed"),
-    "segment_mismatch": Row(500, "The batch was put together wrongly"),
-    "slot_not_resident": Row(500, "The adapter was not on the device"),
-    "internal": Row(500, "The server failed"),
+    "overloaded": ErrorCode(429, "Too many requests are waiting"),
+    "too_many_connections": ErrorCode(503, "Too many connections are open"),
+    "starting": ErrorCode(503, "The server is starting"),
+    "registry_unavailable": ErrorCode(503, "The registry cannot be read or written"),
+    "draining": ErrorCode(503, "The server is stopping"),
+    "restarting": ErrorCode(503, "The HTTP process is being restarted"),
+    "worker_lost": ErrorCode(503, "The inference worker was lost"),
+    "worker_silent": ErrorCode(503, "The inference worker does not answer"),
+    "adapter_quarantined": ErrorCode(503, "The adapter failed too often"),
+    "deadline_exceeded": ErrorCode(504, "The deadline passed"),
+    "cancelled": ErrorCode(499, "The client left"),
+    "adapter_error": ErrorCode(500, "The adapter failed"),
+    "adapter_failed": ErrorCode(500, "The adapter failed"),
+    "base_failed": ErrorCode(500, "The base failed"),
+    "segment_mismatch": ErrorCode(500, "The batch was put together wrongly"),
+    "slot_not_resident": ErrorCode(500, "The adapter was not on the device"),
+    "internal": ErrorCode(500, "The server failed"),
 }
 
 
@@ -198,7 +198,7 @@ class Refusal(Exception):
         }
 
 
-def row_of(code: str) -> Row:
+def row_of(code: str) -> ErrorCode:
     """The row of a code; one that has none is a defect of ours and answered as such."""
     return TABLE.get(code, TABLE["internal"])
 

@@ -8,7 +8,7 @@ from adapters.errors import AdapterError
 from adapters.tasks import Task
 from server.inputs.images import Images
 from server.inputs.text import SPAN_TASKS, Text
-from server.messages import EncodedImage, EncodedInput, EncodeRequest, Failure
+from server.messages import EncodeRequest, Failure, ProcessedImage, TokenizedInput
 
 _NEEDS_ADAPTER: frozenset[Task] = frozenset(
     {
@@ -63,7 +63,7 @@ def refusal(request: EncodeRequest, inputs: Text | Images) -> Failure | None:
 def _refused_image(request: EncodeRequest, images: Images) -> Failure | None:
     channels, height, width = images.shape
     for index, item in enumerate(request.inputs):
-        if not isinstance(item, EncodedImage):
+        if not isinstance(item, ProcessedImage):
             return _invalid(request, f"Input {index} is no image.", "a text", "an image")
         count = channels * height * width
         if item.shape != images.shape or len(item.pixels) != count * _PIXEL_BYTES:
@@ -88,7 +88,7 @@ def _refused_text(request: EncodeRequest, text: Text) -> Failure | None:
             f"0 to {(text.vocab_size or 0) - 1}",
         )
     for index, item in enumerate(request.inputs):
-        if not isinstance(item, EncodedInput):
+        if not isinstance(item, TokenizedInput):
             return _invalid(request, f"Input {index} is no text.", "an image", "a text")
         ids = item.token_ids
         if not ids:

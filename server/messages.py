@@ -18,7 +18,7 @@ FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedInput:
+class TokenizedInput:
     """One input of an encode request.
 
     ``token_ids`` include the special tokens; ``text`` and ``offsets`` (character start and stop of
@@ -37,7 +37,7 @@ class EncodedInput:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedImage:
+class ProcessedImage:
     """One image of an encode request, as the base's image processor left it.
 
     Args:
@@ -51,7 +51,7 @@ class EncodedImage:
     tokens: int
 
 
-Encoded = EncodedInput | EncodedImage
+ModelInput = TokenizedInput | ProcessedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class EncodeRequest:
     task: Task
     adapter: str | None
     version: str | None
-    inputs: tuple[Encoded, ...]
+    inputs: tuple[ModelInput, ...]
     top_k: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     submitted: float = 0.0  # time.monotonic(), seconds
@@ -74,7 +74,7 @@ class EncodeRequest:
 
     @property
     def pixel_bytes(self) -> int:
-        return sum(len(item.pixels) for item in self.inputs if isinstance(item, EncodedImage))
+        return sum(len(item.pixels) for item in self.inputs if isinstance(item, ProcessedImage))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +150,13 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
-class Lift:
+class ReleaseQuarantine:
     """Try ``version`` again, whatever it did: its operator has seen to it."""
 
     version: str
 
 
-Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin | Lift
+Message = EncodeRequest | GenerateRequest | Cancel | Preload | Pin | ReleaseQuarantine
 
 
 @dataclass(frozen=True, slots=True)

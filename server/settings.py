@@ -43,8 +43,8 @@ from server.options import (
     TokenizerSource,
 )
 
-PREFIX: Final = "HIRA_"
-CONFIG_FILE: Final = Path("hira.toml")
+ENV_PREFIX: Final = "HIRA_"
+SETTINGS_FILE: Final = Path("hira.toml")
 # Variables with our prefix that name where the settings are, or belong to the client commands.
 NOT_SETTINGS: Final = frozenset({"HIRA_CONFIG", "HIRA_URL", "HIRA_KEY"})
 HOSTS: Final = ("127.0.0.1", "0.0.0.0", "::")
@@ -108,7 +108,7 @@ def _strong_admin(key: SecretStr | None) -> SecretStr | None:
     return key
 
 
-Names = Annotated[dict[str, str], NoDecode, BeforeValidator(_paired)]
+StringPairs = Annotated[dict[str, str], NoDecode, BeforeValidator(_paired)]
 Keys = Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_paired), AfterValidator(_strong)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_listed)]
 Positive = Annotated[int, Field(ge=1)]
@@ -123,7 +123,7 @@ def setting(default: Any, description: str, panel: str) -> Any:
 class Settings(BaseSettings):
     """The operator's choices, checked. Frozen; made by `load_settings`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
     # Base model
     base: str | None = setting(None, "Folder or hub id of the base model.", "Base")
@@ -156,7 +156,9 @@ class Settings(BaseSettings):
     )
 
     # Adapters
-    adapter: Names = setting({}, "NAME=SOURCE to register at the start; repeatable.", "Adapters")
+    adapter: StringPairs = setting(
+        {}, "NAME=SOURCE to register at the start; repeatable.", "Adapters"
+    )
     source_root: Paths = setting(
         (), "Folder below which admins may name adapters; repeatable.", "Adapters"
     )
@@ -348,11 +350,13 @@ def load_settings(
     unknown = sorted(
         name
         for name in os.environ
-        if name.startswith(PREFIX)
+        if name.startswith(ENV_PREFIX)
         and name not in NOT_SETTINGS
-        and name.removeprefix(PREFIX).lower() not in Settings.model_fields
+        and name.removeprefix(ENV_PREFIX).lower() not in Settings.model_fields
     )
-    faults = [f"{name}: no such setting{_closest(name.removeprefix(PREFIX))}" for name in unknown]
+    faults = [
+        f"{name}: no such setting{_closest(name.removeprefix(ENV_PREFIX))}" for name in unknown
+    ]
     faults += [
         f"{path}: {name}: no such setting{_closest(name)}"
         for name in file
@@ -364,7 +368,9 @@ def load_settings(
         # Not fields: settings_customise_sources takes them apart.
         return Settings(**{"flags": given, "file": file})  # type: ignore[arg-type]
     except ValidationError as error:
-        lines = [_explain(dict(fault), given, path) for fault in error.errors(include_url=False)]
+        lines = [
+            _explain_fault(dict(fault), given, path) for fault in error.errors(include_url=False)
+        ]
         raise SettingsFault("\n".join(lines)) from None
     except SettingsError as error:
         raise SettingsFault(f"environment: {error}") from None
@@ -372,7 +378,7 @@ def load_settings(
 
 def _read_file(config: Path | None) -> tuple[Path, dict[str, Any]]:
     named = config or (Path(os.environ["HIRA_CONFIG"]) if "HIRA_CONFIG" in os.environ else None)
-    path = named or CONFIG_FILE
+    path = named or SETTINGS_FILE
     if named is None and not path.exists():
         return path, {}
     try:
@@ -383,7 +389,7 @@ def _read_file(config: Path | None) -> tuple[Path, dict[str, Any]]:
         raise SettingsFault(f"{path}: not TOML: {error}") from None
 
 
-def _explain(fault: dict[str, Any], given: Mapping[str, object], path: Path) -> str:
+def _explain_fault(fault: dict[str, Any], given: Mapping[str, object], path: Path) -> str:
     location = fault["loc"]
     text = re.sub(r"^Value error, ", "", str(fault["msg"]))
     if not location:
@@ -391,8 +397,8 @@ def _explain(fault: dict[str, Any], given: Mapping[str, object], path: Path) -> 
     name = str(location[0])
     if name in given:
         source = f"--{name.replace('_', '-')}"
-    elif PREFIX + name.upper() in {variable.upper() for variable in os.environ}:
-        source = PREFIX + name.upper()
+    elif ENV_PREFIX + name.upper() in {variable.upper() for variable in os.environ}:
+        source = ENV_PREFIX + name.upper()
     else:
         source = f"{path}: {name}"
     shown = "" if "key" in name or fault["type"] == "missing" else f" (found {fault['input']!r})"

@@ -47,8 +47,8 @@ SERVER = {
         "demo",
     ),
     "server.cli": ("version", "options", "settings", "base", "edge"),
-    "server.demo": ("training", "options", "base", "inputs"),
-    "server.training": ("base", "options", "inputs"),
+    "server.demo": (),
+    "server.training": ("base", "options", "inputs", "demo"),
 }
 EDGE = {
     "server.edge.admit": (),
@@ -68,7 +68,7 @@ CONFINED = {
     "starlette": ("server/edge/",),
     "uvicorn": ("server/edge/",),
     "locust": ("loadtests/",),
-    "peft": ("server/demo/", "server/training/", "loadtests/bench/"),
+    "peft": ("server/training/", "loadtests/bench/"),
     "sqlalchemy": ("adapters/registry/",),
     "typer": ("server/cli/",),
 }

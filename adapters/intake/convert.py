@@ -38,7 +38,7 @@ from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FIL
 from adapters.intake.config import parse_config
 from adapters.intake.factor_shapes import some
 from adapters.intake.foreign import AUTHORS_MARK, authors_variant
-from adapters.intake.keys import PREFIX, FactorKey, SavedKey, parse_key
+from adapters.intake.keys import PEFT_PREFIX, FactorKey, SavedKey, parse_key
 from adapters.intake.safetensors_header import (
     DTYPES,
     MAX_TENSOR_FILE_BYTES,
@@ -173,9 +173,9 @@ def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             raise found
         key = parse_key(name.replace(".lora_A", ".hira_A").replace(".lora_B", ".hira_B"))
         if isinstance(key, FactorKey) and not key.embedding:
-            target = f"{PREFIX}{key.path}.hira_{key.side}"
+            target = f"{PEFT_PREFIX}{key.path}.hira_{key.side}"
         elif isinstance(key, SavedKey):
-            target = PREFIX + key.name
+            target = PEFT_PREFIX + key.name
         else:
             strange.append(name)
             continue
@@ -186,7 +186,7 @@ def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         raise UnmatchedTensors(
             "Some tensors are none that the authors' code saves.",
             found=f"{len(strange)}: {some(strange)}",
-            expected=f"{PREFIX}....lora_A and lora_B, and modules saved whole",
+            expected=f"{PEFT_PREFIX}....lora_A and lora_B, and modules saved whole",
         )
     return made
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from adapters.signature import Method
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<path>.+)\.(?P<method>hira|lora)_(?P<embedding>embedding_)?(?P<side>[AB])"
     r"(?:\.(?P<adapter>[^.]+))??(?P<weight>\.weight)?"
@@ -63,9 +63,9 @@ def parse_key(name: str) -> FactorKey | BiasKey | SavedKey | None:
     Source: ``peft/utils/save_and_load.py``, ``get_peft_model_state_dict``.
     """
     name = unwrapped(name)
-    if not name.startswith(PREFIX):
+    if not name.startswith(PEFT_PREFIX):
         return None
-    rest = name[len(PREFIX) :]
+    rest = name[len(PEFT_PREFIX) :]
     found = _FACTOR.fullmatch(rest)
     if found is not None:
         method: Method = "hira" if found["method"] == "hira" else "lora"
@@ -90,7 +90,7 @@ def parse_key(name: str) -> FactorKey | BiasKey | SavedKey | None:
 def unwrapped(name: str) -> str:
     """``name`` without what wrappers around the trained model left in it."""
     bare = _WRAPPER.sub("", name)
-    if bare.startswith(_PARALLEL + PREFIX):
+    if bare.startswith(_PARALLEL + PEFT_PREFIX):
         bare = bare.removeprefix(_PARALLEL)
     return bare
 

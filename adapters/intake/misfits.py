@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 from adapters.errors import BaseMismatch, UnmatchedTensors
 from adapters.intake.factor_shapes import some
-from adapters.intake.keys import PREFIX, BiasKey, FactorKey, parse_key
+from adapters.intake.keys import PEFT_PREFIX, BiasKey, FactorKey, parse_key
 from adapters.intake.safetensors_header import TensorEntry
 from adapters.signature import BaseSignature, LayerSignature
 
@@ -28,7 +28,7 @@ def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | No
         if is_extra
         else f"The tensors' names do not begin with {too_many}",
         found=f"{len(names)}: {some(list(names))}",
-        expected=f"names such as {PREFIX}{next(iter(base.layers))}...",
+        expected=f"names such as {PEFT_PREFIX}{next(iter(base.layers))}...",
         fix=f"Take {too_many} out of the names, if the adapter was made for this base."
         if is_extra
         else f"Save the adapter with save_pretrained, or put {too_many} before every name.",
@@ -38,9 +38,9 @@ def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | No
 def _odd(name: str, base: BaseSignature) -> tuple[str, bool] | None:
     key = parse_key(name)
     if key is None:
-        key = parse_key(PREFIX + name)
+        key = parse_key(PEFT_PREFIX + name)
         lacks = isinstance(key, FactorKey) and base.resolve(key.path) is not None
-        return (PREFIX, False) if lacks else None
+        return (PEFT_PREFIX, False) if lacks else None
     if not isinstance(key, FactorKey):
         return None
     parts = key.path.split(".")

@@ -22,10 +22,10 @@ from adapters.kernels.nibbles import level_values
 from adapters.segments import Segments
 
 Level = Literal["best", "avx512"]
-How = Literal["base", "fold", "expand", "kept"]
+NativeComputation = Literal["base", "fold", "expand", "kept"]
 
 _LEVELS: dict[Level, int] = {"best": 0, "avx512": 1}
-_HOWS: dict[How, int] = {"base": 0, "fold": 1, "expand": 2, "kept": 3}
+_HOWS: dict[NativeComputation, int] = {"base": 0, "fold": 1, "expand": 2, "kept": 3}
 # As hira_cpu.cpp: its interface, and its structures, whose every field is eight bytes.
 _INTERFACE = 2
 _CALL = struct.Struct("15q")

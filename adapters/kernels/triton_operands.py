@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -26,34 +25,18 @@ ADDRESS_MULTIPLE_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class NestedScales:
-    """Scales of scales: scale[i] = code[scales[i]] · outer[i // block] + offset."""
-
-    code: torch.Tensor  # float32 [256]
-    outer: torch.Tensor  # float32 [ceil(scales / block)]
-    offset: torch.Tensor  # float32 [1]
-    block: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.code.nbytes + self.outer.nbytes + self.offset.nbytes
-
-
-@dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A frozen 4-bit weight W0 ``[out, in]`` as the fused kernel reads it.
 
-    Made by :func:`pack_weight` or :func:`pack_state`; never mutated. 0.516 bytes a weight with
-    nested scales in blocks of 64, 0.5625 with float32 scales.
+    Made by :func:`pack_weight`; never mutated. 0.5625 bytes a weight in blocks of 64.
     """
 
     kind: FourBitKind
     shape: tuple[int, int]  # out, in
     packed: torch.Tensor  # uint8 [out * in / 2]; which weights share a byte: see ``grouped``
     levels: torch.Tensor  # float32 [16], the value of each 4-bit code
-    scales: torch.Tensor  # float32 or, nested, uint8 [ceil(out * in / block)]
+    scales: torch.Tensor  # float32 [ceil(out * in / block)]
     block: int  # weights that share a scale, along the flat weight
-    nested: NestedScales | None
     # False: bitsandbytes' order, bytes hold columns 2j (high half) and 2j + 1.
     # True: within each 128 columns of a row, byte j holds columns j (high half) and j + 64, so that
     # both halves of a tile read x and A contiguously and need one scale a row.
@@ -66,8 +49,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the weight on its device, scales and tables included."""
-        own = self.packed.nbytes + self.levels.nbytes + self.scales.nbytes
-        return own + (0 if self.nested is None else self.nested.nbytes)
+        return self.packed.nbytes + self.levels.nbytes + self.scales.nbytes
 
     def ungrouped(self) -> torch.Tensor:
         """The bytes in bitsandbytes' order, for its dequantization: uint8 ``[out * in / 2]``."""
@@ -81,18 +63,16 @@ def pack_weight(
     shape: tuple[int, int],
     block: int,
     *,
-    nested: NestedScales | None = None,
     group: bool = True,
 ) -> PackedWeight:
     """A packed weight from bitsandbytes' storage, the fields of ``QuantizedWeight``.
 
     Args:
         stored: uint8, ``out * in / 2`` bytes, two weights a byte, the first in the high half.
-        scales: float32, one a block of the flat weight; with ``nested``, uint8.
+        scales: float32, one a block of the flat weight.
         kind: Which sixteen levels.
         shape: ``(out, in)``.
         block: Weights a scale, an even number.
-        nested: How 8-bit scales expand.
         group: Reorder the bytes into the faster layout where the shape allows it (in a multiple of
             128, block one of 64). That is a copy of ``stored``: drop the original and use
             :meth:`PackedWeight.ungrouped`, or pay for both (1.02 bytes a weight).
@@ -114,55 +94,16 @@ def pack_weight(
             fix="use the torch operators for this layer",
         )
     blocks = -(-count // block)
-    wanted = torch.float32 if nested is None else torch.uint8
     _check("packed weight", stored.reshape(-1), (count // 2,), (torch.uint8,), stored.device)
-    _check("scales", scales, (blocks,), (wanted,), stored.device)
-    if nested is not None:
-        outer = (-(-blocks // nested.block),)
-        _check("outer scales", nested.outer, outer, (torch.float32,), stored.device)
-        _check("code of the scales", nested.code, (256,), (torch.float32,), stored.device)
-        _check("offset of the scales", nested.offset, (1,), (torch.float32,), stored.device)
+    _check("scales", scales, (blocks,), (torch.float32,), stored.device)
     levels = torch.tensor(level_values(kind), dtype=torch.float32, device=stored.device)
     packed = stored.reshape(-1)
-    weight = PackedWeight(kind, shape, packed, levels, scales, block, nested, grouped=False)
+    weight = PackedWeight(kind, shape, packed, levels, scales, block, grouped=False)
     if not group or in_features % GROUP_FEATURES or block % HALF_FEATURES:
         return weight
     high, low = _nibbles(weight.packed)
     columns = torch.stack((high, low), dim=1).view(-1, 2, HALF_FEATURES)
     return replace(weight, packed=_bytes(columns.transpose(1, 2).reshape(-1, 2)), grouped=True)
-
-
-def pack_state(stored: torch.Tensor, state: Any, *, group: bool = True) -> PackedWeight:
-    """A packed weight from a bitsandbytes ``QuantState``, nested scales kept in 8 bits.
-
-    Args:
-        stored: The packed parameter, uint8.
-        state: Its ``quant_state``; nothing of it is changed.
-        group: As in :func:`pack_weight`.
-
-    Raises:
-        ShapeMismatch: As :func:`pack_weight`.
-    """
-    nested = None
-    if state.nested:
-        inner = state.state2
-        nested = NestedScales(
-            inner.code.float(),
-            inner.absmax.float(),
-            state.offset.float().reshape(1),
-            int(inner.blocksize),
-        )
-    rows, columns = state.shape
-    scales = state.absmax if state.nested else state.absmax.float()
-    return pack_weight(
-        stored,
-        scales,
-        state.quant_type,
-        (int(rows), int(columns)),
-        int(state.blocksize),
-        nested=nested,
-        group=group,
-    )
 
 
 class FactorTable:

@@ -70,25 +70,9 @@ def _dot(left, right, total, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _scale(
-    scale_ptr, code_ptr, outer_ptr, offset, index, mask,
-    NESTED: tl.constexpr, OUTER: tl.constexpr,
-):  # fmt: skip
-    """The float32 scale of block ``index``; NESTED: code[byte] · outer[index / OUTER] + offset."""
-    if NESTED:
-        byte = tl.load(scale_ptr + index, mask=mask, other=0).to(tl.int32)
-        outer = tl.load(outer_ptr + index // OUTER, mask=mask, other=0.0)
-        scale = tl.load(code_ptr + byte) * outer + offset
-    else:
-        scale = tl.load(scale_ptr + index, mask=mask, other=0.0)
-    return scale
-
-
-@triton.jit
 def _decode(
-    packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset, n, first, N, K,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr,
-    NESTED: tl.constexpr, OUTER: tl.constexpr, DECODER: tl.constexpr,
+    packed_ptr, level_ptr, scale_ptr, n, first, N, K,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, DECODER: tl.constexpr,
 ):  # fmt: skip
     """W0[n, first : first + 2 HALF] in float32, as the halves of the high and of the low nibbles.
 
@@ -112,14 +96,12 @@ def _decode(
         high = tl.load(level_ptr + (code >> 4))
         low = tl.load(level_ptr + (code & 15))
     if GROUPED:
-        block = (row + first) // BLOCK
-        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, block, inside, NESTED, OUTER)
+        scale = tl.load(scale_ptr + (row + first) // BLOCK, mask=inside, other=0.0)
         high = high * scale[:, None]
-        block = (row + first + HALF) // BLOCK
-        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, block, inside, NESTED, OUTER)
+        scale = tl.load(scale_ptr + (row + first + HALF) // BLOCK, mask=inside, other=0.0)
         low = low * scale[:, None]
     else:
-        scale = _scale(scale_ptr, code_ptr, outer_ptr, offset, at * 2 // BLOCK, mask, NESTED, OUTER)
+        scale = tl.load(scale_ptr + at * 2 // BLOCK, mask=mask, other=0.0)
         high = high * scale
         low = low * scale
     return high, low
@@ -175,10 +157,10 @@ def _load_b(b_ptr, rank, n, N, R: tl.constexpr):
 )
 def many_rows_kernel(
     x_ptr, x_stride, y_ptr, bias_ptr,
-    packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset_ptr,
+    packed_ptr, level_ptr, scale_ptr,
     table_ptr, layer, LAYERS, rows_ptr, tiles_ptr, tile_count, N, K,
     BM: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, GROUPED: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPED: tl.constexpr,
     HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, DECODER: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -191,15 +173,13 @@ def many_rows_kernel(
     x_rows = (x_ptr + rows * x_stride)[None, :]
     x_mask = (m < count)[None, :]
     dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
-    offset = tl.load(offset_ptr) if NESTED else 0.0
     if R > 0:
         a_ptr, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
         b = _load_b(b_ptr, rank, n, N, R)
     total = tl.full((BN, BM), 0.0, tl.float32)
     for first in tl.range(0, K, 2 * HALF, num_stages=STAGES):
         high, low = _decode(
-            packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset, n, first, N, K,
-            HALF, BLOCK, GROUPED, NESTED, OUTER, DECODER,
+            packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
         k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
         if R > 0:
@@ -222,11 +202,10 @@ def many_rows_kernel(
 )
 def few_rows_kernel(
     x_ptr, x_stride, part_ptr,
-    packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset_ptr,
+    packed_ptr, level_ptr, scale_ptr,
     table_ptr, layer, LAYERS, rows_ptr, row_count, entries_ptr, bounds_ptr, split_features, N, K,
     BM: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, GROUPED: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
-    EXACT: tl.constexpr, DECODER: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPED: tl.constexpr, EXACT: tl.constexpr, DECODER: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(2)
@@ -237,14 +216,12 @@ def few_rows_kernel(
     x_rows = (x_ptr + rows * x_stride)[None, :]
     x_mask = (place < row_count)[None, :]
     dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
-    offset = tl.load(offset_ptr) if NESTED else 0.0
     first_entry, last_entry = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
     total = tl.full((BN, BM), 0.0, tl.float32)
     start = split * split_features
     for first in tl.range(start, tl.minimum(start + split_features, K), 2 * HALF, num_stages=1):
         high, low = _decode(
-            packed_ptr, level_ptr, scale_ptr, code_ptr, outer_ptr, offset, n, first, N, K,
-            HALF, BLOCK, GROUPED, NESTED, OUTER, DECODER,
+            packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
         k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
         x_high = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
@@ -448,18 +425,14 @@ def _of_weight(
     weight: PackedWeight, addresses: torch.Tensor, layer: int, layers: int, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What both kernels read of a weight and of the table, in the order of their parameters."""
-    nested = weight.nested
     source = (
         *(weight.packed, weight.levels, weight.scales),
-        *((nested.code, nested.outer, nested.offset) if nested else (weight.levels,) * 3),
         *(addresses, layer, layers),
     )
     settings: dict[str, Any] = {
         "HALF": HALF_FEATURES,
         "BLOCK": weight.block,
         "GROUPED": weight.grouped,
-        "NESTED": nested is not None,
-        "OUTER": nested.block if nested else 1,
         "EXACT": INTERPRETED,
         "DECODER": decoder(weight.kind, device),
         "COLUMNS": FACTOR_COLUMNS,

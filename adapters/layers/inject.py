@@ -25,7 +25,7 @@ from adapters.modulation.strategy import Strategy
 from adapters.segments import BASE_SLOT, Segments
 from adapters.signature import BaseSignature, LayerSignature, describe, target_modules
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class AdaptedModel:
@@ -233,7 +233,7 @@ def _fuse(
             return None
         reason = obstacle(dtype, device)
         if reason is not None:
-            _log.warning("Torch operators run the adapters, not the fused kernel: %s", reason)
+            logger.warning("Torch operators run the adapters, not the fused kernel: %s", reason)
             return None
     linear = {path: one for path, one in layers.items() if isinstance(one, AdaptedLinear)}
     return FusedLayers({path: one.quantized for path, one in linear.items()}, dtype, device)

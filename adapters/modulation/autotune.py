@@ -25,9 +25,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat
 
 from adapters.kernels import native_ops
-from adapters.modulation.strategy import Backend, Bucket, Candidate, Way
+from adapters.modulation.strategy import Backend, Bucket, Candidate, Computation
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FIRST_ROUNDS = 3  # at the first occurrences; from then on at 8, 16, 32, ... occurrences
 _LATEST = 5  # times of a candidate that count
@@ -125,7 +125,7 @@ class Autotuner:
             try:
                 times.add(candidate, self._ns(candidates[candidate]))
             except RuntimeError as error:
-                _log.warning("%s could not be timed: %s", " ".join(candidate), error)
+                logger.warning("%s could not be timed: %s", " ".join(candidate), error)
                 times.add(candidate, math.inf)
         times.rounds += 1
         self._left -= 1
@@ -158,7 +158,7 @@ class Autotuner:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            _log.warning("%s cannot be used (%s): the strategies are timed anew.", path, error)
+            logger.warning("%s cannot be used (%s): the strategies are timed anew.", path, error)
             self._times.clear()
 
     def _save(self) -> None:
@@ -178,7 +178,9 @@ class Autotuner:
             temporary.write_text(text + "\n", encoding="utf-8")
             temporary.replace(self._path)
         except OSError as error:
-            _log.warning("%s cannot be written (%s): the next start times anew.", self._path, error)
+            logger.warning(
+                "%s cannot be written (%s): the next start times anew.", self._path, error
+            )
             self._path = None
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -214,7 +216,7 @@ def _bucket(text: str) -> Bucket:
 def _candidate(text: str) -> Candidate:
     """Raises ValueError unless it is one."""
     backends: dict[str, Backend] = {one: one for one in get_args(Backend)}
-    ways: dict[str, Way] = {one: one for one in get_args(Way)}
+    ways: dict[str, Computation] = {one: one for one in get_args(Computation)}
     backend, _, way = text.partition(" ")
     if backend not in backends or way not in ways:
         raise ValueError(f"{text!r} is no strategy")

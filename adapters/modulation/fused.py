@@ -40,7 +40,7 @@ _LEAST_CAPABILITY = (8, 0)  # the kernels are compiled, in tests, for 8.0 to 9.0
 # Of the probe, relative to its largest answer: bfloat16 rounds by 2⁻⁸.
 _PROBE_TOLERANCE = 2e-2
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +276,8 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
 def _probed(dtype: torch.dtype, device: torch.device) -> str | None:
     try:
         error = _probe_error(dtype, device)
-    except Exception as cause:  # noqa: BLE001  # a compiler, a driver: whatever fails, torch serves
-        _log.warning("The fused kernel failed its probe", exc_info=True)
+    except Exception as cause:  # a compiler, a driver: whatever fails, torch serves
+        logger.warning("The fused kernel failed its probe", exc_info=True)
         return f"{type(cause).__name__} in its probe"
     return None if error <= _PROBE_TOLERANCE else f"a relative error of {error:.2g} in its probe"
 

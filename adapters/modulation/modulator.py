@@ -36,12 +36,12 @@ from adapters.modulation.plan import Plan
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.modulation.static_layers import StaticLayers
 from adapters.modulation.strategy import (
+    AlikeSegments,
     Backend,
     Candidate,
-    Group,
-    Part,
+    Computation,
+    SegmentShape,
     Strategy,
-    Way,
     default_way,
     groups_of,
     ways_of,
@@ -49,7 +49,7 @@ from adapters.modulation.strategy import (
 from adapters.modulation.workspace import Workspace
 from adapters.segments import BASE_SLOT, Segments, from_runs
 
-_FORCED: Mapping[Strategy, Way] = {"fold": "fold", "expand": "expand", "cached": "kept"}
+_FORCED: Mapping[Strategy, Computation] = {"fold": "fold", "expand": "expand", "cached": "kept"}
 # Tables of the bare base that are kept ready, one for each number of rows.
 _BASE_TABLES_KEPT = 256
 # Calls for which what was settled holds at most: what is timed meanwhile is to be heeded.
@@ -68,7 +68,7 @@ class _Settled:
     dtype: torch.dtype
     strategy: Strategy
     version: int
-    ways: Sequence[Way]
+    ways: Sequence[Computation]
     records: native_path.Records | None  # None: torch operators compute it
     calls_left: int
 
@@ -197,12 +197,12 @@ class Modulator:
             calls_left,
         )  # fmt: skip
 
-    def _groups(self, call: LayerCall) -> tuple[Group, ...]:
+    def _groups(self, call: LayerCall) -> tuple[AlikeSegments, ...]:
         dtype, uses_kept = call.x.dtype, self.strategy in {"auto", "cached"}
         parts = tuple(
-            Part(part.rows, 0)
+            SegmentShape(part.rows, 0)
             if own is None or own.method == "lora"
-            else Part(
+            else SegmentShape(
                 part.rows,
                 own.rank,
                 uses_kept and self.folded.has(part.slot, call.path, dtype),
@@ -213,7 +213,11 @@ class Modulator:
         return groups_of(call.weight.shape, storage, parts)
 
     def _time(
-        self, call: LayerCall, group: Group, candidates: Sequence[Candidate], tuner: Autotuner
+        self,
+        call: LayerCall,
+        group: AlikeSegments,
+        candidates: Sequence[Candidate],
+        tuner: Autotuner,
     ) -> None:
         if tuner.is_due(group.bucket, candidates):
             alone, count = call.of_segments(group.places), len(group.places)
@@ -221,7 +225,7 @@ class Modulator:
             tuner.run(group.bucket, runs)
 
     def _run_of(
-        self, call: LayerCall, backend: Backend, ways: Sequence[Way]
+        self, call: LayerCall, backend: Backend, ways: Sequence[Computation]
     ) -> Callable[[], torch.Tensor]:
         if backend == "torch":
             return partial(torch_path.run, call, ways, self.workspace, self.folded)
@@ -230,7 +234,11 @@ class Modulator:
         return partial(native_path.run, call, records, self.workspace)
 
     def _keep_what_pays(
-        self, call: LayerCall, group: Group, candidates: Sequence[Candidate], tuner: Autotuner
+        self,
+        call: LayerCall,
+        group: AlikeSegments,
+        candidates: Sequence[Candidate],
+        tuner: Autotuner,
     ) -> None:
         """Fold what saves more time than it takes; by what was timed, so not before."""
         times = {one: tuner.ns(group.bucket, one) for one in candidates}
@@ -262,12 +270,12 @@ class Modulator:
 
 
 def choose_ways(
-    groups: Sequence[Group],
+    groups: Sequence[AlikeSegments],
     count: int,
     backends: Sequence[Backend],
     tuner: Autotuner | None,
-    forced: Way | None = None,
-) -> tuple[Backend, list[Way]]:
+    forced: Computation | None = None,
+) -> tuple[Backend, list[Computation]]:
     """Who computes a call, and how each of its ``count`` segments; pure, given what was timed.
 
     The fastest way of every group, by the backend whose sum is the least; where a bucket was not
@@ -280,10 +288,10 @@ def choose_ways(
         tuner: What was timed; None: nothing.
         forced: The way of every modulated segment. ``kept`` keeps what is not there.
     """
-    choices: list[tuple[float, Backend, list[Way]]] = []
+    choices: list[tuple[float, Backend, list[Computation]]] = []
     for backend in backends:
         total, is_known = 0.0, True
-        ways: list[Way] = ["base"] * count
+        ways: list[Computation] = ["base"] * count
         for group in groups:
             part = group.largest
             times = {} if tuner is None else _times(tuner, group, backend)
@@ -303,12 +311,12 @@ def choose_ways(
     return backend, ways
 
 
-def _times(tuner: Autotuner, group: Group, backend: Backend) -> dict[Way, float]:
+def _times(tuner: Autotuner, group: AlikeSegments, backend: Backend) -> dict[Computation, float]:
     found = {way: tuner.ns(group.bucket, (backend, way)) for way in ways_of(group.largest)}
     return {way: ns for way, ns in found.items() if ns is not None}
 
 
-def _candidates(group: Group, backends: Sequence[Backend], keeps: bool) -> list[Candidate]:
+def _candidates(group: AlikeSegments, backends: Sequence[Backend], keeps: bool) -> list[Candidate]:
     """What is timed for a group: all that is possible, and what a kept weight would take."""
     ways = ways_of(group.largest)
     if keeps and group.largest.rank and not group.largest.is_kept:

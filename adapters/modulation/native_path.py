@@ -14,11 +14,11 @@ from adapters.kernels import native_ops, torch_ops
 from adapters.modulation.folded import FoldedCache
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.modulation.strategy import Way
+from adapters.modulation.strategy import Computation
 from adapters.modulation.workspace import Workspace
 from adapters.segments import Segment
 
-_AS: Mapping[Way, bytes] = {
+_AS: Mapping[Computation, bytes] = {
     "base": native_ops.AS_BASE,
     "fold": native_ops.AS_FOLD,
     "expand": native_ops.AS_EXPAND,
@@ -59,7 +59,11 @@ class Records:
 
 
 def pack(
-    call: LayerCall, ways: Sequence[Way], bounds: bytes, workspace: Workspace, folded: FoldedCache
+    call: LayerCall,
+    ways: Sequence[Computation],
+    bounds: bytes,
+    workspace: Workspace,
+    folded: FoldedCache,
 ) -> Records:
     """The records of a call whose segments are computed in ``ways``.
 

@@ -17,8 +17,8 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 Backend = Literal["native", "torch"]
 # How a segment is computed: ``kept`` by its kept folded weight; ``held`` only to be timed, by
 # whatever lies in the buffer of folded weights, as if it were kept.
-Way = Literal["base", "fold", "expand", "kept", "held"]
-Candidate = tuple[Backend, Way]
+Computation = Literal["base", "fold", "expand", "kept", "held"]
+Candidate = tuple[Backend, Computation]
 
 # Folding is ``rank`` multiply-adds a weight and a pass over the weight; expanding ``rows · rank``.
 # The pass takes about as long as so many multiply-adds, on processors from AVX2 to AMX.
@@ -38,7 +38,7 @@ class Bucket(NamedTuple):
     rank_log2: int  # -1: rows of the bare base, and LoRA's, whose products are thin
 
 
-class Part(NamedTuple):
+class SegmentShape(NamedTuple):
     """A segment as a choice sees it."""
 
     rows: int
@@ -46,15 +46,15 @@ class Part(NamedTuple):
     is_kept: bool = False  # its folded weight is there
 
 
-class Group(NamedTuple):
+class AlikeSegments(NamedTuple):
     """The segments of one call that are alike; ``places`` are their numbers in its table."""
 
     bucket: Bucket
-    largest: Part
+    largest: SegmentShape
     places: tuple[int, ...]
 
 
-def default_way(part: Part) -> Way:
+def default_way(part: SegmentShape) -> Computation:
     """How a segment is computed before its bucket was timed.
 
     By the kept folded weight where there is one; expanded while ``(rows − 1) · rank`` is at most
@@ -68,18 +68,20 @@ def default_way(part: Part) -> Way:
     return "expand" if (part.rows - 1) * part.rank <= _PASS_MULTIPLY_ADDS else "fold"
 
 
-def ways_of(part: Part) -> tuple[Way, ...]:
+def ways_of(part: SegmentShape) -> tuple[Computation, ...]:
     """What is possible for a segment and not hopeless, best known first."""
     if part.rank == 0:
         return ("base",)
-    kept: tuple[Way, ...] = ("kept",) if part.is_kept else ()
+    kept: tuple[Computation, ...] = ("kept",) if part.is_kept else ()
     if (part.rows - 1) * part.rank > _HOPELESS * _PASS_MULTIPLY_ADDS:
         return (*kept, "fold")
     return (*kept, "fold", "expand")
 
 
 @lru_cache(maxsize=8192)
-def groups_of(shape: tuple[int, int], storage: str, parts: tuple[Part, ...]) -> tuple[Group, ...]:
+def groups_of(
+    shape: tuple[int, int], storage: str, parts: tuple[SegmentShape, ...]
+) -> tuple[AlikeSegments, ...]:
     """The segments of a call, sorted into buckets.
 
     Args:
@@ -94,14 +96,14 @@ def groups_of(shape: tuple[int, int], storage: str, parts: tuple[Part, ...]) -> 
         rows_log2 = _log2(part.rows) if part.rank else 0
         alike.setdefault((rows_log2, rank_log2, part.is_kept), []).append(place)
     weights_log2, inputs_log2 = _log2(shape[0] * shape[1]), _log2(shape[1])
-    groups: list[Group] = []
+    groups: list[AlikeSegments] = []
     for (each_log2, rank_log2, _), places in alike.items():
-        own: Sequence[Part] = [parts[place] for place in places]
+        own: Sequence[SegmentShape] = [parts[place] for place in places]
         total_log2 = _log2(sum(part.rows for part in own))
         rows_log2 = each_log2 if rank_log2 >= 0 else total_log2
         count_log2 = _log2(len(places)) if rank_log2 >= 0 else 0
         bucket = Bucket(weights_log2, inputs_log2, storage, rows_log2, count_log2, rank_log2)
-        groups.append(Group(bucket, max(own), tuple(places)))
+        groups.append(AlikeSegments(bucket, max(own), tuple(places)))
     return tuple(groups)
 
 

@@ -18,7 +18,7 @@ from adapters.kernels import torch_ops
 from adapters.modulation.folded import FoldedCache
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.modulation.strategy import Way
+from adapters.modulation.strategy import Computation
 from adapters.modulation.workspace import Workspace
 from adapters.segments import Segment
 
@@ -31,7 +31,7 @@ class _Work:
     """One segment, how it is computed, its bias, and its factors in the compute dtype."""
 
     part: Segment
-    way: Way
+    way: Computation
     bias: torch.Tensor | None
     factors: SlotFactors | None
 
@@ -61,7 +61,7 @@ class Weights:
             self._base = self._workspace.dequantized(self._call.weight, self._call.x.dtype)
         return self._base
 
-    def folded(self, slot: int, factors: SlotFactors, way: Way) -> torch.Tensor:
+    def folded(self, slot: int, factors: SlotFactors, way: Computation) -> torch.Tensor:
         """W0 ⊙ (1 + BA) of a slot: kept, kept from now on, or in a buffer of the moment.
 
         Valid until the next call of this.
@@ -94,7 +94,7 @@ class Weights:
 
 
 def run(
-    call: LayerCall, ways: Sequence[Way], workspace: Workspace, folded: FoldedCache
+    call: LayerCall, ways: Sequence[Computation], workspace: Workspace, folded: FoldedCache
 ) -> torch.Tensor:
     """A new ``[rows, out]``; ``kept`` of what is not there yet keeps it, where it fits.
 
@@ -122,7 +122,7 @@ def run(
     return y
 
 
-def _work(part: Segment, factors: SlotFactors | None, way: Way, call: LayerCall) -> _Work:
+def _work(part: Segment, factors: SlotFactors | None, way: Computation, call: LayerCall) -> _Work:
     if factors is None:
         return _Work(part, "base", call.bias, None)
     factors = factors.to(call.x.dtype)

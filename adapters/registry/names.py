@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 POLL_S: Final = 1.0
 _FIX: Final = "Try again in a few seconds; if it stays so, the operator must look at it."
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Readable(Protocol):
@@ -79,12 +79,13 @@ class Names:
                 records = self._registry.records()
             except Exception as error:  # noqa: BLE001  # whatever it is, the next reading tries again
                 if not self.is_down:
-                    _log.error("The registry cannot be read; answers go on from what is known: %s",
-                               error)  # fmt: skip
+                    logger.error(
+                        "The registry cannot be read; answers go on from what is known: %s", error
+                    )
                 self.is_down = True
                 return False
             if self.is_down:
-                _log.warning("The registry can be read again, after %.1f s", began - self.read_at)
+                logger.warning("The registry can be read again, after %.1f s", began - self.read_at)
             self.records, self._seen, self.read_at = records, changes, began
             self.is_down = False
             return True

@@ -51,7 +51,7 @@ GRACE_S = 300.0  # bytes that no row names any more are kept this long for reque
 
 __all__ = ["AdapterRecord", "Registry", "check_name"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Registry:
@@ -254,7 +254,7 @@ class Registry:
             try:
                 check(load_adapter(self.store.path(version), base))
             except (AdapterError, OSError) as error:
-                _log.warning("Version %s does not fit the base: %s", version, error)
+                logger.warning("Version %s does not fit the base: %s", version, error)
                 continue
             with self._transaction() as connection:
                 set_base(connection, version, base.digest)
@@ -270,7 +270,7 @@ class Registry:
         self.collect_garbage(grace_s=0.0)
         lost = [record.name for record in self._all() if not self.store.has(record.version)]
         for name in lost:
-            _log.error("The bytes of adapter %s are missing; register it again.", name)
+            logger.error("The bytes of adapter %s are missing; register it again.", name)
         return lost
 
     def reopen(self) -> None:

@@ -39,7 +39,7 @@ LOADS = 3  # adapters that are read at once
 LARGE_BYTES = 32 << 20  # of a file; so large ones leave one of the LOADS to the others
 _PAUSE_S = 0.1  # after a fault of the loader itself, lest it do nothing but repeat it
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Residency:
@@ -254,8 +254,8 @@ class Residency:
         while not self._closed:
             try:
                 settled = self._turn()
-            except Exception as error:  # noqa: BLE001  # nobody may wait for a dead thread
-                _log.exception("loading adapters failed, and those that waited with it")
+            except Exception as error:  # nobody may wait for a dead thread
+                logger.exception("loading adapters failed, and those that waited with it")
                 with self._changed:
                     # Those of this turn: whoever came since has met no fault yet.
                     settled = [
@@ -334,8 +334,8 @@ class Residency:
     def _compact(self, packed: PackedAdapter) -> None:
         try:
             packed.compact()
-        except Exception:  # noqa: BLE001  # out of memory, for one: then it is kept as it is
-            _log.exception("an adapter could not be kept without its zeros")
+        except Exception:  # out of memory, for one: then it is kept as it is
+            logger.exception("an adapter could not be kept without its zeros")
             packed.stay_whole()
             with self._changed:
                 self._tiers.trim_host()
@@ -388,8 +388,8 @@ class Residency:
         for callback in list(self._callbacks):
             try:
                 callback(version)
-            except Exception:  # noqa: BLE001  # a listener's fault must not end the loader
-                _log.exception("a residency callback failed for %s", version)
+            except Exception:  # a listener's fault must not end the loader
+                logger.exception("a residency callback failed for %s", version)
 
     # All below: with the lock held.
 
@@ -419,7 +419,7 @@ class Residency:
         """Log pins that there is no room for, once."""
         excess = self._tiers.divide_pins()[1]
         if excess and excess != self._pins_reported:
-            _log.warning(
+            logger.warning(
                 "There is no room to pin %d of %d pinned versions (%s); they are served unpinned. "
                 "Pins take at most %d slots and %d bytes.",
                 len(excess),

@@ -26,7 +26,7 @@ _FAILURES_KEPT = 256
 PASS_S = 10.0
 PINNED_QUARTERS = 3  # of the device bytes that pinned versions may take
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +226,8 @@ class Tiers:
         if entry.slot is not None:
             try:
                 self.leave_slot(entry)
-            except Exception:  # noqa: BLE001  # it is empty in the books: the next fills it anew
-                _log.exception("the slot of %s could not be emptied", version)
+            except Exception:  # it is empty in the books: the next fills it anew
+                logger.exception("the slot of %s could not be emptied", version)
         entry.state, entry.error, entry.packed = "failed", error, None
         self.failures += 1
         if entry.doomed:

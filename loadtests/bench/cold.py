@@ -13,7 +13,7 @@ import psutil
 
 from adapters.registry.registry import Registry
 from adapters.registry.store import Store
-from server.engine.snapshot import Names
+from server.engine.snapshot import NamedVersions
 from server.messages import Pin
 
 
@@ -29,7 +29,7 @@ def main(root: Path) -> None:
     message = pickle.dumps(Pin((), named=tuple(sorted(registry.versions()))))
     gc.collect()
     told = process.memory_info().rss
-    names = Names()
+    names = NamedVersions()
     names.named = frozenset(pickle.loads(message).named)
     gc.collect()
     knows = process.memory_info().rss

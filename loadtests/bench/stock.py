@@ -27,7 +27,7 @@ from loadtests.bench.generation import LABELS, save_base
 from loadtests.bench.modulation import RANK, dense_model, llama_config
 from loadtests.bench.timing import THREADS
 from server.engine.engine import Engine
-from server.messages import TERMINAL, EncodedInput, EncodeRequest, Event, Failure
+from server.messages import TERMINAL, EncodeRequest, Event, Failure, TokenizedInput
 from server.options import EngineOptions
 
 TARGETS = ("q_proj", "v_proj")
@@ -153,7 +153,7 @@ def request(version: str | None, seed: int) -> EncodeRequest:
         task="text-classification",
         adapter=version,
         version=version,
-        inputs=(EncodedInput(ids),),
+        inputs=(TokenizedInput(ids),),
         submitted=time.time(),
     )
 

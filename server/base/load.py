@@ -33,9 +33,13 @@ __all__ = ["BaseModelError", "LoadedBase", "load_base", "signature_of"]
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED = {"nf4": "4 bit NF4", "fp4": "4 bit FP4", "int8": "8 bit"}
-_BITS = {"nf4": 4.5625, "fp4": 4.5625, "int8": 8.0}  # a weight, its share of the scales included
+_WEIGHT_BITS = {
+    "nf4": 4.5625,
+    "fp4": 4.5625,
+    "int8": 8.0,
+}  # a weight, its share of the scales included
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def load_base(options: EngineOptions) -> LoadedBase:
     _check_memory(skeleton, options, plan, dtype, device)
     model = _load(plan, skeleton, options, dtype, device)
     if options.quantize_embeddings:
-        _quantize_embedding(model, options)
+        _quantize_token_embedding(model, options)
     try:
         adapted = inject(model, name=options.base, strategy=options.modulation)
     except UnsupportedOption as error:  # a strategy that this device or dtype does not have
@@ -153,7 +157,7 @@ def choose_device(options: EngineOptions) -> torch.device:
 def choose_dtype(options: EngineOptions, device: torch.device) -> torch.dtype:
     """The dtype asked for; ``auto`` is bf16 where the device multiplies it natively, else fp32."""
     if options.dtype != "auto":
-        return _DTYPES[options.dtype]
+        return _COMPUTE_DTYPES[options.dtype]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -274,7 +278,7 @@ def _quantization(skeleton: nn.Module, options: EngineOptions, dtype: torch.dtyp
     )
 
 
-def _quantize_embedding(model: Any, options: EngineOptions) -> None:
+def _quantize_token_embedding(model: Any, options: EngineOptions) -> None:
     """Store the token embedding as the linear layers are; a head tied to it shares the bytes."""
     embedding = model.get_input_embeddings()
     kind = options.quantization
@@ -333,7 +337,7 @@ def _check_memory(
     ):
         linear += embedding.weight.numel()
     every = sum(parameter.numel() for parameter in skeleton.parameters())
-    bits = _BITS.get(options.quantization, dtype.itemsize * 8.0)
+    bits = _WEIGHT_BITS.get(options.quantization, dtype.itemsize * 8.0)
     needed = int(linear * bits / 8 + (every - linear) * dtype.itemsize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     found = f"{needed >> 20} MiB needed"

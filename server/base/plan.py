@@ -28,7 +28,7 @@ from torch import nn
 from adapters.tasks import IMAGE_MODELS
 from server.options import EngineOptions
 
-_INDEX = "model.safetensors.index.json"
+_INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
@@ -105,7 +105,7 @@ def plan_base(options: EngineOptions) -> BasePlan:
         BaseModelError: There is no such base, or it is none that can be served.
     """
     folder = base_folder(options)
-    config = _config(folder)
+    config = _load_config(folder)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None and quantized.get("quant_method") not in (None, "bitsandbytes"):
         raise BaseModelError(
@@ -183,7 +183,7 @@ def base_folder(options: EngineOptions) -> Path:
     return Path(found)
 
 
-def _config(folder: Path) -> Any:
+def _load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -217,15 +217,15 @@ def _tensor_names(folder: Path) -> frozenset[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if (folder / _INDEX).is_file():
-            index = json.loads((folder / _INDEX).read_bytes())
+        if (folder / _INDEX_FILE).is_file():
+            index = json.loads((folder / _INDEX_FILE).read_bytes())
             shards = sorted(set(index["weight_map"].values()))
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise BaseModelError(
                     "The base model's weights are incomplete.",
                     found=f"{len(missing)} of {len(shards)} files missing, first {missing[0]}",
-                    expected=f"every file that {_INDEX} names",
+                    expected=f"every file that {_INDEX_FILE} names",
                     fix="Download the base again.",
                 )
             return frozenset(index["weight_map"])
@@ -236,13 +236,13 @@ def _tensor_names(folder: Path) -> frozenset[str]:
         raise BaseModelError(
             "The base model's weights cannot be read.",
             found=f"{type(error).__name__}: {error}",
-            expected=f"a sound {_SINGLE}, or shards with {_INDEX}",
+            expected=f"a sound {_SINGLE}, or shards with {_INDEX_FILE}",
             fix="Download the base again.",
         ) from error
     raise BaseModelError(
         "The base model has no safetensors weights.",
         found=", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3]) or "no weights",
-        expected=f"{_SINGLE}, or shards with {_INDEX}",
+        expected=f"{_SINGLE}, or shards with {_INDEX_FILE}",
         fix="Convert it with save_pretrained; pickled weights are never read.",
     )
 

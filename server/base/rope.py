@@ -36,7 +36,9 @@ class RopeByLength:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(one, _limits(one)) for one in model.modules() if _limits(one)]
+        self._modules = [
+            (one, _short_factor_limits(one)) for one in model.modules() if _short_factor_limits(one)
+        ]
         self._limits_tokens = frozenset(
             limit for _, limits in self._modules for limit in limits.values()
         )
@@ -77,7 +79,7 @@ class RopeByLength:
                 module.forward = forward
 
 
-def _limits(module: nn.Module) -> Mapping[str | None, int]:
+def _short_factor_limits(module: nn.Module) -> Mapping[str | None, int]:
     """Layer type (None: all alike) → the longest sequence with short factors."""
     kinds: Any = getattr(module, "rope_type", None)
     if kinds == "longrope":

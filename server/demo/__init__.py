@@ -1,6 +1,6 @@
-"""The embedded demo: a small base model and the adapters that belong to it.
+"""The embedded demo: a small base model and the adapters that belong to it, as data.
 
-This module only says where the files lie. `server.demo.train` made them.
+This module only says where the files lie. `python -m server.training.demo` makes the adapters.
 """
 
 from pathlib import Path

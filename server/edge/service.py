@@ -20,9 +20,9 @@ from adapters.registry.names import POLL_S, Names
 from adapters.tasks import Task
 from server.edge.admit.body_budget import BodyBudget
 from server.edge.admit.bounds import Bounds
-from server.edge.admit.keys import Keyring, admin_key
+from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.admit.tokenizing import Encoders, EncodersFull
+from server.edge.admit.tokenizing import TokenizersBusy, TokenizerThreads
 from server.edge.link.dispatcher import Dispatcher
 from server.errors import Fault, Refusal
 from server.inputs.images import Images
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Encoder = TypeVar("Encoder", Text, Images)
+InputsT = TypeVar("InputsT", Text, Images)
 
 AT_ONCE_CHARACTERS: Final = 4096  # texts longer than this are tokenized off the event loop
 LONG_CHARACTERS: Final = 1 << 16  # and longer than this, by a tokenizer that nobody else waits for
@@ -170,8 +170,8 @@ class Service:
         self.keys = self._keyring()
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
         # Not asyncio's default threads: LitServe's response task lives there and must never wait.
-        self._short: Encoders | None = None
-        self._long: Encoders | None = None
+        self._short: TokenizerThreads | None = None
+        self._long: TokenizerThreads | None = None
         self._pools: dict[Pool, ThreadPoolExecutor] = {}
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
 
@@ -185,7 +185,7 @@ class Service:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self.registry.reopen()
         self.metrics = HttpMetrics()
-        self._short, self._long = Encoders("short-texts"), Encoders("long-texts")
+        self._short, self._long = TokenizerThreads("short-texts"), TokenizerThreads("long-texts")
         self._pools = {name: ThreadPoolExecutor(count, name) for name, count in POOLS.items()}
         self.dispatcher.on_event = self._count
 
@@ -267,9 +267,9 @@ class Service:
 
     async def tokenize(
         self,
-        encoder: Encoder,
+        encoder: InputsT,
         characters: int,
-        work: Callable[[Encoder], T],
+        work: Callable[[InputsT], T],
         field: str,
         deadline: float,
     ) -> T:
@@ -299,7 +299,7 @@ class Service:
         except TextError as error:
             fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
             raise Refusal((fault,)) from None
-        except EncodersFull as error:
+        except TokenizersBusy as error:
             raise self.dispatcher.admission.overloaded(str(error), f"at most {most}") from None
         except TimeoutError:
             raise Refusal.because(
@@ -433,7 +433,7 @@ class Service:
         return Target(None, None, self.base.task)
 
     def _keyring(self) -> Keyring:
-        key, _ = admin_key(self.settings.admin_key, self.settings.data_dir)
+        key, _ = resolve_admin_key(self.settings.admin_key, self.settings.data_dir)
         return Keyring(key, self.settings.api_keys)
 
     def _known_versions(self) -> Pin:

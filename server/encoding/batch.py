@@ -13,7 +13,7 @@ from server.base.load import LoadedBase
 from server.base.plan import one_id
 from server.inputs.images import Images
 from server.inputs.text import Text
-from server.messages import EncodedImage, EncodedInput
+from server.messages import ProcessedImage, TokenizedInput
 from server.options import EngineOptions
 
 
@@ -56,12 +56,12 @@ class Rows:
         self._base = base
 
     def feed(self, items: Sequence[Any]) -> Feed:
-        """The batch of some inputs, all texts (``EncodedInput``) or all images."""
-        if isinstance(items[0], EncodedImage):
+        """The batch of some inputs, all texts (``TokenizedInput``) or all images."""
+        if isinstance(items[0], ProcessedImage):
             return self._pixels(items)
         return self._tokens(items)
 
-    def _pixels(self, items: Sequence[EncodedImage]) -> Feed:
+    def _pixels(self, items: Sequence[ProcessedImage]) -> Feed:
         images = [
             torch.frombuffer(bytearray(item.pixels), dtype=torch.float32).view(item.shape)
             for item in items
@@ -69,7 +69,7 @@ class Rows:
         pixels = torch.stack(images).to(self._base.device, self._base.dtype)
         return Feed({"pixel_values": pixels}, items[0].tokens)
 
-    def _tokens(self, items: Sequence[EncodedInput]) -> Feed:
+    def _tokens(self, items: Sequence[TokenizedInput]) -> Feed:
         device = self._base.device
         ids = _padded([item.token_ids for item in items], self._pad_id, device)
         mask = _padded([(1,) * len(item.token_ids) for item in items], 0, device)

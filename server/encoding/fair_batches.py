@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-Key = str | None  # an adapter version; None is the bare base
+AdapterVersion = str | None  # an adapter version; None is the bare base
 
 WASTE_TOKENS = 512  # padding that any batch may hold: less than what a forward costs anyway
 WASTE_SHARE = 0.2  # padding that a large batch may hold, as a share of its padded tokens
@@ -28,7 +28,7 @@ class Row:
 
     request: str
     index: int
-    key: Key
+    key: AdapterVersion
     tokens: int
 
 
@@ -51,7 +51,7 @@ class Batch:
         return len(self.rows) * self.longest
 
     @property
-    def keys(self) -> tuple[Key, ...]:
+    def keys(self) -> tuple[AdapterVersion, ...]:
         """The distinct adapters, in the order of their rows."""
         return tuple(dict.fromkeys(row.key for row in self.rows))
 
@@ -67,8 +67,8 @@ class Depth:
 
 
 @dataclass(slots=True)
-class _Request:
-    key: Key
+class _QueuedRequest:
+    key: AdapterVersion
     deadline: float | None
     rows: dict[int, Row]  # those still waiting
 
@@ -103,16 +103,22 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_rows = max_batch_rows
         self.max_batch_adapters = max_batch_adapters
-        self._requests: dict[str, _Request] = {}
-        self._queues: dict[Key, _Queue] = {}
-        self._debts: dict[Key, float] = {}  # of adapters that left while ahead of the clock
+        self._requests: dict[str, _QueuedRequest] = {}
+        self._queues: dict[AdapterVersion, _Queue] = {}
+        self._debts: dict[
+            AdapterVersion, float
+        ] = {}  # of adapters that left while ahead of the clock
         self._clock_tokens = 0.0  # what the least served adapter had got when last one was chosen
         self._deadlines: list[tuple[float, str]] = []
         self._rows = 0
         self._tokens = 0
 
     def submit(
-        self, request: str, key: Key, lengths: Sequence[int], deadline: float | None = None
+        self,
+        request: str,
+        key: AdapterVersion,
+        lengths: Sequence[int],
+        deadline: float | None = None,
     ) -> None:
         """Queue one row per length, behind the adapter's other rows.
 
@@ -124,7 +130,7 @@ class Scheduler:
         if not lengths or min(lengths) < 1:
             raise ValueError("A request needs at least one row and a row at least one token.")
         rows = {i: Row(request, i, key, tokens) for i, tokens in enumerate(lengths)}
-        self._requests[request] = _Request(key, deadline, rows)
+        self._requests[request] = _QueuedRequest(key, deadline, rows)
         queue = self._queues.get(key)
         if queue is None:
             served = max(self._debts.pop(key, 0.0), self._clock_tokens)
@@ -156,7 +162,7 @@ class Scheduler:
                 late.append(request)
         return late
 
-    def drop(self, key: Key) -> list[str]:
+    def drop(self, key: AdapterVersion) -> list[str]:
         """Forget every request of one adapter and return their ids, oldest first."""
         lost = [request for request, found in self._requests.items() if found.key == key]
         for request in lost:
@@ -164,7 +170,7 @@ class Scheduler:
         return lost
 
     def next_batch(
-        self, ready: Callable[[Key], bool], *, max_tokens: int | None = None
+        self, ready: Callable[[AdapterVersion], bool], *, max_tokens: int | None = None
     ) -> Batch | None:
         """Take the next batch out of the queues, or None if no adapter with rows is ready.
 
@@ -193,7 +199,7 @@ class Scheduler:
         order = {key: i for i, key in enumerate(dict.fromkeys(row.key for row in filling.rows))}
         return Batch(tuple(sorted(filling.rows, key=lambda row: order[row.key])))
 
-    def waiting(self) -> tuple[Key, ...]:
+    def waiting(self) -> tuple[AdapterVersion, ...]:
         """Adapters with rows, least served first: the order in which to load them."""
         return tuple(sorted(self._queues, key=lambda key: self._queues[key].served_tokens))
 
@@ -207,7 +213,7 @@ class Scheduler:
     def __contains__(self, request: Hashable) -> bool:
         return request in self._requests
 
-    def _lead(self, open_keys: Sequence[Key]) -> Key:
+    def _lead(self, open_keys: Sequence[AdapterVersion]) -> AdapterVersion:
         """The adapter whose oldest row was passed over too often, else the one served least."""
         queues = self._queues
         impatient = max(open_keys, key=lambda key: queues[key].passed_batches)
@@ -215,11 +221,13 @@ class Scheduler:
             return impatient
         return min(open_keys, key=lambda key: queues[key].served_tokens)
 
-    def _fill(self, filling: _Filling, lead: Key, open_keys: Sequence[Key]) -> None:
+    def _fill(
+        self, filling: _Filling, lead: AdapterVersion, open_keys: Sequence[AdapterVersion]
+    ) -> None:
         first = next(iter(self._queues[lead].rows.values()))
         filling.add(first)
         self._serve(first)
-        candidates: dict[Key, Iterator[Row]] = {}
+        candidates: dict[AdapterVersion, Iterator[Row]] = {}
         heap = [
             (self._queues[key].served_tokens, order, key)
             for order, key in enumerate(open_keys)
@@ -261,13 +269,13 @@ class Scheduler:
         if not self._requests:
             self._deadlines.clear()
 
-    def _level(self, keys: Iterable[Key]) -> None:
+    def _level(self, keys: Iterable[AdapterVersion]) -> None:
         """Adapters that cannot run yet do not save up a claim to run alone later."""
         for key in keys:
             queue = self._queues[key]
             queue.served_tokens = max(queue.served_tokens, self._clock_tokens)
 
-    def _note_passed(self, open_keys: Sequence[Key]) -> None:
+    def _note_passed(self, open_keys: Sequence[AdapterVersion]) -> None:
         for key in open_keys:
             queue = self._queues.get(key)
             if queue is None:
@@ -285,7 +293,7 @@ class _Filling:
         self.max_rows = max_rows
         self.max_adapters = max_adapters
         self.rows: list[Row] = []
-        self._keys: set[Key] = set()
+        self._keys: set[AdapterVersion] = set()
         self._longest = 0
         self._tokens = 0
 
@@ -312,7 +320,7 @@ class _Filling:
         self._longest = max(self._longest, row.tokens)
         self._tokens += row.tokens
 
-    def _has_slot(self, key: Key) -> bool:
+    def _has_slot(self, key: AdapterVersion) -> bool:
         return (
             key is None
             or key in self._keys

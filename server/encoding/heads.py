@@ -23,7 +23,7 @@ from server.base.skeletons import Skeletons, Stub
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class TaskHead:
@@ -151,7 +151,7 @@ class Heads:
     def _keep(self, version: str, head: TaskHead) -> None:
         """Keep a head in place of those used longest ago, unless it alone is over the budget."""
         if head.nbytes > self._budget_bytes:
-            log.warning(
+            logger.warning(
                 "The head of version %s has %d bytes and head_bytes is %d: it is made for each "
                 "batch anew",
                 version,

@@ -22,8 +22,8 @@ from server import failures
 from server.base.load import LoadedBase
 from server.base.rope import RopeByLength
 from server.encoding.batch import Rows
-from server.encoding.fair_batches import Batch, Depth, Key, Row, Scheduler
-from server.encoding.read import Group, Reader
+from server.encoding.fair_batches import AdapterVersion, Batch, Depth, Row, Scheduler
+from server.encoding.read import Reader, RowGroup
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import EncodeRequest, EncodeResult, Event
@@ -32,7 +32,7 @@ from server.options import EngineOptions
 if TYPE_CHECKING:
     from adapters.residency.slots import Residency
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +186,14 @@ class EncodeLane:
                 del self._pending[request_id]
                 events.append(failures.not_loaded(request_id, error))
 
-    def _next_batch(self) -> tuple[Batch | None, dict[Key, int]]:
+    def _next_batch(self) -> tuple[Batch | None, dict[AdapterVersion, int]]:
         """A batch whose adapters are held in their slots until they are released."""
         waiting = [key for key in self._scheduler.waiting() if key is not None]
         held = self._residency.hold(waiting)  # while the batch is made, none of them leaves
         for key in waiting:
             if key not in held and self._residency.state(key) == "absent":
                 self._residency.prefetch(key)
-        slots: dict[Key, int] = {None: segments.BASE_SLOT}
+        slots: dict[AdapterVersion, int] = {None: segments.BASE_SLOT}
         slots.update(held)
         batch = self._scheduler.next_batch(slots.__contains__)
         chosen = [key for key in batch.keys if key is not None] if batch is not None else []
@@ -203,7 +203,7 @@ class EncodeLane:
 
     # The forward and what follows
 
-    def _run(self, batch: Batch, slots: dict[Key, int], events: list[Event]) -> None:
+    def _run(self, batch: Batch, slots: dict[AdapterVersion, int], events: list[Event]) -> None:
         began = time.monotonic()
         clock = time.perf_counter()
         outputs = self._forward(batch.rows, slots)
@@ -273,7 +273,7 @@ class EncodeLane:
             )
         )
 
-    def _forward(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
+    def _forward(self, rows: Sequence[Row], slots: dict[AdapterVersion, int]) -> list[Any]:
         """An output, or the exception that took its place, for each row: what raises is run apart,
         by adapter and then by halves, until only the rows that are at fault have failed."""
         try:
@@ -285,14 +285,16 @@ class EncodeLane:
             keys = dict.fromkeys(row.key for row in rows)
             if len(keys) > 1:
                 # One adapter alone may be at fault; rows of one adapter are neighbours.
-                log.warning("A batch of %d adapters failed; each is run alone", len(keys))
+                logger.warning("A batch of %d adapters failed; each is run alone", len(keys))
                 parts = [[row for row in rows if row.key == key] for key in keys]
             elif len(rows) > 1:
-                log.warning("%d rows of version %s failed; halves are run", len(rows), rows[0].key)
+                logger.warning(
+                    "%d rows of version %s failed; halves are run", len(rows), rows[0].key
+                )
                 half = len(rows) // 2
                 parts = [list(rows[:half]), list(rows[half:])]
             else:
-                log.exception("Encoding a row of version %s failed", rows[0].key)
+                logger.exception("Encoding a row of version %s failed", rows[0].key)
                 return [error.with_traceback(None)]
         return [output for part in parts for output in self._forward(part, slots)]
 
@@ -340,16 +342,16 @@ class EncodeLane:
         ids, mask = feed.tables(out.last_hidden_state)
         return out, ids, mask
 
-    def _answer(self, rows: Sequence[Row], slots: dict[Key, int]) -> list[Any]:
+    def _answer(self, rows: Sequence[Row], slots: dict[AdapterVersion, int]) -> list[Any]:
         items, tasks = self._asked(rows)
         out, ids, mask = self._states(items, [slots[row.key] for row in rows])
-        groups: dict[tuple[Key, Task], list[int]] = {}
+        groups: dict[tuple[AdapterVersion, Task], list[int]] = {}
         for index, (row, task) in enumerate(zip(rows, tasks, strict=True)):
             groups.setdefault((row.key, task), []).append(index)
         outputs: list[Any] = [None] * len(rows)
         for (key, task), indices in groups.items():
             pooled = getattr(out, "pooler_output", None)
-            group = Group(
+            group = RowGroup(
                 version=key,
                 task=task,
                 slot=slots[key],

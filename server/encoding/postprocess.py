@@ -13,7 +13,7 @@ import torch
 
 from server.failures import NotFinite
 from server.inputs.text import Text
-from server.messages import DEFAULT_WORDS, EncodedInput
+from server.messages import DEFAULT_WORDS, TokenizedInput
 
 Apply = Literal["softmax", "sigmoid", "none"]
 Pooling = Literal["mean", "cls", "last"]
@@ -86,7 +86,7 @@ def embed(hidden: torch.Tensor, *, pooling: Pooling, normalize: bool = True) -> 
 
 def fill(
     logits: torch.Tensor,
-    item: EncodedInput,
+    item: TokenizedInput,
     text: Text,
     *,
     top_k: int | None = None,
@@ -134,7 +134,7 @@ def fill(
 
 def entities(
     logits: torch.Tensor,
-    item: EncodedInput,
+    item: TokenizedInput,
     labels: Sequence[str],
     text: Text,
     *,
@@ -170,7 +170,7 @@ def entities(
             }
         )
     if strategy in _WORD_STRATEGIES:
-        found = [_agree(word, strategy, text) for word in _words(found, item.text)]
+        found = [_agree(word, strategy, text) for word in _group_words(found, item.text)]
     for one in found:
         best = int(one["scores"].argmax())
         one["entity"] = labels[best]
@@ -200,7 +200,7 @@ def entities(
 
 
 def answers(
-    logits: torch.Tensor, item: EncodedInput, *, top_k: int | None = None
+    logits: torch.Tensor, item: TokenizedInput, *, top_k: int | None = None
 ) -> tuple[dict[str, Any], ...]:
     """Spans of the context that answer the question, most probable first.
 
@@ -250,7 +250,7 @@ def best_spans(logits: torch.Tensor, count: int) -> list[tuple[float, int, int]]
     return found
 
 
-def _words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:
+def _group_words(tokens: Sequence[dict[str, Any]], text: str) -> list[list[dict[str, Any]]]:
     """Tokens of one word: those between which the text has neither space nor punctuation."""
     words: list[list[dict[str, Any]]] = []
     for one in tokens:

@@ -28,11 +28,11 @@ from server.messages import EncodeRequest
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows of one batch that belong to one adapter (None: the bare base) and one task.
 
     Args:
@@ -45,7 +45,7 @@ class Group:
     task: Task
     slot: int
     requests: Sequence[EncodeRequest]
-    items: Sequence[Any]  # Encoded, all of one kind
+    items: Sequence[Any]  # ModelInput, all of one kind
     hidden: torch.Tensor
     pooled: torch.Tensor | None
     ids: torch.Tensor
@@ -65,16 +65,16 @@ class Group:
                 if is_lost(error):
                     raise
                 if not is_expected(error):
-                    log.exception("A row of version %s failed", self.version)
+                    logger.exception("A row of version %s failed", self.version)
                 found.append(error.with_traceback(None))
         return found
 
-    def halves(self) -> list[Group]:
+    def halves(self) -> list[RowGroup]:
         """The group as two, in order."""
         half = len(self.items) // 2
         return [self._rows(slice(None, half)), self._rows(slice(half, None))]
 
-    def _rows(self, rows: slice) -> Group:
+    def _rows(self, rows: slice) -> RowGroup:
         return replace(
             self,
             requests=self.requests[rows],
@@ -104,10 +104,10 @@ class Reader:
         self._heads = Heads(base, heads_kept, head_bytes)
         self._declared = base_pooling(base.folder, base.adapted.signature.max_length)
         if isinstance(self._declared, AdapterError):
-            log.warning("%s (found %s)", self._declared.message, self._declared.found)
+            logger.warning("%s (found %s)", self._declared.message, self._declared.found)
         else:
             for note in self._declared.notes:
-                log.warning("The base's %s", note)
+                logger.warning("The base's %s", note)
         self._pooling: postprocess.Pooling = "mean"
         if isinstance(inputs, Images):
             self._pooling = "cls"  # what classifiers of images read
@@ -130,7 +130,7 @@ class Reader:
     def forget(self, version: str) -> None:
         self._heads.forget(version)
 
-    def read_apart(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+    def read_apart(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
         """``read``, but what it raises takes the place of answers: of all rows where they have it
         in common, else only of the rows at fault, which are found by halves.
 
@@ -144,11 +144,11 @@ class Reader:
                 raise
             if is_expected(error) or len(group.items) == 1:
                 if not is_expected(error):
-                    log.exception("The head of version %s failed", group.version)
+                    logger.exception("The head of version %s failed", group.version)
                 return [error.with_traceback(None)] * len(group.items)
         return [answer for half in group.halves() for answer in self.read_apart(half, weights)]
 
-    def read(self, group: Group, weights: AdapterWeights | None) -> list[Any]:
+    def read(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
         """An answer, or an exception of that row's own, for each row of the group.
 
         Embeddings are of whatever the adapter was trained for. They are made as the request says,
@@ -222,7 +222,9 @@ class Reader:
             return error
         return None
 
-    def _embed(self, group: Group, index: int, weights: AdapterWeights | None) -> tuple[float, ...]:
+    def _embed(
+        self, group: RowGroup, index: int, weights: AdapterWeights | None
+    ) -> tuple[float, ...]:
         options = group.requests[index].options
         pooling, normalize = options.get("pooling"), options.get("normalize")
         declared = self._declared
@@ -241,7 +243,7 @@ class Reader:
             normalize=normalize is not False,
         )
 
-    def _fill_masks(self, group: Group) -> list[Any]:
+    def _fill_masks(self, group: RowGroup) -> list[Any]:
         head = self._heads.language_model_head()
         is_mask = (group.ids == self._text.mask_id) & (group.mask == 1)
         counts: list[int] = is_mask.sum(1).tolist()

@@ -27,7 +27,13 @@ from adapters.tasks import Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
-from server.engine.snapshot import Conduct, EngineSnapshot, Names, StepFigures, cuda_bytes
+from server.engine.snapshot import (
+    EngineSnapshot,
+    FailureTracker,
+    NamedVersions,
+    StepFigures,
+    cuda_bytes,
+)
 from server.engine.trial import generate_lane, try_base
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateFigures, GenerateLane
@@ -42,16 +48,16 @@ from server.messages import (
     Failure,
     GenerateRequest,
     GenerateResult,
-    Lift,
     Message,
     Pin,
     Preload,
+    ReleaseQuarantine,
     Request,
     SamplingOptions,
 )
 from server.options import EngineOptions
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _NO_HEADS: frozenset[Task] = frozenset({"fill-mask", "text-generation", "feature-extraction"})
 
@@ -65,27 +71,27 @@ class EngineFailure(Exception):
 
 
 @dataclass(slots=True)
-class _Parts:
+class _EngineParts:
     base: LoadedBase
     inputs: Text | Images
     residency: Residency
     encode: EncodeLane
     generate: GenerateLane | None
-    conduct: Conduct
+    failures: FailureTracker
     base_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine:
     """See the module. Made by ``build``."""
 
-    def __init__(self, parts: _Parts) -> None:
+    def __init__(self, parts: _EngineParts) -> None:
         self._parts = parts
         self._wake = threading.Event()
         self._outbox: list[Event] = []
         self._turn_is_encode = True
         self._ids = itertools.count()
         self._last: StepFigures | None = None
-        self._names = Names()
+        self._names = NamedVersions()
         parts.residency.on_ready(self._settled)
 
     @classmethod
@@ -139,13 +145,13 @@ class Engine:
             raise
         linear, other = base.adapted.base_bytes()
         return cls(
-            _Parts(
+            _EngineParts(
                 base=base,
                 inputs=inputs,
                 residency=residency,
                 encode=encode,
                 generate=generate,
-                conduct=Conduct(options.quarantine_failures, options.quarantine_s),
+                failures=FailureTracker(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
             )
         )
@@ -182,7 +188,7 @@ class Engine:
         """
         if isinstance(message, EncodeRequest | GenerateRequest) and message.version is not None:
             self._names.ask(message.version)
-            refused = self._parts.conduct.admit(message)
+            refused = self._parts.failures.admit(message)
             if refused is not None:
                 self._outbox.append(refused)
                 return
@@ -197,15 +203,15 @@ class Engine:
                 else:
                     self._parts.generate.submit(message)
             case Cancel():
-                self._parts.conduct.forget(message.id)
+                self._parts.failures.forget(message.id)
                 self._outbox = [one for one in self._outbox if one.id != message.id]
                 if not self._parts.encode.cancel(message.id) and self._parts.generate is not None:
                     self._parts.generate.cancel(message.id)
             case Preload():
                 self._names.ask(message.version)
                 self._parts.residency.prefetch(message.version)
-            case Lift():
-                self._parts.conduct.lift(message.version)
+            case ReleaseQuarantine():
+                self._parts.failures.release(message.version)
             case Pin():
                 self._parts.residency.set_pinned(message.versions)
                 if message.named is not None:
@@ -221,7 +227,7 @@ class Engine:
         can_encode = encode.has_work()
         can_generate = generate is not None and generate.has_work()
         if not can_encode and not can_generate:
-            self._parts.conduct.note(events)
+            self._parts.failures.note(events)
             return events
         encodes = can_encode and (self._turn_is_encode or not can_generate)
         self._turn_is_encode = not encodes
@@ -233,7 +239,7 @@ class Engine:
             steps, clock = generate.figures().steps, time.perf_counter()
             events += generate.step()
             self._note_generate(generate.figures(), steps, time.perf_counter() - clock)
-        self._parts.conduct.note(events)
+        self._parts.failures.note(events)
         return events
 
     def has_work(self) -> bool:
@@ -272,7 +278,7 @@ class Engine:
             "load": known.loads,
             "eviction": known.evictions,
             "failure": known.failures,
-            "quarantine": parts.conduct.total,
+            "quarantine": parts.failures.total,
         }
         if generate is not None:
             depth["generate"] = generate.waiting + generate.running
@@ -299,7 +305,7 @@ class Engine:
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),
-            quarantined=parts.conduct.quarantined(),
+            quarantined=parts.failures.quarantined(),
             pinned=known.pinned,
             pins_without_room=known.pins_without_room,
             device=str(parts.base.device),
@@ -398,7 +404,7 @@ class Engine:
         """In the loader's thread: a version is ready, or has failed."""
         error = self._parts.residency.error(version)
         if error is not None:
-            log.warning("Adapter version %s could not be loaded: %s", version, error)
+            logger.warning("Adapter version %s could not be loaded: %s", version, error)
         self.wake()
 
     def _tidy(self) -> None:

@@ -27,7 +27,7 @@ class _Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Sentence:
+class QuarantineEntry:
     """Why a version is not tried, and for how long yet."""
 
     left_s: float
@@ -48,7 +48,7 @@ class Quarantine:
         self.total = 0  # quarantines so far
         self._records: dict[str, _Record] = {}
 
-    def sentence(self, version: str, now: float) -> Sentence | None:
+    def entry(self, version: str, now: float) -> QuarantineEntry | None:
         """Whether ``version`` is quarantined at ``now``."""
         record = self._records.get(version)
         if record is None or record.until is None:
@@ -58,7 +58,7 @@ class Quarantine:
             record.failures = self.failures - 1
             record.last_at = now
             return None
-        return Sentence(record.until - now, record.reason)
+        return QuarantineEntry(record.until - now, record.reason)
 
     def failed(self, version: str, reason: str, now: float) -> bool:
         """Note a failure of the version's own; True if it is quarantined by it."""
@@ -85,12 +85,12 @@ class Quarantine:
         if record is not None and record.until is None:
             del self._records[version]
 
-    def lift(self, version: str) -> bool:
+    def release(self, version: str) -> bool:
         """Forget what a version did; False if it was not quarantined."""
         record = self._records.pop(version, None)
         return record is not None and record.until is not None
 
-    def sentences(self, now: float) -> Mapping[str, Sentence]:
+    def entries(self, now: float) -> Mapping[str, QuarantineEntry]:
         """All versions that are quarantined at ``now``."""
-        found = {version: self.sentence(version, now) for version in list(self._records)}
+        found = {version: self.entry(version, now) for version in list(self._records)}
         return {version: one for version, one in found.items() if one is not None}

@@ -14,14 +14,14 @@ import torch
 from server.engine.quarantine import Quarantine
 from server.messages import Event, Failure, Request, TokenEvent
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # What an adapter alone can bring about: a forward or a head that raises, numbers that overflow.
 # What the bare base does as well is base_failed, and no adapter's fault.
 OWN_FAULTS: Final = frozenset({"adapter_failed", "adapter_error", "internal"})
 
 SPARE_S: Final = 5.0  # more than the HTTP processes take to tell of a new name
-LOOK_S: Final = 1.0
+NAMES_CHECKED_EVERY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class EngineSnapshot:
     storage: str
 
 
-class Conduct:
+class FailureTracker:
     """What adapter versions make of the requests that they are given, and who is not tried.
 
     Args:
@@ -94,16 +94,16 @@ class Conduct:
         version = request.version
         if version is None:
             return None
-        sentence = self._quarantine.sentence(version, time.monotonic())
-        if sentence is None:
+        entry = self._quarantine.entry(version, time.monotonic())
+        if entry is None:
             self._versions[request.id] = version
             return None
-        seconds = max(1, math.ceil(sentence.left_s))
+        seconds = max(1, math.ceil(entry.left_s))
         return Failure(
             request.id,
             "adapter_quarantined",
             f"The adapter {request.adapter} failed too often and is not tried for a while.",
-            found=sentence.reason,
+            found=entry.reason,
             fix=f"Replace the adapter, or let an admin PATCH it; it is tried again in {seconds} s.",
             retry_after_s=seconds,
         )
@@ -134,21 +134,21 @@ class Conduct:
             self._quarantine.succeeded(version)
         for version in failed.keys() - answered:
             if self._quarantine.failed(version, failed[version], time.monotonic()):
-                log.error("Adapter version %s is quarantined: %s", version, failed[version])
+                logger.error("Adapter version %s is quarantined: %s", version, failed[version])
 
-    def lift(self, version: str) -> None:
+    def release(self, version: str) -> None:
         """Try a version again."""
-        if self._quarantine.lift(version):
-            log.warning("Adapter version %s is tried again", version)
+        if self._quarantine.release(version):
+            logger.warning("Adapter version %s is tried again", version)
 
     def quarantined(self) -> dict[str, tuple[float, str]]:
         """Versions that are not tried: until when, as ``time.time()`` counts, and why."""
         now, clock = time.time(), time.monotonic()
-        sentences = self._quarantine.sentences(clock)
-        return {version: (now + one.left_s, one.reason) for version, one in sentences.items()}
+        entries = self._quarantine.entries(clock)
+        return {version: (now + one.left_s, one.reason) for version, one in entries.items()}
 
 
-class Names:
+class NamedVersions:
     """Which adapter versions a name is on, as last told.
 
     A version is in use before the worker hears of its name, and may be asked for again just after
@@ -170,7 +170,7 @@ class Names:
 
     def is_due(self) -> bool:
         """Whether it is time to look again."""
-        return self.named is not None and time.monotonic() - self._looked >= LOOK_S
+        return self.named is not None and time.monotonic() - self._looked >= NAMES_CHECKED_EVERY_S
 
     def unnamed(self, versions: Collection[str]) -> set[str]:
         """Those of ``versions`` that have no name and were not asked for lately."""

@@ -25,14 +25,14 @@ from server.generation.lane import GenerateLane
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import (
-    EncodedImage,
-    EncodedInput,
     EncodeRequest,
     EncodeResult,
     Failure,
     GenerateRequest,
     GenerateResult,
+    ProcessedImage,
     SamplingOptions,
+    TokenizedInput,
 )
 from server.options import EngineOptions
 
@@ -47,7 +47,7 @@ RELATIVE_ERROR = {torch.float32: 1e-3}
 RELATIVE_ERROR_HALF = 0.1
 # Families whose answers differ only beyond a window, which no short text fills.
 _OTHER_WINDOW = frozenset({"moshi"})
-_TARGETS = 8  # words that masks are compared by
+_COMPARED_WORDS = 8  # words that masks are compared by
 
 
 def try_base(
@@ -64,7 +64,7 @@ def try_base(
         BaseModelError: A lane raises, or its answers differ.
     """
     if generate is not None and base.config.model_type in _OTHER_WINDOW:
-        raise _unusable(
+        raise _self_check_failed(
             base.adapted.signature.architecture,
             "its config names a sliding window that its own forward does not keep",
         )
@@ -95,7 +95,7 @@ def generate_lane(
         if is_lost(error) or isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         name = base.adapted.signature.architecture
-        raise _unusable(name, f"its cache: {type(error).__name__}: {error}") from error
+        raise _self_check_failed(name, f"its cache: {type(error).__name__}: {error}") from error
 
 
 class _Trial:
@@ -115,8 +115,10 @@ class _Trial:
 
     def masks(self, lane: EncodeLane, text: Text) -> None:
         assert text.mask_id is not None
-        items = [EncodedInput((text.mask_id, *one.token_ids[1:])) for one in self._items()[:2]]
-        targets = tuple(range(min(_TARGETS, self._base.adapted.signature.vocab_size or _TARGETS)))
+        items = [TokenizedInput((text.mask_id, *one.token_ids[1:])) for one in self._items()[:2]]
+        targets = tuple(
+            range(min(_COMPARED_WORDS, self._base.adapted.signature.vocab_size or _COMPARED_WORDS))
+        )
         words = self._encoded(lane, items, "fill-mask", "in a batch", targets=targets)
         errors = []
         for item, found in zip(items, words, strict=True):
@@ -151,7 +153,7 @@ class _Trial:
         if isinstance(self._inputs, Images):
             shape = self._inputs.shape
             return [
-                EncodedImage(torch.randn(shape).numpy().tobytes(), shape, self._inputs.tokens)
+                ProcessedImage(torch.randn(shape).numpy().tobytes(), shape, self._inputs.tokens)
                 for _ in LENGTHS_TOKENS
             ]
         text = self._inputs
@@ -160,7 +162,7 @@ class _Trial:
         ids = [one for one in range(min(vocabulary, 4096)) if one not in special] or [0]
         lengths = [max(1, min(one, text.max_tokens - NEW_TOKENS)) for one in LENGTHS_TOKENS]
         return [
-            EncodedInput(tuple(ids[i] for i in torch.randint(len(ids), (length,)).tolist()))
+            TokenizedInput(tuple(ids[i] for i in torch.randint(len(ids), (length,)).tolist()))
             for length in lengths
         ]
 
@@ -228,10 +230,10 @@ class _Trial:
             )
 
     def _unusable(self, found: str, fix: str | None = None, **more: str) -> BaseModelError:
-        return _unusable(self._name, found, fix, **more)
+        return _self_check_failed(self._name, found, fix, **more)
 
 
-def _unusable(
+def _self_check_failed(
     name: str, found: str, fix: str | None = None, *, expected: str = "an answer"
 ) -> BaseModelError:
     return BaseModelError(

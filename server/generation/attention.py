@@ -44,7 +44,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _DecodingGroup:
     """Decoding sequences that attend together."""
 
     rows: torch.Tensor  # [g] row of each in the batch
@@ -142,7 +142,7 @@ class _Plan:
         decoding.sort(key=lambda one: len(one.pages))
         page_bytes = cache.block_bytes // len(cache.layer_kinds) // 2
         room = max(1, GROUP_BYTES.get(device.type, GROUP_BYTES["cuda"]) // page_bytes)
-        self.groups: list[_Group] = []
+        self.groups: list[_DecodingGroup] = []
         while decoding:
             widest = next(
                 (
@@ -277,7 +277,7 @@ def paged_attention(
     return out[None], None
 
 
-def _group(members: Sequence[_Decoding], page: int, like: torch.Tensor) -> _Group:
+def _group(members: Sequence[_Decoding], page: int, like: torch.Tensor) -> _DecodingGroup:
     width = len(members[-1].pages)
     table = [p for one in members for p in [*one.pages, *[READ_PAGE] * (width - len(one.pages))]]
     mask = None
@@ -288,7 +288,7 @@ def _group(members: Sequence[_Decoding], page: int, like: torch.Tensor) -> _Grou
         mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, float("-inf"))
         mask = mask[:, None, None].to(like.device)
     rows = torch.tensor([one.span.start for one in members], device=like.device)
-    return _Group(rows, torch.tensor(table, device=like.device), mask)
+    return _DecodingGroup(rows, torch.tensor(table, device=like.device), mask)
 
 
 def _causal_mask(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _WARM_UPS = 2  # compile, and let libraries allocate what they keep, before anything is captured
 
@@ -56,7 +56,7 @@ class CapturedSteps:
             with torch.cuda.graph(graph, pool=self._pool):
                 run()
         except torch.OutOfMemoryError as error:
-            log.warning(
+            logger.warning(
                 "No memory to capture steps of %d rows (%s): %d are captured, the others run "
                 "uncaptured. Lower kv_bytes or device_bytes for more.",
                 key.rows,

@@ -31,7 +31,7 @@ from server.messages import GeneratedToken, GenerateRequest, Likeliest
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
 
@@ -71,7 +71,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ScheduledRows:
     """What one sequence puts into a batch: its next ``rows`` tokens."""
 
     sequence: Sequence
@@ -110,7 +110,7 @@ class Logits:
     prompt: torch.Tensor
 
 
-def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
+def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[ScheduledRows]:
     """Choose the rows of the next forward.
 
     Every decoding sequence takes one. The rest of the budget goes to prompts (and to sequences that
@@ -120,7 +120,7 @@ def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
         Parts in the order of their rows; those of one slot are neighbours.
     """
     sequences = list(running)
-    parts = [Part(sequence, 1) for sequence in sequences if not sequence.reading]
+    parts = [ScheduledRows(sequence, 1) for sequence in sequences if not sequence.reading]
     budget = max(budget_tokens - len(parts), MIN_PREFILL_TOKENS)
     prompts: dict[str | None, list[Sequence]] = {}
     for sequence in sequences:
@@ -133,7 +133,7 @@ def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
         for sequence in group:
             rows = min(sequence.pending, share)
             if rows > 0:
-                parts.append(Part(sequence, rows))
+                parts.append(ScheduledRows(sequence, rows))
                 share -= rows
                 budget -= rows
     # Fewer segments make fewer and larger products.
@@ -141,7 +141,7 @@ def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[Part]:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class StepOutcome:
     """What became of the parts of a step.
 
     Args:
@@ -155,9 +155,9 @@ class Ran:
     not_finite: list[Sequence]
 
 
-def _split(parts: Items[Part]) -> list[list[Part]]:
+def _split(parts: Items[ScheduledRows]) -> list[list[ScheduledRows]]:
     """Parts by adapter where there are several, else in two halves; in order."""
-    by_version: dict[str | None, list[Part]] = {}
+    by_version: dict[str | None, list[ScheduledRows]] = {}
     for part in parts:
         by_version.setdefault(part.sequence.request.version, []).append(part)
     if len(by_version) > 1:
@@ -166,7 +166,7 @@ def _split(parts: Items[Part]) -> list[list[Part]]:
     return [list(parts[:half]), list(parts[half:])]
 
 
-def note_scores(parts: Items[Part], logits: torch.Tensor) -> list[Sequence]:
+def note_scores(parts: Items[ScheduledRows], logits: torch.Tensor) -> list[Sequence]:
     """Append to ``scores`` and ``likeliest`` of every sequence what the parts tell of its prompt.
 
     Args:
@@ -212,7 +212,7 @@ class PagedForward:
         self.last_rows = 0
         self.last_adapters = 0  # the base not counted
 
-    def __call__(self, parts: Items[Part]) -> Logits:
+    def __call__(self, parts: Items[ScheduledRows]) -> Logits:
         """Run the parts and write their keys and values to the cache.
 
         Returns:
@@ -279,7 +279,9 @@ class PagedForward:
         """
         if self._rope.kinds:
             self.steps_by["rope"] = 0
-            log.warning("Steps stay dynamic: the rotary factors of this base depend on the length")
+            logger.warning(
+                "Steps stay dynamic: the rotary factors of this base depend on the length"
+            )
             return
         layers = self._adapted.make_static(slots)
         self.static = StaticStep(self._model, layers, self._kv, most, decode_in_torch)
@@ -296,7 +298,7 @@ class PagedForward:
         """Whether the sequence will be read anew if all tokens asked for are generated."""
         return self._rope.changes(len(request.token_ids), request.tokens)
 
-    def apart(self, parts: Items[Part]) -> Ran:
+    def apart(self, parts: Items[ScheduledRows]) -> StepOutcome:
         """Run the parts, choose a token for each that predicts and note the scores of prompts; what
         raises is run apart, by adapter and then by halves, until only the sequences that are at
         fault have failed.
@@ -309,7 +311,7 @@ class PagedForward:
         predicting = [part.sequence for part in parts if part.predicts]
         chosen = self._static(parts)
         if chosen is not None:
-            return Ran(list(zip(predicting, chosen, strict=True)), [], [])
+            return StepOutcome(list(zip(predicting, chosen, strict=True)), [], [])
         try:
             logits = self(parts)
             choices = choose(logits.last, [sequence.chooser for sequence in predicting])
@@ -319,19 +321,19 @@ class PagedForward:
                 raise
             if len(parts) == 1:
                 sequence = parts[0].sequence
-                log.exception("A step of version %s failed", sequence.request.version)
-                return Ran([], [(sequence, error.with_traceback(None))], [])
-            log.warning("A generate step of %d sequences failed; they are run apart", len(parts))
+                logger.exception("A step of version %s failed", sequence.request.version)
+                return StepOutcome([], [(sequence, error.with_traceback(None))], [])
+            logger.warning("A generate step of %d sequences failed; they are run apart", len(parts))
         else:
-            return Ran(list(zip(predicting, choices, strict=True)), [], not_finite)
+            return StepOutcome(list(zip(predicting, choices, strict=True)), [], not_finite)
         groups = [self.apart(group) for group in _split(parts)]
-        return Ran(
+        return StepOutcome(
             [one for group in groups for one in group.chosen],
             [one for group in groups for one in group.broken],
             [one for group in groups for one in group.not_finite],
         )
 
-    def _static(self, parts: Items[Part]) -> list[Choice] | None:
+    def _static(self, parts: Items[ScheduledRows]) -> list[Choice] | None:
         """A token for each part by the static step; None: it cannot, or has failed.
 
         What fails runs once more as a step with prompts does, which finds out who is at fault.
@@ -349,7 +351,9 @@ class PagedForward:
             except Exception as error:
                 if is_lost(error):
                     raise
-                log.exception("A static step of %d sequences failed; it runs otherwise", len(parts))
+                logger.exception(
+                    "A static step of %d sequences failed; it runs otherwise", len(parts)
+                )
                 reason = "failed"
             else:
                 self._note(parts)
@@ -358,7 +362,7 @@ class PagedForward:
         self.steps_by[reason] += 1
         return None
 
-    def _note(self, parts: Items[Part]) -> None:
+    def _note(self, parts: Items[ScheduledRows]) -> None:
         slots = {part.sequence.slot for part in parts}
         self.steps += 1
         self.last_rows = sum(part.rows for part in parts)

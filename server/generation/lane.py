@@ -23,7 +23,13 @@ from adapters.errors import SlotNotResident
 from server.failures import NotFinite
 from server.generation import failures
 from server.generation.fair_queue import FairQueue
-from server.generation.forward import MIN_PREFILL_TOKENS, PagedForward, Part, Sequence, next_parts
+from server.generation.forward import (
+    MIN_PREFILL_TOKENS,
+    PagedForward,
+    ScheduledRows,
+    Sequence,
+    next_parts,
+)
 from server.generation.kv_cache import KVCache
 from server.generation.sampling import Choice, TokenChooser
 from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
     from adapters.residency.slots import Residency
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # An adapter that runs something already leaves this share of the sequences and of the KV blocks to
 # adapters that run nothing: a flood on one never makes another wait for a whole answer to end.
@@ -328,7 +334,7 @@ class GenerateLane:
 
     # The forward and what follows
 
-    def _run(self, parts: list[Part], events: list[Event]) -> None:
+    def _run(self, parts: list[ScheduledRows], events: list[Event]) -> None:
         ran = self._forward.apart(parts)
         faults = [(one, failures.broken(one.request, error)) for one, error in ran.broken]
         faults += [(one, failures.not_finite(one.request)) for one in ran.not_finite]
@@ -352,7 +358,7 @@ class GenerateLane:
             try:
                 events += self._advance(sequence, choice)
             except Exception as error:
-                log.exception("Request %s failed", sequence.request.id)
+                logger.exception("Request %s failed", sequence.request.id)
                 faults.append((sequence, failures.broken(sequence.request, error)))
         events += self._settled(faults)
 
@@ -451,7 +457,7 @@ class GenerateLane:
             admitted=time.monotonic(),
         )
         try:
-            ran = self._forward.apart([Part(bare, len(ids))])
+            ran = self._forward.apart([ScheduledRows(bare, len(ids))])
         finally:
             self._kv.release(request.id, forget=True)
         if ran.broken:

@@ -24,7 +24,7 @@ from server.generation.sampling import Choice
 from server.generation.step_buffers import RowNumbers, StepBuffers
 
 if TYPE_CHECKING:
-    from server.generation.forward import Part
+    from server.generation.forward import ScheduledRows
     from server.generation.forward import Sequence as Running
 
 ROW_BUCKETS: Final = (1, 2, 4, 8)
@@ -128,7 +128,7 @@ class StaticStep:
         """Bytes of buffers, tables and graphs on the device."""
         return self.buffers.nbytes + self._layers.nbytes + self.captured.nbytes
 
-    def obstacle(self, parts: Sequence[Part]) -> str | None:
+    def obstacle(self, parts: Sequence[ScheduledRows]) -> str | None:
         """Why these parts cannot run as a static step, in one word for a metric; None: they can."""
         if len(parts) > self.buffers.rows:
             return "rows"
@@ -162,7 +162,7 @@ class StaticStep:
                 return
             yield done, len(keys)
 
-    def __call__(self, parts: Sequence[Part]) -> list[Choice]:
+    def __call__(self, parts: Sequence[ScheduledRows]) -> list[Choice]:
         """Run the step, one token for each part; keys and values are written to the cache.
 
         Raises:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from server.messages import Alternative, Likeliest
 
 UNDECODED = "\ufffd"
-CONTEXT_TOKENS = 6  # of the prompt, so that the first new token knows what it follows
+PROMPT_TAIL_TOKENS = 6  # of the prompt, so that the first new token knows what it follows
 MAX_CONTEXT_TOKENS = 16  # when those start inside a character
 CHARACTER_TOKENS = 3  # most tokens that an incomplete character can have
 PENDING_TOKENS = 8  # more tokens without a complete character than this are not text
@@ -114,7 +114,7 @@ class Detokenizer:
     def _context(self, prompt: Sequence[int]) -> list[int]:
         """The end of the prompt, as far as it can change what follows."""
         start, visible = len(prompt), 0
-        most = CONTEXT_TOKENS
+        most = PROMPT_TAIL_TOKENS
         found: list[int] = []
         while start > 0:
             start -= 1

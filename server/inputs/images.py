@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 
 from adapters.tasks import Task
 from server.inputs.text import InvalidInput
-from server.messages import EncodedImage
+from server.messages import ProcessedImage
 
 ImageInput = str | bytes | tuple[str, str]  # base64 or a data URL, a file; a pair is refused
 
@@ -116,7 +116,7 @@ class Images:
         from transformers import AutoImageProcessor
 
         if not (folder / PROCESSOR_FILE).is_file():
-            raise _unusable(f"no {PROCESSOR_FILE} in {folder}")
+            raise _unusable_processor(f"no {PROCESSOR_FILE} in {folder}")
         channels = int(config.num_channels)
         mode = "L" if channels == 1 else "RGB"
         try:
@@ -129,12 +129,12 @@ class Images:
             }
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             line = str(error).strip().splitlines() or [""]
-            raise _unusable(f"{type(error).__name__}: {line[0][:200]}") from error
+            raise _unusable_processor(f"{type(error).__name__}: {line[0][:200]}") from error
         size = _pair(config.image_size)
         _, found_channels, height, width = next(iter(made))
         fits = (height, width) == size or config.model_type in _ANY_SIZE
         if len(made) > 1 or found_channels != channels or not fits:
-            raise _unusable(
+            raise _unusable_processor(
                 "pixels of " + " and ".join(sorted(map(str, made))),
                 expected=f"(1, {channels}, {size[0]}, {size[1]}) for every image, as config.json",
             )
@@ -150,7 +150,7 @@ class Images:
 
     def encode(
         self, images: Sequence[ImageInput], task: Task, *, truncation: bool = False
-    ) -> tuple[EncodedImage, ...]:
+    ) -> tuple[ProcessedImage, ...]:
         """Decode and prepare the images of one request.
 
         Args:
@@ -172,15 +172,15 @@ class Images:
                 expected=f"at most {self.max_request_pixels} pixels",
                 fix="Scale them down, or send several requests.",
             )
-        found: list[EncodedImage] = []
+        found: list[ProcessedImage] = []
         while opened:  # each decoded image is let go before the next
             found.append(self._encode(opened.pop(0), len(found)))
         return tuple(found)
 
-    def _encode(self, opened: Any, index: int) -> EncodedImage:
+    def _encode(self, opened: Any, index: int) -> ProcessedImage:
         upright = self._decoded(opened, index)
         found = self.processor(upright, return_tensors="np")["pixel_values"][0]
-        return EncodedImage(found.astype("<f4").tobytes(), self.shape, self.tokens)
+        return ProcessedImage(found.astype("<f4").tobytes(), self.shape, self.tokens)
 
     def _open(self, image: ImageInput, index: int) -> Any:
         """An image of which no more than the header is read."""
@@ -264,7 +264,7 @@ def _not_an_image(index: int, found: str) -> InvalidInput:
     )
 
 
-def _unusable(found: str, expected: str | None = None) -> ImageProcessorError:
+def _unusable_processor(found: str, expected: str | None = None) -> ImageProcessorError:
     return ImageProcessorError(
         "The base's image processor cannot be used.",
         found=found,

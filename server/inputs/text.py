@@ -18,7 +18,7 @@ from adapters.tasks import Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
 from server.inputs.tokenizer import TokenizerError, load_tokenizer
-from server.messages import EncodedInput, Likeliest
+from server.messages import Likeliest, TokenizedInput
 from server.options import TokenizerSource
 
 __all__ = [
@@ -173,7 +173,7 @@ class Text:
 
     def encode(
         self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
-    ) -> tuple[EncodedInput, ...]:
+    ) -> tuple[TokenizedInput, ...]:
         """Encode the inputs of one request of the encode lane, special tokens included.
 
         Args:
@@ -201,7 +201,7 @@ class Text:
                     fix="Put the mask token where a word is wanted, and keep it within the limit.",
                 )
             encoded.append(
-                EncodedInput(
+                TokenizedInput(
                     token_ids=tuple(ids),
                     text=(first if second is None else second) if spans else None,
                     offsets=tuple(offsets) if spans else None,
@@ -367,7 +367,7 @@ class Text:
             text is not None and self._surely_exceeds(text, self.max_tokens)
             for text in (first, second)
         ):
-            raise _too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
+            raise _input_too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
         # A limit that leaves no room for a token of the second text falls on the longer one.
         strategy: str | bool = "only_second" if second is not None else True
         with self._lock:
@@ -383,7 +383,7 @@ class Text:
             except Exception as error:  # the Rust side raises bare exceptions
                 if not truncation or second is None:
                     raise
-                raise _too_long(
+                raise _input_too_long(
                     index, "a first text that fills the context", self.max_tokens
                 ) from (error)
             sequence_ids = encoding.sequence_ids(0)
@@ -392,7 +392,7 @@ class Text:
             if text and text.strip() and number not in sequence_ids and len(ids) < self.max_tokens:
                 raise _lost(index)
         if len(ids) > self.max_tokens:
-            raise _too_long(index, f"{len(ids)} tokens", self.max_tokens)
+            raise _input_too_long(index, f"{len(ids)} tokens", self.max_tokens)
         wanted = 0 if second is None else 1
         offsets = [
             (int(start), int(stop)) if sequence == wanted else (0, 0)
@@ -475,7 +475,7 @@ def _lost(index: int) -> InvalidInput:
     )
 
 
-def _too_long(index: int, found: str, max_tokens: int) -> InputTooLong:
+def _input_too_long(index: int, found: str, max_tokens: int) -> InputTooLong:
     return InputTooLong(
         f"Input {index} is too long.",
         found=found,

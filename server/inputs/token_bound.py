@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 # Characters of a text that may become one in each normal form that composes them (U+1F82, for one).
 COMPOSED_CHARACTERS: Final = 4
-SLICE_CHARACTERS: Final = 1 << 16
+BOUND_SLICE_CHARACTERS: Final = 1 << 16
 _SPACES: Final = " \u0120\u2581"  # as texts, byte-level vocabularies and sentencepiece write it
 _WORD: Final = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
 _KEEPS_CHARACTERS: Final = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"}
@@ -98,7 +98,7 @@ class TokenBound:
         if self.words is None or len(text) <= 2 * tokens * self.words:
             return False
         found = 0
-        for start in range(0, len(text), SLICE_CHARACTERS):
+        for start in range(0, len(text), BOUND_SLICE_CHARACTERS):
             found += _count(text, start)
             if found > tokens * self.words:
                 return True
@@ -123,7 +123,7 @@ class TokenBound:
             return text
         left, end = tokens + 2, len(text)
         while end > 0:
-            begin = max(0, end - SLICE_CHARACTERS)
+            begin = max(0, end - BOUND_SLICE_CHARACTERS)
             places = [one.start() for one in _WORD.finditer(text, begin, end)]
             if len(places) >= left:
                 return text[places[-left] :]
@@ -132,7 +132,7 @@ class TokenBound:
 
 
 def _count(text: str, start: int) -> int:
-    return sum(1 for _ in _WORD.finditer(text, start, start + SLICE_CHARACTERS))
+    return sum(1 for _ in _WORD.finditer(text, start, start + BOUND_SLICE_CHARACTERS))
 
 
 def _flat(part: Mapping[str, Any] | None, several: str) -> Iterable[Mapping[str, Any]]:

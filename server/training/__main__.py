@@ -16,7 +16,7 @@ from server.training.adapted import build, load_tokenizer, task_config
 from server.training.card import write_card
 from server.training.rows import RowsError, read_labelled, read_text, split_off
 from server.training.save import save
-from server.training.settings import METHODS, TASK_TYPES, Recipe, Report
+from server.training.settings import METHODS, TRAINED_TASK_TYPES, Recipe, Report
 from server.training.train import Classified, Examples, Windows, fit
 
 _DEFAULTS = Recipe(base="", base_name="", method="hira", task_type="SEQ_CLS")
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval-rows", type=int, default=256, help="how many to set aside")
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--method", choices=METHODS, default=own.method)
-    parser.add_argument("--task-type", choices=TASK_TYPES, default=own.task_type)
+    parser.add_argument("--task-type", choices=TRAINED_TASK_TYPES, default=own.task_type)
     parser.add_argument("--labels", default="", help="names of labels 0, 1, ..., by commas")
     parser.add_argument("--targets", default="", help="adapted layers, by commas: query and value")
     parser.add_argument("--rank", type=int, default=own.rank)

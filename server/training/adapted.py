@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from server.training.settings import OTHER_TARGETS, USUAL_TARGETS, Recipe
 
 # Never quantized: they are trained whole, or not at all.
-_HEADS: Final = ("classifier", "pre_classifier", "score", "lm_head", "embed_out")
+_HEAD_MODULES: Final = ("classifier", "pre_classifier", "score", "lm_head", "embed_out")
 
 
 def task_config(recipe: Recipe, labels: Sequence[str]) -> Any:
@@ -68,7 +68,7 @@ def build(recipe: Recipe, config: Any) -> PeftModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=list(_HEADS),
+            llm_int8_skip_modules=list(_HEAD_MODULES),
         )
         arguments["device_map"] = {"": "cpu" if not torch.cuda.is_available() else "cuda"}
     transformers_logging.disable_progress_bar()

@@ -106,14 +106,14 @@ def split_off(rows: LabelledTexts, count: int, seed: int) -> tuple[LabelledTexts
     aside = sorted(order[: max(1, min(count, len(rows) // 2))])
     held = {" ".join(rows.texts[row].split()) for row in aside}
     joined = "\n".join(f" {text} " for text in sorted(held))
-    long = [f" {text} " for text in sorted(held) if _words(text) >= _STRETCH_WORDS]
+    long = [f" {text} " for text in sorted(held) if _count_words(text) >= _STRETCH_WORDS]
 
     def overlaps(text: str) -> bool:
         text = " ".join(text.split())
         if text in held:
             return True
         padded = f" {text} "
-        return (_words(text) >= _STRETCH_WORDS and padded in joined) or any(
+        return (_count_words(text) >= _STRETCH_WORDS and padded in joined) or any(
             one in padded for one in long
         )
 
@@ -123,7 +123,7 @@ def split_off(rows: LabelledTexts, count: int, seed: int) -> tuple[LabelledTexts
     return rows.part(kept), rows.part(aside)
 
 
-def _words(text: str) -> int:
+def _count_words(text: str) -> int:
     return text.count(" ") + 1
 
 

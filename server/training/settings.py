@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-Method = Literal["hira", "lora", "qlora", "sparse-lora"]
+TrainingMethod = Literal["hira", "lora", "qlora", "sparse-lora"]
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
-METHODS: Final[tuple[Method, ...]] = ("hira", "lora", "qlora", "sparse-lora")
-TASK_TYPES: Final[tuple[TaskType, ...]] = ("SEQ_CLS", "CAUSAL_LM")
+METHODS: Final[tuple[TrainingMethod, ...]] = ("hira", "lora", "qlora", "sparse-lora")
+TRAINED_TASK_TYPES: Final[tuple[TaskType, ...]] = ("SEQ_CLS", "CAUSAL_LM")
 
 # Query and value of the attention, by the name that each family has for them.
 USUAL_TARGETS: Final[dict[str, tuple[str, ...]]] = {
@@ -55,7 +55,7 @@ class Recipe:
 
     base: str
     base_name: str
-    method: Method
+    method: TrainingMethod
     task_type: TaskType
     rank: int = 8
     alpha: float | None = None

@@ -211,7 +211,7 @@ def fit(
     every = max(1, batches_an_epoch // recipe.evaluations)
     prune_at = int(steps * recipe.dense_share) if recipe.is_pruned else None
     random = np.random.default_rng(recipe.seed)
-    before = _resident_bytes()
+    before = _process_resident_bytes()
     best, history, idle, pruning = _Best(), [], 0, None
     trained_s, rows, step = 0.0, 0, 0
     columns = (
@@ -305,7 +305,7 @@ def _trained(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {name: one for name, one in model.named_parameters() if one.requires_grad}
 
 
-def _resident_bytes() -> int:
+def _process_resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)

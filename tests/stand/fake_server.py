@@ -20,7 +20,7 @@ from adapters.tasks import Task
 from server import metrics
 from server.edge.admit.shared_load import SharedLoad
 from server.inputs.text import InputTooLong, InvalidInput, Text, TextInput
-from server.messages import EncodedInput
+from server.messages import TokenizedInput
 from server.settings import load_settings
 from tests.stand import shifted_clock
 
@@ -69,13 +69,13 @@ class Characters(Text):
 
     def encode(
         self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
-    ) -> tuple[EncodedInput, ...]:
+    ) -> tuple[TokenizedInput, ...]:
         if any(not one for one in texts):
             raise InvalidInput("An input is empty.")
         found = [tuple(map(ord, "".join(one))) for one in texts]
         if not truncation and any(len(ids) > self.max_tokens for ids in found):
             raise InputTooLong("An input is too long.")
-        return tuple(EncodedInput(ids[: self.max_tokens]) for ids in found)
+        return tuple(TokenizedInput(ids[: self.max_tokens]) for ids in found)
 
     def encode_prompt(
         self,

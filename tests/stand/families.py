@@ -30,7 +30,7 @@ from adapters.tasks import Task
 from server.base.load import BaseModelError
 from server.engine.engine import Engine, EngineFailure
 from server.inputs.text import Text
-from server.messages import EncodedInput, EncodeRequest, GenerateRequest, SamplingOptions
+from server.messages import EncodeRequest, GenerateRequest, SamplingOptions, TokenizedInput
 from tests.stand import tiny_bases
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -228,7 +228,7 @@ def relative(found: Any, wanted: Any) -> float:
 def compare(engine: Engine, model: Any) -> tuple[list[str], float]:
     """The lanes that answer, and the largest error of a mixed batch against the plain forward."""
     texts = sequences(tiny_bases.VOCABULARY)
-    items = tuple(EncodedInput(ids) for ids in texts)
+    items = tuple(TokenizedInput(ids) for ids in texts)
     task: Task = "feature-extraction"
     options = {"pooling": "mean", "normalize": False}
     vectors: Any = engine.run(EncodeRequest("v", task, None, None, items, None, options))
@@ -240,7 +240,7 @@ def compare(engine: Engine, model: Any) -> tuple[list[str], float]:
     if engine.base.fills_masks:
         masked = [(*ids[:-1], 4) for ids in texts]
         every = {"targets": tuple(range(tiny_bases.VOCABULARY))}
-        items = tuple(EncodedInput(ids) for ids in masked)
+        items = tuple(TokenizedInput(ids) for ids in masked)
         words: Any = engine.run(EncodeRequest("m", "fill-mask", None, None, items, None, every))
         lanes.append("fill-mask")
         for ids, found in zip(masked, words.outputs, strict=True):

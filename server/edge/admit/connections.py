@@ -3,7 +3,8 @@
 uvicorn bounds none of these with its fast parser: a head may be endless or never end, as may the
 trailers of a chunked body, which it adds to the headers of the running request; a client that
 stops reading holds its answer for ever, and connections are as many as come. A head that has
-arrived whole is refused by the `Gate`, which knows how to answer; the others are answered here.
+arrived whole is refused by `RequestMiddleware`, which knows how to answer; the others are answered
+here.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from server.errors import Refusal
 ADMIN_KEY_FILE = "admin.key"
 
 
-def admin_key(given: SecretStr | None, data_dir: Path) -> tuple[str, Path | None]:
+def resolve_admin_key(given: SecretStr | None, data_dir: Path) -> tuple[str, Path | None]:
     """The admin key and, when none was given, the file that holds the generated one."""
     if given is not None:
         return given.get_secret_value(), None
@@ -47,7 +47,7 @@ class Keyring:
 
     def admit_admin(self, authorization: str | None) -> None:
         """Raises Refusal key_missing or key_wrong."""
-        given = _bearer(authorization, "The admin calls need the admin key.")
+        given = _bearer_token(authorization, "The admin calls need the admin key.")
         if not hmac.compare_digest(given, self._admin):
             raise Refusal.because("key_wrong", "This key is not the admin key.")
 
@@ -55,14 +55,14 @@ class Keyring:
         """Raises Refusal key_missing or key_wrong, unless inference is open to all."""
         if not self._inference:
             return
-        given = _bearer(authorization, "This server answers holders of a key only.")
+        given = _bearer_token(authorization, "This server answers holders of a key only.")
         # The admin may infer as well. Every key is compared: no early end.
         keys = [*self._inference.values(), self._admin]
         if sum([hmac.compare_digest(given, key) for key in keys]) == 0:
             raise Refusal.because("key_wrong", "This key is not accepted.")
 
 
-def _bearer(authorization: str | None, why: str) -> bytes:
+def _bearer_token(authorization: str | None, why: str) -> bytes:
     scheme, _, key = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise Refusal.because("key_missing", why, expected="Authorization: Bearer KEY")

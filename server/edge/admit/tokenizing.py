@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class EncodersFull(Exception):
+class TokenizersBusy(Exception):
     """As many wait for the encoders as may."""
 
     def __init__(self, waiting: int) -> None:
@@ -23,7 +23,7 @@ class EncodersFull(Exception):
         self.waiting = waiting
 
 
-class Encoders:
+class TokenizerThreads:
     """See the module. Made on the event loop that uses it."""
 
     def __init__(self, name: str = "tokenize") -> None:
@@ -45,11 +45,11 @@ class Encoders:
             most: How many may wait.
 
         Raises:
-            EncodersFull: Come back later.
+            TokenizersBusy: Come back later.
             TimeoutError: The deadline passed; work that had not begun is never begun.
         """
         if self.waiting >= most:
-            raise EncodersFull(self.waiting)
+            raise TokenizersBusy(self.waiting)
         if deadline <= time.monotonic():
             raise TimeoutError
         self.waiting += 1

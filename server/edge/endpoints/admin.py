@@ -28,7 +28,7 @@ from server.edge.endpoints.uploads import Upload, received
 from server.edge.link.wire import read_state
 from server.edge.service import Pool, Service
 from server.errors import Fault, Refusal
-from server.messages import Lift, Preload
+from server.messages import Preload, ReleaseQuarantine
 from server.metrics import BASE_LABEL, adapter_usage
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ Name = PathParameter(max_length=128, description="The adapter's name.")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Registration:
     """What a registration asks for, from JSON or from a form."""
 
     name: str
@@ -52,7 +52,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class AdapterStatus:
     """What others than the registry know of adapters at this moment."""
 
     residency: Mapping[str, str]  # tier by version
@@ -70,15 +70,15 @@ class Admin:
         """Register an adapter: from a source (JSON), or from files or one archive (multipart)."""
         if request.headers.get("content-type", "").startswith("multipart/"):
             async with received(request, self.service) as upload:
-                wish = _wish(upload)
+                registration = _registration(upload)
                 folder = await self._in_thread(
                     lambda: unpacked(upload, self.service.settings), "registrations"
                 )
-                return await self._register(wish, folder, "upload")
+                return await self._register(registration, folder, "upload")
         body = await read_json(request, RegisterRequest, any_type=True)
-        wish = Wish(body.name, body.replace, body.pinned, body.preload)
+        registration = Registration(body.name, body.replace, body.pinned, body.preload)
         async with fetched(body.source, self.service) as folder:
-            return await self._register(wish, folder, body.source)
+            return await self._register(registration, folder, body.source)
 
     async def list(
         self,
@@ -116,7 +116,7 @@ class Admin:
             record = await self._change(
                 lambda: self.service.registry.update(name, pinned=pinned), "records"
             )
-        self.service.dispatcher.tell(Lift(record.version))
+        self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if asks_device:
             self.service.dispatcher.tell(Preload(record.version))
         return Json(self._answer(record, await self._known()))
@@ -126,29 +126,29 @@ class Admin:
         await self._change(lambda: self.service.registry.remove(name), "records")
         return Response(status_code=204)
 
-    async def _register(self, wish: Wish, folder: Path, source: str) -> Response:
-        if wish.name in {BASE_LABEL, self.service.base.name}:
+    async def _register(self, registration: Registration, folder: Path, source: str) -> Response:
+        if registration.name in {BASE_LABEL, self.service.base.name}:
             raise Refusal.because(
                 "invalid_name",
                 "This name belongs to the base model.",
-                found=wish.name,
+                found=registration.name,
                 expected="another name",
                 field="name",
             )
         record, created = await self._change(
             lambda: self.service.registry.register(
-                wish.name,
+                registration.name,
                 folder,
                 self.service.base.signature,
                 source=source,
-                replace=wish.replace,
-                pinned=wish.pinned,
+                replace=registration.replace,
+                pinned=registration.pinned,
                 check=self.service.base.check_head,
             ),
             "registrations",
         )
-        self.service.dispatcher.tell(Lift(record.version))
-        if wish.preload or wish.pinned:
+        self.service.dispatcher.tell(ReleaseQuarantine(record.version))
+        if registration.preload or registration.pinned:
             self.service.dispatcher.tell(Preload(record.version))
         return Json(
             self._answer(record, await self._known()),
@@ -166,14 +166,16 @@ class Admin:
         with _refused():
             return await self.service.change_registry(work, pool)
 
-    def _answer(self, record: AdapterRecord, known: Known) -> dict[str, Any]:
+    def _answer(self, record: AdapterRecord, known: AdapterStatus) -> dict[str, Any]:
         return _answer(record, known, served=record.fits(self.service.names.base_digest))
 
-    async def _known(self) -> Known:
+    async def _known(self) -> AdapterStatus:
         state = read_state(self.service.settings.run_dir)
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        return Known(residency, quarantined, await self.service.in_thread(adapter_usage, "metrics"))
+        return AdapterStatus(
+            residency, quarantined, await self.service.in_thread(adapter_usage, "metrics")
+        )
 
 
 @contextmanager
@@ -190,7 +192,7 @@ def _refused() -> Iterator[None]:
         raise Refusal.of(full) from None
 
 
-def _answer(record: AdapterRecord, known: Known, *, served: bool) -> dict[str, Any]:
+def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dict[str, Any]:
     requests, last_used = known.usage.get(record.name, (0, None))
     until, why = known.quarantined.get(record.version, (None, None))
     return AdapterAnswer(
@@ -222,7 +224,7 @@ def _when(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
-def _wish(upload: Upload) -> Wish:
+def _registration(upload: Upload) -> Registration:
     """The fields of a form.
 
     Raises:
@@ -230,7 +232,7 @@ def _wish(upload: Upload) -> Wish:
     """
     fields = dict(upload.fields)
     name = fields.pop("name", None)
-    flags = {one: _flag(one, fields.pop(one, "")) for one in ("replace", "pinned", "preload")}
+    flags = {one: _parse_flag(one, fields.pop(one, "")) for one in ("replace", "pinned", "preload")}
     faults = [
         Fault("invalid_request", "There is no such field.", field=unknown) for unknown in fields
     ]
@@ -248,10 +250,10 @@ def _wish(upload: Upload) -> Wish:
     if faults:
         raise Refusal(faults)
     assert name is not None
-    return Wish(name, **flags)
+    return Registration(name, **flags)
 
 
-def _flag(name: str, text: str) -> bool:
+def _parse_flag(name: str, text: str) -> bool:
     if text.lower() not in TRUE | FALSE:
         raise Refusal.because(
             "invalid_request", "Not a yes or no.", found=text[:40], expected="true or false",

@@ -15,14 +15,14 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.tasks import Task
 from server.edge.endpoints.json_text import AT_ONCE_VALUES, weight, written
-from server.edge.endpoints.middleware import Exchange, Json
+from server.edge.endpoints.middleware import Json, RequestContext
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.ticket import Ticket
 from server.edge.service import (
     AT_ONCE_CHARACTERS,
     INPUT_CHARACTERS,
     LONG_CHARACTERS,
-    Encoder,
+    InputsT,
     Service,
     Target,
 )
@@ -30,13 +30,13 @@ from server.errors import Refusal
 from server.inputs.images import Images
 from server.messages import (
     TERMINAL,
-    Encoded,
     EncodeRequest,
     EncodeResult,
     Event,
     Failure,
     GenerateRequest,
     GenerateResult,
+    ModelInput,
     Request,
     SamplingOptions,
 )
@@ -46,10 +46,10 @@ SSE: Final = "text/event-stream"
 T = TypeVar("T")
 
 
-def exchange_of(request: HttpRequest) -> Exchange:
-    exchange = request.scope["hira"]
-    assert isinstance(exchange, Exchange)
-    return exchange
+def context_of(request: HttpRequest) -> RequestContext:
+    context = request.scope["hira"]
+    assert isinstance(context, RequestContext)
+    return context
 
 
 def answer_headers(target: Target, queue_ms: float, compute_ms: float) -> dict[str, str]:
@@ -79,15 +79,15 @@ def check_inputs(count: int, service: Service, field: str = "inputs") -> None:
 
 def deadline_of(request: HttpRequest, service: Service) -> float:
     """When a call must be done, counted from its arrival, as ``time.monotonic()`` counts."""
-    return service.deadline(exchange_of(request).began, request.headers.get("x-timeout-seconds"))
+    return service.deadline(context_of(request).began, request.headers.get("x-timeout-seconds"))
 
 
 async def tokenize(  # noqa: PLR0917  # what Service.tokenize takes, after the call
     request: HttpRequest,
     service: Service,
-    encoder: Encoder,
+    encoder: InputsT,
     characters: int,
-    work: Callable[[Encoder], T],
+    work: Callable[[InputsT], T],
     field: str = "inputs",
 ) -> T:
     """`Service.tokenize` for a call: within its deadline, and while its client is there.
@@ -118,7 +118,7 @@ async def encoded(
     *,
     truncation: bool,
     field: str = "inputs",
-) -> tuple[Encoded, ...]:
+) -> tuple[ModelInput, ...]:
     """Token ids of texts, or pixels of images, whichever the base takes.
 
     Raises:
@@ -126,7 +126,7 @@ async def encoded(
     """
     encoder: Any = service.base.inputs
     if isinstance(encoder, Images):
-        count, adapter = len(inputs), exchange_of(request).adapter
+        count, adapter = len(inputs), context_of(request).adapter
         # What they come to is known: no work on images that would be refused after it.
         service.dispatcher.admission.check(
             adapter, count * encoder.tokens, count * encoder.pixel_bytes
@@ -135,7 +135,7 @@ async def encoded(
     else:
         length = sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in inputs)
         length += INPUT_CHARACTERS * len(inputs)
-    found: tuple[Encoded, ...] = await tokenize(
+    found: tuple[ModelInput, ...] = await tokenize(
         request,
         service,
         encoder,
@@ -174,7 +174,7 @@ async def encode(
     request: HttpRequest,
     service: Service,
     target: Target,
-    inputs: tuple[Encoded, ...],
+    inputs: tuple[ModelInput, ...],
     *,
     task: Task,
     top_k: int | None = None,

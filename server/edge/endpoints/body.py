@@ -18,22 +18,22 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from server.edge.endpoints.json_text import AT_ONCE_BYTES, loaded
+from server.edge.endpoints.json_text import AT_ONCE_BYTES, parse_json
 from server.edge.endpoints.middleware import BodyRefused
 from server.edge.service import Service
 from server.errors import Fault, Refusal
 
-Model = TypeVar("Model", bound=BaseModel)
+BodyT = TypeVar("BodyT", bound=BaseModel)
 T = TypeVar("T")
 
-FILES: Final = "inputs"  # the form's field with the images
+FORM_FIELD: Final = "inputs"  # the form's field with the images
 _FIELDS: Final = ("parameters", "adapter")  # of a form, beside the files
-_FILES_MAX: Final = 1024  # what a request may hold is checked with the settings, afterwards
+_MAX_FORM_FILES: Final = 1024  # what a request may hold is checked with the settings, afterwards
 _PLACEHOLDER: Final = "-"  # stands for a file where the model wants a text
 
 
 @dataclass(frozen=True)
-class Posted(Generic[Model]):
+class ValidatedBody(Generic[BodyT]):
     """A body, and the files that came with it.
 
     Args:
@@ -41,31 +41,31 @@ class Posted(Generic[Model]):
         files: Whole files, in order; None for JSON.
     """
 
-    body: Model
+    body: BodyT
     files: tuple[bytes, ...] | None = None
 
 
-def posted(model: type[Model]) -> Callable[[Request], Awaitable[Posted[Model]]]:
+def posted(model: type[BodyT]) -> Callable[[Request], Awaitable[ValidatedBody[BodyT]]]:
     """A dependency that reads a request's body as ``model``."""
 
-    async def read(request: Request) -> Posted[Model]:
+    async def read(request: Request) -> ValidatedBody[BodyT]:
         if request.headers.get("content-type", "").startswith("multipart/"):
             return await _form(request, model)
-        return Posted(await read_json(request, model))
+        return ValidatedBody(await read_json(request, model))
 
     return read
 
 
-def sent_json(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
+def sent_json(model: type[BodyT]) -> Callable[[Request], Awaitable[BodyT]]:
     """A dependency that reads a request's JSON body as ``model``."""
 
-    async def read(request: Request) -> Model:
+    async def read(request: Request) -> BodyT:
         return await read_json(request, model)
 
     return read
 
 
-async def read_json(request: Request, model: type[Model], *, any_type: bool = False) -> Model:
+async def read_json(request: Request, model: type[BodyT], *, any_type: bool = False) -> BodyT:
     """The JSON body of a request.
 
     Args:
@@ -85,10 +85,10 @@ async def read_json(request: Request, model: type[Model], *, any_type: bool = Fa
         )
     if not (any_type or _is_json(request)):
         return _checked(model, raw)
-    return await _aside(request, len(raw), lambda: _checked(model, _loaded(raw)))
+    return await _aside(request, len(raw), lambda: _checked(model, _parse_body(raw)))
 
 
-def described(model: type[BaseModel]) -> dict[str, Any]:
+def form_schema(model: type[BaseModel]) -> dict[str, Any]:
     """What the OpenAPI document says of such a body."""
     content = _content(model)
     named: dict[str, Any] = {
@@ -98,8 +98,8 @@ def described(model: type[BaseModel]) -> dict[str, Any]:
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     form = {
         "type": "object",
-        "required": [FILES],
-        "properties": {FILES: files | {"description": "Images"}, **named},
+        "required": [FORM_FIELD],
+        "properties": {FORM_FIELD: files | {"description": "Images"}, **named},
     }
     return {
         "openapi_extra": {
@@ -129,9 +129,9 @@ def _is_json(request: Request) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and "+json" in kind)
 
 
-def _loaded(raw: bytes) -> Any:
+def _parse_body(raw: bytes) -> Any:
     try:
-        return loaded(raw)
+        return parse_json(raw)
     except json.JSONDecodeError as error:
         fault = {
             "type": "json_invalid",
@@ -150,7 +150,7 @@ def _content(model: type[BaseModel]) -> dict[str, Any]:
     return {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
 
 
-def _checked(model: type[Model], content: Any) -> Model:
+def _checked(model: type[BodyT], content: Any) -> BodyT:
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -160,18 +160,18 @@ def _checked(model: type[Model], content: Any) -> Model:
         ) from None
 
 
-async def _form(request: Request, model: type[Model]) -> Posted[Model]:
+async def _form(request: Request, model: type[BodyT]) -> ValidatedBody[BodyT]:
     files: list[bytes] = []
     content: dict[str, Any] = {}
     try:
-        async with request.form(max_files=_FILES_MAX, max_fields=len(_FIELDS)) as form:
+        async with request.form(max_files=_MAX_FORM_FILES, max_fields=len(_FIELDS)) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
-                    if name != FILES:
-                        raise _wrong(name, "a file", f"files in the field {FILES}")
+                    if name != FORM_FIELD:
+                        raise _wrong_field(name, "a file", f"files in the field {FORM_FIELD}")
                     files.append(await value.read())
                 elif name not in _FIELDS or name in content:
-                    raise _wrong(name, "a field", "one each of " + ", ".join(_FIELDS))
+                    raise _wrong_field(name, "a field", "one each of " + ", ".join(_FIELDS))
                 else:
                     content[name] = value
     except BodyRefused:
@@ -181,28 +181,28 @@ async def _form(request: Request, model: type[Model]) -> Posted[Model]:
             "malformed_body",
             "The multipart body cannot be read.",
             found=str(error.detail)[:120],
-            expected=f"multipart/form-data with files in the field {FILES}",
+            expected=f"multipart/form-data with files in the field {FORM_FIELD}",
         ) from None
     if not files:
-        raise _wrong(FILES, "no file", "one or more images")
+        raise _wrong_field(FORM_FIELD, "no file", "one or more images")
     text = content.get("parameters", "")
 
-    def checked() -> Model:
+    def checked() -> BodyT:
         if "parameters" in content:
             content["parameters"] = _object(text)
-        return _checked(model, {**content, FILES: [_PLACEHOLDER] * len(files)})
+        return _checked(model, {**content, FORM_FIELD: [_PLACEHOLDER] * len(files)})
 
-    return Posted(await _aside(request, len(text), checked), tuple(files))
+    return ValidatedBody(await _aside(request, len(text), checked), tuple(files))
 
 
 def _object(text: str) -> Any:
     try:
-        return loaded(text)
+        return parse_json(text)
     except (ValueError, RecursionError):
-        raise _wrong("parameters", "no JSON", "a JSON object") from None
+        raise _wrong_field("parameters", "no JSON", "a JSON object") from None
 
 
-def _wrong(field: str, found: str, expected: str) -> Refusal:
+def _wrong_field(field: str, found: str, expected: str) -> Refusal:
     message = "The form holds something else than it may."
     return Refusal((Fault("invalid_request", message, found, expected, field=field[:80]),))
 

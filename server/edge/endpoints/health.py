@@ -16,7 +16,7 @@ from server.edge.service import Service
 from server.metrics import Live, exposition
 
 
-class Observe:
+class HealthEndpoints:
     """The endpoints; one object per server.
 
     Args:
@@ -94,7 +94,7 @@ class Observe:
         return roles
 
 
-def observe_routes(observe: Observe) -> list[Endpoint]:
+def observe_routes(observe: HealthEndpoints) -> list[Endpoint]:
     """The routes of these endpoints."""
     get, tag = ("GET",), "Server"
     return [

@@ -16,12 +16,12 @@ from server.errors import Refusal
 AT_ONCE_BYTES: Final = 1 << 14  # larger texts are read in a thread
 AT_ONCE_VALUES: Final = 1 << 12  # larger answers are made in a thread, in pieces of so many values
 VALUES_MAX: Final = 300_000  # of a body: read in a quarter of a second, whatever they are
-SLICE_CHARACTERS: Final = 1 << 16
+JSON_SLICE_CHARACTERS: Final = 1 << 16
 VALUE_CHARACTERS: Final = 64  # of a text that take as long as one value
 _ENCODER: Final = JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def loaded(raw: bytes | str) -> Any:
+def parse_json(raw: bytes | str) -> Any:
     """The value of a JSON text.
 
     Args:
@@ -54,9 +54,9 @@ def has_more_values(text: str, most: int) -> bool:
     if len(text) <= most:
         return False
     found, within, escape = 0, False, ""
-    for start in range(0, len(text), SLICE_CHARACTERS):
+    for start in range(0, len(text), JSON_SLICE_CHARACTERS):
         # Without escapes every quote opens or closes a string.
-        piece = (escape + text[start : start + SLICE_CHARACTERS]).replace("\\\\", "")
+        piece = (escape + text[start : start + JSON_SLICE_CHARACTERS]).replace("\\\\", "")
         escape = "\\" if piece.endswith("\\") else ""
         parts = piece.removesuffix("\\").replace('\\"', "").split('"')
         outside = "".join(parts[within::2])
@@ -69,10 +69,10 @@ def has_more_values(text: str, most: int) -> bool:
 
 def written(content: Any) -> bytes:
     """JSON in UTF-8, also of text that came as a lone surrogate and cannot be written so."""
-    return "".join(pieces(content)).encode("utf-8", "replace")
+    return "".join(json_pieces(content)).encode("utf-8", "replace")
 
 
-def pieces(content: Any) -> Iterator[str]:
+def json_pieces(content: Any) -> Iterator[str]:
     """The JSON text of a value, in pieces that take a millisecond or so each."""
     if weight(content) <= AT_ONCE_VALUES or not isinstance(content, dict | list | tuple):
         yield _ENCODER.encode(content)
@@ -80,7 +80,7 @@ def pieces(content: Any) -> Iterator[str]:
         mark = "{"
         for name, one in content.items():
             yield mark + _ENCODER.encode(name) + ":"
-            yield from pieces(one)
+            yield from json_pieces(one)
             mark = ","
         yield "}"
     else:
@@ -91,7 +91,7 @@ def pieces(content: Any) -> Iterator[str]:
             if step > 1:
                 yield _ENCODER.encode(content[start : start + step])[1:-1]
             else:
-                yield from pieces(content[start])
+                yield from json_pieces(content[start])
             mark = ","
         yield "]"
 

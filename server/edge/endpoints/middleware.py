@@ -50,7 +50,7 @@ CONTENT_POLICY: Final = (
 
 
 @dataclass(slots=True)
-class Exchange:
+class RequestContext:
     """What is known of one call; endpoints fill in what they resolve."""
 
     request_id: str
@@ -77,9 +77,9 @@ class Json(JSONResponse):
 
 def error_response(scope: Scope, refusal: Refusal) -> Response:
     """The refusal in the shape that the path calls for."""
-    exchange = scope.get("hira")
-    if isinstance(exchange, Exchange):
-        exchange.refused = refusal.code
+    context = scope.get("hira")
+    if isinstance(context, RequestContext):
+        context.refused = refusal.code
     if is_openai(scope):
         # There, what a body has wrong is a bad request.
         status = 400 if refusal.status == 422 else refusal.status
@@ -97,7 +97,7 @@ def is_openai(scope: Scope) -> bool:
     return str(scope.get("path", "")).startswith("/v1/")
 
 
-class Gate:
+class RequestMiddleware:
     """See the module."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -110,17 +110,17 @@ class Gate:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        exchange = Exchange(
+        context = RequestContext(
             request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
             began=time.monotonic(),
         )
-        scope["hira"], scope["hira_service"] = exchange, self.service
+        scope["hira"], scope["hira_service"] = context, self.service
         self.service.refresh()
 
         async def finish(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                self._add_headers(scope, exchange, message)
+                context.status = message["status"]
+                self._add_headers(scope, context, message)
             await send(message)
 
         held = self.service.bodies.hold()
@@ -138,20 +138,20 @@ class Gate:
             await error_response(scope, refusal)(scope, receive, finish)
         except ClientDisconnect:
             # In the middle of its own body: nobody is there to answer.
-            logger.debug("request %s: the client left", exchange.request_id)
+            logger.debug("request %s: the client left", context.request_id)
         except Exception:
-            logger.exception("request %s failed", exchange.request_id)
-            if exchange.status:
+            logger.exception("request %s failed", context.request_id)
+            if context.status:
                 raise  # half an answer is out: the connection must break, not end well
             failed = Refusal.because(
                 "internal",
                 "The server failed on this request.",
-                fix=f"Tell the operator the request id {exchange.request_id}.",
+                fix=f"Tell the operator the request id {context.request_id}.",
             )
             await error_response(scope, failed)(scope, receive, finish)
         finally:
             held.release()
-            self._note(scope, exchange)
+            self._note(scope, context)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """Turn away whom no body could help, before it is read: without a key, or too many.
@@ -228,26 +228,26 @@ class Gate:
 
         return bounded
 
-    def _add_headers(self, scope: Scope, exchange: Exchange, message: Message) -> None:
+    def _add_headers(self, scope: Scope, context: RequestContext, message: Message) -> None:
         headers = list(message.get("headers", ()))
         there = {name.lower() for name, _ in headers}
-        headers.append((b"x-request-id", exchange.request_id.encode("ascii")))
+        headers.append((b"x-request-id", context.request_id.encode("ascii")))
         headers += [one for one in SAFE_HEADERS if one[0] not in there]
         if CONTENT_POLICY[0] not in there and scope["path"] not in PAGES:
             headers.append(CONTENT_POLICY)
         message["headers"] = headers
 
-    def _note(self, scope: Scope, exchange: Exchange) -> None:
-        seconds = time.monotonic() - exchange.began
+    def _note(self, scope: Scope, context: RequestContext) -> None:
+        seconds = time.monotonic() - context.began
         path = scope["path"]
         unmatched = path if path in INFERENCE else "unmatched"
         endpoint = str(getattr(scope.get("route"), "path", unmatched))
-        status = exchange.status or 499
+        status = context.status or 499
         metrics = self.service.metrics
         if metrics is not None:
-            metrics.request(endpoint, exchange.adapter, status, seconds)
-            if exchange.refused:
-                metrics.refusal(exchange.refused)
+            metrics.request(endpoint, context.adapter, status, seconds)
+            if context.refused:
+                metrics.refusal(context.refused)
         if self.service.settings.access_log:
             access_logger.info(
                 "%s %s %d %.1f ms id=%s adapter=%s%s",
@@ -255,9 +255,9 @@ class Gate:
                 scope["path"].encode("unicode_escape").decode(),
                 status,
                 seconds * 1e3,
-                exchange.request_id,
-                exchange.adapter or "-",
-                f" code={exchange.refused}" if exchange.refused else "",
+                context.request_id,
+                context.adapter or "-",
+                f" code={context.refused}" if context.refused else "",
             )
 
 

@@ -17,9 +17,9 @@ from server.edge.endpoints.answers import (
     Generations,
     answer_headers,
     check_inputs,
+    context_of,
     encode,
     encoded,
-    exchange_of,
     json_response,
     target_headers,
     tokenize,
@@ -32,14 +32,14 @@ from server.edge.endpoints.schemas_openai import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    Known,
+    OpenAIBody,
     Sampling,
 )
 from server.edge.endpoints.tei_tgi import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.text import Text
-from server.messages import EncodedInput, GenerateResult, SamplingOptions
+from server.messages import GenerateResult, SamplingOptions, TokenizedInput
 
 DEFAULT_TOKENS = 16
 DEFAULT_CHAT_TOKENS = 256
@@ -170,7 +170,7 @@ class OpenAI:
             if isinstance(service.base.inputs, Text):
                 most = service.base.inputs.max_tokens
             lists = self._token_lists(given, "input", None if truncation else most)
-            inputs = tuple(EncodedInput(ids[:most]) for ids in lists)
+            inputs = tuple(TokenizedInput(ids[:most]) for ids in lists)
         result = await encode(
             request,
             service,
@@ -265,7 +265,7 @@ class OpenAI:
             return shape.answer(results, copies)
         return await self.service.in_thread(lambda: shape.answer(results, copies), "answers")
 
-    def _target(self, request: Request, body: Known, verb: str) -> Target:
+    def _target(self, request: Request, body: OpenAIBody, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
         for name, value in body.unsupported():
             raise Refusal.because(
@@ -279,7 +279,7 @@ class OpenAI:
         tasks = EMBED_TASKS if isinstance(body, EmbeddingRequest) else GENERATE_TASKS
         names = (model, *request.query_params.getlist("adapter"))
         target = self.service.target(names, tasks, verb, "model")
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         return target
 
     def _model(self, name: str, created: float, parent: str | None) -> dict[str, Any]:

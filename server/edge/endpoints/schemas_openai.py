@@ -48,7 +48,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-class Known(BaseModel):
+class OpenAIBody(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=nullable)
 
     @model_validator(mode="before")
@@ -68,11 +68,11 @@ class Known(BaseModel):
         ]
 
 
-class StreamOptions(Known):
+class StreamOptions(OpenAIBody):
     include_usage: bool = False
 
 
-class Sampling(Known):
+class Sampling(OpenAIBody):
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
@@ -138,7 +138,7 @@ class ChatRequest(Sampling):
         return self
 
 
-class EmbeddingRequest(Known):
+class EmbeddingRequest(OpenAIBody):
     model: str
     input: str | Texts | Ids | IdLists
     encoding_format: Literal["float", "base64"] | None = "float"

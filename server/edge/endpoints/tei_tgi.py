@@ -14,15 +14,15 @@ from server.edge.endpoints.answers import (
     Generations,
     answer_headers,
     check_inputs,
+    context_of,
     encode,
     encoded,
-    exchange_of,
     json_response,
     sse,
     target_headers,
     tokenize,
 )
-from server.edge.endpoints.body import Posted, posted, sent_json
+from server.edge.endpoints.body import ValidatedBody, posted, sent_json
 from server.edge.endpoints.schemas import (
     EmbedRequest,
     GenerateParameters,
@@ -34,7 +34,7 @@ from server.edge.endpoints.word_limit import check_words
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
-from server.messages import Encoded, Event, Failure, GenerateResult, SamplingOptions, TokenEvent
+from server.messages import Event, Failure, GenerateResult, ModelInput, SamplingOptions, TokenEvent
 
 PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
     {
@@ -61,7 +61,7 @@ GENERATE_BODY: Any = Depends(sent_json(GenerateRequestBody))
 Named = Query(default=None, max_length=256, description="The adapter's name.")
 
 
-class Native:
+class TeiTgi:
     """The endpoints; one object per server."""
 
     def __init__(self, service: Service) -> None:
@@ -71,12 +71,14 @@ class Native:
         self,
         request: Request,
         adapter: str | None = Named,
-        sent: Posted[PredictRequest] = PREDICT_BODY,
+        sent: ValidatedBody[PredictRequest] = PREDICT_BODY,
     ) -> Response:
         """Classify texts, tokens or images, or fill masks: whatever the adapter was trained for."""
         service, body = self.service, sent.body
-        target = service.target((*named(request, adapter), body.adapter), PREDICT_TASKS, "/predict")
-        exchange_of(request).adapter = target.adapter
+        target = service.target(
+            (*adapter_names(request, adapter), body.adapter), PREDICT_TASKS, "/predict"
+        )
+        context_of(request).adapter = target.adapter
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
         if target.task == "question-answering":
             check_contexts(body.inputs)
@@ -111,12 +113,14 @@ class Native:
         self,
         request: Request,
         adapter: str | None = Named,
-        sent: Posted[EmbedRequest] = EMBED_BODY,
+        sent: ValidatedBody[EmbedRequest] = EMBED_BODY,
     ) -> Response:
         """Turn texts or images into vectors with the base, or with an adapter's version of it."""
         service, body = self.service, sent.body
-        target = service.target((*named(request, adapter), body.adapter), EMBED_TASKS, "/embed")
-        exchange_of(request).adapter = target.adapter
+        target = service.target(
+            (*adapter_names(request, adapter), body.adapter), EMBED_TASKS, "/embed"
+        )
+        context_of(request).adapter = target.adapter
         parameters = body.parameters
         inputs = await self._encoded(
             request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
@@ -197,7 +201,7 @@ class Native:
         task: Task,
         *,
         truncation: bool,
-    ) -> tuple[Encoded, ...]:
+    ) -> tuple[ModelInput, ...]:
         """Token ids of texts, or pixels of images.
 
         Args:
@@ -260,9 +264,9 @@ class Native:
         self, request: Request, body: GenerateRequestBody, adapter: str | None, *, stream: bool
     ) -> tuple[Target, Generations]:
         service, parameters = self.service, body.parameters
-        names = (*named(request, adapter), body.adapter, parameters.adapter_id)
+        names = (*adapter_names(request, adapter), body.adapter, parameters.adapter_id)
         target = service.target(names, GENERATE_TASKS, "/generate")
-        exchange_of(request).adapter = target.adapter
+        context_of(request).adapter = target.adapter
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
         token_ids = await tokenize(
             request,
@@ -300,7 +304,7 @@ class Native:
         ]
 
 
-def named(request: Request, adapter: str | None) -> tuple[str | None, ...]:
+def adapter_names(request: Request, adapter: str | None) -> tuple[str | None, ...]:
     """Every ``adapter`` of the query: FastAPI alone would take the last and drop the others."""
     return (adapter, *request.query_params.getlist("adapter"))
 

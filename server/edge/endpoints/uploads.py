@@ -24,7 +24,7 @@ from adapters.intake.pooling import NESTED
 from server.edge.service import Service
 from server.errors import Refusal
 
-FILES_MAX: Final = 64
+MAX_UPLOAD_FILES: Final = 64
 FIELDS_MAX: Final = 16
 FIELD_BYTES_MAX: Final = 4096
 HEADER_BYTES_MAX: Final = 4096  # of all headers of one part
@@ -50,11 +50,11 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if content_type != b"multipart/form-data" or not boundary:
-        raise _malformed("no boundary in the content type")
+        raise _malformed_upload("no boundary in the content type")
     folder = service.settings.data_dir / "staging" / f"upload-{uuid.uuid4().hex}"
     try:
         await service.in_thread(lambda: folder.mkdir(parents=True, mode=0o700), "uploads")
-        parts = _Parts(folder)
+        parts = _MultipartCallbacks(folder)
         try:
             parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
             async for chunk in request.stream():
@@ -62,7 +62,7 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
                     await service.in_thread(lambda chunk=chunk: parser.write(chunk), "uploads")  # type: ignore[misc]
             parser.finalize()
         except FormParserError as error:
-            raise _malformed(str(error)) from None
+            raise _malformed_upload(str(error)) from None
         except OSError as error:
             raise Refusal.because(
                 "store_full", "The upload could not be written.", found=error.strerror
@@ -70,13 +70,13 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
         finally:
             parts.close()
         if not parts.complete:
-            raise _malformed("it ends in the middle of a part")
+            raise _malformed_upload("it ends in the middle of a part")
         yield parts.upload
     finally:
         await service.in_thread(lambda: shutil.rmtree(folder, ignore_errors=True), "uploads")
 
 
-class _Parts:
+class _MultipartCallbacks:
     """The callbacks of the parser: where the bytes of the present part go."""
 
     def __init__(self, folder: Path) -> None:
@@ -123,7 +123,7 @@ class _Parts:
     def _bound_headers(self, more: int) -> None:
         self._header_bytes += more
         if self._header_bytes > HEADER_BYTES_MAX:
-            raise _malformed("the headers of a part are too long")
+            raise _malformed_upload("the headers of a part are too long")
 
     def _header_end(self) -> None:
         self._headers[self._header.lower()] = self._value
@@ -135,9 +135,9 @@ class _Parts:
         if file_name is None:
             self._field = name.decode("utf-8", "replace")
             if self._field in self.upload.fields:
-                raise _malformed(f"two fields are called {self._field[:80]}")
+                raise _malformed_upload(f"two fields are called {self._field[:80]}")
             if len(self.upload.fields) >= FIELDS_MAX:
-                raise _malformed(f"more than {FIELDS_MAX} fields")
+                raise _malformed_upload(f"more than {FIELDS_MAX} fields")
             return
         steps = file_name.decode("utf-8", "replace").replace("\\", "/").split("/")
         plain = NESTED.get("/".join(steps[-2:]), steps[-1])
@@ -151,9 +151,9 @@ class _Parts:
             )
         path = self.upload.folder / plain
         if path in self.upload.files:
-            raise _malformed(f"two files are called {plain}")
-        if len(self.upload.files) >= FILES_MAX:
-            raise _malformed(f"more than {FILES_MAX} files")
+            raise _malformed_upload(f"two files are called {plain}")
+        if len(self.upload.files) >= MAX_UPLOAD_FILES:
+            raise _malformed_upload(f"more than {MAX_UPLOAD_FILES} files")
         self.upload.files.append(path)
         self._file = path.open("xb")
 
@@ -163,7 +163,7 @@ class _Parts:
             return
         self._text += raw[start:end]
         if len(self._text) > FIELD_BYTES_MAX:
-            raise _malformed(f"the field {self._field} is too long")
+            raise _malformed_upload(f"the field {self._field} is too long")
 
     def _end(self) -> None:
         if self._file is not None:
@@ -175,7 +175,7 @@ class _Parts:
         self.complete = True
 
 
-def _malformed(found: str) -> Refusal:
+def _malformed_upload(found: str) -> Refusal:
     return Refusal.because(
         "malformed_body",
         "The multipart body cannot be read.",

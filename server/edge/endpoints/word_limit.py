@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from server.errors import Refusal
 from server.inputs.text import Text
-from server.messages import DEFAULT_WORDS, EncodedInput
+from server.messages import DEFAULT_WORDS, TokenizedInput
 
 WORDS_MAX: Final = 1 << 16  # of one request, over its inputs and their masks
 SEQUENCE_TOKENS_MAX: Final = 1 << 20  # of all texts that are written out for them
@@ -20,7 +20,7 @@ def check_words(
     """Refuse a request that asks for more words than an answer may hold.
 
     Args:
-        inputs: Encoded.
+        inputs: `ModelInput`.
         text: The base's tokenizer.
         top_k: Words per mask, or None.
         targets: Token ids to choose from, or None.
@@ -34,7 +34,7 @@ def check_words(
         each = min(top_k or len(targets), len(targets))
     words = tokens = 0
     for one in inputs:
-        assert isinstance(one, EncodedInput)
+        assert isinstance(one, TokenizedInput)
         masks = one.token_ids.count(text.mask_id) if text.mask_id is not None else 0
         words += masks * each
         tokens += masks * each * one.tokens

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from server.messages import TERMINAL, Cancel, EncodeRequest, Event, GenerateRequest, Message
 
 
-class Callers:
+class HttpProcesses:
     """The living HTTP processes; used by one thread."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Callers:
         return found
 
 
-class UnderWay:
+class RunningRequests:
     """Ids of the requests under way, by the pid of who waits for them."""
 
     def __init__(self) -> None:

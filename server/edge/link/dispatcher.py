@@ -51,7 +51,7 @@ TICK_S: Final = 0.25
 LOOK_TICKS: Final = 4
 STALE_S: Final = 5.0  # a worker that has not written its state for so long is not ready
 SEND_AT_ONCE: Final = 256
-END_S: Final = 5
+EXIT_WITHIN_S: Final = 5
 REQUESTS_UID: Final = "requests"
 WHY_NOT: Final = {
     "draining": "The server is stopping and takes no new requests.",
@@ -65,7 +65,7 @@ WHY_NOT: Final = {
 def end_in_order() -> None:
     """Have this process finish its answers and end, as when the main process asks for it, but
     within seconds: its successor waits for that."""
-    signal.alarm(END_S)  # which ends it whatever it waits for
+    signal.alarm(EXIT_WITHIN_S)  # which ends it whatever it waits for
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
-from server.edge.link.callers import Callers, UnderWay
+from server.edge.link.callers import HttpProcesses, RunningRequests
 from server.edge.link.wire import (
     EVENTS_UID,
     Events,
@@ -98,8 +98,8 @@ class _Pump:
         self.metrics = WorkerMetrics()
         self.inbox: queue.SimpleQueue[Requests | _Gone] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
-        self.callers = Callers()
-        self.under_way = UnderWay()
+        self.callers = HttpProcesses()
+        self.under_way = RunningRequests()
         self.queue_heard = time.monotonic()  # when the queues' process last answered
         self.ending = threading.Event()
         self.step_began = 0.0  # monotonic; 0 between steps

@@ -34,7 +34,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from server.edge.admit.connections import Connection, ConnectionLimits, make_room_for_connections
-from server.edge.endpoints.middleware import BodyRefused, Gate, error_response
+from server.edge.endpoints.middleware import BodyRefused, RequestMiddleware, error_response
 from server.edge.endpoints.openapi import amended
 from server.edge.endpoints.queries import check_query
 from server.edge.endpoints.routes import Endpoint
@@ -49,15 +49,17 @@ logger = logging.getLogger(__name__)
 
 TITLE: Final = "hira-server"
 DESCRIPTION: Final = "Many HiRA and LoRA adapters on one 4-bit base model."
-END_S: Final = 2.0  # for an HTTP process whose requests have ended, to close its connections
+CLOSE_CONNECTIONS_S: Final = (
+    2.0  # for an HTTP process whose requests have ended, to close its connections
+)
 JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
 BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
 # What a fault shows of a value: repr() of all of a large one would take its time.
-SHOWN: Final = Repr()
-SHOWN.maxlevel = 2
-SHOWN.maxlist = SHOWN.maxtuple = 120
-SHOWN.maxstring = SHOWN.maxlong = SHOWN.maxother = 400
-_bearer = HTTPBearer(auto_error=False)
+SHORT_REPR: Final = Repr()
+SHORT_REPR.maxlevel = 2
+SHORT_REPR.maxlist = SHORT_REPR.maxtuple = 120
+SHORT_REPR.maxstring = SHORT_REPR.maxlong = SHORT_REPR.maxother = 400
+_bearer_scheme = HTTPBearer(auto_error=False)
 
 
 class AnswersLost(Exception):
@@ -104,7 +106,7 @@ class HiraServer(LitServer):
             devices=1,
             timeout=False,  # deadlines are the dispatcher's
             restart_workers=True,
-            middlewares=[(Gate, {"service": service})],
+            middlewares=[(RequestMiddleware, {"service": service})],
         )
         self.uvicorn_graceful_timeout = service.settings.drain_s + JOIN_S
         self.app.title, self.app.version, self.app.description = TITLE, version, DESCRIPTION
@@ -176,7 +178,7 @@ class HiraServer(LitServer):
                 timeout_keep_alive=max(1, round(settings.client_timeout_s)),
                 # Its requests have ended when the main process sends SIGTERM. Systemd sends it to
                 # all at once: then they have the same bound.
-                timeout_graceful_shutdown=int(self.service.settings.drain_s + END_S),
+                timeout_graceful_shutdown=int(self.service.settings.drain_s + CLOSE_CONNECTIONS_S),
                 **kwargs,
             )
             child = multiprocessing.get_context("fork").Process(
@@ -254,7 +256,7 @@ class HiraServer(LitServer):
     async def _admit_inference(
         self,
         request: Request,
-        key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
+        key: HTTPAuthorizationCredentials | None = Security(_bearer_scheme),  # noqa: B008
     ) -> None:
         self.service.keys.admit_inference(request.headers.get("authorization"))
         await self.service.catch_up()
@@ -262,7 +264,7 @@ class HiraServer(LitServer):
     async def _admit_admin(
         self,
         request: Request,
-        key: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
+        key: HTTPAuthorizationCredentials | None = Security(_bearer_scheme),  # noqa: B008
     ) -> None:
         self.service.keys.admit_admin(request.headers.get("authorization"))
         await self.service.catch_up()
@@ -342,7 +344,9 @@ def _fault(found: Mapping[str, Any], request: Request) -> Fault:
     if tuple(found["loc"]) == ("body",) and "json" not in content_type:
         fix = "Send the header Content-Type: application/json."
     value = found.get("input")
-    shown = None if isinstance(value, dict | bytes) or value is None else SHOWN.repr(value)[:120]
+    shown = (
+        None if isinstance(value, dict | bytes) or value is None else SHORT_REPR.repr(value)[:120]
+    )
     return Fault("invalid_request", str(found["msg"]), shown, fix=fix, field=_field(found["loc"]))
 
 

@@ -17,7 +17,7 @@ from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
 from pydantic import BaseModel
 
-from server.edge.endpoints.body import described, described_json
+from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
@@ -39,7 +39,7 @@ from server.edge.endpoints.schemas_openai import (
     ModelList,
     OpenAIError,
 )
-from server.edge.endpoints.tei_tgi import Native
+from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.wire import EVENTS_UID
 
@@ -47,7 +47,7 @@ from server.edge.link.wire import EVENTS_UID
 class HiraSpec(LitSpec):
     """See the module. In the worker process only its path is left of it."""
 
-    def __init__(self, native: Native, openai: OpenAI, dispatcher: Dispatcher) -> None:
+    def __init__(self, native: TeiTgi, openai: OpenAI, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.api_path = "/predict"
         self.dispatcher: Dispatcher | None = dispatcher
@@ -88,7 +88,7 @@ class HiraSpec(LitSpec):
         return output
 
 
-def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
+def inference_routes(native: TeiTgi, openai: OpenAI) -> list[Endpoint]:
     post, get = ("POST",), ("GET",)
 
     def v1(
@@ -119,7 +119,7 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
             post,
             "Native",
             Prediction | list[Prediction],
-            extra=described(PredictRequest),
+            extra=form_schema(PredictRequest),
         ),
         Endpoint(
             "/embed",
@@ -127,7 +127,7 @@ def inference_routes(native: Native, openai: OpenAI) -> list[Endpoint]:
             post,
             "Native",
             list[list[float]],
-            extra=described(EmbedRequest),
+            extra=form_schema(EmbedRequest),
         ),
         Endpoint(
             "/generate",

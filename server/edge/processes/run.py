@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from adapters.registry.records import AdapterRecord
-from server.edge.endpoints.health import Observe, observe_routes
+from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.routes import Endpoint
-from server.edge.endpoints.tei_tgi import Native
+from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.wire import read_state
 from server.edge.litserve.api import HiraAPI
 from server.edge.litserve.lifeline import bind_forked_children
@@ -52,13 +52,13 @@ def run_service(
     api = HiraAPI(
         settings.engine_options(base),
         settings.run_dir,
-        spec=HiraSpec(Native(service), OpenAI(service), service.dispatcher),
+        spec=HiraSpec(TeiTgi(service), OpenAI(service), service.dispatcher),
         loop=EngineLoop(settings.api_processes),
         engine=engine,
         log_level=settings.log_level,
     )
     server = HiraServer(
-        api, service, [*observe_routes(Observe(service, version)), *routes], version
+        api, service, [*observe_routes(HealthEndpoints(service, version)), *routes], version
     )
     supervisor = Supervisor(server, on_ready=on_ready, upkeep=upkeep)
     supervisor.install()

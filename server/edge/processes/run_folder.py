@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Final
 
 MEMORY_DIR: Final = Path("/dev/shm")
-PREFIX: Final = "hira-run-"
+RUN_DIR_PREFIX: Final = "hira-run-"
 _UNLOCKED_PREFIX: Final = "hira-new-"  # until its lock is taken: nobody takes it for left behind
-LOCK_FILE: Final = "owner.lock"
+OWNER_LOCK_FILE: Final = "owner.lock"
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class RunFolder:
             Whether it was gone, and all that was in it with it.
         """
         try:
-            if os.path.samestat(os.stat(self._place / LOCK_FILE), os.fstat(self._lock)):
+            if os.path.samestat(os.stat(self._place / OWNER_LOCK_FILE), os.fstat(self._lock)):
                 return False
         except OSError:
             pass  # gone, or not to be reached
@@ -93,12 +93,12 @@ def run_folder(place: Path, need_bytes: int) -> Iterator[RunFolder]:
 
 def sweep() -> None:
     """Delete what this user's servers that were killed left in memory."""
-    for folder in MEMORY_DIR.glob(f"{PREFIX}*"):
+    for folder in MEMORY_DIR.glob(f"{RUN_DIR_PREFIX}*"):
         with suppress(OSError):
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 continue
-            lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            lock = os.open(folder / OWNER_LOCK_FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
                 shutil.rmtree(folder, ignore_errors=True)
@@ -131,7 +131,7 @@ def _in_memory(need_bytes: int) -> tuple[Path, int] | None:
         return None
     try:
         lock = _locked(made)
-        folder = MEMORY_DIR / made.name.replace(_UNLOCKED_PREFIX, PREFIX, 1)
+        folder = MEMORY_DIR / made.name.replace(_UNLOCKED_PREFIX, RUN_DIR_PREFIX, 1)
         made.rename(folder)
     except OSError:
         shutil.rmtree(made, ignore_errors=True)
@@ -141,6 +141,6 @@ def _in_memory(need_bytes: int) -> tuple[Path, int] | None:
 
 def _locked(folder: Path) -> int:
     """A descriptor that holds the folder's lock until it, and its copies in forks, are closed."""
-    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(folder / OWNER_LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock

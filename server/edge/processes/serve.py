@@ -19,7 +19,7 @@ from adapters.registry.faults import RegistryUnusable, database_faults
 from adapters.registry.registry import Registry
 from adapters.registry.store import Store
 from server import metrics
-from server.edge.admit.keys import admin_key
+from server.edge.admit.keys import resolve_admin_key
 from server.edge.endpoints.admin import Admin, admin_routes
 from server.edge.link.wire import read_state
 from server.edge.litserve import logs
@@ -31,7 +31,7 @@ from server.edge.processes.supervise import StartFailed
 from server.edge.service import Service
 from server.settings import Settings
 
-LOCK_FILE: Final = "server.lock"
+DATA_DIR_LOCK_FILE: Final = "server.lock"
 COLLECT_S: Final = 60.0
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,9 @@ def _serve_in(
     engine: str,
 ) -> None:
     metrics.prepare(settings.metrics_dir)
-    place, name, adapters = prepare.chosen(settings)
-    base = prepare.load_base(settings, place, name)
-    _, key_file = admin_key(settings.admin_key, settings.data_dir)
+    place, name, adapters = prepare.base_and_adapters(settings)
+    base = prepare.describe_base(settings, place, name)
+    _, key_file = resolve_admin_key(settings.admin_key, settings.data_dir)
     store = Store(
         settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
     )
@@ -144,7 +144,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
     """One server per data folder: two would clear each other's running state."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(folder / DATA_DIR_LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StartFailed(f"data_dir {folder} cannot be used: {error.strerror}") from None
     try:

@@ -24,7 +24,7 @@ DEMO_NAME: Final = "hira-demo-base"
 logger = logging.getLogger(__name__)
 
 
-def chosen(settings: Settings) -> tuple[str, str, tuple[AdapterSource, ...]]:
+def base_and_adapters(settings: Settings) -> tuple[str, str, tuple[AdapterSource, ...]]:
     """The base's place, its name, and the adapters of the start.
 
     Without a base that is the embedded demo, with all its adapters.
@@ -46,7 +46,7 @@ def chosen(settings: Settings) -> tuple[str, str, tuple[AdapterSource, ...]]:
     return str(demo.BASE_DIR), settings.base_name or DEMO_NAME, adapters
 
 
-def load_base(settings: Settings, place: str, name: str) -> Base:
+def describe_base(settings: Settings, place: str, name: str) -> Base:
     """What the HTTP side needs of a base: its layers' shapes and its tokenizer, no weights.
 
     The processes that are forked later must not inherit threads: those of torch and of the

@@ -23,7 +23,7 @@ from server.settings import SettingsFault
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-LOOK_S: Final = 0.25
+SUPERVISE_EVERY_S: Final = 0.25
 HEALTHY_S: Final = 20.0  # a worker that ran so long starts afresh with its pauses
 PAUSE_MAX_S: Final = 60.0
 # A process killed while it waits in LitServe's response queue leaves that wait behind in the
@@ -96,7 +96,7 @@ class Supervisor:
         while not self._stop_signals:
             done = [self._does(duty) for duty in duties]  # each, whatever becomes of the others
             if not all(done):
-                time.sleep(LOOK_S)
+                time.sleep(SUPERVISE_EVERY_S)
         self._drain()
 
     def _does(self, duty: Callable[[], None]) -> bool:
@@ -129,7 +129,7 @@ class Supervisor:
             *(one.sentinel for at, one in http.items() if at not in self._http_restart_at),
             self._wake_read,
         ]
-        timeout = LOOK_S if waiting or not self._was_ready else 1.0
+        timeout = SUPERVISE_EVERY_S if waiting or not self._was_ready else 1.0
         if self._wake_read in wait(sentinels, timeout=timeout):
             os.read(self._wake_read, 4096)
 

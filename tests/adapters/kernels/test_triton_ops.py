@@ -22,7 +22,7 @@ from adapters.errors import SegmentMismatch, ShapeMismatch, SlotNotResident
 from adapters.kernels import triton_tiles
 from adapters.kernels.nibbles import FourBitKind, level_values
 from adapters.kernels.reference import ReferenceFactors, modulated_linear
-from adapters.kernels.triton_operands import FactorTable, pack_state, pack_weight
+from adapters.kernels.triton_operands import FactorTable, pack_weight
 from adapters.kernels.triton_tiles import BatchTiles, split_inputs
 from adapters.segments import Segments, from_runs
 
@@ -63,19 +63,15 @@ class Layer:
         shape: tuple[int, int],
         kind: FourBitKind = "nf4",
         *,
-        nested: bool = True,
         block: int = 64,
         group: bool = True,
     ) -> None:
         dense = torch.randn(shape) * 0.3
         self.packed, self.state = functional.quantize_4bit(
-            dense, blocksize=block, compress_statistics=nested, quant_type=kind
+            dense, blocksize=block, compress_statistics=False, quant_type=kind
         )
-        self.weight = pack_state(self.packed, self.state, group=group)
         scales = self.state.absmax
-        if nested:
-            inner = functional.dequantize_blockwise(scales, self.state.state2)
-            scales = inner + self.state.offset
+        self.weight = pack_weight(self.packed, scales, kind, shape, block, group=group)
         byte = self.packed.reshape(-1)
         codes = torch.stack((byte >> 4, byte & 15), dim=1).reshape(-1)
         levels = torch.tensor(level_values(kind))[codes.long()]
@@ -159,7 +155,6 @@ SHAPES = [
 @given(
     shape=st.sampled_from(SHAPES),
     kind=st.sampled_from(["nf4", "fp4"]),
-    nested=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     runs=st.lists(
         st.tuples(st.integers(0, 4), st.sampled_from([1, 1, 1, 2, 5, 17, 33, 70])),
@@ -173,14 +168,13 @@ def test_any_batch_agrees_with_float64(  # noqa: PLR0917
     ops: ModuleType,
     shape: tuple[int, int],
     kind: FourBitKind,
-    nested: bool,
     dtype: torch.dtype,
     runs: list[tuple[int, int]],
     ranks: list[int],
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    layer = Layer(shape, kind, nested=nested)
+    layer = Layer(shape, kind)
     adapters = {slot + 1: random_adapter(shape, rank, dtype) for slot, rank in enumerate(ranks)}
     _, y, truth = answer(
         ops, layer, adapters, from_runs(runs), dtype=dtype, with_bias=bool(seed % 2)
@@ -214,10 +208,9 @@ def test_both_byte_orders_and_larger_blocks_agree(ops: ModuleType, group: bool, 
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [True, False])
-def test_truth_is_what_bitsandbytes_dequantizes(kind: FourBitKind, nested: bool) -> None:
+def test_truth_is_what_bitsandbytes_dequantizes(kind: FourBitKind) -> None:
     torch.manual_seed(2)
-    layer = Layer((32, 128), kind, nested=nested)
+    layer = Layer((32, 128), kind)
     theirs = functional.dequantize_4bit(layer.packed, layer.state).double()
     assert_close(theirs, layer.w0, 1e-6)
 
@@ -378,7 +371,7 @@ def test_wrong_factors_leave_the_slot_as_it_was() -> None:
 
 
 def test_wrong_weights_are_refused() -> None:
-    layer = Layer((32, 128), nested=False)
+    layer = Layer((32, 128))
     packed, scales = layer.packed, layer.state.absmax
     pack_weight(packed, scales, "nf4", (32, 128), 64)
     with pytest.raises(ShapeMismatch, match="start at a byte"):
@@ -391,10 +384,7 @@ def test_wrong_weights_are_refused() -> None:
         pack_weight(packed, scales.half(), "nf4", (32, 128), 64)
 
 
-@pytest.mark.parametrize(("nested", "limit"), [(True, 0.52), (False, 0.564)])
-def test_bytes_a_weight(nested: bool, limit: float) -> None:
-    weight = Layer((512, 1024), nested=nested).weight
+def test_bytes_a_weight() -> None:
+    weight = Layer((512, 1024)).weight
     parts: list[torch.Tensor] = [weight.packed, weight.levels, weight.scales]
-    if weight.nested is not None:
-        parts += [weight.nested.code, weight.nested.outer, weight.nested.offset]
-    assert weight.nbytes == sum(part.nbytes for part in parts) <= limit * 512 * 1024
+    assert weight.nbytes == sum(part.nbytes for part in parts) <= 0.564 * 512 * 1024

@@ -19,7 +19,14 @@ from adapters.modulation.modulator import Modulator, choose_ways
 from adapters.modulation.plan import Plan
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.modulation.strategy import Bucket, Candidate, Part, default_way, groups_of, ways_of
+from adapters.modulation.strategy import (
+    Bucket,
+    Candidate,
+    SegmentShape,
+    default_way,
+    groups_of,
+    ways_of,
+)
 from adapters.segments import from_runs
 
 FOLD: Candidate = ("torch", "fold")
@@ -52,7 +59,7 @@ def once(tuner: Autotuner, clock: Clock, fold: int, expand: int) -> bool:
 
 
 def winner(tuner: Autotuner) -> str:
-    (group,) = groups_of((1024, 1024), "nf4 float32", (Part(1, 32),) * 8)
+    (group,) = groups_of((1024, 1024), "nf4 float32", (SegmentShape(1, 32),) * 8)
     assert group.bucket == BUCKET
     (way,) = set(choose_ways([group], 8, ["torch"], tuner)[1])
     return way
@@ -163,15 +170,15 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(
 @pytest.mark.parametrize(
     ("part", "way"),
     [
-        (Part(256, 0), "base"),
-        (Part(1, 128), "expand"),
-        (Part(2, 16), "expand"),
-        (Part(2, 32), "fold"),
-        (Part(256, 32), "fold"),
-        (Part(256, 32, True), "kept"),
+        (SegmentShape(256, 0), "base"),
+        (SegmentShape(1, 128), "expand"),
+        (SegmentShape(2, 16), "expand"),
+        (SegmentShape(2, 32), "fold"),
+        (SegmentShape(256, 32), "fold"),
+        (SegmentShape(256, 32, True), "kept"),
     ],
 )
-def test_the_rule_before_anything_was_timed(part: Part, way: str) -> None:
+def test_the_rule_before_anything_was_timed(part: SegmentShape, way: str) -> None:
     assert default_way(part) == way
     assert choose_ways(groups_of(SHAPE, "s", (part,)), 1, ["native", "torch"], None) == (
         "native",
@@ -179,11 +186,15 @@ def test_the_rule_before_anything_was_timed(part: Part, way: str) -> None:
     )
 
 
-parts = st.builds(Part, st.integers(1, 400), st.sampled_from([0, 1, 8, 32, 128]), st.booleans())
+parts = st.builds(
+    SegmentShape, st.integers(1, 400), st.sampled_from([0, 1, 8, 32, 128]), st.booleans()
+)
 
 
 @given(st.lists(parts, max_size=8).map(tuple))
-def test_every_segment_is_in_one_group_and_gets_a_possible_way(segments: tuple[Part, ...]) -> None:
+def test_every_segment_is_in_one_group_and_gets_a_possible_way(
+    segments: tuple[SegmentShape, ...],
+) -> None:
     groups = groups_of(SHAPE, "s", segments)
     places = [place for group in groups for place in group.places]
     assert sorted(places) == list(range(len(segments)))
@@ -195,7 +206,7 @@ def test_every_segment_is_in_one_group_and_gets_a_possible_way(segments: tuple[P
 def test_the_backend_with_the_least_sum_is_taken() -> None:
     clock = Clock()
     tuner = Autotuner(clock=clock)
-    groups = groups_of((1024, 1024), "nf4 float32", (Part(1, 32),) * 8)
+    groups = groups_of((1024, 1024), "nf4 float32", (SegmentShape(1, 32),) * 8)
     tuner.run(BUCKET, {("native", "fold"): clock.taking(30), ("native", "expand"): clock.taking(9)})
     tuner.run(BUCKET, {FOLD: clock.taking(5), EXPAND: clock.taking(8)})
     assert choose_ways(groups, 8, ["native", "torch"], tuner) == ("torch", ["fold"] * 8)

@@ -22,13 +22,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from server.base.rope import RopeByLength
 from server.engine.engine import Engine
 from server.messages import (
-    EncodedInput,
     EncodeRequest,
     EncodeResult,
     Failure,
     GenerateRequest,
     GenerateResult,
     SamplingOptions,
+    TokenizedInput,
 )
 from tests.stand import tiny_bases
 
@@ -169,7 +169,7 @@ def test_a_vector_is_that_of_the_text_alone(stage: tuple[Path, Path]) -> None:
     engine, alone = engine_of(stage), Alone(stage[0])
     request = EncodeRequest(
         "mixed", "feature-extraction", None, None,
-        tuple(EncodedInput(ids(length)) for length in LENGTHS), None,
+        tuple(TokenizedInput(ids(length)) for length in LENGTHS), None,
         {"normalize": False, "pooling": "mean"},
     )  # fmt: skip
     answer = run(engine, [request])["mixed"]
@@ -249,7 +249,7 @@ def test_phi3_grows_past_the_original_length_as_its_own_generate_does(tmp_path: 
 def test_dynamic_rope_is_served_up_to_where_it_would_begin_to_stretch(tmp_path: Path) -> None:
     engine = engine_of((base_of(tmp_path, "dynamic"), tmp_path / "store"))
     vector = EncodeRequest(
-        "vector", "feature-extraction", None, None, (EncodedInput(ids(LONGEST + 1)),), None, {}
+        "vector", "feature-extraction", None, None, (TokenizedInput(ids(LONGEST + 1)),), None, {}
     )
     token = GenerateRequest(
         "token", None, None, ids(LONGEST - 1), SamplingOptions(max_new_tokens=2)

@@ -17,9 +17,9 @@ from transformers import AutoModel
 from adapters.intake.archive import WANTED
 from server.cli import adapters as cli_adapters
 from server.edge.endpoints.schemas import EmbedRequest
-from server.edge.endpoints.uploads import _Parts
+from server.edge.endpoints.uploads import _MultipartCallbacks
 from server.engine.engine import Engine, EngineFailure
-from server.messages import EncodedInput, EncodeRequest, EncodeResult
+from server.messages import EncodeRequest, EncodeResult, TokenizedInput
 from tests.adapters.intake.test_pooling import declare, flags, modules
 from tests.stand import tiny_bases
 
@@ -47,7 +47,7 @@ def serving(base: Path, store: Path) -> Iterator[Engine]:
 
 def vector(engine: Engine, version: str | None = None, **options: Any) -> torch.Tensor:
     request = EncodeRequest(
-        "r", "feature-extraction", version, version, (EncodedInput(tuple(IDS)),), options=options
+        "r", "feature-extraction", version, version, (TokenizedInput(tuple(IDS)),), options=options
     )
     result = engine.run(request)
     assert isinstance(result, EncodeResult)
@@ -115,7 +115,7 @@ def test_a_base_with_another_pooling_refuses_only_the_vectors_made_so(
 
 
 def test_an_upload_keeps_what_lies_in_the_poolings_folder_apart(tmp_path: Path) -> None:
-    parts = _Parts(tmp_path)
+    parts = _MultipartCallbacks(tmp_path)
     parser = MultipartParser(b"x", parts.callbacks())  # type: ignore[arg-type]
     for name in ("config.json", "1_Pooling/config.json", "a\\2_Pooling\\config.json"):
         parser.write(

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.encoding.fair_batches import WASTE_SHARE, WASTE_TOKENS, Batch, Key, Scheduler
+from server.encoding.fair_batches import WASTE_SHARE, WASTE_TOKENS, AdapterVersion, Batch, Scheduler
 
-KEYS: tuple[Key, ...] = (None, "a", "b", "c")
+KEYS: tuple[AdapterVersion, ...] = (None, "a", "b", "c")
 lengths = st.lists(st.integers(1, 200), min_size=1, max_size=12)
 requests = st.lists(st.tuples(st.sampled_from(KEYS), lengths), min_size=1, max_size=25)
 
 
-def all_ready(key: Key) -> bool:
+def all_ready(key: AdapterVersion) -> bool:
     return True
 
 
-def filled(scheduler: Scheduler, wanted: list[tuple[Key, list[int]]]) -> None:
+def filled(scheduler: Scheduler, wanted: list[tuple[AdapterVersion, list[int]]]) -> None:
     for number, (key, rows) in enumerate(wanted):
         scheduler.submit(str(number), key, rows)
 
@@ -36,7 +36,10 @@ def batches(scheduler: Scheduler) -> list[Batch]:
 
 @given(requests, st.integers(1, 600), st.integers(1, 20), st.one_of(st.none(), st.integers(1, 2)))
 def test_every_row_is_served_once_within_the_limits(
-    wanted: list[tuple[Key, list[int]]], budget: int, most_rows: int, most_adapters: int | None
+    wanted: list[tuple[AdapterVersion, list[int]]],
+    budget: int,
+    most_rows: int,
+    most_adapters: int | None,
 ) -> None:
     scheduler = Scheduler(budget, most_rows, most_adapters)
     filled(scheduler, wanted)
@@ -73,7 +76,7 @@ def test_two_adapters_with_rows_that_fit_get_the_same_share(
     for number in range(200):
         scheduler.submit(f"long{number}", "long", [long])
         scheduler.submit(f"short{number}", "short", [short])
-    served: Counter[Key] = Counter()
+    served: Counter[AdapterVersion] = Counter()
     for _ in range(20):
         batch = scheduler.next_batch(all_ready)
         assert batch is not None
@@ -116,7 +119,7 @@ def test_an_adapter_that_is_not_ready_delays_nobody_and_gains_no_claim() -> None
         batch = scheduler.next_batch(lambda key: key == "a")
         assert batch is not None
         assert batch.keys == ("a",)
-    counts: Counter[Key] = Counter()
+    counts: Counter[AdapterVersion] = Counter()
     for _ in range(4):
         batch = scheduler.next_batch(all_ready)
         assert batch is not None
@@ -134,7 +137,7 @@ def test_an_adapter_that_was_idle_gains_no_credit() -> None:
         scheduler.next_batch(all_ready)
     for number in range(60):
         scheduler.submit(f"late{number}", "late", [10])
-    counts: Counter[Key] = Counter()
+    counts: Counter[AdapterVersion] = Counter()
     for _ in range(6):
         batch = scheduler.next_batch(all_ready)
         assert batch is not None
@@ -152,7 +155,7 @@ def test_rows_of_one_adapter_and_length_run_in_the_order_of_their_arrival() -> N
 
 @given(requests, st.integers(0, 24))
 def test_cancel_forgets_exactly_one_request(
-    wanted: list[tuple[Key, list[int]]], victim: int
+    wanted: list[tuple[AdapterVersion, list[int]]], victim: int
 ) -> None:
     scheduler = Scheduler(300, 8)
     filled(scheduler, wanted)

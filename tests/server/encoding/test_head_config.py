@@ -18,7 +18,7 @@ from adapters.intake.checkpoint import load_adapter
 from adapters.registry.store import version_of
 from server.base.load import load_base
 from server.engine.engine import Engine
-from server.messages import EncodedInput, EncodeRequest, EncodeResult
+from server.messages import EncodeRequest, EncodeResult, TokenizedInput
 from tests.stand import tiny_bases
 
 LABELS = ("x", "y", "z")
@@ -49,7 +49,7 @@ def serving(base: Path, store: Path) -> Iterator[Engine]:
 def logits_of(engine: Engine, version: str, ids: list[int]) -> torch.Tensor:
     result = engine.run(
         EncodeRequest(
-            "r", "text-classification", version, version, (EncodedInput(tuple(ids)),),
+            "r", "text-classification", version, version, (TokenizedInput(tuple(ids)),),
             options={"function_to_apply": "none"},
         )
     )  # fmt: skip

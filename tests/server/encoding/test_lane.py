@@ -16,7 +16,7 @@ from adapters.residency.slots import Residency
 from server.base.load import LoadedBase, load_base
 from server.encoding.lane import EncodeLane
 from server.inputs.text import Text
-from server.messages import EncodedInput, EncodeRequest, EncodeResult, Event, Failure
+from server.messages import EncodeRequest, EncodeResult, Event, Failure, TokenizedInput
 from tests.stand import tiny_bases
 
 
@@ -74,8 +74,8 @@ def only(events: dict[str, Event]) -> Failure:
     return event
 
 
-def made(*ids: int, **more: Any) -> tuple[EncodedInput, ...]:
-    return (EncodedInput(tuple(ids), **more),)
+def made(*ids: int, **more: Any) -> tuple[TokenizedInput, ...]:
+    return (TokenizedInput(tuple(ids), **more),)
 
 
 @pytest.mark.parametrize(

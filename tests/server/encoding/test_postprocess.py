@@ -26,7 +26,7 @@ from server.encoding.postprocess import (
 )
 from server.failures import NotFinite
 from server.inputs.text import Text
-from server.messages import EncodedInput
+from server.messages import TokenizedInput
 from tests.stand import tiny_bases
 
 LABELS = ("O", "B-X", "I-X", "B-Y", "I-Y")
@@ -51,7 +51,7 @@ def loaded(factory: Any, base: Path, **more: Any) -> Any:
     return model
 
 
-def logits_of(model: Any, item: EncodedInput) -> torch.Tensor:
+def logits_of(model: Any, item: TokenizedInput) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=torch.tensor([item.token_ids])).logits[0]
     return logits

@@ -22,7 +22,7 @@ from server.base.skeletons import Skeletons
 from server.engine.engine import Engine, EngineFailure
 from server.inputs.images import ImageProcessorError, Images
 from server.inputs.text import InvalidInput
-from server.messages import EncodedInput, EncodeRequest, EncodeResult, Failure
+from server.messages import EncodeRequest, EncodeResult, Failure, TokenizedInput
 from tests.stand import tiny_bases
 from tests.stand.tiny_bases import Reference, assert_close, image, image_file
 
@@ -255,11 +255,11 @@ def test_texts_on_a_base_of_images_and_images_on_a_base_of_texts_fail(
         engine.encode(["A wonderful film."], task=TASK, version=versions["pets"])
     for task in ("text-classification", "fill-mask", "token-classification"):
         kind: Any = task
-        request = EncodeRequest("r", kind, "pets", versions["pets"], (EncodedInput((2, 3)),))
+        request = EncodeRequest("r", kind, "pets", versions["pets"], (TokenizedInput((2, 3)),))
         with pytest.raises(EngineFailure) as caught:
             engine.run(request)
         assert caught.value.failure.code == "task_mismatch"
-    request = EncodeRequest("r", TASK, "pets", versions["pets"], (EncodedInput((2, 3)),))
+    request = EncodeRequest("r", TASK, "pets", versions["pets"], (TokenizedInput((2, 3)),))
     with pytest.raises(EngineFailure) as caught:
         engine.run(request)
     assert caught.value.failure.code == "invalid_input"

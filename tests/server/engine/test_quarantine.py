@@ -15,11 +15,11 @@ def fail(quarantine: Quarantine, times: int, now: float, version: str = "v") -> 
 def test_failures_in_a_row_quarantine_a_version_and_no_other() -> None:
     quarantine = Quarantine(3, 10.0)
     assert fail(quarantine, 3, now=1.0) == [False, False, True]
-    sentence = quarantine.sentence("v", 2.0)
-    assert sentence is not None
-    assert (sentence.left_s, sentence.reason) == (9.0, "NaN")
-    assert quarantine.sentence("w", 2.0) is None
-    assert set(quarantine.sentences(2.0)) == {"v"}
+    entry = quarantine.entry("v", 2.0)
+    assert entry is not None
+    assert (entry.left_s, entry.reason) == (9.0, "NaN")
+    assert quarantine.entry("w", 2.0) is None
+    assert set(quarantine.entries(2.0)) == {"v"}
     assert quarantine.total == 1
 
 
@@ -28,7 +28,7 @@ def test_success_in_between_starts_the_count_anew() -> None:
     for _ in range(10):
         assert fail(quarantine, 2, now=1.0) == [False, False]
         quarantine.succeeded("v")
-    assert quarantine.sentence("v", 1.0) is None
+    assert quarantine.entry("v", 1.0) is None
 
 
 def test_failures_far_apart_are_not_in_a_row() -> None:
@@ -40,27 +40,27 @@ def test_failures_far_apart_are_not_in_a_row() -> None:
 def test_time_brings_probation_and_the_next_failure_twice_the_time() -> None:
     quarantine = Quarantine(3, 10.0)
     fail(quarantine, 3, now=0.0)
-    assert quarantine.sentence("v", 9.9) is not None
-    assert quarantine.sentence("v", 10.0) is None
+    assert quarantine.entry("v", 9.9) is not None
+    assert quarantine.entry("v", 10.0) is None
     assert fail(quarantine, 1, now=11.0) == [True]
-    sentence = quarantine.sentence("v", 11.0)
-    assert sentence is not None
-    assert sentence.left_s == 20.0
+    entry = quarantine.entry("v", 11.0)
+    assert entry is not None
+    assert entry.left_s == 20.0
     for _ in range(20):  # never longer than the longest
         now = 11.0 + 2 * LONGEST_S
-        quarantine.sentence("v", now)
+        quarantine.entry("v", now)
         fail(quarantine, 1, now)
-        sentence = quarantine.sentence("v", now)
-        assert sentence is not None
-        assert sentence.left_s <= LONGEST_S
-        quarantine.lift("v")
+        entry = quarantine.entry("v", now)
+        assert entry is not None
+        assert entry.left_s <= LONGEST_S
+        quarantine.release("v")
         fail(quarantine, 3, 0.0)
 
 
 def test_probation_that_goes_well_clears_the_record() -> None:
     quarantine = Quarantine(3, 10.0)
     fail(quarantine, 3, now=0.0)
-    assert quarantine.sentence("v", 10.0) is None
+    assert quarantine.entry("v", 10.0) is None
     quarantine.succeeded("v")
     assert fail(quarantine, 2, now=11.0) == [False, False]
 
@@ -70,17 +70,17 @@ def test_late_answers_of_requests_under_way_change_no_sentence() -> None:
     fail(quarantine, 2, now=0.0)
     quarantine.succeeded("v")
     assert fail(quarantine, 5, now=1.0) == [False] * 5
-    sentence = quarantine.sentence("v", 1.0)
-    assert sentence is not None
-    assert sentence.left_s == 9.0
+    entry = quarantine.entry("v", 1.0)
+    assert entry is not None
+    assert entry.left_s == 9.0
 
 
 def test_lifting_forgets_everything() -> None:
     quarantine = Quarantine(2, 10.0)
-    assert not quarantine.lift("v")
+    assert not quarantine.release("v")
     fail(quarantine, 2, now=0.0)
-    assert quarantine.lift("v")
-    assert quarantine.sentence("v", 0.0) is None
+    assert quarantine.release("v")
+    assert quarantine.entry("v", 0.0) is None
     assert fail(quarantine, 1, now=0.0) == [False]
 
 
@@ -112,4 +112,4 @@ def test_quarantined_exactly_when_so_many_failed_in_a_row(
             row[version] = row.get(version, 0) + 1
             if row[version] == most:
                 out.add(version)
-        assert set(quarantine.sentences(0.0)) == out
+        assert set(quarantine.entries(0.0)) == out

@@ -15,12 +15,12 @@ from starlette.datastructures import QueryParams
 from server.edge.admit.admission import Admission
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.endpoints.body import Posted
-from server.edge.endpoints.middleware import Exchange
+from server.edge.endpoints.body import ValidatedBody
+from server.edge.endpoints.middleware import RequestContext
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.schemas import EmbedRequest
 from server.edge.endpoints.schemas_openai import EmbeddingRequest
-from server.edge.endpoints.tei_tgi import Native
+from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.service import LONG_CHARACTERS, Target
 from server.errors import Refusal
 from server.inputs.images import Images, ImageTooLarge, looks_like_image
@@ -73,11 +73,11 @@ def test_images_that_do_not_fit_beside_others_are_not_even_decoded() -> None:
         base=SimpleNamespace(inputs=images),
         dispatcher=SimpleNamespace(admission=Admission(load, bounds, 2)),
     )
-    call: Any = SimpleNamespace(scope={"hira": Exchange("id", 0.0, adapter="pets")})
+    call: Any = SimpleNamespace(scope={"hira": RequestContext("id", 0.0, adapter="pets")})
     files = (image_file(image(10, 25)),) * 2
     with pytest.raises(Refusal, match="overloaded") as caught:
         asyncio.run(
-            Native(service)._encoded(call, "-", files, "image-classification", truncation=False)
+            TeiTgi(service)._encoded(call, "-", files, "image-classification", truncation=False)
         )
     assert "bytes of pixels" in str(caught.value.faults[0].found)
 
@@ -106,7 +106,7 @@ def test_a_small_file_of_many_pixels_is_not_decoded_on_the_event_loop(verb: str)
         target=lambda *_: Target(None, None, "feature-extraction"),
     )
     call: Any = SimpleNamespace(
-        scope={"hira": Exchange("id", time.monotonic())},
+        scope={"hira": RequestContext("id", time.monotonic())},
         headers={},
         receive=receive,
         query_params=QueryParams(""),
@@ -115,7 +115,7 @@ def test_a_small_file_of_many_pixels_is_not_decoded_on_the_event_loop(verb: str)
     assert len(text) <= LONG_CHARACTERS
     body = EmbeddingRequest.model_validate({"model": "base", "input": text})
     work = (
-        Native(service).embed(call, None, Posted(EmbedRequest(inputs=text)))
+        TeiTgi(service).embed(call, None, ValidatedBody(EmbedRequest(inputs=text)))
         if verb == "/embed"
         else OpenAI(service).embeddings(call, body)
     )

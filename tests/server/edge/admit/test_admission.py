@@ -14,11 +14,11 @@ from server.edge.admit.admission import RETRY_MAX_S, Admission
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
 from server.errors import Refusal
-from server.messages import EncodedImage, EncodedInput, EncodeRequest
+from server.messages import EncodeRequest, ProcessedImage, TokenizedInput
 
 
 def request(adapter: str | None = None, tokens: int = 3) -> EncodeRequest:
-    inputs = (EncodedInput(tuple(range(tokens))),)
+    inputs = (TokenizedInput(tuple(range(tokens))),)
     return EncodeRequest("", "text-classification", adapter, adapter, inputs)
 
 
@@ -62,7 +62,7 @@ def test_tokens_of_one_adapter_are_bounded() -> None:
 
 
 def images(count: int, adapter: str | None = None) -> EncodeRequest:
-    inputs = (EncodedImage(bytes(48), (3, 2, 2), 5),) * count
+    inputs = (ProcessedImage(bytes(48), (3, 2, 2), 5),) * count
     return EncodeRequest("", "image-classification", adapter, adapter, inputs)
 
 

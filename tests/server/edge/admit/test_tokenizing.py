@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from server.edge.admit.tokenizing import Encoders, EncodersFull
+from server.edge.admit.tokenizing import TokenizersBusy, TokenizerThreads
 from server.edge.endpoints import answers as calls
-from server.edge.endpoints.middleware import Exchange
+from server.edge.endpoints.middleware import RequestContext
 from server.edge.service import AT_ONCE_CHARACTERS, LONG_CHARACTERS, POOLS, Service
 from server.errors import Refusal
 from server.settings import Settings
 
 
 @contextmanager
-def made() -> Iterator[Encoders]:
-    encoders = Encoders()
+def made() -> Iterator[TokenizerThreads]:
+    encoders = TokenizerThreads()
     try:
         yield encoders
     finally:
@@ -33,7 +33,7 @@ def soon() -> float:
     return time.monotonic() + 30
 
 
-async def begun(encoders: Encoders, gate: threading.Event) -> asyncio.Task[bool]:
+async def begun(encoders: TokenizerThreads, gate: threading.Event) -> asyncio.Task[bool]:
     """Occupy the thread until ``gate`` is set."""
     at_work = threading.Event()
 
@@ -60,7 +60,7 @@ def test_no_more_wait_than_may_and_all_run_in_order() -> None:
                 for i in range(3)
             ]
             await asyncio.sleep(0)
-            with pytest.raises(EncodersFull, match="4 requests"):
+            with pytest.raises(TokenizersBusy, match="4 requests"):
                 await encoders.run(lambda: order.append(9), deadline=soon(), most=4)
             gate.set()
             await asyncio.gather(first, *others)
@@ -118,7 +118,7 @@ def test_given_up_work_keeps_the_thread_until_it_ends() -> None:
 def test_call_whose_client_leaves_stops_waiting_for_the_encoders(leaves: bool) -> None:
     class Call:
         def __init__(self) -> None:
-            self.scope = {"hira": Exchange("id", time.monotonic())}
+            self.scope = {"hira": RequestContext("id", time.monotonic())}
             self.headers: dict[str, str] = {}
 
         async def receive(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def service() -> Iterator[Any]:
     """A service of threads and lanes alone."""
     served: Any = Service.__new__(Service)
     served.settings = Settings()
-    served._short, served._long = Encoders(), Encoders("long-texts")
+    served._short, served._long = TokenizerThreads(), TokenizerThreads("long-texts")
     served._reader = None
     served._pools = {name: ThreadPoolExecutor(count) for name, count in POOLS.items()}
     served.registry = Closed()

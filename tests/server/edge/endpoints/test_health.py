@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.edge.endpoints.health import Observe
+from server.edge.endpoints.health import HealthEndpoints
 from server.edge.link.wire import WorkerState, write_state
 
 
@@ -25,5 +25,5 @@ def test_step_is_stuck_when_the_main_process_would_end_it_and_not_before(
         settings=SimpleNamespace(run_dir=tmp_path, max_step_s=300.0),
         dispatcher=SimpleNamespace(status="ready", silent_s=lambda: 0.0),
     )
-    found, _ = Observe(service, "1").readiness()
+    found, _ = HealthEndpoints(service, "1").readiness()
     assert found.removeprefix("worker_") == status

@@ -23,16 +23,16 @@ from server.edge.endpoints.answers import json_response
 from server.edge.endpoints.body import posted, read_json
 from server.edge.endpoints.json_text import (
     AT_ONCE_BYTES,
-    SLICE_CHARACTERS,
+    JSON_SLICE_CHARACTERS,
     VALUES_MAX,
     has_more_values,
-    loaded,
-    pieces,
+    json_pieces,
+    parse_json,
     written,
 )
 from server.edge.endpoints.schemas import MAX_UNKNOWN, GenerateRequestBody, PredictRequest
 from server.edge.endpoints.schemas_openai import CompletionRequest
-from server.edge.litserve.server import SHOWN
+from server.edge.litserve.server import SHORT_REPR
 from server.errors import Refusal
 
 T = TypeVar("T")
@@ -78,14 +78,14 @@ def counted(content: Any) -> int:
 def test_values_are_counted_outside_of_texts_only(content: Any, slice_characters: int) -> None:
     text, there = json.dumps(content, ensure_ascii=False), counted(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_text, "SLICE_CHARACTERS", slice_characters)
+        patch.setattr(json_text, "JSON_SLICE_CHARACTERS", slice_characters)
         assert not has_more_values(text, there)
         assert not there or has_more_values(text, there - 1)
 
 
 def test_a_text_full_of_commas_quotes_and_backslashes_is_taken() -> None:
     text = ',[{"\\' * (VALUES_MAX // 2)
-    assert loaded(json.dumps({"inputs": text}).encode()) == {"inputs": text}
+    assert parse_json(json.dumps({"inputs": text}).encode()) == {"inputs": text}
 
 
 @pytest.mark.parametrize("one", ["[]", "7", "{}", '","', '"\\\\"', '"\\""'])
@@ -93,7 +93,7 @@ def test_a_text_full_of_commas_quotes_and_backslashes_is_taken() -> None:
 def test_too_many_values_are_refused_unread(one: str, encoding: str) -> None:
     raw = ("[" + ",".join([one] * (VALUES_MAX + 1)) + "]").encode(encoding)
     with pytest.raises(Refusal) as refused:
-        loaded(raw)
+        parse_json(raw)
     fault = refused.value.faults[0]
     assert (fault.code, refused.value.status) == ("request_too_large", 413)
     assert fault.found
@@ -104,7 +104,7 @@ def test_too_many_values_are_refused_unread(one: str, encoding: str) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-le"])
 def test_ordinary_bodies_are_read_as_the_library_reads_them(encoding: str) -> None:
     raw = '{"inputs": ["grün", 1.5, null, "\\ud83d\\ude00"], "a": {}}'.encode(encoding)
-    assert loaded(raw) == json.loads(raw)
+    assert parse_json(raw) == json.loads(raw)
 
 
 @pytest.mark.parametrize("model", [PredictRequest, GenerateRequestBody])
@@ -122,14 +122,14 @@ def test_a_large_body_is_read_and_checked_in_a_thread(
 
         monkeypatch.setattr(bodies, name, note)
 
-    noted("loaded")
+    noted("_parse_body")
     noted("_checked")
     here = threading.get_ident()
     for size, at_once in ((10, True), (AT_ONCE_BYTES, False)):
         seen.clear()
         read = asyncio.run(read_json(sent(json.dumps({"inputs": "x" * size}).encode()), model))
         assert read == model(inputs="x" * size)
-        assert [name for name, _ in seen] == ["loaded", "_checked"]
+        assert [name for name, _ in seen] == ["_parse_body", "_checked"]
         assert all((thread == here) is at_once for _, thread in seen)
 
 
@@ -175,7 +175,7 @@ def test_of_very_many_unknown_fields_a_few_are_told() -> None:
 def test_an_answer_in_pieces_is_the_same_text(content: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_text, "AT_ONCE_VALUES", 4)
-        text = "".join(pieces(content))
+        text = "".join(json_pieces(content))
     assert text == json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -197,9 +197,9 @@ def test_a_large_answer_is_written_in_a_thread(monkeypatch: pytest.MonkeyPatch) 
         assert answer.headers["x-adapter"] == "a"
     assert threads[0] == threading.get_ident()
     assert threads[1] != threading.get_ident()
-    assert max(map(len, pieces(large))) < SLICE_CHARACTERS
+    assert max(map(len, json_pieces(large))) < JSON_SLICE_CHARACTERS
 
 
 @pytest.mark.parametrize("value", ["a" * 5000, ["b"] * 5000, [["c", 1.5]] * 5000, 7, "short", [1]])
 def test_a_fault_shows_the_start_of_a_value(value: object) -> None:
-    assert SHOWN.repr(value)[:120] == repr(value)[:120]
+    assert SHORT_REPR.repr(value)[:120] == repr(value)[:120]

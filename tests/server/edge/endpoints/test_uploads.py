@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from python_multipart.multipart import MultipartParser
 
-from server.edge.endpoints.uploads import FIELDS_MAX, FILES_MAX, _Parts
+from server.edge.endpoints.uploads import FIELDS_MAX, MAX_UPLOAD_FILES, _MultipartCallbacks
 from server.errors import Refusal
 
 FIELD = 'Content-Disposition: form-data; name="{}"'
 FILE = 'Content-Disposition: form-data; name="files"; filename="{}"'
 
 
-def parse(folder: Path, *parts: tuple[str, str]) -> _Parts:
+def parse(folder: Path, *parts: tuple[str, str]) -> _MultipartCallbacks:
     text = "".join(f"--b\r\n{head}\r\n\r\n{body}\r\n" for head, body in parts) + "--b--\r\n"
-    found = _Parts(folder)
+    found = _MultipartCallbacks(folder)
     callbacks: Any = found.callbacks()
     try:
         MultipartParser(b"b", callbacks).write(text.encode())
@@ -45,7 +45,7 @@ def test_as_many_fields_as_may_be_are_taken_and_one_more_is_not(tmp_path: Path) 
 
 
 def test_as_many_files_as_may_be_are_taken_and_one_more_is_not(tmp_path: Path) -> None:
-    files = [(FILE.format(f"f{at}"), "x") for at in range(FILES_MAX + 1)]
+    files = [(FILE.format(f"f{at}"), "x") for at in range(MAX_UPLOAD_FILES + 1)]
     with pytest.raises(Refusal, match="malformed_body"):
         parse(tmp_path, *files)
 

@@ -8,7 +8,7 @@ import pytest
 
 from server.edge.endpoints.word_limit import SEQUENCE_TOKENS_MAX, WORDS_MAX, check_words
 from server.errors import Refusal
-from server.messages import EncodedInput
+from server.messages import TokenizedInput
 
 MASK, VOCABULARY = 4, 30_000
 
@@ -22,7 +22,7 @@ def check(
     masks: int, length: int, inputs: int = 1, top_k: int | None = None, targets: int | None = None
 ) -> None:
     text: Any = Masks()
-    one = EncodedInput((MASK,) * masks + (9,) * (length - masks))
+    one = TokenizedInput((MASK,) * masks + (9,) * (length - masks))
     check_words(
         [one] * inputs, text, top_k=top_k, targets=tuple(range(targets)) if targets else None
     )

@@ -37,13 +37,13 @@ from server.edge.link.wire import (
 from server.errors import Refusal
 from server.messages import (
     Cancel,
-    EncodedInput,
     EncodeRequest,
     EncodeResult,
     Failure,
     GenerateRequest,
     Preload,
     TokenEvent,
+    TokenizedInput,
 )
 
 WIDE = Bounds(requests=1000, tokens=1_000_000, adapter_requests=1000)
@@ -120,7 +120,7 @@ def encode_request(
         task="text-classification",
         adapter=adapter,
         version=adapter,
-        inputs=(EncodedInput(tuple(range(tokens))),),
+        inputs=(TokenizedInput(tuple(range(tokens))),),
         submitted=time.monotonic(),
         deadline=None if timeout_s is None else time.monotonic() + timeout_s,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.edge.link.callers import Callers, UnderWay
+from server.edge.link.callers import HttpProcesses, RunningRequests
 from server.edge.link.watch import watch_threads
 from server.edge.link.wire import Events, Requests, read_state
 from server.edge.litserve import loop
@@ -143,7 +143,7 @@ def test_requests_of_a_dead_http_process_are_cancelled(
 
 
 def test_books_of_requests_hold_those_that_are_under_way() -> None:
-    books = UnderWay()
+    books = RunningRequests()
     for name in ("0.1", "0.2", "0.3"):
         books.begin(7, generation(name))
     books.begin(8, generation("1.1"))
@@ -163,7 +163,7 @@ def loop_failure(name: str) -> Any:
 
 
 def test_death_of_a_caller_is_noticed_once(caller: subprocess.Popen[bytes]) -> None:
-    callers = Callers()
+    callers = HttpProcesses()
     assert callers.lives(caller.pid)
     assert callers.lives(os.getpid())
     assert callers.gone() == []

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from server.edge.processes import run_folder as module
-from server.edge.processes.run_folder import LOCK_FILE, PREFIX, run_folder
+from server.edge.processes.run_folder import OWNER_LOCK_FILE, RUN_DIR_PREFIX, run_folder
 from tests.server.edge.processes.test_faults import wait_for
 from tests.stand.live import Live, hira
 
@@ -75,11 +75,11 @@ def test_what_a_killed_server_left_is_deleted_and_what_is_no_servers_is_not(
     )
     assert done.returncode == -signal.SIGKILL
     (left,) = memory.iterdir()
-    strange = memory / f"{PREFIX}without-a-lock"
+    strange = memory / f"{RUN_DIR_PREFIX}without-a-lock"
     strange.mkdir()
-    link = memory / f"{PREFIX}link"
+    link = memory / f"{RUN_DIR_PREFIX}link"
     link.symlink_to(tmp_path)
-    (tmp_path / LOCK_FILE).touch()
+    (tmp_path / OWNER_LOCK_FILE).touch()
     with run_folder(tmp_path / "run", 0):
         assert not left.exists()
         assert strange.exists()
@@ -120,7 +120,7 @@ def test_folder_that_is_gone_is_made_anew_once(
         there = place.resolve()
         there.rename(tmp_path / "aside")
         there.mkdir()
-        (there / LOCK_FILE).touch()
+        (there / OWNER_LOCK_FILE).touch()
         assert folder.restore() is True
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save
 
 from server.demo import ADAPTERS_DIR
 from server.engine.engine import Engine
-from server.engine.snapshot import Conduct
+from server.engine.snapshot import FailureTracker
 from server.errors import Refusal
-from server.messages import EncodeRequest, EncodeResult, Event, Failure, Lift
+from server.messages import EncodeRequest, EncodeResult, Event, Failure, ReleaseQuarantine
 from tests.server.edge.processes.test_faults import wait_for
 from tests.server.engine.test_engine import World, by_id, outputs, preload, world
 from tests.stand import tiny_bases
@@ -68,7 +68,7 @@ def test_adapter_that_keeps_failing_is_quarantined_alone_until_it_is_lifted(
     assert snapshot.quarantined[bad][0] > time.time()
     assert snapshot.totals["quarantine"] == before + 1
     outputs(ask("topics", 10))
-    engine.submit(Lift(bad))
+    engine.submit(ReleaseQuarantine(bad))
     assert engine.snapshot().quarantined == {}
     assert outputs(ask("mood", 11)) == good
 
@@ -107,12 +107,12 @@ def test_what_the_bare_base_fails_at_is_no_fault_of_the_adapter(
     outputs(ask(9))
 
 
-def conduct_of(*requests: str) -> Conduct:
+def tracker_of(*requests: str) -> FailureTracker:
     """Of which these requests of one version run; three failures in a row are too many."""
-    conduct = Conduct(3, 60.0)
+    tracker = FailureTracker(3, 60.0)
     for request in requests:
-        assert conduct.admit(running(request)) is None
-    return conduct
+        assert tracker.admit(running(request)) is None
+    return tracker
 
 
 def running(request: str) -> EncodeRequest:
@@ -120,21 +120,21 @@ def running(request: str) -> EncodeRequest:
 
 
 def test_one_fault_that_many_requests_share_is_one_failure() -> None:
-    conduct = conduct_of(*"abcdefg")
-    conduct.note([Failure(one, "internal", "The forward failed.") for one in "abcde"])
-    assert conduct.quarantined() == {}
-    conduct.note([Failure("f", "internal", "The forward failed.")])
-    assert conduct.quarantined() == {}
-    conduct.note([Failure("g", "internal", "The forward failed.")])
-    assert set(conduct.quarantined()) == {"v"}
+    tracker = tracker_of(*"abcdefg")
+    tracker.note([Failure(one, "internal", "The forward failed.") for one in "abcde"])
+    assert tracker.quarantined() == {}
+    tracker.note([Failure("f", "internal", "The forward failed.")])
+    assert tracker.quarantined() == {}
+    tracker.note([Failure("g", "internal", "The forward failed.")])
+    assert set(tracker.quarantined()) == {"v"}
 
 
 def test_a_version_that_answers_in_the_same_step_has_not_failed() -> None:
-    conduct = conduct_of(*"abcdef")
+    tracker = tracker_of(*"abcdef")
     for good, bad in ("ab", "cd", "ef"):
         result = EncodeResult(good, ((0.0,),), "v", 1, 0.0, 0.0)
-        conduct.note([result, Failure(bad, "internal", "The forward failed.")])
-    assert conduct.quarantined() == {}
+        tracker.note([result, Failure(bad, "internal", "The forward failed.")])
+    assert tracker.quarantined() == {}
 
 
 @pytest.mark.http
