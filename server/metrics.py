@@ -240,6 +240,8 @@ class Live:
     adapter_bytes: Mapping[str, float] = field(default_factory=dict)  # by tier
     adapters: Mapping[str, float] = field(default_factory=dict)  # by state
     kv_blocks: Mapping[str, float] = field(default_factory=dict)  # by state
+    generate_steps: Mapping[str, float] = field(default_factory=dict)  # by how they ran
+    static_bytes: Mapping[str, float] = field(default_factory=dict)  # by what holds them
     cuda_bytes: Mapping[str, float] = field(default_factory=dict)  # by kind
     totals: Mapping[str, float] = field(default_factory=dict)  # residency counters by what
     processes: Mapping[str, int] = field(default_factory=dict)  # pid by role
@@ -264,6 +266,8 @@ class LiveCollector:
             ("hira_adapter_bytes", "Memory of adapter factors.", "tier", live.adapter_bytes),
             ("hira_adapters", "Adapters.", "state", live.adapters),
             ("hira_kv_blocks", "Blocks of the KV cache.", "state", live.kv_blocks),
+            ("hira_static_step_bytes", "Memory of static decode steps.", "part",
+             live.static_bytes),
             ("hira_cuda_bytes", "Memory of the CUDA device.", "kind", live.cuda_bytes),
             ("hira_admitted", "Requests and tokens admitted now.", "kind", live.running),
             ("hira_process_resident_bytes", "Resident memory, shared pages in each.", "role",
@@ -283,6 +287,14 @@ class LiveCollector:
             for value, amount in sorted(live.totals.items()):
                 counter.add_metric([value], amount)
             yield counter
+        if live.generate_steps:
+            steps = CounterMetricFamily(
+                "hira_generate_steps", "Steps of the generate lane, by how they ran.",
+                labels=["how"],
+            )  # fmt: skip
+            for value, amount in sorted(live.generate_steps.items()):
+                steps.add_metric([value], amount)
+            yield steps
         yield GaugeMetricFamily(
             "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)
         )

@@ -36,6 +36,7 @@ from pydantic_settings import (
 from adapters.modulation.strategy import Strategy
 from server.options import (
     MIB,
+    DecodeSteps,
     Device,
     DType,
     EngineOptions,
@@ -143,6 +144,10 @@ class Settings(BaseSettings):
     device: Device = setting("auto", "Where the base runs.", "Base")
     threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
     modulation: Strategy = setting("auto", "Strategy of the adapted layers.", "Base")
+
+    decode_steps: DecodeSteps = setting(
+        "dynamic", "How a step of decoding runs: over fixed buffers (static) or not.", "Base"
+    )
 
     # Where it listens and keeps its state
     host: str = setting("127.0.0.1", "Address to listen on.", "Server")
@@ -314,6 +319,7 @@ class Settings(BaseSettings):
             device=self.device,
             threads=self.threads,
             modulation=self.modulation,
+            decode_steps=self.decode_steps,
             slots=self.slots,
             device_bytes=int(self.device_bytes),
             host_bytes=int(self.host_bytes),

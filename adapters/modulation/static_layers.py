@@ -42,7 +42,7 @@ class StaticRows:
 
     def __init__(self, most: int, device: torch.device) -> None:
         tiles = -(-most // TILE_ROWS)
-        self._sizes = (most, 3 * most, tiles + 1)
+        self._sizes = [most, 3 * most, tiles + 1]
         self._host = torch.zeros(sum(self._sizes), dtype=torch.int32)
         if device.type == "cuda":
             self._host = self._host.pin_memory()

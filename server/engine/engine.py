@@ -140,6 +140,8 @@ class Engine:
             if base.generates and isinstance(inputs, Text):
                 generate = generate_lane(base, inputs, residency, options)
             try_base(base, inputs, encode, generate)
+            if generate is not None:
+                generate.start_steps()
         except BaseException:
             residency.close()
             raise
@@ -302,6 +304,8 @@ class Engine:
             slots=known.slots,
             slots_used=known.slots_used,
             kv_blocks=blocks,
+            generate_steps={} if generate is None else generate.steps_by,
+            static_bytes={} if generate is None else generate.static_bytes,
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),

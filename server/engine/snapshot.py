@@ -45,6 +45,9 @@ class EngineSnapshot:
         adapters: Versions, by tier.
         slots, slots_used: Places on the device.
         kv_blocks: Of the generate lane, by state.
+        generate_steps: Of the generate lane since the start, by how they ran; {} where none may be
+            static.
+        static_bytes: Of static steps on the device, by what holds them.
         cuda_bytes: Of the device, by kind; empty on the CPU.
         totals: Counters since the start.
         residency: The tier of each version that is not only on disk.
@@ -60,6 +63,8 @@ class EngineSnapshot:
     adapter_bytes: Mapping[str, int]
     adapters: Mapping[str, int]
     kv_blocks: Mapping[str, int]
+    generate_steps: Mapping[str, int]
+    static_bytes: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
     totals: Mapping[str, int]
     slots: int

@@ -76,6 +76,7 @@ class PagedKeys(Protocol):
     """What a model's attention layers are given: who attends to what, in pages."""
 
     cache: KVCache
+    layers_run: int
 
     def attend(self, layer: int, call: Call) -> None:
         """Write the new keys and values of a layer, and fill ``call.out``."""

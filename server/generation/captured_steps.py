@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,9 @@ class CapturedSteps:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def __iter__(self) -> Iterator[StepKey]:
+        return iter(self._graphs)
+
     def capture(self, key: StepKey, run: Callable[[], None]) -> bool:
         """Capture ``run``; False: the memory is used up, and what is there already stays.
 
@@ -46,7 +49,7 @@ class CapturedSteps:
         """
         before = torch.cuda.memory_reserved(self._device)
         try:
-            aside = torch.cuda.Stream(self._device)
+            aside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(aside):
                 for _ in range(_WARM_UPS):

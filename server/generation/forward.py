@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +20,14 @@ import torch
 from adapters import segments
 from server.base.rope import RopeByLength
 from server.failures import is_lost
-from server.generation.attention import PAGED_ATTENTION, PagedBatch, Span
+from server.generation.attention import PAGED_ATTENTION, PagedBatch, PagedKeys, Span
 from server.generation.kv_cache import KVCache
-from server.generation.page_attention import decode_in_torch
+from server.generation.page_attention import (
+    VARLEN_PAGE_TOKENS,
+    VarlenBatch,
+    decode_by_varlen,
+    decode_in_torch,
+)
 from server.generation.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
 from server.generation.static_step import StaticStep
 from server.inputs.detokenize import TextStream
@@ -207,6 +212,8 @@ class PagedForward:
         self._keeps_logits = bool(model._supports_logits_to_keep())
         self._rope = RopeByLength(model)
         self.static: StaticStep | None = None  # None: every step runs as one with prompts in it
+        self._why_dynamic: str | None = None  # None: static steps were not asked for
+        self._batch: Callable[[KVCache, Items[Span]], PagedKeys] = PagedBatch
         self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
         self.steps = 0
         self.last_rows = 0
@@ -243,7 +250,7 @@ class PagedForward:
         self._note(parts)
         kept = wanted or [len(ids) - 1]  # an output layer over no row at all is a case of its own
         keep = torch.tensor(kept, device=self._device)
-        paged = PagedBatch(self._kv, spans)
+        paged = self._batch(self._kv, spans)
         inputs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         with (
             torch.inference_mode(),
@@ -278,13 +285,46 @@ class PagedForward:
             most: Sequences of a step at most.
         """
         if self._rope.kinds:
-            self.steps_by["rope"] = 0
-            logger.warning(
-                "Steps stay dynamic: the rotary factors of this base depend on the length"
-            )
+            self.leave_static("rope", "the rotary factors of this base depend on the length")
             return
         layers = self._adapted.make_static(slots)
-        self.static = StaticStep(self._model, layers, self._kv, most, decode_in_torch)
+        attention = decode_in_torch
+        if self._kv.block_tokens % VARLEN_PAGE_TOKENS == 0:
+            attention = decode_by_varlen
+            self._batch = VarlenBatch
+        self.static = StaticStep(self._model, layers, self._kv, most, attention)
+
+    def leave_static(self, reason: str, found: str) -> None:
+        """Run no static step from now on, and count every step under ``reason``."""
+        logger.warning("Decode steps stay dynamic: %s", " ".join(found.split())[:300])
+        self.static = None
+        self._why_dynamic = reason
+
+    def capture_static(self) -> Iterator[tuple[int, int]]:
+        """Capture the static steps where the device can; yields how many of how many are done.
+
+        Raises:
+            RuntimeError: The device cannot capture them.
+        """
+        if self.static is not None:
+            with self._own_attention():
+                yield from self.static.capture()
+
+    def by_static(self, parts: Items[ScheduledRows]) -> list[Choice]:
+        """A token for each part, by the static step."""
+        assert self.static is not None
+        with self._own_attention():
+            return self.static(parts)
+
+    def in_every_bucket(self, parts: Items[ScheduledRows]) -> list[list[Choice]]:
+        """The same static step in every bucket that can hold it."""
+        assert self.static is not None
+        with self._own_attention():
+            return list(self.static.in_every_bucket(parts))
+
+    def dynamic(self, parts: Items[ScheduledRows]) -> list[Choice]:
+        """A token for each part, all of which predict, as a step with prompts in it chooses it."""
+        return choose(self(parts).last, [part.sequence.chooser for part in parts])
 
     def rereads(self, tokens: int) -> bool:
         """Whether the keys of ``tokens`` tokens are others once there is one more."""
@@ -342,18 +382,17 @@ class PagedForward:
             Exception: The device itself is lost.
         """
         if self.static is None:
+            if self._why_dynamic is not None:
+                self.steps_by[self._why_dynamic] += 1
             return None
         reason = self.static.obstacle(parts)
         if reason is None:
             try:
-                with self._own_attention():
-                    chosen = self.static(parts)
+                chosen = self.by_static(parts)
             except Exception as error:
                 if is_lost(error):
                     raise
-                logger.exception(
-                    "A static step of %d sequences failed; it runs otherwise", len(parts)
-                )
+                logger.exception("A static step of %d sequences failed; it is run anew", len(parts))
                 reason = "failed"
             else:
                 self._note(parts)

@@ -270,9 +270,10 @@ class KVCache:
         held = self._held.pop(key, None)
         if held is None:
             return
-        for kind, pages in ((FULL, held.full), (SLIDING, held.ring)):
-            if pages:
-                self._pools[kind].release(pages, forget=forget)
+        if held.full:
+            self._pools[FULL].release(held.full, forget=forget)
+        if held.ring:
+            self._pools[SLIDING].release(held.ring, forget=forget)
 
     def _root(self, version: Hashable) -> Hashable:
         """What comes before the first page: chains of two versions have nothing in common."""

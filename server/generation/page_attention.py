@@ -6,19 +6,21 @@ The one equation, for row i of a sequence whose table names its pages in order:
 
 ``varlen`` is torch's own kernel for CUDA (``torch.nn.attention.varlen``), always with one split of
 the keys: that makes an answer the same in any batch. ``decode_in_torch`` is the same for one row a
-sequence on any device, and ``reference`` for any number of rows, one row and head at a time.
+sequence on any device; ``attend_row_by_row`` takes any number, one row and head at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch.nn import functional as F
 
-from server.generation.attention import Call
+from server.generation.attention import Call, Span
+from server.generation.kv_cache import READ_PAGE, SLIDING, WRITE_PAGE, Kind, KVCache
 
 VARLEN_PAGE_TOKENS: Final = 256  # FlashAttention 2 takes multiples of it
 VARLEN_MAX_WIDTH: Final = 256  # of a head
@@ -68,7 +70,9 @@ def decode_in_torch(call: Call, pages: Pages) -> None:
     call.out.copy_(attended.reshape(rows, -1, attended.shape[-1]))
 
 
-def obstacle(width: int, dtype: torch.dtype, device: torch.device, *, capped: bool) -> str | None:
+def varlen_obstacle(
+    width: int, dtype: torch.dtype, device: torch.device, *, capped: bool
+) -> str | None:
     """Why torch's own kernel cannot attend here; None: it can.
 
     Args:
@@ -124,7 +128,7 @@ def decode_by_varlen(call: Call, pages: Pages) -> None:
     varlen(call, pages, starts, most_rows=1)
 
 
-def reference(call: Call, pages: Pages, starts: torch.Tensor, most_rows: int) -> None:
+def attend_row_by_row(call: Call, pages: Pages, starts: torch.Tensor, most_rows: int) -> None:
     """What ``varlen`` computes, row by row and head by head; on any device, in any float type."""
     page, kv_heads = pages.keys.shape[1:3]
     shared = call.query.shape[1] // kv_heads
@@ -142,3 +146,65 @@ def reference(call: Call, pages: Pages, starts: torch.Tensor, most_rows: int) ->
                 call.out[row, head] = F.scaled_dot_product_attention(
                     call.query[row, head][None], keys, values, scale=call.scale
                 )[0]
+
+
+class VarlenBatch:
+    """Where one flattened batch is written and read, any number of rows for each sequence.
+
+    Args:
+        cache: Holds the pages that were reserved for each sequence.
+        spans: The sequences in the order of their rows, covering all rows.
+        attend: ``varlen``, or ``attend_row_by_row``, which computes the same.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        spans: Sequence[Span],
+        attend: Callable[[Call, Pages, torch.Tensor, int], None] = varlen,
+    ) -> None:
+        self.cache = cache
+        self.layers_run = 0
+        self._attend = attend
+        device, page = cache.device, cache.block_tokens
+        self._starts = _int32([*(span.start for span in spans), spans[-1].stop], device)
+        self._lengths = _int32([span.tokens for span in spans], device)
+        self._most_rows = max(span.rows for span in spans)
+        self._tables: dict[Kind, torch.Tensor] = {}
+        self._write: dict[Kind, torch.Tensor] = {}
+        self._fresh: dict[Kind, torch.Tensor] = {}
+        for kind in dict.fromkeys(cache.layer_kinds):
+            tables = [cache.table(span.key, kind, span.tokens) for span in spans]
+            widest = max(map(len, tables))
+            rows = [[*table, *[READ_PAGE] * (widest - len(table))] for table in tables]
+            self._tables[kind] = _int32(rows, device)
+            self._write[kind] = torch.tensor(
+                [
+                    table[t // page] * page + t % page
+                    for span, table in zip(spans, tables, strict=True)
+                    for t in range(span.past, span.tokens)
+                ],
+                device=device,
+            )
+            fresh = [
+                one
+                for span, table in zip(spans, tables, strict=True)
+                for one in table[-(-span.past // page) :]
+            ]
+            self._fresh[kind] = torch.tensor(fresh or [WRITE_PAGE], device=device)
+
+    def attend(self, layer: int, call: Call) -> None:
+        """Write the new keys and values of a layer, and fill ``call.out``."""
+        kind = self.cache.layer_kinds[layer]
+        keys, values = self.cache.pages_of(layer)
+        for pages, new in ((keys, call.key), (values, call.value)):
+            pages.index_fill_(0, self._fresh[kind], 0)
+            pages.view(-1, *pages.shape[2:]).index_copy_(0, self._write[kind], new)
+        window = self.cache.window if kind == SLIDING else None
+        held = Pages(keys, values, self._tables[kind], self._lengths, window)
+        self._attend(call, held, self._starts, self._most_rows)
+        self.layers_run += 1
+
+
+def _int32(numbers: Any, device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

@@ -123,10 +123,10 @@ class StaticStep:
         pages = [one for layer in layers for one in self._cache.pages_of(layer)]
         return [*self.buffers.all(), self.rows.slots, *pages]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of buffers, tables and graphs on the device."""
-        return self.buffers.nbytes + self._layers.nbytes + self.captured.nbytes
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes on the device, of buffers with tables and of graphs."""
+        buffers = self.buffers.nbytes + self._layers.nbytes
+        return {"buffers": buffers, "graphs": self.captured.nbytes}
 
     def obstacle(self, parts: Sequence[ScheduledRows]) -> str | None:
         """Why these parts cannot run as a static step, in one word for a metric; None: they can."""
@@ -138,7 +138,7 @@ class StaticStep:
                 return "prefill"
             reason = self._layers.obstacle(sequence.slot)
             if reason is None:
-                reason = step_sampling.obstacle(sequence.request.sampling)
+                reason = step_sampling.option_obstacle(sequence.request.sampling)
             if reason is not None:
                 return reason
         return None
@@ -174,6 +174,24 @@ class StaticStep:
         if not self.captured.replay(key):
             self.run(key)
         return self._told(sequences)
+
+    def in_every_bucket(self, parts: Sequence[ScheduledRows]) -> Iterator[list[Choice]]:
+        """The same step in each bucket, and for each class of launches, that can hold the parts.
+
+        Keys and values are written again each time, the same.
+        """
+        sequences = [part.sequence for part in parts]
+        least = self.key_of(sequences)
+        for key in list(self.captured) or [least]:
+            rows, rank, has_lora, plain = key
+            if rows < least.rows or rank < least.rank or plain != least.plain:
+                continue
+            if least.has_lora and not has_lora:
+                continue
+            self._fill(sequences)
+            if not self.captured.replay(key):
+                self.run(key)
+            yield self._told(sequences)
 
     def key_of(self, sequences: Sequence[Running]) -> StepKey:
         """Which of the prepared steps serves these sequences."""

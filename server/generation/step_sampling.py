@@ -12,7 +12,7 @@ from server.generation.step_buffers import StepBuffers
 from server.messages import SamplingOptions
 
 
-def obstacle(options: SamplingOptions) -> str | None:
+def option_obstacle(options: SamplingOptions) -> str | None:
     """Why a request's options cannot be kept in a step; None: they can."""
     return "alternatives" if options.alternatives > 20 else None
 

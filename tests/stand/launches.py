@@ -47,7 +47,7 @@ def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
             yield from _tensors(one)
 
 
-class Launches(TorchDispatchMode):
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator with the shapes and types of its tensors, and where known memory is.
 
     Args:
@@ -58,7 +58,7 @@ class Launches(TorchDispatchMode):
     """
 
     def __init__(self, fixed: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fixed = {one.untyped_storage().data_ptr() for one in fixed}
         self.found: list[tuple[Any, ...]] = []
 

@@ -129,6 +129,8 @@ def live_figures(
             "quarantined": len(snapshot.get("quarantined", {})),
         },
         kv_blocks=snapshot.get("kv_blocks", {}),
+        generate_steps=snapshot.get("generate_steps", {}),
+        static_bytes=snapshot.get("static_bytes", {}),
         cuda_bytes=snapshot.get("cuda_bytes", {}),
         totals=snapshot.get("totals", {}),
         processes=processes,

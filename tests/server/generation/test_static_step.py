@@ -211,3 +211,46 @@ def test_buckets_hold_any_number_of_rows() -> None:
         assert list(made) == sorted(set(made))
         assert made[-1] == most
         assert made[0] == 1
+
+
+# Before anybody is answered
+
+
+def test_steps_are_compared_before_they_answer() -> None:
+    stage, adapted = staged()
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    stage.lane.start_steps()
+    stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    figures = stage.lane.figures()
+    assert figures.steps_by["static"] == 3
+    assert figures.kv_blocks_used == 0
+    assert figures.static_bytes["buffers"] > 0
+    assert figures.static_bytes["graphs"] == 0
+
+
+def test_steps_that_differ_are_never_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, adapted = staged()
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    plain_run = StaticStep.run
+
+    def wrong(self: StaticStep, key: Any) -> None:
+        plain_run(self, key)
+        self.buffers.told_scores[0] += 0.01
+
+    monkeypatch.setattr(StaticStep, "run", wrong)
+    stage.lane.start_steps()
+    assert "differ" in caplog.text
+    stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    assert dict(stage.lane.figures().steps_by) == {"differs": 4}
+
+
+def test_without_the_setting_nothing_is_prepared() -> None:
+    stage, _ = staged(static=False)
+    stage.lane.start_steps()
+    stage.answer(None, [5, 6, 7], max_new_tokens=2)
+    assert not stage.lane.figures().steps_by
+    assert not stage.lane.figures().static_bytes
