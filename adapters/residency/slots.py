@@ -13,6 +13,7 @@ dtype, whether it has a slot or waits for the next request in the host tier.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class Residency:
         dtype: The compute dtype.
         grace_s: How long a version just placed is kept for whoever asked for it.
         size: Bytes of a version's file, found out quickly; 0 when it is not known.
+        clock: Seconds that only grow; what graces and waits are counted by.
     """
 
     def __init__(
@@ -69,10 +71,13 @@ class Residency:
         dtype: torch.dtype,
         grace_s: float = _GRACE_S,
         size: Callable[[str], int] = lambda _: 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots must be 1 or more, not {slots}")
-        self._tiers = Tiers(adapted, slots=slots, device_bytes=device_bytes, host_bytes=host_bytes)
+        self._tiers = Tiers(
+            adapted, slots=slots, device_bytes=device_bytes, host_bytes=host_bytes, clock=clock
+        )
         self.dtype = dtype
         self.grace_s = grace_s
         self._adapted = adapted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -115,10 +115,17 @@ class Tiers:
         slots: How many.
         device_bytes: Budget of factors in slots.
         host_bytes: Budget of factors out of slots and of all heads.
+        clock: Seconds that only grow; what graces and waits are counted by.
     """
 
     def __init__(
-        self, adapted: AdaptedModel, *, slots: int, device_bytes: int, host_bytes: int
+        self,
+        adapted: AdaptedModel,
+        *,
+        slots: int,
+        device_bytes: int,
+        host_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
         self.device_bytes = device_bytes
@@ -129,6 +136,7 @@ class Tiers:
         self.wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
         self.evictions = self.failures = 0
         self._adapted = adapted
+        self._clock = clock
 
     @property
     def most_pins(self) -> int:
@@ -194,7 +202,7 @@ class Tiers:
                 continue
             gone = self.make_room(version, packed.nbytes)
             if gone is None:
-                now = time.monotonic()
+                now = self._clock()
                 entry.stuck_since = entry.stuck_since or now
                 if now - entry.stuck_since >= PASS_S:
                     break
@@ -213,7 +221,7 @@ class Tiers:
         if entry.doomed:
             self.forget(version)
             return []
-        entry.kept_until = time.monotonic() + grace_s
+        entry.kept_until = self._clock() + grace_s
         self.entries.move_to_end(version)
         return [version]
 
@@ -262,7 +270,7 @@ class Tiers:
         Returns:
             What is to be emptied before the room is used; None, with nothing changed, if it cannot.
         """
-        now = time.monotonic()
+        now = self._clock()
         pinned = frozenset(self.divide_pins(version, need)[0])
         free, used = len(self.free), self.device_used()
         leave: list[str] = []
@@ -350,7 +358,7 @@ class Tiers:
 
     def until_grace_ends(self) -> float | None:
         """Seconds until the first version just placed may leave; None when there is none."""
-        now = time.monotonic()
+        now = self._clock()
         ends = [one.kept_until for one in self.entries.values() if one.kept_until > now]
         return max(0.001, min(ends) - now) if ends else None
 

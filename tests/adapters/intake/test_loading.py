@@ -22,9 +22,10 @@ from adapters.intake.safetensors_header import inspect_values
 from adapters.residency.low_priority import step_back
 from adapters.residency.slots import Residency
 from adapters.signature import describe
-from tests.adapters.residency.test_residency import fetch, residency, until
 from tests.stand.folders import hira_folder
+from tests.stand.residencies import fetch, residency
 from tests.stand.tiny_models import build
+from tests.stand.waits import until
 
 
 def passes_of(made: Residency, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:

@@ -12,7 +12,9 @@ import pytest
 
 from adapters.residency.packing import PackedAdapter
 from adapters.residency.slots import Residency
-from tests.adapters.residency.test_residency import TIMEOUT_S, fetch, residency, until
+from adapters.residency.tiers import Tiers
+from tests.stand.residencies import fetch, residency
+from tests.stand.waits import TIMEOUT_S, until
 
 
 def _broken(*_: object, **__: object) -> Any:
@@ -27,11 +29,11 @@ def _serves(made: Residency, *versions: str) -> None:
 
 def test_a_compact_adapter_that_cannot_be_made_whole_fails_alone() -> None:
     with residency(slots=1) as (made, disk), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedAdapter, "is_compact", property(lambda self: self is spoiled))
+        patch.setattr(PackedAdapter, "is_compact", property(lambda self: self.weights is spoiled))
         patch.setattr(PackedAdapter, "restore", _broken)
-        spoiled: PackedAdapter | None = None
+        spoiled: object = None
         _serves(made, "a", "b")
-        spoiled = made._tiers.entries["a"].packed
+        spoiled = made.weights("a")
         fetch(made, "a")
         assert made.state("a") == "failed"
         assert "on purpose" in str(made.error("a"))
@@ -50,12 +52,7 @@ def test_an_adapter_that_cannot_be_made_compact_stays_whole(
 
     with residency(slots=1) as (made, disk), pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackedAdapter, "compact", compact)
-        good = disk.load
-
-        def load(version: str) -> Any:
-            return replace(good(version), sparsity=0.9)
-
-        made._load = load
+        disk.changed = lambda _, weights: replace(weights, sparsity=0.9)
         _serves(made, "a", "b")
         until(lambda: len(tried) == 1)
         _serves(made, "a", "b")
@@ -80,13 +77,13 @@ def test_a_fault_while_slots_are_filled_leaves_nobody_loading(step: str) -> None
 
                 patch.setattr(made, "_copying", copying)
             elif step == "empty":
-                patch.setattr(made._tiers, "empty", _broken)
+                patch.setattr(Tiers, "empty", _broken)
             elif step == "install":
                 patch.setattr(disk.adapted, "install", _broken)
             elif step == "room":
-                patch.setattr(made._tiers, "make_room", _broken)
+                patch.setattr(Tiers, "make_room", _broken)
             else:
-                patch.setattr(made._tiers, "to_compact", _broken)
+                patch.setattr(Tiers, "to_compact", _broken)
             fetch(made, "a")
             assert made.state("a") == "failed"
             assert "on purpose" in str(made.error("a"))
@@ -132,7 +129,7 @@ def test_nobody_waits_for_a_slot_that_is_being_filled() -> None:
                 done.set()
 
             threading.Thread(target=others, daemon=True).start()
-            assert done.wait(TIMEOUT_S / 4), "the lock is held while a slot is filled"
+            assert done.wait(TIMEOUT_S / 2), "the lock is held while a slot is filled"
             may_end.set()
             until(lambda: made.state("cold") == "ready")
 

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,86 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from adapters.errors import CorruptFile, MissingTensors, NonFinite, SlotNotResident, StoreFull
-from adapters.layers.inject import AdaptedModel, inject
+from adapters.layers.inject import inject
 from adapters.residency.packing import pack
 from adapters.residency.slots import LARGE_BYTES, LOADS, Residency
 from adapters.residency.tiers import PASS_S
 from adapters.segments import from_rows
+from tests.stand.clock import FakeClock
+from tests.stand.residencies import ONE, WIDTH, Disk, fetch, read_in, residency, weights_of
 from tests.stand.tiny_models import FakeFactors, FakeWeights, build, random_factors
-
-WIDTH = 16
-# One layer, rank 2, float32: A and B of 2 x 16 numbers each.
-ONE = 2 * 2 * WIDTH * 4
-MIB = 1 << 20
-TIMEOUT_S = 20.0
-
-
-def weights_of(version: str, adapted: AdaptedModel, rank: int = 2) -> FakeWeights:
-    seed = sum(version.encode())
-    factors = random_factors(adapted.signature, ["0"], rank=rank, seed=seed)
-    return FakeWeights(
-        {path: FakeFactors(f.a, f.b, f.scale, f.bias) for path, f in factors.items()},
-        head={"score.weight": torch.ones(2, 8)},
-    )
-
-
-class Disk:
-    """What the loader reads from; can be slow, or broken for some versions."""
-
-    def __init__(self, adapted: AdaptedModel) -> None:
-        self.adapted = adapted
-        self.reads: list[str] = []
-        self.broken: set[str] = set()
-        self.ranks: dict[str, int] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def load(self, version: str) -> Any:
-        assert self.gate.wait(TIMEOUT_S)
-        self.reads.append(version)
-        if version in self.broken:
-            raise CorruptFile(f"{version} is broken.")
-        return weights_of(version, self.adapted, self.ranks.get(version, 2))
-
-
-@contextmanager
-def residency(
-    *,
-    slots: int = 4,
-    device_bytes: int = MIB,
-    host_bytes: int = MIB,
-    grace_s: float = 0.0,
-    model: nn.Module | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[Residency, Disk]]:
-    torch.manual_seed(0)
-    adapted = inject(model if model is not None else nn.Sequential(nn.Linear(WIDTH, WIDTH)))
-    disk = Disk(adapted)
-    made = Residency(
-        adapted, disk.load, slots=slots, device_bytes=device_bytes, host_bytes=host_bytes,
-        folded_bytes=0, dtype=dtype, grace_s=grace_s,
-    )  # fmt: skip
-    try:
-        yield made, disk
-    finally:
-        disk.gate.set()
-        made.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end, "the loader did not get there"
-        time.sleep(0.001)
-
-
-def fetch(made: Residency, *versions: str) -> None:
-    for version in versions:
-        made.prefetch(version)
-        until(lambda version=version: made.state(version) in ("ready", "failed"))  # type: ignore[misc]
+from tests.stand.waits import TIMEOUT_S, until
 
 
 def test_prefetched_version_gets_a_slot_that_serves_it() -> None:
@@ -115,12 +45,10 @@ def test_prefetch_does_not_wait_for_the_load() -> None:
     with residency() as (made, disk):
         fetch(made, "warm")
         disk.gate.clear()
-        started = time.monotonic()
         made.prefetch("cold")
         assert made.state("cold") == "loading"
         assert made.lease(["warm"])
         made.release(["warm"])
-        assert time.monotonic() - started < 1.0
         disk.gate.set()
         fetch(made, "cold")
         assert made.state("cold") == "ready"
@@ -154,15 +82,14 @@ def test_least_recently_used_version_leaves_first() -> None:
 
 
 def test_more_versions_than_slots_queue_behind_those_in_use() -> None:
-    with residency(slots=2, grace_s=TIMEOUT_S) as (made, _):
+    with residency(slots=2, grace_s=1.0, clock=FakeClock()) as (made, disk):
         fetch(made, "a", "b")
         made.lease(["a", "b"])
-        for version in "cde":
-            made.prefetch(version)
-        time.sleep(0.05)
+        read_in(made, disk, *"cde")
         assert [made.state(v) for v in "cde"] == ["loading"] * 3
         made.release(["a"])
         until(lambda: made.state("c") == "ready")
+        disk.turn(made)
         assert [made.state(v) for v in "bde"] == ["ready", "loading", "loading"]
 
 
@@ -221,12 +148,11 @@ def test_pins_give_way_to_a_version_that_fits_in_no_other_way() -> None:
 
 
 def test_held_version_stays_but_is_not_used() -> None:
-    with residency(slots=2, host_bytes=0) as (made, _):
+    with residency(slots=2) as (made, disk):
         fetch(made, "a", "b")
         held = made.hold(["a", "b", "missing"])
         assert set(held) == {"a", "b"}
-        made.prefetch("c")
-        time.sleep(0.05)
+        read_in(made, disk, "c")
         assert made.state("c") == "loading"
         made.use(["a"])
         made.release(held)
@@ -274,17 +200,14 @@ def test_listener_that_raises_does_not_stop_the_loader() -> None:
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), 1e30])
 def test_non_finite_adapter_fails_before_it_reaches_a_slot(spoiled: float) -> None:
     with residency() as (made, disk):
-        good = disk.load
 
-        def load(version: str) -> Any:
-            weights = good(version)
+        def spoil(_: str, weights: Any) -> Any:
             entry = weights.factors["0"]
             return replace(
                 weights, factors={"0": replace(entry, a=entry.a * 0 + spoiled, b=entry.b * 1e30)}
             )
 
-        disk.load = load  # type: ignore[method-assign]
-        made._load = load
+        disk.changed = spoil
         fetch(made, "a")
         assert isinstance(made.error("a"), NonFinite)
         assert not disk.adapted.layers["0"].slots
@@ -326,31 +249,45 @@ def test_host_tier_stays_in_its_budget() -> None:
 
 
 def test_just_placed_version_is_kept_for_whoever_asked() -> None:
-    with residency(slots=1, grace_s=0.3) as (made, _):
-        made.prefetch("a")
-        made.prefetch("b")
-        until(lambda: made.state("a") == "ready")
-        time.sleep(0.05)
-        assert made.lease(["a"])  # b has not taken the slot meanwhile
+    clock = FakeClock()
+    with residency(slots=1, grace_s=0.2, clock=clock) as (made, disk):
+        fetch(made, "a")
+        read_in(made, disk, "b")
+        assert (made.state("a"), made.state("b")) == ("ready", "loading")
+        clock.advance(0.19)
+        disk.turn(made)
+        assert made.state("b") == "loading"
+        clock.advance(0.02)  # a was never leased: its grace ends, and the loader finds it by itself
+        until(lambda: made.state("b") == "ready")
+        assert made.state("a") == "absent"
+
+
+def test_grace_ends_with_the_first_lease() -> None:
+    with residency(slots=1, grace_s=1.0, clock=FakeClock()) as (made, disk):
+        fetch(made, "a")
+        read_in(made, disk, "b")
+        assert made.lease(["a"])
+        disk.turn(made)
+        assert made.state("b") == "loading"
         made.release(["a"])
         until(lambda: made.state("b") == "ready")
-        made.prefetch("a")  # b is never leased: its grace ends
-        until(lambda: made.state("a") == "ready")
 
 
-def test_leasing_many_versions_through_one_slot_makes_progress() -> None:
-    with residency(slots=2, grace_s=0.5) as (made, _):
+def test_leasing_many_versions_through_few_slots_makes_progress() -> None:
+    # The clock stands, so no grace ends: whatever is placed waits until it was leased.
+    with residency(slots=2, grace_s=1.0, clock=FakeClock()) as (made, _):
         pending = [f"v{i}" for i in range(12)]
         for version in pending:
             made.prefetch(version)
-        end = time.monotonic() + TIMEOUT_S
-        while pending:
-            assert time.monotonic() < end
+
+        def lease_those_that_are_ready() -> bool:
             for version in [v for v in pending if made.state(v) == "ready"]:
                 made.lease([version])
                 made.release([version])
                 pending.remove(version)
-            time.sleep(0.001)
+            return not pending
+
+        until(lease_those_that_are_ready)
 
 
 def test_resident_adapter_costs_its_tensors_in_the_compute_dtype() -> None:
@@ -397,38 +334,37 @@ def test_small_versions_pass_large_ones_that_are_read() -> None:
     with residency() as (made, disk):
         large, may_end = {f"large{number}" for number in range(LOADS + 1)}, threading.Event()
         running: set[str] = set()
-        good = disk.load
 
-        def load(version: str) -> Any:
+        def slow(version: str, weights: Any) -> Any:
             if version in large:
                 running.add(version)
                 assert may_end.wait(TIMEOUT_S)
-            return good(version)
+            return weights
 
-        made._load = load
-        made._size = lambda version: LARGE_BYTES if version in large else 1
+        disk.changed = slow
+        disk.sizes = dict.fromkeys(large, LARGE_BYTES)
         for version in sorted(large):
             made.prefetch(version)
         fetch(made, "small", "more")
         assert [made.state(version) for version in ("small", "more")] == ["ready", "ready"]
-        assert len(running) == LOADS - 1, "not bounded, or not at once"
+        until(lambda: len(running) >= LOADS - 1, "not at once")
+        fetch(made, "another")
+        assert len(running) == LOADS - 1, "not bounded"
         may_end.set()
         until(lambda: all(made.state(version) in ("ready", "absent") for version in large))
 
 
 def test_small_versions_pass_one_without_room_for_a_bounded_time() -> None:
-    with residency(slots=4, device_bytes=4 * ONE) as (made, disk):
+    clock = FakeClock()
+    with residency(slots=4, device_bytes=4 * ONE, clock=clock) as (made, disk):
         disk.ranks["big"] = 6  # three of four units
         fetch(made, "a", "b")
         made.lease(["a", "b"])
-        made.prefetch("big")
-        until(lambda: made._tiers.entries["big"].stuck_since > 0)
+        read_in(made, disk, "big")
         fetch(made, "c")
         assert (made.state("big"), made.state("c")) == ("loading", "ready")
-        made._tiers.entries["big"].stuck_since -= PASS_S
-        made.prefetch("d")
-        until(lambda: made._tiers.entries["d"].packed is not None)
-        time.sleep(0.05)
+        clock.advance(PASS_S)
+        read_in(made, disk, "d")
         assert made.state("d") == "loading"
         made.release(["a", "b"])
         until(lambda: made.state("big") == "ready")
