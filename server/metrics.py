@@ -247,6 +247,7 @@ class Live:
     processes: Mapping[str, int] = field(default_factory=dict)  # pid by role
     running: Mapping[str, float] = field(default_factory=dict)  # admitted, by what
     worker_ready: bool = False
+    weights_digest: str = ""
 
 
 class LiveCollector:
@@ -295,6 +296,13 @@ class LiveCollector:
             for value, amount in sorted(live.generate_steps.items()):
                 steps.add_metric([value], amount)
             yield steps
+        if live.weights_digest:
+            held = GaugeMetricFamily(
+                "hira_base_weights", "The digest of the base's quantized weights.",
+                labels=["digest"],
+            )  # fmt: skip
+            held.add_metric([live.weights_digest], 1.0)
+            yield held
         yield GaugeMetricFamily(
             "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)
         )

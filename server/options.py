@@ -54,6 +54,7 @@ class EngineOptions:
     max_request_pixels: int = 1 << 26  # of all images of one request
     allow_prefix_sharing: bool = False
     decode_steps: DecodeSteps = "dynamic"
+    deterministic: bool = False  # answers do not depend on their batch in a single bit
 
     quarantine_failures: int = 5  # of one adapter, in a row
     quarantine_s: float = 60.0  # the first time

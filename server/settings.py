@@ -149,6 +149,10 @@ class Settings(BaseSettings):
         "dynamic", "How a step of decoding runs: over fixed buffers (static) or not.", "Base"
     )
 
+    deterministic: bool = setting(
+        False, "Answer the same in any batch, bit for bit; slower, on a CPU only.", "Base"
+    )
+
     # Where it listens and keeps its state
     host: str = setting("127.0.0.1", "Address to listen on.", "Server")
     port: Annotated[int, AfterValidator(_reachable_port)] = setting(8000, "Port.", "Server")
@@ -259,6 +263,11 @@ class Settings(BaseSettings):
                 f"host: LitServe listens on {', '.join(HOSTS)} only, not {self.host!r}; "
                 "choose 0.0.0.0 and filter by a firewall or a proxy"
             )
+        if self.deterministic and (self.prefix_sharing or self.decode_steps == "static"):
+            raise ValueError(
+                "deterministic: not together with prefix_sharing or static decode_steps, by which "
+                "bits depend on what is beside or was before; leave them off"
+            )
         if self.timeout_s > self.max_timeout_s:
             raise ValueError(
                 f"timeout_s: {self.timeout_s:g} exceeds max_timeout_s {self.max_timeout_s:g}"
@@ -320,6 +329,7 @@ class Settings(BaseSettings):
             threads=self.threads,
             modulation=self.modulation,
             decode_steps=self.decode_steps,
+            deterministic=self.deterministic,
             slots=self.slots,
             device_bytes=int(self.device_bytes),
             host_bytes=int(self.host_bytes),

@@ -1,8 +1,8 @@
 """The fused GPU kernel: y = x (W0 ⊙ (1 + B A))ᵀ + bias from 4-bit storage, many slots a call.
 
 A tile of W0 is decoded in registers, multiplied by 1 + a tile of B A that the tensor cores have
-just made, and dotted with the rows of its slot; no dense weight reaches GPU memory. This is the
-only module that imports triton: import it where there is a CUDA device and triton is installed.
+just made, and dotted with the rows of its slot; no dense weight reaches GPU memory. Import
+this module where there is a CUDA device and triton is installed.
 LoRA's two thin products stay with ``adapters.kernels.torch_ops``.
 
 Two kernels, one equation:
@@ -70,7 +70,7 @@ def _dot(left, right, total, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _decode(
+def decode_tile(
     packed_ptr, level_ptr, scale_ptr, n, first, N, K,
     HALF: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, DECODER: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def _decode(
     row = n.to(tl.int64) * K
     inside = n < N
     at = (row // 2 + first // 2)[:, None] + j[None, :]
-    mask = inside[:, None] & _columns(first, K, HALF, GROUPED)[2][None, :]
+    mask = inside[:, None] & tile_columns(first, K, HALF, GROUPED)[2][None, :]
     byte = tl.load(packed_ptr + at, mask=mask, other=0)
     if DECODER != "":
         high, low = tl.inline_asm_elementwise(
@@ -108,8 +108,8 @@ def _decode(
 
 
 @triton.jit
-def _columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
-    """The input features of the two halves that ``_decode`` returns, and which exist."""
+def tile_columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
+    """The input features of the two halves that ``decode_tile`` returns, and which exist."""
     j = tl.arange(0, HALF)
     if GROUPED:  # in is a multiple of 2 HALF: nothing to mask
         high = first + j
@@ -123,7 +123,7 @@ def _columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def _factors(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
+def factors_at(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
     """Where A ``[r, in]`` and Bᵀ ``[r, out]`` of this slot start, and r."""
     entry = table_ptr + (slot.to(tl.int64) * LAYERS + layer) * COLUMNS
     a_ptr = tl.multiple_of(tl.load(entry).to(like_ptr.dtype), 16)
@@ -132,7 +132,7 @@ def _factors(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _modulation(
+def tile_modulation(
     a_ptr, b, rank, columns, inside, K,
     BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +144,7 @@ def _modulation(
 
 
 @triton.jit
-def _load_b(b_ptr, rank, n, N, R: tl.constexpr):
+def load_b(b_ptr, rank, n, N, R: tl.constexpr):
     """B at the output features ``n``: ``[BN, R]``."""
     r = tl.arange(0, R)
     mask = (n < N)[:, None] & (r < rank)[None, :]
@@ -174,17 +174,17 @@ def many_rows_kernel(
     x_mask = (m < count)[None, :]
     dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
     if R > 0:
-        a_ptr, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
-        b = _load_b(b_ptr, rank, n, N, R)
+        a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+        b = load_b(b_ptr, rank, n, N, R)
     total = tl.full((BN, BM), 0.0, tl.float32)
     for first in tl.range(0, K, 2 * HALF, num_stages=STAGES):
-        high, low = _decode(
+        high, low = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
+        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         if R > 0:
-            high += high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
-            low += low * _modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
+            high += high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
+            low += low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
         x = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
         total = _dot(high.to(dtype), x, total, EXACT)
         x = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
@@ -220,22 +220,22 @@ def few_rows_kernel(
     total = tl.full((BN, BM), 0.0, tl.float32)
     start = split * split_features
     for first in tl.range(start, tl.minimum(start + split_features, K), 2 * HALF, num_stages=1):
-        high, low = _decode(
+        high, low = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
+        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         x_high = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
         x_low = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
         total = _dot(high.to(dtype), x_high, total, EXACT)
         total = _dot(low.to(dtype), x_low, total, EXACT)
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
             slot = tl.load(entries_ptr + entry * 3)
-            a_ptr, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
-            b = _load_b(b_ptr, rank, n, N, R)
-            product = high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
+            a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+            b = load_b(b_ptr, rank, n, N, R)
+            product = high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
             part = tl.full((BN, BM), 0.0, tl.float32)
             part = _dot(product.to(dtype), x_high, part, EXACT)
-            product = low * _modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
+            product = low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
             part = _dot(product.to(dtype), x_low, part, EXACT)
             # Chosen, not multiplied by 0: an overflow of one slot must not reach another's rows.
             own = m >= tl.load(entries_ptr + entry * 3 + 1)
@@ -277,7 +277,7 @@ def lora_down_kernel(
     """inner[row, r] = A_r · x: a block of ranks of one row."""
     row = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    a_ptr, _, rank = _factors(table_ptr, tl.load(slots_ptr + row), layer, LAYERS, x_ptr, COLUMNS)
+    a_ptr, _, rank = factors_at(table_ptr, tl.load(slots_ptr + row), layer, LAYERS, x_ptr, COLUMNS)
     total = tl.full((BLOCK_R,), 0.0, tl.float32)
     for first in tl.range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -300,7 +300,7 @@ def lora_up_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.load(slots_ptr + row)
-    _, b_ptr, rank = _factors(table_ptr, slot, layer, LAYERS, y_ptr, COLUMNS)
+    _, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, y_ptr, COLUMNS)
     total = tl.full((BLOCK_N,), 0.0, tl.float32)
     for first in tl.range(0, rank, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)

@@ -315,6 +315,7 @@ class Engine:
             device=str(parts.base.device),
             dtype=str(parts.base.dtype).removeprefix("torch."),
             storage=parts.base.storage,
+            weights_digest=parts.base.weights_digest,
         )
 
     def close(self) -> list[Event]:

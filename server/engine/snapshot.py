@@ -56,6 +56,7 @@ class EngineSnapshot:
         pins_without_room: Pinned by name, but beyond what pins may take of the device.
         device, dtype: Where and in what everything is computed.
         storage: How the base's linear layers are stored, for people.
+        weights_digest: Of the base's linear layers as they are stored; equal on every device.
     """
 
     queue_depth: Mapping[str, int]
@@ -76,6 +77,7 @@ class EngineSnapshot:
     device: str
     dtype: str
     storage: str
+    weights_digest: str
 
 
 class FailureTracker:

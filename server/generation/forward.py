@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,10 @@ from server.generation.page_attention import (
     decode_by_varlen,
     decode_in_torch,
 )
-from server.generation.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
+from server.generation.sampling import Choice, choose, likeliest_of, logprobs_of
+from server.generation.sequences import ScheduledRows, Sequence
 from server.generation.static_step import StaticStep
-from server.inputs.detokenize import TextStream
-from server.messages import GeneratedToken, GenerateRequest, Likeliest
+from server.messages import GenerateRequest
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
@@ -39,67 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A running request."""
-
-    request: GenerateRequest
-    slot: int
-    ids: list[int]  # prompt and generated
-    written: int  # tokens whose keys and values are in the cache
-    chooser: TokenChooser
-    text: TextStream
-    admitted: float  # time.monotonic()
-    tokens: list[GeneratedToken] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)  # log-probabilities of ids[1:], if asked for
-    likeliest: list[Likeliest] = field(default_factory=list)  # in the places of those
-
-    @property
-    def pending(self) -> int:
-        """Tokens that the model has not read yet: 1 while decoding."""
-        return len(self.ids) - self.written
-
-    @property
-    def generated(self) -> list[int]:
-        return self.ids[len(self.request.token_ids) :]
-
-    @property
-    def decoding(self) -> bool:
-        return bool(self.tokens)
-
-    @property
-    def reading(self) -> bool:
-        """Whether there is more to read than the latest token: a prompt, or all once more."""
-        return not self.decoding or self.pending > 1
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRows:
-    """What one sequence puts into a batch: its next ``rows`` tokens."""
-
-    sequence: Sequence
-    rows: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the model reads all there is."""
-        return self.rows == self.sequence.pending
-
-    @property
-    def predicts(self) -> bool:
-        """Whether a new token comes out."""
-        return self.completes and self.sequence.request.sampling.max_new_tokens > 0
-
-    @property
-    def scored(self) -> range:
-        """Which tokens of the prompt are told from rows of this part: the one after each."""
-        sequence = self.sequence
-        if not sequence.request.sampling.prompt_logprobs or sequence.decoding:
-            return range(0)
-        first = sequence.written + 1
-        return range(first, min(first + self.rows, len(sequence.request.token_ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +53,26 @@ class Logits:
 
     last: torch.Tensor
     prompt: torch.Tensor
+
+
+def whole_parts(running: Iterable[Sequence], budget_tokens: int) -> list[ScheduledRows]:
+    """As ``next_parts``, but a prompt is always cut in the same places, whoever else reads.
+
+    Pieces have ``budget_tokens`` tokens and are read whole or not at all: the oldest one in every
+    case, others as far as the budget lasts.
+    """
+    sequences = list(running)
+    parts = [ScheduledRows(sequence, 1) for sequence in sequences if not sequence.reading]
+    budget = budget_tokens - len(parts)
+    read = False
+    for sequence in sequences:
+        if sequence.reading:
+            rows = min(sequence.pending, max(budget_tokens, MIN_PREFILL_TOKENS))
+            if rows <= budget or not read:
+                parts.append(ScheduledRows(sequence, rows))
+                budget -= rows
+                read = True
+    return sorted(parts, key=lambda part: part.sequence.slot)
 
 
 def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[ScheduledRows]:
@@ -200,9 +160,11 @@ class PagedForward:
     Args:
         adapted: Its model must compute attention through transformers' attention interface.
         kv: Where room was reserved for every sequence that comes.
+        deterministic: Sequences attend, and their tokens are chosen, one by one: no bit of an
+            answer depends on the others.
     """
 
-    def __init__(self, adapted: AdaptedModel, kv: KVCache) -> None:
+    def __init__(self, adapted: AdaptedModel, kv: KVCache, *, deterministic: bool = False) -> None:
         self._adapted = adapted
         model: Any = adapted.model
         self._model = model
@@ -214,6 +176,9 @@ class PagedForward:
         self.static: StaticStep | None = None  # None: every step runs as one with prompts in it
         self._why_dynamic: str | None = None  # None: static steps were not asked for
         self._batch: Callable[[KVCache, Items[Span]], PagedKeys] = PagedBatch
+        if deterministic:
+            self._batch = partial(PagedBatch, alone=True)
+        self._deterministic = deterministic
         self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
         self.steps = 0
         self.last_rows = 0
@@ -322,6 +287,12 @@ class PagedForward:
         with self._own_attention():
             return list(self.static.in_every_bucket(parts))
 
+    def _choose(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[Choice]:
+        choosers = [sequence.chooser for sequence in sequences]
+        if not self._deterministic:
+            return choose(logits, choosers)
+        return [choose(row[None], [one])[0] for row, one in zip(logits, choosers, strict=True)]
+
     def dynamic(self, parts: Items[ScheduledRows]) -> list[Choice]:
         """A token for each part, all of which predict, as a step with prompts in it chooses it."""
         return choose(self(parts).last, [part.sequence.chooser for part in parts])
@@ -354,7 +325,7 @@ class PagedForward:
             return StepOutcome(list(zip(predicting, chosen, strict=True)), [], [])
         try:
             logits = self(parts)
-            choices = choose(logits.last, [sequence.chooser for sequence in predicting])
+            choices = self._choose(logits.last, predicting)
             not_finite = note_scores(parts, logits.prompt)
         except Exception as error:
             if is_lost(error):

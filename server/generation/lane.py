@@ -27,13 +27,13 @@ from server.generation.fair_queue import FairQueue
 from server.generation.forward import (
     MIN_PREFILL_TOKENS,
     PagedForward,
-    ScheduledRows,
-    Sequence,
     next_parts,
+    whole_parts,
 )
 from server.generation.kv_cache import KVCache
 from server.generation.page_attention import VARLEN_PAGE_TOKENS, varlen_obstacle
 from server.generation.sampling import Choice, TokenChooser
+from server.generation.sequences import ScheduledRows, Sequence
 from server.generation.step_probe import step_fault
 from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
 from server.messages import (
@@ -126,7 +126,8 @@ class GenerateLane:
             step_tokens=max(options.prefill_tokens, MIN_PREFILL_TOKENS),
             page_tokens=page_tokens_of(text, model, options),
         )
-        self._forward = PagedForward(adapted, self._kv)
+        self._forward = PagedForward(adapted, self._kv, deterministic=options.deterministic)
+        self._cut = whole_parts if options.deterministic else next_parts
         if options.decode_steps == "static":
             self._forward.make_static(options.slots + 1, options.max_sequences)
         self._queue = FairQueue()
@@ -259,7 +260,7 @@ class GenerateLane:
         events, self._outbox = self._outbox, []
         self._expire(events)
         self._admit(events)
-        parts = next_parts(self._running.values(), self._options.prefill_tokens)
+        parts = self._cut(self._running.values(), self._options.prefill_tokens)
         if parts:
             self._run(parts, events)
         return events

@@ -24,8 +24,8 @@ from server.generation.sampling import Choice
 from server.generation.step_buffers import RowNumbers, StepBuffers
 
 if TYPE_CHECKING:
-    from server.generation.forward import ScheduledRows
-    from server.generation.forward import Sequence as Running
+    from server.generation.sequences import ScheduledRows
+    from server.generation.sequences import Sequence as Running
 
 ROW_BUCKETS: Final = (1, 2, 4, 8)
 BUCKET_ROWS: Final = 8  # apart, from there on

@@ -16,9 +16,10 @@ import torch
 from adapters.layers.adapted import AdaptedLinear
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.segments import BASE_SLOT
-from server.generation.forward import PagedForward, ScheduledRows, Sequence
+from server.generation.forward import PagedForward
 from server.generation.kv_cache import KVCache
 from server.generation.sampling import Choice
+from server.generation.sequences import ScheduledRows, Sequence
 from server.messages import GenerateRequest, SamplingOptions
 
 if TYPE_CHECKING:

@@ -130,6 +130,7 @@ def live_figures(
         },
         kv_blocks=snapshot.get("kv_blocks", {}),
         generate_steps=snapshot.get("generate_steps", {}),
+        weights_digest=snapshot.get("weights_digest", ""),
         static_bytes=snapshot.get("static_bytes", {}),
         cuda_bytes=snapshot.get("cuda_bytes", {}),
         totals=snapshot.get("totals", {}),

@@ -90,6 +90,8 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     told = [str(loaded[part]) for part in ("storage", "dtype", "device") if part in loaded]
     yield f"hira-server {package_version()} is ready at {url}"
     yield f"  base       {base.name}" + (f" ({', '.join(told)})" if told else "")
+    if loaded.get("weights_digest"):
+        yield f"  weights    {loaded['weights_digest']}"
     yield f"  adapters   {len(fitting)}: {_names(fitting)}" if records else "  adapters   none yet"
     if kept:
         yield f"  not served {len(kept)}, made for another base: {_names(kept)}"
