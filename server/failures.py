@@ -5,29 +5,11 @@ from __future__ import annotations
 import torch
 
 from adapters.errors import AdapterError
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Task
 from server.inputs.images import Images
-from server.inputs.text import SPAN_TASKS, Text
+from server.inputs.text import Text
 from server.messages import EncodeRequest, Failure, ProcessedImage, TokenizedInput
 
-_NEEDS_ADAPTER: frozenset[Task] = frozenset(
-    {
-        "text-classification",
-        "token-classification",
-        "question-answering",
-        "image-classification",
-    }
-)
-_OF_IMAGES: frozenset[Task] = frozenset({"image-classification", "feature-extraction"})
-_OF_TEXTS: frozenset[Task] = frozenset(
-    {
-        "text-classification",
-        "token-classification",
-        "question-answering",
-        "fill-mask",
-        "feature-extraction",
-    }
-)
 _PIXEL_BYTES = 4  # float32
 
 
@@ -50,8 +32,10 @@ def refusal(request: EncodeRequest, inputs: Text | Images) -> Failure | None:
     Args:
         inputs: What the base takes: texts or images.
     """
-    served = _OF_IMAGES if isinstance(inputs, Images) else _OF_TEXTS
-    if request.task not in served or (request.version is None and request.task in _NEEDS_ADAPTER):
+    row = BY_NAME[request.task]
+    kind = "images" if isinstance(inputs, Images) else "texts"
+    served = row.lane == "encode" and kind in row.takes
+    if not served or (request.version is None and row.head == "adapter"):
         return _mismatch(request, None)
     if not request.inputs:
         return _invalid(request, "There is nothing to encode.", "no inputs", "at least one")
@@ -109,7 +93,7 @@ def _refused_text(request: EncodeRequest, text: Text) -> Failure | None:
                 f"token ids from {min(ids)} to {max(ids)}",
                 f"0 to {(text.vocab_size or 0) - 1}",
             )
-        if request.task in SPAN_TASKS and (
+        if BY_NAME[request.task].spans and (
             item.text is None or item.offsets is None or len(item.offsets) != len(ids)
         ):
             return _invalid(
@@ -125,7 +109,7 @@ def _refused_text(request: EncodeRequest, text: Text) -> Failure | None:
                 f"{len(item.type_ids)} types, {len(ids)} tokens",
                 "a type for each token",
             )
-        if request.task == "fill-mask" and (text.mask_id is None or text.mask_id not in ids):
+        if BY_NAME[request.task].needs_mask and (text.mask_id is None or text.mask_id not in ids):
             return _invalid(
                 request, f"Input {index} has nothing to fill.", "no mask token", "a mask token"
             )

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from adapters.tasks import Task
 
-DEFAULT_WORDS: Final = 5  # of a filled mask
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 

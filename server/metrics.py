@@ -27,7 +27,7 @@ BASE_LABEL: Final = "base"
 OTHER_LABEL: Final = "_other"  # no adapter can have this name
 ADAPTER_BYTES: Final = 90_000  # that the series of one name take, about, for each HTTP process
 SPARE_BYTES: Final = 1_000_000
-LOOK_S: Final = 1.0
+FOLDER_CHECKED_EVERY_S: Final = 1.0
 MAX_ADAPTER_LABELS: Final = 512  # those beyond share one
 
 REQUEST_SECONDS: Final = (
@@ -81,7 +81,7 @@ class _Files:
         self._looked = time.monotonic()
 
     def name(self) -> str:
-        if time.monotonic() - self._looked > LOOK_S:
+        if time.monotonic() - self._looked > FOLDER_CHECKED_EVERY_S:
             self._looked = time.monotonic()
             with suppress(OSError):  # gone: the files stay in use until there is a new folder
                 inode = self._folder.stat().st_ino

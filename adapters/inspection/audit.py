@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterError, CorruptFile
-from adapters.inspection.cards import CardClaims, Finding, explain, read_card
+from adapters.inspection.cards import CardClaims, Finding, explain_counts, read_card
 from adapters.inspection.known_bases import Fit, known_names
-from adapters.inspection.proofs import Layout, TensorProof, as_findings, prove, rank_of, some
+from adapters.inspection.proofs import FileTensors, TensorProof, as_findings, prove, rank_of
 from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, load_adapter
 from adapters.intake.config import AdapterConfig, parse_config
+from adapters.intake.factor_shapes import first_names
 from adapters.intake.model_config import read_task_config
 from adapters.intake.safetensors_header import open_regular
 from adapters.intake.strict_json import MAX_JSON_BYTES
@@ -76,7 +77,7 @@ def audit_card(text: str) -> AuditReport:
         text: Markdown. A card without counts proves nothing, and the report says so.
     """
     card = read_card(text)
-    found, best, findings = explain(card)
+    found, best, findings = explain_counts(card)
     return AuditReport(card=card, fit=best, fits=found, findings=findings)
 
 
@@ -129,18 +130,20 @@ def _claims(
 ) -> tuple[AdapterConfig | None, tuple[str, ...] | None]:
     config, labels = None, None
     try:
-        config = parse_config(_read(folder / CONFIG_FILE))
+        config = parse_config(_read_claims(folder / CONFIG_FILE))
     except AdapterError as fault:
         findings += as_findings(fault)
     if (folder / TASK_CONFIG_FILE).exists():
         try:
-            labels = read_task_config(_read(folder / TASK_CONFIG_FILE)).names
+            labels = read_task_config(_read_claims(folder / TASK_CONFIG_FILE)).names
         except AdapterError as fault:
             findings += as_findings(fault)
     return config, labels
 
 
-def _against_config(config: AdapterConfig, proof: TensorProof, layout: Layout) -> Iterator[Finding]:
+def _against_config(
+    config: AdapterConfig, proof: TensorProof, layout: FileTensors
+) -> Iterator[Finding]:
     if proof.method not in (None, config.method):
         yield Finding(
             "contradiction", "method", f"peft_type {config.method}", f"{proof.method} tensors"
@@ -154,13 +157,15 @@ def _against_config(config: AdapterConfig, proof: TensorProof, layout: Layout) -
         if not config.targets(path):
             untargeted.append(path)
     for (said, rank), paths in claimed.items():
-        yield Finding("contradiction", "rank", f"r = {said} for {some(paths)}", f"r = {rank}")
+        yield Finding(
+            "contradiction", "rank", f"r = {said} for {first_names(paths)}", f"r = {rank}"
+        )
     if untargeted:
         yield Finding(
             "contradiction",
             "targets",
             f"target_modules {config.target_modules}",
-            f"factors of {some(untargeted)}",
+            f"factors of {first_names(untargeted)}",
         )
     if isinstance(config.target_modules, tuple):
         absent = [
@@ -169,7 +174,9 @@ def _against_config(config: AdapterConfig, proof: TensorProof, layout: Layout) -
             if not any(path == name or path.endswith(f".{name}") for path in layout.pairs)
         ]
         if absent:
-            yield Finding("contradiction", "targets", some(absent), "no factors of any such layer")
+            yield Finding(
+                "contradiction", "targets", first_names(absent), "no factors of any such layer"
+            )
     unsaved = [
         name
         for name in config.modules_to_save
@@ -178,7 +185,7 @@ def _against_config(config: AdapterConfig, proof: TensorProof, layout: Layout) -
     # PEFT names every usual head; a model has some of them.
     if config.modules_to_save and len(unsaved) == len(config.modules_to_save):
         yield Finding(
-            "contradiction", "head", f"modules_to_save {some(unsaved)}", "no such tensors"
+            "contradiction", "head", f"modules_to_save {first_names(unsaved)}", "no such tensors"
         )
     names = known_names(config.base_name or "")
     if names is not None and proof.layers and names[0] not in proof.fits:
@@ -236,7 +243,7 @@ def _against_tensors(
         yield Finding("contradiction", "base model", f"card: {card.base}", f"{CONFIG_FILE}: {own}")
 
 
-def _read(path: Path) -> bytes:
+def _read_claims(path: Path) -> bytes:
     if not path.exists():
         raise CorruptFile(f"{path.name} is missing.", found="no file", expected=path.name)
     with open_regular(path) as file:

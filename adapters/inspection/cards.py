@@ -114,7 +114,7 @@ def _whole(text: str | None) -> int | None:
     return int(digits) if digits and len(digits) <= 18 else None
 
 
-def explain(claims: CardClaims) -> tuple[tuple[Fit, ...], Fit | None, tuple[Finding, ...]]:
+def explain_counts(claims: CardClaims) -> tuple[tuple[Fit, ...], Fit | None, tuple[Finding, ...]]:
     """What the counts of a card prove.
 
     Returns:

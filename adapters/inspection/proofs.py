@@ -14,6 +14,7 @@ from adapters.errors import AdapterError, AdapterFaults, UnsafeFormat
 from adapters.inspection.cards import Finding
 from adapters.inspection.known_bases import HEADS, KNOWN, counted
 from adapters.intake.checkpoint import TENSOR_FILE
+from adapters.intake.factor_shapes import first_names
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
@@ -24,8 +25,6 @@ from adapters.intake.safetensors_header import (
     read_tensor,
 )
 from adapters.signature import BaseSignature
-
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class TensorProof:
 
 
 @dataclass
-class Layout:
+class FileTensors:
     """Factors by layer, and what is no factor."""
 
     pairs: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
@@ -86,7 +85,7 @@ class Layout:
     nonzero: int = 0
 
 
-def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
+def prove(folder: Path) -> tuple[TensorProof, FileTensors, list[Finding]]:
     """Read the tensors in ``folder``.
 
     Returns:
@@ -106,7 +105,7 @@ def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
             expected=TENSOR_FILE,
             fix=PICKLE_FIX,
         )
-    layout = Layout()
+    layout = FileTensors()
     tensor_bytes = 0
     with open_regular(path) as file:
         for entry in read_header(file).values():
@@ -129,7 +128,9 @@ def prove(folder: Path) -> tuple[TensorProof, Layout, list[Finding]]:
                 layout.unknown.append(entry.name)
     if layout.unknown:
         findings.append(
-            Finding("contradiction", "tensors", some(layout.unknown), "no tensors of an adapter")
+            Finding(
+                "contradiction", "tensors", first_names(layout.unknown), "no tensors of an adapter"
+            )
         )
     ranks: dict[str, set[int]] = {}
     for layer, pair in layout.pairs.items():
@@ -168,7 +169,7 @@ def rank_of(pair: Mapping[str, TensorEntry]) -> int | None:
     return a[0] if len(a) >= 2 and len(b) >= 2 and a[0] == b[1] >= 1 else None
 
 
-def _outputs(layout: Layout) -> int | None:
+def _outputs(layout: FileTensors) -> int | None:
     """Outputs of the head's last layer: the one that no other saved layer could follow."""
     shapes = [entry.shape for _, entry in layout.saved if len(entry.shape) == 2]
     last = [
@@ -179,7 +180,7 @@ def _outputs(layout: Layout) -> int | None:
     return last[0] if len(last) == 1 else None
 
 
-def _known_fits(layout: Layout) -> Iterator[str]:
+def _known_fits(layout: FileTensors) -> Iterator[str]:
     for names in KNOWN if layout.pairs else ():
         plain = counted(names, "")
         wrong = [] if plain is None else _misfits(layout.pairs, plain.signature)
@@ -215,9 +216,3 @@ def as_findings(fault: AdapterError) -> Iterator[Finding]:
     for each in fault.faults if isinstance(fault, AdapterFaults) else (fault,):
         expected = f", expected {each.expected}" if each.expected else ""
         yield Finding("contradiction", each.code, each.message, f"{each.found or ''}{expected}")
-
-
-def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

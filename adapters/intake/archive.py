@@ -21,16 +21,18 @@ from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
 from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES, TENSOR_FILE
-from adapters.intake.conversation import FILES as NOTED_FILES
+from adapters.intake.conversation import CONVERSATION_FILES
 from adapters.intake.pooling import NESTED
 from adapters.intake.safetensors_header import PICKLE_FIX
 
 # By their path in an adapter's folder: the names that they are stored under, those aside that are
 # only looked at when an adapter comes in.
-WANTED: dict[str, str] = {name: name for name in (*STORED_FILES, *NOTED_FILES)} | dict(NESTED)
+WANTED: dict[str, str] = {name: name for name in (*STORED_FILES, *CONVERSATION_FILES)} | dict(
+    NESTED
+)
 MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink
-_CHUNK_BYTES = 1 << 20
+COPY_CHUNK_BYTES = 1 << 20
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack without bound
 _ENCRYPTED = 0x1
 _GZIP_START = b"\x1f\x8b"
@@ -49,7 +51,7 @@ class _Member:
 def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
     """Take the files of an adapter out of a zip, tar or tar.gz archive.
 
-    Memory stays within a few ``_CHUNK_BYTES``, whatever the archive claims or unpacks to.
+    Memory stays within a few ``COPY_CHUNK_BYTES``, whatever the archive claims or unpacks to.
 
     Args:
         archive: On disk.
@@ -69,7 +71,7 @@ def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
     """
     with _opened(archive) as opened:
         limit = min(max_bytes, max(archive.stat().st_size, 4096) * MAX_RATIO)
-        chosen = _chosen(_members(opened, limit))
+        chosen = _adapter_members(_members(opened, limit))
         left = limit
         for name, member in chosen.items():
             left -= _extract(opened, member, target / name, left)
@@ -89,7 +91,7 @@ def _members(opened: zipfile.ZipFile | tarfile.TarFile, max_bytes: int) -> list[
             raise UploadTooLarge(
                 "The archive has too many members.", expected=f"at most {MAX_MEMBERS}"
             )
-        members.append(_described(handle))
+        members.append(_member_of(handle))
         total += max(members[-1].nbytes, 0)
         if total > max_bytes:  # before the next header is looked for behind all these bytes
             raise UploadTooLarge(
@@ -106,7 +108,7 @@ def _check_end(opened: tarfile.TarFile) -> None:
     """Tell the end of an archive from damage: tarfile takes a broken header for the end too."""
     assert opened.fileobj is not None
     opened.fileobj.seek(opened.offset)
-    if opened.fileobj.read(_CHUNK_BYTES)[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+    if opened.fileobj.read(COPY_CHUNK_BYTES)[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
         raise CorruptFile(
             "The archive is damaged, or ends too early.",
             found=f"no end mark at byte {opened.offset}",
@@ -115,7 +117,7 @@ def _check_end(opened: tarfile.TarFile) -> None:
         )
 
 
-def _described(handle: zipfile.ZipInfo | tarfile.TarInfo) -> _Member:
+def _member_of(handle: zipfile.ZipInfo | tarfile.TarInfo) -> _Member:
     if isinstance(handle, tarfile.TarInfo):
         return _Member(handle.name, handle.size, handle.isdir(), handle.isreg(), handle)
     kind = stat.S_IFMT(handle.external_attr >> 16)
@@ -128,7 +130,7 @@ def _described(handle: zipfile.ZipInfo | tarfile.TarInfo) -> _Member:
     )
 
 
-def _chosen(members: list[_Member]) -> dict[str, _Member]:
+def _adapter_members(members: list[_Member]) -> dict[str, _Member]:
     faults = [fault for member in members if (fault := _danger(member)) is not None]
     if faults:
         raise faults[0] if len(faults) == 1 else AdapterFaults(faults[:8])
@@ -193,7 +195,7 @@ def _extract(
     """Write one member; returns its bytes. The sizes in the archive's own table are not trusted."""
     written = 0
     with _reader(opened, member) as reader, target.open("xb") as writer:
-        while chunk := reader.read(_CHUNK_BYTES):
+        while chunk := reader.read(COPY_CHUNK_BYTES):
             written += len(chunk)
             if written > max_bytes or written > member.nbytes:
                 raise UploadTooLarge(
@@ -211,12 +213,14 @@ class _Bounded(io.RawIOBase):
         self._file = file
 
     def read(self, size: int = -1, /) -> bytes:
-        content = self._file.read(_CHUNK_BYTES + 1 if size < 0 else min(size, _CHUNK_BYTES + 1))
-        if len(content) > _CHUNK_BYTES:
+        content = self._file.read(
+            COPY_CHUNK_BYTES + 1 if size < 0 else min(size, COPY_CHUNK_BYTES + 1)
+        )
+        if len(content) > COPY_CHUNK_BYTES:
             raise UploadTooLarge(
                 "The archive's list of members is too long.",
-                found=f"more than {_CHUNK_BYTES} bytes in one piece",
-                expected=f"at most {_CHUNK_BYTES}",
+                found=f"more than {COPY_CHUNK_BYTES} bytes in one piece",
+                expected=f"at most {COPY_CHUNK_BYTES}",
             )
         return content
 

@@ -76,7 +76,7 @@ class BaseFiles:
             if shape != copy.shape:
                 return Difference(f"shape {copy.shape}", f"shape {shape}", comparable=True)
             differing = 0
-            for rows, piece in _pieces(copy):
+            for rows, piece in _row_runs(copy):
                 base = own[rows] if shape else opened.get_tensor(name)
                 if base.dtype not in _FLOATS:
                     return Difference(f"the base is stored as {base.dtype}".replace("torch.", ""))
@@ -112,7 +112,7 @@ class Difference:
     comparable: bool = False
 
 
-def _pieces(entry: TensorEntry) -> Iterator[tuple[slice, TensorEntry]]:
+def _row_runs(entry: TensorEntry) -> Iterator[tuple[slice, TensorEntry]]:
     """A tensor as runs of whole rows of about ``CHUNK_ELEMENTS`` numbers."""
     if not entry.shape:
         yield slice(0), entry

@@ -25,12 +25,12 @@ from adapters.errors import (
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
 from adapters.intake.conversation import conversation_notes
+from adapters.intake.file_names import CARD_FILE
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
-from adapters.intake.memo import Recent
-from adapters.intake.model_config import Labels, TaskConfig, read_task_config
-from adapters.intake.pooling import FILES as DECLARATION_FILES
-from adapters.intake.pooling import Declaration, pooling_files, read_pooling
+from adapters.intake.model_config import Labels, TaskConfig, output_counts, read_task_config
+from adapters.intake.pooling import EMBEDDING_FILES, Declaration, pooling_files, read_pooling
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import (
     PICKLE_FIX,
     TensorEntry,
@@ -42,13 +42,12 @@ from adapters.intake.safetensors_header import (
 from adapters.intake.strict_json import MAX_JSON_BYTES
 from adapters.intake.task_of import task_of
 from adapters.signature import BaseSignature
-from adapters.tasks import HEADED, Task
+from adapters.tasks import BY_NAME, Task
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
-STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *DECLARATION_FILES)
+STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *EMBEDDING_FILES)
 _RECENT_PLANS = 32
 
 
@@ -152,7 +151,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     with open_regular(path) as file:
         entries = read_header(file)
         # The base is in the key by identity, and in the plan, so that no other can take its place.
-        plan = _recent.get(
+        plan = _recent_plans.get(
             (id(base), config_json, task_json, *pooling.items(), tuple(entries.values())),
             lambda: _plan(config_json, task_json, pooling, entries, base),
         )
@@ -176,11 +175,11 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
             tensors[entry.name] = tensor
     head = {key.name: tensors[entry.name] for key, entry in layout.saved}
     labels: Labels | None = None
-    if task in HEADED:
+    if BY_NAME[task].head == "adapter":
         labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
-    said = conversation_notes(folder) if task == "text-generation" else ()
+    said = conversation_notes(folder) if BY_NAME[task].lane == "generate" else ()
     return AdapterWeights(
         config=config,
         factors={
@@ -248,7 +247,7 @@ def _plan(
     pooling_json: Mapping[str, bytes],
     entries: Mapping[str, TensorEntry],
     base: BaseSignature,
-) -> _Plan:
+) -> _CheckedFolder:
     """Everything about an adapter but its numbers; raises whatever is wrong with that."""
     config = parse_config(config_json)
     task_config = read_task_config(task_json)
@@ -263,14 +262,22 @@ def _plan(
     layout = Layout(config, base)
     for entry in entries.values():
         layout.take(entry)
-    task = task_of(config, base, task_config, has_head=bool(layout.saved))
+    shapes = {key.name: tuple(entry.shape) for key, entry in layout.saved}
+    counts = output_counts(shapes)
+    task = task_of(
+        config,
+        base,
+        task_config,
+        has_head=bool(layout.saved),
+        outputs=counts[0] if len(counts) == 1 else None,
+    )
     _raise_all(layout.faults(task))
     notes = (*layout.notes(), *task_config.body_notes(base.config), *pooling.notes)
-    return _Plan(task_config, layout, task, pooling, notes)
+    return _CheckedFolder(task_config, layout, task, pooling, notes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _CheckedFolder:
     """What a configuration and a header say together, checked; adapters of one recipe share it."""
 
     task_config: TaskConfig
@@ -287,7 +294,7 @@ def _raise_all(faults: list[AdapterError]) -> None:
         raise AdapterFaults(faults)
 
 
-_recent: Recent[_Plan] = Recent(_RECENT_PLANS)
+_recent_plans: RecentResults[_CheckedFolder] = RecentResults(_RECENT_PLANS)
 
 
 def _read_small(folder: Path, name: str, *, optional: bool = False) -> bytes:

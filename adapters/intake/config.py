@@ -21,9 +21,9 @@ from adapters.intake import patterns
 from adapters.intake.foreign import LOOKALIKES, foreign_format
 from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
 from adapters.signature import Method
+from adapters.tasks import TASK_TYPES
 
 ALL_LINEAR = "all-linear"
-TASK_TYPES = frozenset({"SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 
 _TASK_FIXES: Final = {
     "SEQ_2_SEQ_LM": "If it was trained on a decoder such as Llama, or GPT-2: set task_type to "
@@ -70,7 +70,7 @@ HONOURED: Final[Mapping[Method, frozenset[str]]] = {
         }
     ),
 }
-WITHOUT_EFFECT: Final[Mapping[Method, frozenset[str]]] = {
+OPTIONS_WITHOUT_EFFECT: Final[Mapping[Method, frozenset[str]]] = {
     "hira": frozenset(
         {"peft_version", "revision", "inference_mode", "hira_dropout", "init_weights"}
     ),
@@ -168,11 +168,13 @@ class AdapterConfig:
         With ``all-linear`` every path that is not excluded counts; the caller knows which are
         linear. Source: ``peft/tuners/tuners_utils.py``, ``check_target_module_exists``.
         """
-        if _named(self.exclude_modules, path, "exclude_modules") or self.saves(path):
+        if _is_named(self.exclude_modules, path, "exclude_modules") or self.saves(path):
             return False
         if self.all_linear:
             return True
-        if self.target_modules is None or not _named(self.target_modules, path, "target_modules"):
+        if self.target_modules is None or not _is_named(
+            self.target_modules, path, "target_modules"
+        ):
             return False
         if not self.layers_to_transform or isinstance(self.target_modules, str):
             return True
@@ -253,7 +255,7 @@ def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def _named(names: str | tuple[str, ...], path: str, option: str) -> bool:
+def _is_named(names: str | tuple[str, ...], path: str, option: str) -> bool:
     if isinstance(names, str):
         return patterns.full_match(names, path, option=option) if names else False
     return path in names or path.endswith(tuple(f".{name}" for name in names))
@@ -261,7 +263,7 @@ def _named(names: str | tuple[str, ...], path: str, option: str) -> bool:
 
 def _refusals(content: Mapping[str, Any], method: Method) -> list[AdapterError]:
     faults: list[AdapterError] = []
-    known = HONOURED[method] | WITHOUT_EFFECT[method]
+    known = HONOURED[method] | OPTIONS_WITHOUT_EFFECT[method]
     for option, value in content.items():
         if option in known or value in (None, False, "", [], {}):
             continue
@@ -332,7 +334,7 @@ def _pattern_faults(config: AdapterConfig) -> list[AdapterError]:
     faults: list[AdapterError] = []
     for option, pattern in options:
         try:
-            patterns.check(pattern, option=option)
+            patterns.check_pattern(pattern, option=option)
         except UnsupportedOption as fault:
             faults.append(fault)
     return faults

@@ -18,14 +18,16 @@ from adapters.intake.strict_json import MAX_JSON_BYTES, show, strict_json
 TEMPLATE_FILE: Final = "chat_template.jinja"
 TOKENIZER_FILE: Final = "tokenizer_config.json"
 GENERATION_FILE: Final = "generation_config.json"
-FILES: Final = (TEMPLATE_FILE, TOKENIZER_FILE, GENERATION_FILE)
+CONVERSATION_FILES: Final = (TEMPLATE_FILE, TOKENIZER_FILE, GENERATION_FILE)
 # Without effect on an answer here; names with an underscore first neither.
-_WITHOUT_EFFECT = frozenset({"bos_token_id", "pad_token_id", "transformers_version", "use_cache"})
-_SHOWN = 8
+_SETTINGS_WITHOUT_EFFECT = frozenset(
+    {"bos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+)
+_MAX_SETTINGS_SHOWN = 8
 
 
 def conversation_notes(folder: Path) -> Iterator[str]:
-    """A note on each file of ``FILES`` in a folder that says something; none refuses an adapter."""
+    """A note on each of ``CONVERSATION_FILES`` that says something; none refuses an adapter."""
     if os.path.lexists(folder / TEMPLATE_FILE):
         yield f"{TEMPLATE_FILE} is not used: the base's chat template is"
     for name in (TOKENIZER_FILE, GENERATION_FILE):
@@ -48,11 +50,15 @@ def _said(name: str, content: dict[str, Any]) -> Iterator[str]:
     said = [
         f"{field[:80]} = {show(value)}"
         for field, value in content.items()
-        if value is not None and field not in _WITHOUT_EFFECT and not field.startswith("_")
+        if value is not None and field not in _SETTINGS_WITHOUT_EFFECT and not field.startswith("_")
     ]
     if said:
-        more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+        more = (
+            f" and {len(said) - _MAX_SETTINGS_SHOWN} more"
+            if len(said) > _MAX_SETTINGS_SHOWN
+            else ""
+        )
         yield (
-            f"{name} is not used ({', '.join(said[:_SHOWN])}{more}): the base's end tokens and the "
-            "request's settings are"
+            f"{name} is not used ({', '.join(said[:_MAX_SETTINGS_SHOWN])}{more}): "
+            "the base's end tokens and the request's settings are"
         )

@@ -36,12 +36,12 @@ from adapters.errors import (
 )
 from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
 from adapters.intake.config import parse_config
-from adapters.intake.factor_shapes import some
+from adapters.intake.factor_shapes import first_names
 from adapters.intake.foreign import AUTHORS_MARK, authors_variant
 from adapters.intake.keys import PEFT_PREFIX, FactorKey, SavedKey, parse_key
 from adapters.intake.safetensors_header import (
-    DTYPES,
     MAX_TENSOR_FILE_BYTES,
+    SAFETENSORS_DTYPES,
     open_regular,
     read_header,
 )
@@ -81,9 +81,9 @@ def convert(source: Path, dest: Path) -> Converted:
     with open_regular(source / CONFIG_FILE) as file:
         content = strict_json(file.read(MAX_JSON_BYTES + 1), CONFIG_FILE)
     _check_config(content)
-    tensors = _renamed(_read(source))
+    tensors = _renamed(_read_checkpoint(source))
     ranks = _ranks(tensors)
-    config = json.dumps(_config(content, ranks), indent=2)
+    config = json.dumps(_converted_config(content, ranks), indent=2)
     parse_config(config.encode())
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".converted-") as scratch:
@@ -119,7 +119,7 @@ def _check_config(content: Mapping[str, Any]) -> None:
         )
 
 
-def _read(source: Path) -> dict[str, torch.Tensor]:
+def _read_checkpoint(source: Path) -> dict[str, torch.Tensor]:
     if (source / TENSOR_FILE).exists():
         with open_regular(source / TENSOR_FILE) as file:
             read_header(file)
@@ -143,20 +143,20 @@ def _read(source: Path) -> dict[str, torch.Tensor]:
                 fix="Save the state dict of the adapter alone.",
             ) from cause
         except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError) as cause:
-            raise _corrupt(f"{type(cause).__name__}: {str(cause)[:160]}") from cause
+            raise _corrupt_checkpoint(f"{type(cause).__name__}: {str(cause)[:160]}") from cause
     if not isinstance(read, dict) or not all(
         isinstance(name, str)
         and isinstance(tensor, torch.Tensor)
         and tensor.layout is torch.strided
-        and tensor.dtype in DTYPES.values()
+        and tensor.dtype in SAFETENSORS_DTYPES.values()
         for name, tensor in read.items()
     ):
-        raise _corrupt(f"a {type(read).__name__}")
+        raise _corrupt_checkpoint(f"a {type(read).__name__}")
     tensors: dict[str, torch.Tensor] = read
     return tensors
 
 
-def _corrupt(found: str) -> CorruptFile:
+def _corrupt_checkpoint(found: str) -> CorruptFile:
     return CorruptFile(
         f"{PICKLE_FILE} cannot be read.", found=found, expected="a dictionary of float tensors"
     )
@@ -185,7 +185,7 @@ def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if strange:
         raise UnmatchedTensors(
             "Some tensors are none that the authors' code saves.",
-            found=f"{len(strange)}: {some(strange)}",
+            found=f"{len(strange)}: {first_names(strange)}",
             expected=f"{PEFT_PREFIX}....lora_A and lora_B, and modules saved whole",
         )
     return made
@@ -219,7 +219,7 @@ def _ranks(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return ranks
 
 
-def _config(content: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _converted_config(content: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     """PEFT's configuration; what the authors' forward never reads is left out."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     named = content.get("target_modules")

@@ -8,7 +8,7 @@ from adapters.errors import AdapterError, MissingTensors, ShapeMismatch
 from adapters.intake.safetensors_header import TensorEntry
 from adapters.signature import LayerSignature, Method
 
-_SHOWN = 5  # names in one message
+_NAMES_SHOWN = 5  # names in one message
 
 
 def pair_faults(
@@ -77,13 +77,13 @@ def bias_faults(
     if mode == "lora_only" and absent:
         yield MissingTensors(
             "Trained biases are missing.",
-            found=f"{len(absent)} targets without: {some(absent)}",
+            found=f"{len(absent)} targets without: {first_names(absent)}",
             expected='a bias for every target that has one, as bias = "lora_only" says',
             fix="Save the adapter again with save_pretrained.",
         )
 
 
-def some(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more

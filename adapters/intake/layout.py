@@ -1,7 +1,7 @@
 """The tensors of an adapter file, sorted to the layers of one base; collects what does not fit.
 
 Which other base an adapter may be for, and which part of a name is one too many, are the business
-of ``misfits``.
+of ``mismatches``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from adapters.errors import (
     UnsupportedOption,
 )
 from adapters.intake.config import AdapterConfig
-from adapters.intake.factor_shapes import bias_faults, pair_faults, some
+from adapters.intake.factor_shapes import bias_faults, first_names, pair_faults
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key, wrappers
-from adapters.intake.misfits import odd_part, other_base
+from adapters.intake.mismatches import odd_part, other_base
 from adapters.intake.safetensors_header import TensorEntry
 from adapters.signature import BaseSignature, Method
-from adapters.tasks import HEADED, Task
+from adapters.tasks import BY_NAME, Task
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Layout:
             return [
                 UnsupportedMethod(
                     "The tensors contradict the configuration's method.",
-                    found=f"{other} tensors ({some(self._other_method)})",
+                    found=f"{other} tensors ({first_names(self._other_method)})",
                     expected=f"{self.config.method} tensors, as peft_type says",
                     fix="Set peft_type to the method that it was trained with. The authors' own "
                     "HiRA code names its tensors lora_A and lora_B: rename them to hira_A, hira_B.",
@@ -132,7 +132,7 @@ class Layout:
             found.append(
                 UnmatchedTensors(
                     "The file holds the factors of several adapters.",
-                    found=some([self._adapters[name] for name in names]),
+                    found=first_names([self._adapters[name] for name in names]),
                     expected="one adapter",
                     fix="Save each alone: save_pretrained(folder, selected_adapters=[NAME]).",
                 )
@@ -151,9 +151,9 @@ class Layout:
             found.append(
                 BaseMismatch(
                     "No tensor of the adapter belongs to this base.",
-                    found=some(self._unmatched),
+                    found=first_names(self._unmatched),
                     expected=f"layers of {self.base.architecture} such as "
-                    + some(list(self.base.layers)[-2:]),
+                    + first_names(list(self.base.layers)[-2:]),
                     fix="Register it on a server of its own base.",
                 )
             )
@@ -162,7 +162,7 @@ class Layout:
             found.append(
                 UnmatchedTensors(
                     "Some tensors belong to no layer of this base.",
-                    found=f"{len(self._unmatched)}: {some(self._unmatched)}",
+                    found=f"{len(self._unmatched)}: {first_names(self._unmatched)}",
                     expected="every tensor matched",
                     fix="Check that the adapter was made for this base and task.",
                 )
@@ -186,7 +186,7 @@ class Layout:
             found.append(
                 UnmatchedTensors(
                     "There are factors of layers that the configuration does not target.",
-                    found=f"{len(untargeted)}: {some(untargeted)}",
+                    found=f"{len(untargeted)}: {first_names(untargeted)}",
                     expected=f"layers of target_modules = {self.config.target_modules}"[:200],
                     fix="Correct target_modules, or save the adapter again.",
                 )
@@ -197,21 +197,21 @@ class Layout:
             found.append(
                 MissingTensors(
                     "Targets of the configuration have no tensors.",
-                    found=f"{len(missing)} without: {some(missing)}",
+                    found=f"{len(missing)} without: {first_names(missing)}",
                     expected="A and B for every target",
                     fix="Save the adapter again, or correct target_modules.",
                 )
             )
-        if task not in HEADED and self.saved:
+        if BY_NAME[task].head != "adapter" and self.saved:
             found.append(
                 UnsupportedOption(
                     f"Saved modules have no use in {task}.",
-                    found=some([key.name for key, _ in self.saved]),
+                    found=first_names([key.name for key, _ in self.saved]),
                     expected="none, because the base's own head answers",
                     fix="Set task_type to the task of the saved head, or train without it.",
                 )
             )
-        if task in HEADED and not self.saved:
+        if BY_NAME[task].head == "adapter" and not self.saved:
             found.append(
                 MissingTensors(
                     "The adapter brings no task head.",
@@ -251,9 +251,7 @@ class Layout:
         for path, layer in self.base.layers.items():
             in_backbone = path.startswith(prefix)
             # The language-model head is not part of a classifier's model, or of a bare backbone.
-            if not in_backbone and (
-                other is not None or task not in ("text-generation", "fill-mask")
-            ):
+            if not in_backbone and (other is not None or BY_NAME[task].head != "base"):
                 continue
             spelled = path
             if other is not None and in_backbone:
@@ -276,7 +274,7 @@ class Layout:
                 "weight of a plain checkpoint into it, and an adapter of what it draws fits no base"
             )
         if self.copies:
-            copied = some([path for path, _ in self.copies])
+            copied = first_names([path for path, _ in self.copies])
             yield f"left out, because they are the base's own to the bit: {copied}"
         claims: dict[tuple[int, int], list[str]] = {}
         for path, pair in self.pairs.items():
@@ -286,7 +284,7 @@ class Layout:
                 claims.setdefault((claimed, proven), []).append(path)
         for (claimed, proven), paths in claims.items():
             yield (
-                f"the configuration claims rank {claimed} for {some(paths)}, "
+                f"the configuration claims rank {claimed} for {first_names(paths)}, "
                 f"the tensors have rank {proven}"
             )
         name = self.config.base_name

@@ -15,7 +15,7 @@ import torch
 
 from adapters.errors import AdapterError, CorruptFile, MissingTensors, ShapeMismatch
 from adapters.intake.strict_json import show, strict_json
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Task
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 _PROBLEM_TYPES: tuple[ProblemType, ...] = (
@@ -42,7 +42,7 @@ HEAD_FIELDS: Final = frozenset(
 )
 # What changes no answer of an adapter; names with "dropout" in them and those with an underscore
 # first do not either. The end tokens are the affair of ``adapters.intake.conversation``.
-_WITHOUT_EFFECT: Final = frozenset(
+_FIELDS_WITHOUT_EFFECT: Final = frozenset(
     {
         "architectures",
         "attn_implementation",
@@ -118,7 +118,11 @@ class TaskConfig:
         if isinstance(rope, dict):
             known = {**known, "rope_scaling": rope}  # one field of transformers 5, two before
         for name, value in self.fields.items():
-            if name.startswith("_") or "dropout" in name or name in HEAD_FIELDS | _WITHOUT_EFFECT:
+            if (
+                name.startswith("_")
+                or "dropout" in name
+                or name in HEAD_FIELDS | _FIELDS_WITHOUT_EFFECT
+            ):
                 continue
             if name in known and None not in (value, known[name]) and _differ(value, known[name]):
                 yield (
@@ -135,11 +139,7 @@ class TaskConfig:
             head: Its tensors by name.
             task: What the head is for.
         """
-        outputs = [
-            tensor.shape[0]
-            for name, tensor in head.items()
-            if name.endswith(".weight") and name.split(".")[-2] in _OUTPUTS and tensor.dim() == 2
-        ]
+        outputs = output_counts({name: tuple(tensor.shape) for name, tensor in head.items()})
         if len(outputs) != 1:
             return None, [
                 MissingTensors(
@@ -150,15 +150,31 @@ class TaskConfig:
                 )
             ]
         (count,) = outputs
-        if task == "question-answering":
-            faults: list[AdapterError] = [] if count == 2 else [_wrong(count, 2)]
-            return Labels(("start", "end"), None), faults
+        fixed = BY_NAME[task].output_names
+        if fixed is not None:
+            faults: list[AdapterError] = []
+            if count != len(fixed):
+                faults = [_wrong_label_count(count, len(fixed))]
+            return Labels(fixed, None), faults
         names = self.names
         # Two labels are what transformers writes when nobody named any.
         if names is None or (names == _default_names(2) and count != 2):
             names = _default_names(count)
-        faults = [] if len(names) == count else [_wrong(count, len(names))]
+        faults = [] if len(names) == count else [_wrong_label_count(count, len(names))]
         return Labels(names, self.problem_type), faults
+
+
+def output_counts(shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """How many outputs each output layer has among the tensors of a head.
+
+    Args:
+        shapes: Of its tensors, by name.
+    """
+    return [
+        shape[0]
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and name.split(".")[-2] in _OUTPUTS and len(shape) == 2
+    ]
 
 
 def read_task_config(raw: bytes) -> TaskConfig:
@@ -173,19 +189,19 @@ def read_task_config(raw: bytes) -> TaskConfig:
     head = {name: content[name] for name in sorted(HEAD_FIELDS & content.keys())}
     for name, value in head.items():
         if name == "pad_token_id" and not (value is None or type(value) is int):
-            raise _malformed(name, value, "a token id, or null")
+            raise _malformed_field(name, value, "a token id, or null")
         if not (value is None or isinstance(value, bool | int | float | str)) or (
             isinstance(value, str) and len(value) > _MAX_VALUE_CHARACTERS
         ):
-            raise _malformed(name, value, "a short string, a number, true, false or null")
+            raise _malformed_field(name, value, "a short string, a number, true, false or null")
     if problem_type is not None and problem_type not in _PROBLEM_TYPES:
-        raise _malformed("problem_type", problem_type, "one of " + ", ".join(_PROBLEM_TYPES))
+        raise _malformed_field("problem_type", problem_type, "one of " + ", ".join(_PROBLEM_TYPES))
     return TaskConfig(
-        model_type=_text(content, "model_type"),
+        model_type=_text_field(content, "model_type"),
         architecture=architectures[0]
         if isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
         else None,
-        names=_names(content),
+        names=_label_names(content),
         problem_type=problem_type,
         head=head,
         fields=content,
@@ -199,29 +215,29 @@ def _differ(value: Any, other: Any) -> bool:
     return bool(value != other)
 
 
-def _names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _label_names(content: Mapping[str, Any]) -> tuple[str, ...] | None:
     raw = content.get("id2label")
     if raw is None:
         count = content.get("num_labels")
         if count is None:
             return None
         if type(count) is not int or not 1 <= count <= 100_000:
-            raise _malformed("num_labels", count, "a positive integer")
+            raise _malformed_field("num_labels", count, "a positive integer")
         return _default_names(count)
     if (
         not isinstance(raw, dict)
         or not raw
         or set(raw) != {str(index) for index in range(len(raw))}
     ):
-        raise _malformed("id2label", raw, 'an object with the keys "0", "1", ...')
+        raise _malformed_field("id2label", raw, 'an object with the keys "0", "1", ...')
     names = tuple(raw[str(index)] for index in range(len(raw)))
     if not all(
         isinstance(name, str) and 0 < len(name) <= _MAX_LABEL_CHARACTERS and name.isprintable()
         for name in names
     ):
-        raise _malformed("id2label", raw, "short printable strings")
+        raise _malformed_field("id2label", raw, "short printable strings")
     if len(set(names)) != len(names):
-        raise _malformed("id2label", raw, "another name for each label")
+        raise _malformed_field("id2label", raw, "another name for each label")
     return names
 
 
@@ -229,14 +245,14 @@ def _default_names(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{index}" for index in range(count))
 
 
-def _text(content: Mapping[str, Any], name: str) -> str | None:
+def _text_field(content: Mapping[str, Any], name: str) -> str | None:
     value = content.get(name)
     if value is not None and not isinstance(value, str):
-        raise _malformed(name, value, "a string")
+        raise _malformed_field(name, value, "a string")
     return value or None
 
 
-def _wrong(count: int, expected: int) -> ShapeMismatch:
+def _wrong_label_count(count: int, expected: int) -> ShapeMismatch:
     return ShapeMismatch(
         "The head has another number of outputs than there are labels.",
         found=f"{count} outputs",
@@ -245,5 +261,5 @@ def _wrong(count: int, expected: int) -> ShapeMismatch:
     )
 
 
-def _malformed(name: str, value: object, expected: str) -> CorruptFile:
+def _malformed_field(name: str, value: object, expected: str) -> CorruptFile:
     return CorruptFile(f"config.json: {name} is malformed.", found=show(value), expected=expected)

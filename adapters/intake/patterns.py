@@ -59,7 +59,7 @@ def layer_index(path: str, patterns: tuple[str, ...]) -> int | None:
     return None
 
 
-def check(pattern: str, *, option: str) -> None:
+def check_pattern(pattern: str, *, option: str) -> None:
     """Raise ``UnsupportedOption`` unless ``pattern`` is a regular expression of sane length."""
     _compile(pattern, option)
 

@@ -26,7 +26,7 @@ NESTED: Final[Mapping[str, str]] = {
 }
 # What decides a vector, and with it an adapter's version.
 POOLING_FILES: Final = (MODULES_FILE, *NESTED.values())
-FILES: Final = (*POOLING_FILES, PROMPTS_FILE, LENGTH_FILE)
+EMBEDDING_FILES: Final = (*POOLING_FILES, PROMPTS_FILE, LENGTH_FILE)
 
 Mode = Literal["mean", "cls", "last"]
 _MODES: Final[Mapping[str, Mode]] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
@@ -59,8 +59,8 @@ class Declaration:
 
 
 def located(folder: Path) -> dict[str, Path]:
-    """Where the files of ``FILES`` are in a folder, flat or nested, by their flat name."""
-    names = {name: name for name in FILES} | {flat: name for name, flat in NESTED.items()}
+    """Where ``EMBEDDING_FILES`` are in a folder, flat or nested, by their flat name."""
+    names = {name: name for name in EMBEDDING_FILES} | {flat: name for name, flat in NESTED.items()}
     places = {flat: (folder / name, folder / flat) for flat, name in names.items()}
     return {
         flat: there[0]
@@ -144,12 +144,16 @@ def _modules(raw: bytes) -> Iterator[tuple[str, str]]:
     """The kind and the path of each module."""
     content = strict_list(raw, MODULES_FILE)
     if len(content) > _MODULES_MAX:
-        raise _malformed(MODULES_FILE, f"{len(content)} modules", f"at most {_MODULES_MAX}")
+        raise _malformed_declaration(
+            MODULES_FILE, f"{len(content)} modules", f"at most {_MODULES_MAX}"
+        )
     for entry in content:
         kind = entry.get("type") if isinstance(entry, dict) else None
         path = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(kind, str) or not isinstance(path, str):
-            raise _malformed(MODULES_FILE, show(entry), "an object with type and path, both texts")
+            raise _malformed_declaration(
+                MODULES_FILE, show(entry), "an object with type and path, both texts"
+            )
         # Code that a folder brings along is never run, whatever its class is called.
         yield kind.rsplit(".", 1)[-1] if kind.startswith(_LIBRARY) else kind, path
 
@@ -196,14 +200,16 @@ def _modes(content: Mapping[str, Any], name: str) -> list[str]:
         value = content["pooling_mode"]
         modes = [value] if isinstance(value, str) else value
         if not (isinstance(modes, list) and modes and all(isinstance(one, str) for one in modes)):
-            raise _malformed(name, f"pooling_mode = {show(value)}", "a text or a list of texts")
+            raise _malformed_declaration(
+                name, f"pooling_mode = {show(value)}", "a text or a list of texts"
+            )
         return list(modes)
     chosen: list[str] = []
     for flag, value in content.items():
         if not flag.startswith("pooling_mode"):
             continue
         if not isinstance(value, bool):
-            raise _malformed(name, f"{flag[:80]} = {show(value)}", "true or false")
+            raise _malformed_declaration(name, f"{flag[:80]} = {show(value)}", "true or false")
         if value:
             chosen.append(_FLAGS.get(flag, flag))
     return chosen or ["mean"]  # what sentence-transformers takes where nothing is chosen
@@ -214,9 +220,11 @@ def _prompts(raw: bytes) -> Iterator[str]:
     prompts = content.get("prompts") or {}
     default = content.get("default_prompt_name")
     if not isinstance(prompts, dict):
-        raise _malformed(PROMPTS_FILE, f"prompts = {show(prompts)}", "an object of texts")
+        raise _malformed_declaration(
+            PROMPTS_FILE, f"prompts = {show(prompts)}", "an object of texts"
+        )
     if default is not None and (not isinstance(default, str) or default not in prompts):
-        raise _malformed(
+        raise _malformed_declaration(
             PROMPTS_FILE, f"default_prompt_name = {show(default)}", "a name of its prompts, or null"
         )
     if default is not None and prompts[default]:
@@ -246,5 +254,5 @@ def _lengths(raw: bytes, max_length: int) -> Iterator[str]:
         yield f"{LENGTH_FILE}: do_lower_case is not used, the base's tokenizer decides"
 
 
-def _malformed(name: str, found: str, expected: str) -> CorruptFile:
+def _malformed_declaration(name: str, found: str, expected: str) -> CorruptFile:
     return CorruptFile(f"{name} is malformed.", found=found, expected=expected)

@@ -26,7 +26,7 @@ from adapters.errors import (
     UnsafeFormat,
     UploadTooLarge,
 )
-from adapters.intake.memo import Recent
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.strict_json import show, strict_json
 
 MAX_HEADER_BYTES = 8 << 20
@@ -40,7 +40,7 @@ _LENGTH_BYTES = 8
 _RECENT_HEADERS = 32
 _RECENT_HEADER_BYTES = 1 << 18
 
-DTYPES: Final[Mapping[str, torch.dtype]] = {
+SAFETENSORS_DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -71,7 +71,7 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
-_recent: Final[Recent[tuple[TensorEntry, ...]]] = Recent(_RECENT_HEADERS)
+_recent_headers: Final[RecentResults[tuple[TensorEntry, ...]]] = RecentResults(_RECENT_HEADERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,25 +136,25 @@ def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
             fix=PICKLE_FIX,
         )
     if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-        raise _corrupt(
+        raise _corrupt_header(
             "The file ends inside its header.",
             found=f"{size} bytes" + (f", header of {length}" if len(start) == 8 else ""),
             expected="eight bytes of length, the header, the tensors",
         )
     if length > MAX_HEADER_BYTES:
-        raise _corrupt(
+        raise _corrupt_header(
             "The header is too long.",
             found=f"{length} bytes",
             expected=f"at most {MAX_HEADER_BYTES}",
         )
     raw = file.read(length)
     if len(raw) != length or not raw.startswith(b"{"):
-        raise _corrupt(
+        raise _corrupt_header(
             "The header does not begin as JSON.", found=show(raw[:16]), expected="a JSON object"
         )
     if length > _RECENT_HEADER_BYTES:
-        return _parsed(raw, size)
-    entries = _recent.get((raw, size), lambda: tuple(_parsed(raw, size).values()))
+        return _parse_header(raw, size)
+    entries = _recent_headers.get((raw, size), lambda: tuple(_parse_header(raw, size).values()))
     return {entry.name: entry for entry in entries}
 
 
@@ -178,7 +178,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]  # BufferedReader has it
         if not count:
-            raise _corrupt(
+            raise _corrupt_header(
                 f"The file ends inside {entry.name}.",
                 found=f"{done} bytes",
                 expected=f"{len(view)} bytes",
@@ -224,7 +224,7 @@ def inspect_values(tensor: torch.Tensor, name: str) -> Finite:
     )
 
 
-def _corrupt(message: str, *, found: str, expected: str) -> CorruptFile:
+def _corrupt_header(message: str, *, found: str, expected: str) -> CorruptFile:
     return CorruptFile(
         message,
         found=found,
@@ -233,7 +233,7 @@ def _corrupt(message: str, *, found: str, expected: str) -> CorruptFile:
     )
 
 
-def _parsed(raw: bytes, size: int) -> dict[str, TensorEntry]:
+def _parse_header(raw: bytes, size: int) -> dict[str, TensorEntry]:
     """The entries of a header, in a file of ``size`` bytes."""
     content = strict_json(raw, "The header of adapter_model.safetensors", MAX_HEADER_BYTES)
     _check_metadata(content.pop("__metadata__", {}))
@@ -250,7 +250,7 @@ def _check_metadata(metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise _corrupt(
+        raise _corrupt_header(
             "The header's __metadata__ is malformed.",
             found=show(metadata),
             expected="an object of strings",
@@ -280,33 +280,33 @@ def _entries(content: Mapping[str, Any], data_start: int, size: int) -> dict[str
 
 def _entry(name: str, claim: object, data_start: int, size: int) -> TensorEntry:
     if not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
-        raise _corrupt(
+        raise _corrupt_header(
             "A tensor's name is malformed.",
             found=show(name),
             expected=f"1 to {MAX_NAME_CHARACTERS} printable characters",
         )
     if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
-        raise _corrupt(
+        raise _corrupt_header(
             f"The header's entry for {name} is malformed.",
             found=show(claim),
             expected="dtype, shape and data_offsets",
         )
-    dtype = DTYPES.get(claim["dtype"]) if isinstance(claim["dtype"], str) else None
+    dtype = SAFETENSORS_DTYPES.get(claim["dtype"]) if isinstance(claim["dtype"], str) else None
     if dtype is None:
-        raise _corrupt(
+        raise _corrupt_header(
             f"{name} has a dtype that adapters do not have.",
             found=show(claim["dtype"]),
-            expected="one of " + ", ".join(DTYPES),
+            expected="one of " + ", ".join(SAFETENSORS_DTYPES),
         )
     shape, offsets = claim["shape"], claim["data_offsets"]
     if not (_naturals(shape) and len(shape) <= MAX_DIMENSIONS):
-        raise _corrupt(
+        raise _corrupt_header(
             f"The shape of {name} is malformed.",
             found=show(shape),
             expected=f"at most {MAX_DIMENSIONS} whole numbers",
         )
     if not (_naturals(offsets) and len(offsets) == 2):
-        raise _corrupt(
+        raise _corrupt_header(
             f"The offsets of {name} are malformed.",
             found=show(offsets),
             expected="two whole numbers",
@@ -314,7 +314,7 @@ def _entry(name: str, claim: object, data_start: int, size: int) -> TensorEntry:
     start, stop = data_start + offsets[0], data_start + offsets[1]
     expected_bytes = math.prod(shape) * dtype.itemsize
     if not start <= stop <= size or stop - start != expected_bytes:
-        raise _corrupt(
+        raise _corrupt_header(
             f"The bytes of {name} are not those of its shape, or lie outside the file.",
             found=f"bytes {start} to {stop} of {size}",
             expected=f"{expected_bytes} bytes inside the file",
@@ -334,7 +334,7 @@ def _coverage_faults(entries: list[TensorEntry], data_start: int, size: int) -> 
         if entry.start != position:
             kind = "overlaps the tensor before it" if entry.start < position else "follows a gap"
             return [
-                _corrupt(
+                _corrupt_header(
                     f"{entry.name} {kind}.",
                     found=f"offset {entry.start - data_start}",
                     expected=f"offset {position - data_start}",
@@ -343,7 +343,7 @@ def _coverage_faults(entries: list[TensorEntry], data_start: int, size: int) -> 
         position = entry.stop
     if position != size:
         return [
-            _corrupt(
+            _corrupt_header(
                 "The file is longer than its tensors.",
                 found=f"{size} bytes",
                 expected=f"{position} bytes",

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from adapters.errors import SourceForbidden, SourceUnavailable, StoreFull, UploadTooLarge
-from adapters.intake.archive import WANTED
+from adapters.intake.archive import COPY_CHUNK_BYTES, WANTED
 from adapters.intake.safetensors_header import MAX_TENSOR_FILE_BYTES
 
 _HUB = re.compile(
     r"hf://(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:/(?P<folder>[\w./-]+?))?(?:@(?P<rev>[\w./-]+))?"
 )
-_CHUNK_BYTES = 1 << 20
 # A pickle is copied too, so that the checks can say what is wrong with it; it is never opened.
 _PICKLE = "adapter_model.bin"
 _COPIED = {**WANTED, _PICKLE: _PICKLE}
@@ -175,7 +174,7 @@ class Sources:
     def _copy(self, reader: IO[bytes], target: Path, left: int) -> int:
         written = 0
         with target.open("xb") as writer:
-            while chunk := reader.read(_CHUNK_BYTES):
+            while chunk := reader.read(COPY_CHUNK_BYTES):
                 written += len(chunk)
                 if written > left:
                     raise self._too_large(target.name)

@@ -29,7 +29,7 @@ def strict_json(raw: bytes, name: str, limit_bytes: int = MAX_JSON_BYTES) -> dic
     Raises:
         CorruptFile: Not such an object; ``found`` says what is wrong with it.
     """
-    content = _parsed(raw, name, limit_bytes)
+    content = _parse_bounded_json(raw, name, limit_bytes)
     if not isinstance(content, dict):
         raise CorruptFile(
             f"{name} is not a JSON object.", found=type(content).__name__, expected="an object"
@@ -39,7 +39,7 @@ def strict_json(raw: bytes, name: str, limit_bytes: int = MAX_JSON_BYTES) -> dic
 
 def strict_list(raw: bytes, name: str) -> list[Any]:
     """As ``strict_json``, for a file that holds a list."""
-    content = _parsed(raw, name, MAX_JSON_BYTES)
+    content = _parse_bounded_json(raw, name, MAX_JSON_BYTES)
     if not isinstance(content, list):
         raise CorruptFile(
             f"{name} is not a JSON list.", found=type(content).__name__, expected="a list"
@@ -47,7 +47,7 @@ def strict_list(raw: bytes, name: str) -> list[Any]:
     return content
 
 
-def _parsed(raw: bytes, name: str, limit_bytes: int) -> Any:
+def _parse_bounded_json(raw: bytes, name: str, limit_bytes: int) -> Any:
     if len(raw) > limit_bytes:
         raise CorruptFile(
             f"{name} is too large.", found=f"{len(raw)} bytes", expected=f"at most {limit_bytes}"

@@ -150,7 +150,7 @@ def pack_bounds(segments: Segments) -> bytes:
     return struct.pack(f"{len(segments.parts) + 1}q", 0, *(part.stop for part in segments.parts))
 
 
-def linear_into(
+def modulated_linear_into(
     y: torch.Tensor,
     x: torch.Tensor,
     *,

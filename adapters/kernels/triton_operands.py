@@ -18,8 +18,8 @@ from adapters.segments import BASE_SLOT
 
 HALF_FEATURES = 64
 GROUP_FEATURES = 2 * HALF_FEATURES
-MAX_RANK = 128
-DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_MAX_RANK = 128
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 FACTOR_COLUMNS = 3
 ADDRESS_MULTIPLE_BYTES = 16
 
@@ -94,8 +94,10 @@ def pack_weight(
             fix="use the torch operators for this layer",
         )
     blocks = -(-count // block)
-    _check("packed weight", stored.reshape(-1), (count // 2,), (torch.uint8,), stored.device)
-    _check("scales", scales, (blocks,), (torch.float32,), stored.device)
+    _check_operands(
+        "packed weight", stored.reshape(-1), (count // 2,), (torch.uint8,), stored.device
+    )
+    _check_operands("scales", scales, (blocks,), (torch.float32,), stored.device)
     levels = torch.tensor(level_values(kind), dtype=torch.float32, device=stored.device)
     packed = stored.reshape(-1)
     weight = PackedWeight(kind, shape, packed, levels, scales, block, grouped=False)
@@ -128,11 +130,11 @@ class FactorTable:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        if dtype not in DTYPES:
+        if dtype not in KERNEL_DTYPES:
             raise ShapeMismatch(
                 "The fused kernel does not compute in this type.",
                 found=str(dtype),
-                expected=", ".join(map(str, DTYPES)),
+                expected=", ".join(map(str, KERNEL_DTYPES)),
             )
         self.layers = tuple(layers)
         self.dtype = dtype
@@ -195,16 +197,18 @@ class FactorTable:
         for layer, (a, b) in factors.items():
             out_features, in_features = self.layers[layer]
             rank = a.shape[0]
-            if not 1 <= rank <= MAX_RANK:
+            if not 1 <= rank <= KERNEL_MAX_RANK:
                 raise ShapeMismatch(
                     "The fused kernel does not take this rank.",
                     found=f"layer {layer}, rank {rank}",
-                    expected=f"1 to {MAX_RANK}",
+                    expected=f"1 to {KERNEL_MAX_RANK}",
                     fix="use the torch operators for this adapter",
                 )
             where = self.addresses.device
-            _check(f"A of layer {layer}", a, (rank, in_features), (self.dtype,), where)
-            _check(f"Bᵀ of layer {layer}", b.t(), (rank, out_features), (self.dtype,), where)
+            _check_operands(f"A of layer {layer}", a, (rank, in_features), (self.dtype,), where)
+            _check_operands(
+                f"Bᵀ of layer {layer}", b.t(), (rank, out_features), (self.dtype,), where
+            )
             rows[layer] = (a.data_ptr(), b.data_ptr(), rank)
             if any(address % ADDRESS_MULTIPLE_BYTES for address in rows[layer][:2]):
                 raise ShapeMismatch(
@@ -291,7 +295,7 @@ def _bytes(pairs: torch.Tensor) -> torch.Tensor:
     return (pairs[:, 0] << 4 | pairs[:, 1]).contiguous()
 
 
-def _check(
+def _check_operands(
     name: str,
     tensor: torch.Tensor,
     shape: tuple[int, ...],

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.kernels.triton_operands import GROUP_FEATURES, MAX_RANK, FactorTable
+from adapters.kernels.triton_operands import GROUP_FEATURES, KERNEL_MAX_RANK, FactorTable
 from adapters.segments import BASE_SLOT, Segments
 
-RANK_STEPS = (16, 32, 64, MAX_RANK)
+RANK_STEPS = (16, 32, 64, KERNEL_MAX_RANK)
 # Slots with fewer rows share tiles: with fewer, half of a tile of their own would be padding.
 FEW_ROWS = 32
 # Shared memory of an A100 or H100; other GPUs since 2018 have 96 KiB or more for a program.

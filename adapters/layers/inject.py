@@ -107,7 +107,7 @@ class AdaptedModel:
                     expected="a path of the base's signature",
                 )
             _check_shapes(layer, entry)
-            _check_finite(layer, entry)
+            _check_finite_factors(layer, entry)
 
     def install(
         self, slot: int, factors: Mapping[str, SlotFactors], *, checked: bool = False
@@ -256,7 +256,7 @@ def _check_shapes(layer: LayerSignature, entry: SlotFactors) -> None:
         )
 
 
-def _check_finite(layer: LayerSignature, entry: SlotFactors) -> None:
+def _check_finite_factors(layer: LayerSignature, entry: SlotFactors) -> None:
     a_max, b_max = (float(factor.abs().amax()) for factor in (entry.a, entry.b))
     bound = a_max * b_max * entry.rank  # NaN and infinity show up in it, too
     finite = bound <= torch.finfo(entry.a.dtype).max

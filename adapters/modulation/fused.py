@@ -21,8 +21,8 @@ from adapters.errors import ShapeMismatch, UnsupportedOption
 from adapters.kernels import reference, torch_ops
 from adapters.kernels.triton_operands import (
     ADDRESS_MULTIPLE_BYTES,
-    DTYPES,
-    MAX_RANK,
+    KERNEL_DTYPES,
+    KERNEL_MAX_RANK,
     FactorTable,
     PackedWeight,
     pack_weight,
@@ -315,7 +315,7 @@ class FusedLayers:
         """Whether the kernel can read these factors."""
         return (
             entry.method == "hira"
-            and 1 <= entry.rank <= MAX_RANK
+            and 1 <= entry.rank <= KERNEL_MAX_RANK
             and entry.a.dtype == entry.b.dtype == self._table.dtype
             and entry.a.device == entry.b.device == self.device
             and entry.a.is_contiguous()
@@ -328,7 +328,7 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     The first call for a device runs the kernel once on a small layer (and compiles it) and compares
     its answer with float64: where it would be wrong, it is not used.
     """
-    if dtype not in DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"compute dtype {dtype}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

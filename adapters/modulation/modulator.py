@@ -163,8 +163,8 @@ class Modulator:
             settled = self._settled[call.path] = self._settle(call)
         settled.calls_left -= 1
         if settled.records is not None:
-            return native_path.run(call, settled.records, self.workspace)
-        return torch_path.run(call, settled.ways, self.workspace, self.folded)
+            return native_path.run_native(call, settled.records, self.workspace)
+        return torch_path.run_torch(call, settled.ways, self.workspace, self.folded)
 
     def _settle(self, call: LayerCall) -> _Settled:
         """Choose for every segment; times what is due, and folds what pays from now on."""
@@ -195,7 +195,7 @@ class Modulator:
         records = None
         if backend == "native":
             bounds = self._bounds_of(call.segments)
-            records = native_path.pack(call, ways, bounds, self.workspace, self.folded)
+            records = native_path.pack_records(call, ways, bounds, self.workspace, self.folded)
         return _Settled(
             call.segments, call.slots, call.x.dtype, self.strategy, version, ways, records,
             calls_left,
@@ -232,10 +232,10 @@ class Modulator:
         self, call: LayerCall, backend: Backend, ways: Sequence[Computation]
     ) -> Callable[[], torch.Tensor]:
         if backend == "torch":
-            return partial(torch_path.run, call, ways, self.workspace, self.folded)
+            return partial(torch_path.run_torch, call, ways, self.workspace, self.folded)
         bounds = native_ops.pack_bounds(call.segments)
-        records = native_path.pack(call, ways, bounds, self.workspace, self.folded)
-        return partial(native_path.run, call, records, self.workspace)
+        records = native_path.pack_records(call, ways, bounds, self.workspace, self.folded)
+        return partial(native_path.run_native, call, records, self.workspace)
 
     def _keep_what_pays(
         self,

@@ -58,7 +58,7 @@ class Records:
     lora: tuple[tuple[Segment, SlotFactors], ...]
 
 
-def pack(
+def pack_records(
     call: LayerCall,
     ways: Sequence[Computation],
     bounds: bytes,
@@ -88,7 +88,7 @@ def pack(
     return Records(bounds, b"".join(records), tuple(lora))
 
 
-def run(call: LayerCall, records: Records, workspace: Workspace) -> torch.Tensor:
+def run_native(call: LayerCall, records: Records, workspace: Workspace) -> torch.Tensor:
     """A new ``[rows, out]``, for a call that ``takes`` holds for."""
     weight = call.weight
     stored, kind, block = weight.stored, weight.kind, weight.block
@@ -96,7 +96,7 @@ def run(call: LayerCall, records: Records, workspace: Workspace) -> torch.Tensor
         stored, kind, block = workspace.dequantized(weight, call.x.dtype).contiguous(), "dense", 0
     x = call.x.contiguous()
     y = call.new_output()
-    native_ops.linear_into(
+    native_ops.modulated_linear_into(
         y,
         x,
         stored=stored,

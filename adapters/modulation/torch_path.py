@@ -93,7 +93,7 @@ class Weights:
         return room
 
 
-def run(
+def run_torch(
     call: LayerCall, ways: Sequence[Computation], workspace: Workspace, folded: FoldedCache
 ) -> torch.Tensor:
     """A new ``[rows, out]``; ``kept`` of what is not there yet keeps it, where it fits.
@@ -143,9 +143,9 @@ def _run_thin(
         own = item.factors
         if own is not None and own.method == "lora":
             torch_ops.add_lora(y[item.rows], x[item.rows], own.a, own.b, own.scale)
-    pieces = [piece for item in work if item.way == "expand" for piece in _pieces(item)]
+    pieces = [piece for item in work if item.way == "expand" for piece in _slot_rows(item)]
     while pieces:
-        batch: list[_Piece] = []
+        batch: list[_SlotRows] = []
         count = 0
         while pieces and (not batch or count + _expanded(pieces[0]) <= _EXPANDED_ROWS_LIMIT):
             piece = pieces.pop(0)
@@ -154,17 +154,17 @@ def _run_thin(
         _run_expand(y, x, w0, pieces=batch, count=count, workspace=workspace)
 
 
-_Piece = tuple[int, int, SlotFactors]  # rows start to stop of one slot
+_SlotRows = tuple[int, int, SlotFactors]  # rows start to stop of one slot
 
 
-def _pieces(item: _Work) -> Iterator[_Piece]:
+def _slot_rows(item: _Work) -> Iterator[_SlotRows]:
     assert item.factors is not None
     step = max(1, _EXPANDED_ROWS_LIMIT // item.factors.rank)
     for start in range(item.part.start, item.part.stop, step):
         yield start, min(start + step, item.part.stop), item.factors
 
 
-def _expanded(piece: _Piece) -> int:
+def _expanded(piece: _SlotRows) -> int:
     return (piece[1] - piece[0]) * piece[2].rank
 
 
@@ -173,7 +173,7 @@ def _run_expand(
     x: torch.Tensor,
     w0: torch.Tensor,
     *,
-    pieces: list[_Piece],
+    pieces: list[_SlotRows],
     count: int,
     workspace: Workspace,
 ) -> None:

@@ -47,7 +47,9 @@ from adapters.registry.tables import ADAPTERS, STATE, migrate
 from adapters.signature import BaseSignature
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-GRACE_S = 300.0  # bytes that no row names any more are kept this long for requests under way
+UNNAMED_BYTES_KEPT_S = (
+    300.0  # bytes that no row names any more are kept this long for requests under way
+)
 
 __all__ = ["AdapterRecord", "Registry", "check_name"]
 
@@ -208,7 +210,7 @@ class Registry:
             return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())
 
     def collect_garbage(
-        self, in_use: Collection[str] = (), *, grace_s: float = GRACE_S
+        self, in_use: Collection[str] = (), *, grace_s: float = UNNAMED_BYTES_KEPT_S
     ) -> builtins.list[str]:
         """Delete the bytes of versions that no name is on; returns which.
 
@@ -306,7 +308,7 @@ class Registry:
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         with (
-            _available(),
+            _typed_database_errors(),
             self._connected().connect() as connection,
             time_limit(connection),
             connection.begin(),
@@ -317,7 +319,7 @@ class Registry:
     def _transaction(self) -> Iterator[sa.Connection]:
         """One write transaction; it holds the database's write lock from its first statement."""
         with (
-            _available(),
+            _typed_database_errors(),
             self._connected().connect() as connection,
             time_limit(connection),  # its commit included
             connection.begin(),
@@ -335,7 +337,7 @@ class Registry:
         """Read the table again if any process has committed since; called with the lock held."""
         for last in (self._watch is None, True):
             try:
-                with _available():
+                with _typed_database_errors():
                     self._read_changes()
                 return
             except RegistryUnavailable:
@@ -396,7 +398,7 @@ def _check_free(name: str, present: AdapterRecord | None, version: str) -> None:
 
 
 @contextmanager
-def _available() -> Iterator[None]:
+def _typed_database_errors() -> Iterator[None]:
     """Turn what a database raises for its own reasons into typed errors.
 
     Raises:

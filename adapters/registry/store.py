@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
+from adapters.intake.archive import COPY_CHUNK_BYTES
 from adapters.intake.checkpoint import (
     CONFIG_FILE,
     STORED_FILES,
@@ -38,7 +39,6 @@ from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
-_CHUNK_BYTES = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -245,10 +245,10 @@ def version_of(folder: Path, *, former: bool = False) -> str:
         CorruptFile: A file is missing or malformed.
     """
     digest = hashlib.sha256()
-    config = strict_json(_read(folder / CONFIG_FILE), CONFIG_FILE)
+    config = strict_json(_read_bytes(folder / CONFIG_FILE), CONFIG_FILE)
     digest.update(_canonical(config))
     if (folder / TASK_CONFIG_FILE).exists():
-        task = strict_json(_read(folder / TASK_CONFIG_FILE), TASK_CONFIG_FILE)
+        task = strict_json(_read_bytes(folder / TASK_CONFIG_FILE), TASK_CONFIG_FILE)
         digest.update(_canonical({name: task.get(name) for name in _TASK_FIELDS}))
         head = {name: task[name] for name in sorted(HEAD_FIELDS & task.keys())}
         if head and not former:
@@ -257,14 +257,14 @@ def version_of(folder: Path, *, former: bool = False) -> str:
     for name in POOLING_FILES:
         if name in declared:
             parse = strict_list if name == MODULES_FILE else strict_json
-            digest.update(_canonical([name, parse(_read(declared[name]), name)]))
+            digest.update(_canonical([name, parse(_read_bytes(declared[name]), name)]))
     with open_regular(folder / TENSOR_FILE) as file:
         for name, entry in sorted(read_header(file).items()):
             digest.update(_canonical([name, str(entry.dtype), list(entry.shape)]))
             file.seek(entry.start)
             left = entry.stop - entry.start
             while left:
-                chunk = file.read(min(left, _CHUNK_BYTES))
+                chunk = file.read(min(left, COPY_CHUNK_BYTES))
                 if not chunk:
                     raise CorruptFile(f"{TENSOR_FILE} ends inside {name}.")
                 digest.update(chunk)
@@ -276,7 +276,7 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _read(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     with open_regular(path) as file:
         return file.read(MAX_JSON_BYTES + 1)
 
@@ -289,7 +289,7 @@ def _present(folder: Path) -> dict[str, Path]:
 
 def _copy_durably(source: Path, target: Path) -> None:
     with open_regular(source) as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
+        shutil.copyfileobj(reader, writer, COPY_CHUNK_BYTES)
         writer.flush()
         os.fsync(writer.fileno())
 

@@ -19,11 +19,11 @@ from adapters.modulation.slot_factors import SlotFactors
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights, Factors
 
-_ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
 # The share of numbers other than zero up to which an adapter is kept without its zeros. In bf16 a
 # bit for each number and the numbers left make 0.0625 + share of the whole: 0.5625 at one half.
 _SPARSE_TO = 0.75
-_BITS = 8  # of a byte
+_TENSOR_ALIGNMENT_BYTES = 64  # a cache line, and enough for every vector unit
+_BYTE_BITS = 8  # of a byte
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -93,7 +93,7 @@ class PackedAdapter:
         self._sparse: _Sparse | None = None  # in place of the host's copy
         dense = 1.0 - weights.sparsity
         self._is_pruned = dense <= _SPARSE_TO
-        self._compact_nbytes = int(buffer.nbytes * dense) + buffer.numel() // _BITS
+        self._compact_nbytes = int(buffer.nbytes * dense) + buffer.numel() // _BYTE_BITS
         self._head_bytes: int = sum(tensor.nbytes for tensor in weights.head.values())
 
     @property
@@ -174,7 +174,7 @@ class PackedAdapter:
         self.weights = _with_factors(self.weights, self.factors)
 
 
-def pack(
+def pack_adapter(
     weights: AdapterWeights,
     dtype: torch.dtype,
     device: torch.device,
@@ -196,7 +196,7 @@ def pack(
         raise MissingTensors(
             "The adapter has no factors.", found="0 layers", expected="at least one target layer"
         )
-    step = max(1, _ALIGNMENT_BYTES // dtype.itemsize)
+    step = max(1, _TENSOR_ALIGNMENT_BYTES // dtype.itemsize)
     places: dict[str, tuple[_Place, _Place, _Place | None]] = {}
     end = 0
 

@@ -27,7 +27,7 @@ from adapters.layers.inject import AdaptedModel
 from adapters.modulation.folded import FoldedCache
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.residency.low_priority import step_back
-from adapters.residency.packing import PackedAdapter, pack
+from adapters.residency.packing import PackedAdapter, pack_adapter
 from adapters.residency.tiers import PINNED_QUARTERS, ResidencySnapshot, State, Tiers, Vacated
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # A version just placed keeps its slot this long for whoever asked for it, or versions that wait
 # for one slot would evict each other before any of them is used.
-_GRACE_S = 2.0
+_NEWCOMER_GRACE_S = 2.0
 LOADS = 3  # adapters that are read at once
 LARGE_BYTES = 32 << 20  # of a file; so large ones leave one of the LOADS to the others
 _PAUSE_S = 0.1  # after a fault of the loader itself, lest it do nothing but repeat it
@@ -69,7 +69,7 @@ class Residency:
         host_bytes: int,
         folded_bytes: int,
         dtype: torch.dtype,
-        grace_s: float = _GRACE_S,
+        grace_s: float = _NEWCOMER_GRACE_S,
         size: Callable[[str], int] = lambda _: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -321,7 +321,7 @@ class Residency:
         failure: Exception | None = None
         try:
             fused = self._adapted.fused is not None
-            packed = pack(self._load(version), self.dtype, self._device, b_by_column=fused)
+            packed = pack_adapter(self._load(version), self.dtype, self._device, b_by_column=fused)
             self._adapted.check(packed.factors)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             failure = error

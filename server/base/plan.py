@@ -25,10 +25,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from adapters.intake.base_files import INDEX_FILE
 from adapters.tasks import IMAGE_MODELS
 from server.options import EngineOptions
 
-_INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
@@ -217,15 +217,15 @@ def _tensor_names(folder: Path) -> frozenset[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if (folder / _INDEX_FILE).is_file():
-            index = json.loads((folder / _INDEX_FILE).read_bytes())
+        if (folder / INDEX_FILE).is_file():
+            index = json.loads((folder / INDEX_FILE).read_bytes())
             shards = sorted(set(index["weight_map"].values()))
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise BaseModelError(
                     "The base model's weights are incomplete.",
                     found=f"{len(missing)} of {len(shards)} files missing, first {missing[0]}",
-                    expected=f"every file that {_INDEX_FILE} names",
+                    expected=f"every file that {INDEX_FILE} names",
                     fix="Download the base again.",
                 )
             return frozenset(index["weight_map"])
@@ -236,13 +236,13 @@ def _tensor_names(folder: Path) -> frozenset[str]:
         raise BaseModelError(
             "The base model's weights cannot be read.",
             found=f"{type(error).__name__}: {error}",
-            expected=f"a sound {_SINGLE}, or shards with {_INDEX_FILE}",
+            expected=f"a sound {_SINGLE}, or shards with {INDEX_FILE}",
             fix="Download the base again.",
         ) from error
     raise BaseModelError(
         "The base model has no safetensors weights.",
         found=", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3]) or "no weights",
-        expected=f"{_SINGLE}, or shards with {_INDEX_FILE}",
+        expected=f"{_SINGLE}, or shards with {INDEX_FILE}",
         fix="Convert it with save_pretrained; pickled weights are never read.",
     )
 

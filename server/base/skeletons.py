@@ -7,6 +7,7 @@ before it is registered, and the worker can fill it with tensors.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,9 @@ from adapters.errors import (
     UnmatchedTensors,
     UnsupportedOption,
 )
-from adapters.intake.memo import Recent
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.strict_json import show
-from adapters.tasks import HEADED, Task
+from adapters.tasks import BY_NAME, Task
 
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
@@ -45,7 +46,7 @@ class Skeletons:
         self._config = config
         self._vocab_size = vocab_size
         self._has_pooler = has_pooler
-        self._made: Recent[Any] = Recent(_MADE_KEPT)
+        self._made: RecentResults[Any] = RecentResults(_MADE_KEPT)
 
     def check(self, weights: AdapterWeights) -> None:
         """Check that the head of an adapter is all that its task needs; mutates nothing.
@@ -57,7 +58,7 @@ class Skeletons:
             UnsupportedOption: The family has no class for the task.
             AdapterFaults: Several of these.
         """
-        if weights.task not in HEADED:
+        if BY_NAME[weights.task].head != "adapter":
             return
         wanted = self.of(weights).state_dict()
         faults: list[AdapterError] = []
@@ -180,15 +181,14 @@ class Stub(nn.Module):
 
 
 def _task_class(config: Any, task: Task) -> type[Any]:
+    """transformers' class for a family and a task whose head the adapter brings."""
     from transformers.models.auto import modeling_auto as auto
 
-    mappings = {
-        "text-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-        "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    }
-    found = mappings[task].get(type(config), None) if task in mappings else None
+    auto_class = BY_NAME[task].auto_class
+    assert auto_class is not None
+    # AutoModelForQuestionAnswering chooses by MODEL_FOR_QUESTION_ANSWERING_MAPPING.
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", auto_class.removeprefix("AutoModel")).upper()
+    found = getattr(auto, f"MODEL_{kind}_MAPPING").get(type(config), None)
     if found is None:
         raise UnsupportedOption(
             f"This base has no head for {task}.",

@@ -13,25 +13,25 @@ import typer
 
 from server.cli.client import (
     DEFAULT_URL,
-    AsJson,
-    Key,
-    Url,
-    admin_key,
+    JsonOption,
+    KeyOption,
+    UrlOption,
     ask,
-    check,
+    exit_on_error,
     fail,
+    key_or_local_admin_key,
     print_json,
     reach,
     show_table,
 )
 
-app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+adapters_app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
+NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-CHUNK_BYTES = 1 << 18
+SENT_AT_ONCE_BYTES = 1 << 18
 PAGE = 500
 # As in adapters.intake.archive.WANTED, which takes torch along.
-FILES = (
+SENT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",
@@ -47,16 +47,16 @@ FILES = (
 )
 
 
-@app.command("list")
+@adapters_app.command("list")
 def list_adapters(
     prefix: Annotated[str, typer.Option(help="Names that begin so.")] = "",
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List all adapters."""
     rows: list[dict[str, Any]] = []
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         while True:
             params = {"prefix": prefix, "offset": len(rows), "limit": PAGE}
             page = ask(client, "GET", "/admin/adapters", params=params).json()
@@ -70,17 +70,22 @@ def list_adapters(
     show_table(columns, [[_cell(name, row[name]) for name in columns] for row in rows])
 
 
-@app.command()
-def show(name: Name, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+@adapters_app.command("show")
+def show_adapter(
+    name: NameArgument,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show one adapter."""
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         row = ask(client, "GET", _path(name)).json()
     _print_record(row, as_json)
 
 
-@app.command()
+@adapters_app.command()
 def add(
-    name: Name,
+    name: NameArgument,
     path: Annotated[
         str, typer.Argument(help="A folder or archive here, or a source with --remote.")
     ],
@@ -92,13 +97,13 @@ def add(
     replace: Annotated[bool, typer.Option(help="Replace the adapter of this name.")] = False,
     pinned: Annotated[bool, typer.Option(help="Keep it on the device.")] = False,
     preload: Annotated[bool, typer.Option(help="Bring it to the device now.")] = False,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Register an adapter: upload its files, or let the server fetch them."""
     fields: dict[str, Any] = {"replace": replace, "pinned": pinned, "preload": preload}
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         if remote:
             body = {"name": name, "source": path, **fields}
             answer = ask(client, "POST", "/admin/adapters", json=body)
@@ -111,27 +116,27 @@ def add(
                 content=_shown(body_chunks, length),
                 headers={"Content-Type": content_type, "Content-Length": str(length)},
             )
-            check(answer)
+            exit_on_error(answer)
     _print_record(answer.json(), as_json)
 
 
-@app.command()
-def remove(name: Name, url: Url = DEFAULT_URL, key: Key = None) -> None:
+@adapters_app.command()
+def remove(name: NameArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None) -> None:
     """Remove an adapter; requests that run finish."""
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         ask(client, "DELETE", _path(name))
 
 
-@app.command()
+@adapters_app.command()
 def pin(
-    name: Name,
+    name: NameArgument,
     off: Annotated[bool, typer.Option("--off", help="Unpin it.")] = False,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Keep an adapter on the device, or let it go again."""
-    with reach(url, admin_key(key)) as client:
+    with reach(url, key_or_local_admin_key(key)) as client:
         answer = ask(client, "PATCH", _path(name), json={"pinned": not off})
     _print_record(answer.json(), as_json)
 
@@ -148,7 +153,7 @@ def files_of(path: Path) -> dict[str, Path]:
         return {path.name: path}
     if not (path / "adapter_config.json").is_file():
         fail(f"{path} holds no adapter_config.json")
-    return {name: path / name for name in FILES if (path / name).is_file()}
+    return {name: path / name for name in SENT_FILES if (path / name).is_file()}
 
 
 def _multipart(fields: dict[str, str], files: dict[str, Path]) -> tuple[str, int, Iterator[bytes]]:
@@ -173,7 +178,7 @@ def _multipart(fields: dict[str, str], files: dict[str, Path]) -> tuple[str, int
                 yield part
                 continue
             with part.open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
+                while chunk := file.read(SENT_AT_ONCE_BYTES):
                     yield chunk
 
     return f"multipart/form-data; boundary={boundary}", length, chunks()

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 URL_HELP = "Where the server is; also HIRA_URL."
 KEY_HELP = "A key; also HIRA_KEY. The admin key of a local server is in DATA_DIR/admin.key."
-Url = Annotated[str, typer.Option("--url", envvar="HIRA_URL", help=URL_HELP)]
-Key = Annotated[str | None, typer.Option("--key", envvar="HIRA_KEY", help=KEY_HELP)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-AdapterName = Annotated[str | None, typer.Option("--adapter", "-a", help="The adapter's name.")]
+UrlOption = Annotated[str, typer.Option("--url", envvar="HIRA_URL", help=URL_HELP)]
+KeyOption = Annotated[str | None, typer.Option("--key", envvar="HIRA_KEY", help=KEY_HELP)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="The adapter's name.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LOCAL_KEY_FILE = Path("hira-data/admin.key")
 
 
-def add_to(app: typer.Typer) -> None:
+def add_client_commands(app: typer.Typer) -> None:
     app.command()(predict)
     app.command()(generate)
 
@@ -34,16 +34,16 @@ def add_to(app: typer.Typer) -> None:
 def predict(
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
     *,
-    adapter: AdapterName = None,
+    adapter: AdapterOption = None,
     top_k: Annotated[int | None, typer.Option(help="Answers per text.")] = None,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Classify texts, tokens, or fill masks with a running server."""
     body = {"inputs": texts, "parameters": {} if top_k is None else {"top_k": top_k}}
     with reach(url, key) as client:
-        answers = ask(client, "POST", "/predict", json=body, params=_named(adapter)).json()
+        answers = ask(client, "POST", "/predict", json=body, params=_adapter_query(adapter)).json()
     if as_json:
         print_json(answers)
         return
@@ -58,13 +58,13 @@ def predict(
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     *,
-    adapter: AdapterName = None,
+    adapter: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="Sample; without: greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    as_json: AsJson = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Continue a text with a running server, word by word as it comes."""
     parameters: dict[str, Any] = {"max_new_tokens": max_new_tokens}
@@ -76,10 +76,14 @@ def generate(
     with reach(url, key) as client:
         if as_json:
             body["parameters"] = {**parameters, "details": True}
-            print_json(ask(client, "POST", "/generate", json=body, params=_named(adapter)).json())
+            print_json(
+                ask(client, "POST", "/generate", json=body, params=_adapter_query(adapter)).json()
+            )
             return
-        with client.stream("POST", "/generate_stream", json=body, params=_named(adapter)) as answer:
-            check(answer)
+        with client.stream(
+            "POST", "/generate_stream", json=body, params=_adapter_query(adapter)
+        ) as answer:
+            exit_on_error(answer)
             for event in _events(answer):
                 if "error" in event:
                     fail(event["error"])
@@ -106,11 +110,11 @@ def reach(url: str, key: str | None) -> Iterator[httpx.Client]:
 def ask(client: httpx.Client, method: str, path: str, **arguments: Any) -> httpx.Response:
     """One call; an error response ends the command with what it says."""
     answer = client.request(method, path, **arguments)
-    check(answer)
+    exit_on_error(answer)
     return answer
 
 
-def check(answer: httpx.Response) -> None:
+def exit_on_error(answer: httpx.Response) -> None:
     """End the command when the response is an error."""
     if answer.is_success:
         return
@@ -127,7 +131,7 @@ def check(answer: httpx.Response) -> None:
     raise SystemExit(1)
 
 
-def admin_key(key: str | None) -> str | None:
+def key_or_local_admin_key(key: str | None) -> str | None:
     """The key that was given, else that of a server that was started in this folder."""
     if key is None and os.access(LOCAL_KEY_FILE, os.R_OK):
         return LOCAL_KEY_FILE.read_text(encoding="ascii").strip()
@@ -158,7 +162,7 @@ def fail(text: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def _named(adapter: str | None) -> dict[str, str]:
+def _adapter_query(adapter: str | None) -> dict[str, str]:
     return {} if adapter is None else {"adapter": adapter}
 
 

@@ -10,11 +10,11 @@ import typer
 from server.cli.client import fail
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command()(convert)
+def add_convert_command(app: typer.Typer) -> None:
+    app.command("convert")(convert_checkpoint)
 
 
-def convert(
+def convert_checkpoint(
     source: Annotated[Path, typer.Argument(help="The folder that the authors' code saved.")],
     dest: Annotated[Path, typer.Argument(help="The folder to make.")],
 ) -> None:
@@ -23,10 +23,10 @@ def convert(
     Tensors of a pickle are read by torch's restricted unpickler, which runs no code.
     """
     from adapters.errors import AdapterError
-    from adapters.intake.convert import convert as write
+    from adapters.intake.convert import convert
 
     try:
-        made = write(source, dest)
+        made = convert(source, dest)
     except AdapterError as error:
         fail(f"{error.code}: {error}")
     except OSError as error:

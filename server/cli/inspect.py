@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.client import AsJson, fail, print_json, show_table
+from adapters.intake.file_names import CARD_FILE
+from server.cli.client import JsonOption, fail, print_json, show_table
 
 if TYPE_CHECKING:
     from adapters.inspection.audit import AuditReport
     from adapters.signature import BaseSignature
 
-CARD_FILE = "README.md"
 
-
-def add_to(app: typer.Typer) -> None:
+def add_inspect_command(app: typer.Typer) -> None:
     app.command()(inspect)
 
 
@@ -32,7 +31,7 @@ def inspect(
     card: Annotated[
         Path | None, typer.Option(help="A model card (default: README.md beside the adapter).")
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare an adapter with what its configuration and its model card claim.
 
@@ -42,11 +41,11 @@ def inspect(
     from adapters.inspection.audit import audit, audit_card
 
     if path.suffix == ".md":
-        report = audit_card(_text(path))
+        report = audit_card(_card_text(path))
     else:
         with _folder(path) as folder:
             beside = folder / CARD_FILE
-            text = _text(card) if card else _text(beside) if beside.is_file() else None
+            text = _card_text(card) if card else _card_text(beside) if beside.is_file() else None
             try:
                 report = audit(folder, None if base is None else _signature(base), text)
             except AdapterError as error:
@@ -54,7 +53,7 @@ def inspect(
     if as_json:
         print_json(report.to_json_dict())
     else:
-        _show(report)
+        _print_report(report)
     if report.contradictions:
         raise SystemExit(1)
 
@@ -76,7 +75,7 @@ def _folder(path: Path) -> Iterator[Path]:
             fail(f"{error.code}: {error}")
 
 
-def _text(path: Path) -> str:
+def _card_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -94,7 +93,7 @@ def _signature(base: str) -> BaseSignature:
         fail(str(error))
 
 
-def _show(report: AuditReport) -> None:
+def _print_report(report: AuditReport) -> None:
     rows: list[list[str]] = []
     proof = report.tensors
     if proof is not None:

@@ -33,10 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(cli_adapters.app, name="adapters")
-cli_client.add_to(app)
-cli_inspect.add_to(app)
-cli_convert.add_to(app)
+app.add_typer(cli_adapters.adapters_app, name="adapters")
+cli_client.add_client_commands(app)
+cli_inspect.add_inspect_command(app)
+cli_convert.add_convert_command(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,7 +62,7 @@ def version() -> None:
     print(package_version())
 
 
-def _serve(config: Path | None = None, **flags: Any) -> None:
+def _serve_settings(config: Path | None = None, **flags: Any) -> None:
     try:
         settings = load_settings(flags, config=config)
     except SettingsFault as fault:
@@ -90,14 +90,14 @@ def _flags() -> list[inspect.Parameter]:
     """A flag for every setting: one list of them, in `server.settings`."""
     return [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name, field)
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag_option(name, field)
         )
         for name, field in describe_fields().items()
         if name not in {"admin_key", "api_keys"}  # secrets would show in the list of processes
     ]
 
 
-def _flag(name: str, field: FieldInfo) -> Any:
+def _flag_option(name: str, field: FieldInfo) -> Any:
     extra = field.json_schema_extra
     panel = str(extra["panel"]) if isinstance(extra, dict) else "Settings"
     empty = field.default is None or field.default in ((), {})
@@ -138,7 +138,7 @@ def _command() -> Callable[..., None]:
     )
 
     def serve(**flags: Any) -> None:
-        _serve(**{name: value for name, value in flags.items() if value is not None})
+        _serve_settings(**{name: value for name, value in flags.items() if value is not None})
 
     serve.__doc__ = """Serve a base model and its adapters; without --base, the embedded demo.
 

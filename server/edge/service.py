@@ -10,14 +10,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
 from adapters.registry.names import POLL_S, Names
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, ROWS, Task, asked_at, tasks_at
 from server.edge.admit.body_budget import BodyBudget
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, resolve_admin_key
@@ -105,7 +105,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whom a request is for: an adapter in one version, or the bare base."""
+    """Whom a request is for: an adapter in one version, or the bare base; and what it asks for."""
 
     adapter: str | None
     version: str | None
@@ -118,9 +118,8 @@ class Target:
 
 def base_task(architecture: str) -> Task:
     """What a base of this class does without any adapter."""
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "text-generation"
-    return "fill-mask" if architecture.endswith("ForMaskedLM") else "feature-extraction"
+    heads = (row for row in ROWS if row.head == "base" and architecture.endswith(row.class_ends))
+    return next((row.name for row in heads), "feature-extraction")
 
 
 def bounds_of(settings: Settings) -> Bounds:
@@ -339,18 +338,19 @@ class Service:
     def target(
         self,
         names: Sequence[str | None],
-        tasks: Collection[Task],
-        verb: str,
+        path: str,
         field: str = "adapter",
+        *,
+        call: str | None = None,
     ) -> Target:
         """Resolve the adapter that a call names, in its query or its body.
 
         Args:
             names: Everything that names one; at most one distinct name may be among them. The
                 base's own name means the bare base.
-            tasks: What the endpoint can do.
-            verb: The endpoint, for the error.
+            path: The native call, which the table of tasks has.
             field: Where it is named, for the error.
+            call: What the client called, for the error, where that is another.
 
         Raises:
             Refusal: adapter_conflict, adapter_required, or as ``adapter_target``.
@@ -367,26 +367,29 @@ class Service:
                 field=field,
             )
         if not distinct or self.is_base(distinct[0]):
-            return self._bare_base(tasks, verb, field)
-        return self.adapter_target(distinct[0], tasks, field)
+            return self._bare_base(path, field, call or path)
+        return self.adapter_target(distinct[0], path, field)
 
-    def adapter_target(self, name: str, tasks: Collection[Task], field: str = "adapter") -> Target:
+    def adapter_target(self, name: str, path: str, field: str = "adapter") -> Target:
         """Resolve one adapter for an endpoint.
 
         Raises:
             Refusal: adapter_not_found, registry_unavailable, base_mismatch or task_mismatch.
         """
         record = self.served_record(name, field)
-        if record.task not in tasks:
+        # A record of another program's may hold a task that this one does not know.
+        task = asked_at(cast(Task, record.task), path) if record.task in BY_NAME else None
+        if task is None:
+            own = BY_NAME.get(record.task)
             raise Refusal.because(
                 "task_mismatch",
                 f"The adapter {name} does {record.task}.",
                 found=record.task,
-                expected=" or ".join(sorted(tasks)),
-                fix=f"Call {PATHS.get(record.task, 'another endpoint')} for this adapter.",
+                expected=" or ".join(sorted(tasks_at(path))),
+                fix=f"Call {f'POST {own.path}' if own else 'another endpoint'} for this adapter.",
                 field=field,
             )
-        return Target(name, record.version, cast(Task, record.task))
+        return Target(name, record.version, task)
 
     def deadline(self, began: float, asked: str | None) -> float:
         """When a request must be done, as ``time.monotonic()`` counts.
@@ -414,13 +417,12 @@ class Service:
                 )
         return began + seconds
 
-    def _bare_base(self, tasks: Collection[Task], verb: str, field: str) -> Target:
-        if verb in {"/embed", "/v1/embeddings"}:
-            return Target(None, None, "feature-extraction")
-        if self.base.task not in tasks:
+    def _bare_base(self, path: str, field: str, call: str) -> Target:
+        task = asked_at(self.base.task, path)
+        if task is None:
             raise Refusal.because(
                 "adapter_required",
-                f"{verb} needs an adapter on this base.",
+                f"{call} needs an adapter on this base.",
                 found="no adapter",
                 expected=(
                     "?adapter=NAME, or adapter in the body"
@@ -430,7 +432,7 @@ class Service:
                 fix="GET /v1/models lists the adapters.",
                 field=field,
             )
-        return Target(None, None, self.base.task)
+        return Target(None, None, task)
 
     def _keyring(self) -> Keyring:
         key, _ = resolve_admin_key(self.settings.admin_key, self.settings.data_dir)
@@ -467,14 +469,3 @@ def _at(error: AdapterError, field: str | None) -> Refusal:
     """The refusal for an error, with the field that named the adapter."""
     fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
     return Refusal((fault,))
-
-
-PATHS: Final = {
-    "text-classification": "POST /predict",
-    "token-classification": "POST /predict",
-    "fill-mask": "POST /predict",
-    "question-answering": "POST /predict",
-    "image-classification": "POST /predict",
-    "text-generation": "POST /generate",
-    "feature-extraction": "POST /embed",
-}

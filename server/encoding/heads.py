@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.errors import UnsupportedOption
+from adapters.tasks import BY_NAME
 from server.base.load import LoadedBase
 from server.base.plan import name_is_headed
 from server.base.skeletons import Skeletons, Stub
@@ -203,10 +204,10 @@ class Heads:
             for name, tensor in weights.head.items()
         }
         module.load_state_dict(tensors, strict=True, assign=True)
-        named = weights.labels is not None and weights.task != "question-answering"
+        row = BY_NAME[weights.task]
+        named = weights.labels is not None and row.output_names is None
         labels = weights.labels.names if named and weights.labels is not None else ()
         problem = weights.labels.problem_type if weights.labels is not None else None
         stub: Stub = getattr(module, module.base_model_prefix)
-        is_image = weights.task == "image-classification"
-        pad_id = None if is_image else int(module.config.pad_token_id)
+        pad_id = int(module.config.pad_token_id) if "texts" in row.takes else None
         return TaskHead(module, stub, pad_id, labels, problem)

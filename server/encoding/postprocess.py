@@ -1,26 +1,67 @@
 """Logits and hidden states to the plain JSON values that a client reads.
 
 Pure functions over tensors of one input each, in the conventions of transformers' pipelines. No
-model, no batch: padding is cut off before.
+model, no batch: padding is cut off before. ``POSTPROCESSORS`` says which answers a task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import torch
 
+from adapters.tasks import BY_NAME, Task
 from server.failures import NotFinite
 from server.inputs.text import Text
-from server.messages import DEFAULT_WORDS, TokenizedInput
+from server.messages import EncodeRequest, TokenizedInput
 
 Apply = Literal["softmax", "sigmoid", "none"]
 Pooling = Literal["mean", "cls", "last"]
 
-DEFAULT_ANSWERS = 1  # to a question
 ANSWER_TOKENS = 15  # an answer is no longer than this
 _WORD_STRATEGIES = ("first", "average", "max")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the answer to one input is made of.
+
+    Args:
+        values: Logits of the adapter's head (``[labels]``; of tokens ``[T, labels]``; of questions
+            ``[T, 2]``), or of the base's at the masks (``[masks, vocabulary]``), or hidden states
+            where no head is (``[T, H]``, without padding).
+        item: The input.
+        request: What was asked of it.
+        text: The base's tokenizer; None on a base of images.
+        labels: Names of the logits of the adapter's head.
+        problem_type: How these become scores; None where the adapter says nothing.
+        pooling: How a vector is made of hidden states.
+        normalize: Whether it has length 1.
+    """
+
+    values: torch.Tensor
+    item: Any  # Encoded
+    request: EncodeRequest
+    text: Text | None = None
+    labels: tuple[str, ...] = ()
+    problem_type: str | None = None
+    pooling: Pooling = "mean"
+    normalize: bool = True
+
+    def option(self, name: str, default: Any = None) -> Any:
+        return self.request.options.get(name, default)
+
+    @property
+    def tokenizer(self) -> Text:
+        assert self.text is not None  # tasks of texts are refused on a base of images
+        return self.text
+
+    @property
+    def top_k(self) -> int | None:
+        """Answers for the input: as asked, else as the task's row has it; None for all."""
+        return self.request.top_k or BY_NAME[self.request.task].default_top_k
 
 
 def check_finite(values: torch.Tensor) -> None:
@@ -98,7 +139,7 @@ def fill(
         logits: ``[masks, vocabulary]``, of the mask tokens in order.
         item: The input.
         text: The base's tokenizer.
-        top_k: Words per mask. None: all of ``targets``, or 5.
+        top_k: Words per mask. None: all.
         targets: Token ids to choose from; their scores stay those among the whole vocabulary, so
             they are the probabilities that a perplexity is made of.
 
@@ -109,7 +150,7 @@ def fill(
     places = [index for index, one in enumerate(item.token_ids) if one == text.mask_id]
     scores = logits.float().softmax(-1)
     if targets is None:
-        scores, tokens = scores.topk(min(top_k or DEFAULT_WORDS, scores.shape[-1]), dim=-1)
+        scores, tokens = scores.topk(min(top_k or scores.shape[-1], scores.shape[-1]), dim=-1)
     else:
         chosen = torch.tensor(targets, device=scores.device)
         scores, order = scores[:, chosen].sort(dim=-1, descending=True)
@@ -200,7 +241,7 @@ def entities(
 
 
 def answers(
-    logits: torch.Tensor, item: TokenizedInput, *, top_k: int | None = None
+    logits: torch.Tensor, item: TokenizedInput, *, top_k: int = 1
 ) -> tuple[dict[str, Any], ...]:
     """Spans of the context that answer the question, most probable first.
 
@@ -218,7 +259,7 @@ def answers(
     if not inside:
         return ()
     found = []
-    for score, first, last in best_spans(logits[inside], top_k or DEFAULT_ANSWERS):
+    for score, first, last in best_spans(logits[inside], top_k):
         start, end = item.offsets[inside[first]][0], item.offsets[inside[last]][1]
         found.append({"score": score, "start": start, "end": end, "answer": item.text[start:end]})
     return tuple(found)
@@ -294,3 +335,53 @@ def _join(group: Sequence[dict[str, Any]], text: Text) -> dict[str, Any]:
 
 def _bare(label: str) -> str:
     return label[2:] if label.startswith(("B-", "I-")) else label
+
+
+def _classified(one: Reading) -> Any:
+    return classify(
+        one.values,
+        one.labels,
+        one.problem_type,
+        top_k=one.top_k,
+        apply=one.option("function_to_apply"),
+    )
+
+
+def _entities(one: Reading) -> Any:
+    found = entities(
+        one.values,
+        one.item,
+        one.labels,
+        one.tokenizer,
+        strategy=one.option("aggregation_strategy", "simple"),
+        ignored=one.option("ignore_labels", ("O",)),
+    )
+    return found[: one.top_k]
+
+
+def _filled(one: Reading) -> Any:
+    targets = one.option("targets")
+    # All words that were named, but not all of the vocabulary.
+    top_k = one.top_k if targets is None else one.request.top_k
+    return fill(one.values, one.item, one.tokenizer, top_k=top_k, targets=targets)
+
+
+def _relevance(one: Reading) -> float:
+    """How relevant the second text of a pair is to the first: a probability, or the bare logit."""
+    check_finite(one.values)
+    score = one.values.float()[0]
+    return float(score if one.option("raw_scores") else score.sigmoid())
+
+
+# The answer to one input, for each task that one forward answers.
+POSTPROCESSORS: Final[Mapping[Task, Callable[[Reading], Any]]] = {
+    "text-classification": _classified,
+    "token-classification": _entities,
+    "question-answering": lambda one: answers(one.values, one.item, top_k=one.top_k or 1),
+    "image-classification": _classified,
+    "text-ranking": _relevance,
+    "fill-mask": _filled,
+    "feature-extraction": lambda one: embed(
+        one.values, pooling=one.pooling, normalize=one.normalize
+    ),
+}

@@ -16,7 +16,7 @@ import torch
 from adapters import segments
 from adapters.errors import AdapterError
 from adapters.intake.pooling import base_pooling
-from adapters.tasks import HEADED, Task
+from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase
 from server.encoding import postprocess
 from server.encoding.heads import Heads
@@ -160,42 +160,18 @@ class Reader:
             TaskMismatch: The adapter, or the bare base, does something else.
             AdapterError: The head is wrong, or the base declares vectors that are not served.
         """
-        if group.task == "feature-extraction":
-            return group.each(lambda index: self._embed(group, index, weights))
-        if weights is not None and weights.task != group.task:
+        row = BY_NAME[group.task]
+        if row.head is None:
+            return self._vectors(group, weights)
+        if weights is not None and group.task not in (weights.task, *BY_NAME[weights.task].also):
             raise TaskMismatch(group.task, weights.task)
-        if group.task == "fill-mask":
-            return self._fill_masks(group)
-        if weights is None or group.version is None or group.task not in HEADED:
+        if row.head == "base":
+            return self._at_masks(group)
+        if weights is None or group.version is None:
             raise TaskMismatch(group.task, None)
         head = self._heads.task_head(group.version, weights)
         logits = head(group.hidden, group.pooled, group.ids, group.mask).cpu()
-        if group.task in ("text-classification", "image-classification"):
-            return group.each(
-                lambda index: postprocess.classify(
-                    logits[index],
-                    head.labels,
-                    head.problem_type,
-                    top_k=group.requests[index].top_k,
-                    apply=group.requests[index].options.get("function_to_apply"),
-                )
-            )
-        if group.task == "question-answering":
-            return group.each(
-                lambda index: postprocess.answers(
-                    logits[index], group.items[index], top_k=group.requests[index].top_k
-                )
-            )
-        return group.each(
-            lambda index: postprocess.entities(
-                logits[index],
-                group.items[index],
-                head.labels,
-                self._text,
-                strategy=group.requests[index].options.get("aggregation_strategy", "simple"),
-                ignored=group.requests[index].options.get("ignore_labels", ("O",)),
-            )[: group.requests[index].top_k]
-        )
+        return self._answers(group, logits, labels=head.labels, problem_type=head.problem_type)
 
     def fault_of_base(
         self, task: Task, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
@@ -211,7 +187,7 @@ class Reader:
             Exception: The base's own head does.
         """
         values = hidden[mask == 1]
-        if task == "fill-mask":
+        if BY_NAME[task].needs_mask:
             is_mask = (ids == self._text.mask_id) & (mask == 1)
             plan = segments.from_runs([(segments.BASE_SLOT, int(is_mask.sum()))])
             with self._base.adapted.batch(plan):
@@ -222,11 +198,42 @@ class Reader:
             return error
         return None
 
-    def _embed(
-        self, group: RowGroup, index: int, weights: AdapterWeights | None
-    ) -> tuple[float, ...]:
-        options = group.requests[index].options
-        pooling, normalize = options.get("pooling"), options.get("normalize")
+    def _answers(
+        self, group: RowGroup, values: torch.Tensor | Sequence[torch.Tensor], **more: Any
+    ) -> list[Any]:
+        """Of each row, by the task's postprocessor; ``values`` are as ``Reading`` has them."""
+        answer = postprocess.POSTPROCESSORS[group.task]
+        text = self._inputs if isinstance(self._inputs, Text) else None
+        return group.each(
+            lambda index: answer(
+                postprocess.Reading(
+                    values[index], group.items[index], group.requests[index], text, **more
+                )
+            )
+        )
+
+    def _vectors(self, group: RowGroup, weights: AdapterWeights | None) -> list[Any]:
+        answer = postprocess.POSTPROCESSORS[group.task]
+
+        def vector(index: int) -> Any:
+            request = group.requests[index]
+            pooling, normalize = self._vector_options(request, weights)
+            return answer(
+                postprocess.Reading(
+                    group.hidden[index][group.mask[index] == 1],
+                    group.items[index],
+                    request,
+                    pooling=pooling,
+                    normalize=normalize,
+                )
+            )
+
+        return group.each(vector)
+
+    def _vector_options(
+        self, request: EncodeRequest, weights: AdapterWeights | None
+    ) -> tuple[postprocess.Pooling, bool]:
+        pooling, normalize = request.options.get("pooling"), request.options.get("normalize")
         declared = self._declared
         if weights is not None and weights.pooling.mode is not None:
             declared = weights.pooling
@@ -237,29 +244,16 @@ class Reader:
             pooling = pooling or declared.mode
             if normalize is None and declared.mode is not None:
                 normalize = declared.normalize
-        return postprocess.embed(
-            group.hidden[index][group.mask[index] == 1],
-            pooling=pooling or self._pooling,
-            normalize=normalize is not False,
-        )
+        return pooling or self._pooling, normalize is not False
 
-    def _fill_masks(self, group: RowGroup) -> list[Any]:
+    def _at_masks(self, group: RowGroup) -> list[Any]:
         head = self._heads.language_model_head()
         is_mask = (group.ids == self._text.mask_id) & (group.mask == 1)
         counts: list[int] = is_mask.sum(1).tolist()
         # The head's own layers may be adapted, too; it sees the masks alone.
         with self._base.adapted.batch(segments.from_runs([(group.slot, sum(counts))])):
             logits = head(group.hidden[is_mask].unsqueeze(0))[0].cpu()
-        parts: Sequence[torch.Tensor] = torch.split(logits, counts)
-        return group.each(
-            lambda index: postprocess.fill(
-                parts[index],
-                group.items[index],
-                self._text,
-                top_k=group.requests[index].top_k,
-                targets=group.requests[index].options.get("targets"),
-            )
-        )
+        return self._answers(group, torch.split(logits, counts))
 
 
 def _is_decoder(config: Any) -> bool:

@@ -23,10 +23,11 @@ from adapters.errors import AdapterNotFound, UnsupportedOption
 from adapters.intake.checkpoint import TENSOR_FILE, AdapterWeights, load_adapter
 from adapters.registry.store import Store
 from adapters.residency.slots import Residency
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
+from server.engine.self_check import generate_lane, try_base
 from server.engine.snapshot import (
     EngineSnapshot,
     FailureTracker,
@@ -34,7 +35,6 @@ from server.engine.snapshot import (
     StepFigures,
     cuda_bytes,
 )
-from server.engine.trial import generate_lane, try_base
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateFigures, GenerateLane
 from server.inputs.images import ImageInput, Images
@@ -58,8 +58,6 @@ from server.messages import (
 from server.options import EngineOptions
 
 logger = logging.getLogger(__name__)
-
-_NO_HEADS: frozenset[Task] = frozenset({"fill-mask", "text-generation", "feature-extraction"})
 
 
 class EngineFailure(Exception):
@@ -96,7 +94,7 @@ class Engine:
 
     @classmethod
     def build(cls, options: EngineOptions) -> Engine:
-        """Load the base, try it (``server.engine.trial``) and start; takes seconds to minutes.
+        """Load the base, try it (``server.engine.self_check``) and start; takes seconds to minutes.
 
         Raises:
             BaseModelError: The base cannot be served.
@@ -109,7 +107,7 @@ class Engine:
 
         def load(version: str) -> AdapterWeights:
             weights = load_adapter(store.sound_path(version), signature)
-            if weights.head and weights.task in _NO_HEADS:
+            if weights.head and BY_NAME[weights.task].head != "adapter":
                 raise UnsupportedOption(
                     f"The adapter does {weights.task} and saved modules whole.",
                     found=", ".join(sorted(weights.head)[:3]),

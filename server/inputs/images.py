@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from adapters.tasks import Task
-from server.inputs.text import InvalidInput
+from server.inputs.text import InvalidInput, Side
 from server.messages import ProcessedImage
 
 ImageInput = str | bytes | tuple[str, str]  # base64 or a data URL, a file; a pair is refused
@@ -149,14 +149,19 @@ class Images:
         )
 
     def encode(
-        self, images: Sequence[ImageInput], task: Task, *, truncation: bool = False
+        self,
+        images: Sequence[ImageInput],
+        task: Task,
+        *,
+        truncation: bool = False,
+        side: Side | None = None,
     ) -> tuple[ProcessedImage, ...]:
         """Decode and prepare the images of one request.
 
         Args:
             images: Files as they are, or as text: base64, with or without ``data:image/…;base64,``.
             task: For symmetry with ``Text.encode``; images are prepared alike for all tasks.
-            truncation: There is nothing to cut.
+            truncation, side: There is nothing to cut.
 
         Raises:
             InvalidInput: Not an image, of a format that is not read, damaged, or as good as a line.

@@ -12,9 +12,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, Cut, Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
 from server.inputs.tokenizer import TokenizerError, load_tokenizer
@@ -31,11 +31,10 @@ __all__ = [
     "TokenizerError",
 ]
 
+Side = Literal["left", "right"]
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
 
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
-
-SPAN_TASKS: frozenset[str] = frozenset({"token-classification", "question-answering"})
 
 
 class TextError(Exception):
@@ -172,7 +171,12 @@ class Text:
         return bool(self.tokenizer.chat_template)
 
     def encode(
-        self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
+        self,
+        texts: Sequence[TextInput],
+        task: Task,
+        *,
+        truncation: bool = False,
+        side: Side | None = None,
     ) -> tuple[TokenizedInput, ...]:
         """Encode the inputs of one request of the encode lane, special tokens included.
 
@@ -181,19 +185,23 @@ class Text:
                 context).
             task: Decides whether text and offsets go along (those of the context for a pair) and
                 whether a mask token is needed.
-            truncation: Cut what is too long instead of refusing it. Of a pair, the second is cut.
+            truncation: Cut what is too long instead of refusing it. Which of a pair is cut, the
+                task says.
+            side: Where it is cut: at its end (``right``) or its start. None: as the tokenizer does.
 
         Raises:
             InputTooLong: An input is longer than ``max_tokens`` and ``truncation`` is off.
             InvalidInput: No tokens, no mask token for fill-mask, or a lone surrogate.
         """
-        spans = task in SPAN_TASKS
+        row = BY_NAME[task]
         encoded = []
         for index, one in enumerate(texts):
             first, second = one if isinstance(one, tuple) else (one, None)
-            ids, offsets, type_ids = self._tokenize(first, second, truncation, index)
+            ids, offsets, type_ids = self._tokenize(
+                first, second, row.cuts if truncation else None, side, index
+            )
             self._check(ids, index)
-            if task == "fill-mask" and self.mask_id not in ids:
+            if row.needs_mask and self.mask_id not in ids:
                 raise InvalidInput(
                     f"Input {index} has nothing to fill.",
                     found="no mask token",
@@ -203,8 +211,8 @@ class Text:
             encoded.append(
                 TokenizedInput(
                     token_ids=tuple(ids),
-                    text=(first if second is None else second) if spans else None,
-                    offsets=tuple(offsets) if spans else None,
+                    text=(first if second is None else second) if row.spans else None,
+                    offsets=tuple(offsets) if row.spans else None,
                     type_ids=tuple(type_ids) if type_ids is not None else None,
                 )
             )
@@ -354,38 +362,50 @@ class Text:
         return str(self.tokenizer.convert_tokens_to_string(list(pieces)))
 
     def _tokenize(
-        self, first: str, second: str | None, truncation: bool, index: int
+        self, first: str, second: str | None, cuts: Cut | None, side: Side | None, index: int
     ) -> tuple[list[int], list[tuple[int, int]], list[int] | None]:
         for text in (first, second):
             if text is not None:
                 _check_unicode(text, index)
-        if truncation and second is not None:
-            second = self._bound.head(second, self.max_tokens)
-        elif truncation:
-            first = self._bound.head(first, self.max_tokens)
+        side = side or self.tokenizer.truncation_side
+        nearest = self._bound.tail if side == "left" else self._bound.head
+        if cuts is not None:
+            # Of two that are both too long, the longer one keeps the odd token: which it is, is
+            # decided by all tokens of texts that are not huge.
+            huge = COUNTED_CHARACTERS if cuts == "longest" and second is not None else 0
+            if second is not None and len(second) > huge:
+                second = nearest(second, self.max_tokens)
+            if (second is None or cuts == "longest") and len(first) > huge:
+                first = nearest(first, self.max_tokens)
         elif any(
             text is not None and self._surely_exceeds(text, self.max_tokens)
             for text in (first, second)
         ):
             raise _input_too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
-        # A limit that leaves no room for a token of the second text falls on the longer one.
-        strategy: str | bool = "only_second" if second is not None else True
+        strategy: str | bool = cuts is not None
+        if cuts == "second" and second is not None:
+            # A limit that leaves no room for a token of the second text falls on the longer one.
+            strategy = "only_second"
         with self._lock:
+            usual = self.tokenizer.truncation_side
+            self.tokenizer.truncation_side = side
             try:
                 encoding = self.tokenizer(
                     first,
                     second,
-                    truncation=strategy if truncation else False,
-                    max_length=self.max_tokens if truncation else None,
+                    truncation=strategy,
+                    max_length=None if cuts is None else self.max_tokens,
                     return_offsets_mapping=True,
                     verbose=False,
                 )
             except Exception as error:  # the Rust side raises bare exceptions
-                if not truncation or second is None:
+                if cuts is None or second is None:
                     raise
                 raise _input_too_long(
                     index, "a first text that fills the context", self.max_tokens
                 ) from (error)
+            finally:
+                self.tokenizer.truncation_side = usual
             sequence_ids = encoding.sequence_ids(0)
         ids: list[int] = encoding["input_ids"]
         for number, text in enumerate((first, second)):

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapters.inspection.audit import audit
+from adapters.intake.file_names import CARD_FILE
+from adapters.tasks import of_task_type
 from server.training.settings import Recipe, Report
 
-CARD_NAME = "README.md"
 _TENSORS = "adapter_model.safetensors"
-_TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 _TITLES = {"hira": "HiRA", "lora": "LoRA"}
 
 
@@ -66,7 +66,7 @@ def write_card(folder: Path, recipe: Recipe, report: Report, labels: Sequence[st
 ---
 base_model: {recipe.base_name}
 library_name: peft
-pipeline_tag: {_TASKS[recipe.task_type]}
+pipeline_tag: {of_task_type(recipe.task_type)}
 tags: [{recipe.method}]
 ---
 # {folder.resolve().name}
@@ -91,5 +91,5 @@ kept (step {report.best_step:,}); so an upper estimate.
 
 {measured}
 """
-    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
     return text

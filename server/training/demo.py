@@ -42,7 +42,7 @@ _SENTIMENTS: Final = ("NEGATIVE", "POSITIVE")
 _TOPICS: Final = ("World", "Sports", "Business", "Sci/Tech")
 _WIKI: Final = "wikitext2/train_wt103_prefix.txt.gz"
 # By name: the recipe, the file in DIR, the labels.
-ADAPTERS: Final[dict[str, tuple[Recipe, str, tuple[str, ...]]]] = {
+RECIPES: Final[dict[str, tuple[Recipe, str, tuple[str, ...]]]] = {
     "hira-imdb": (
         replace(_CLASSIFIER, rank=16, epochs=2, max_tokens=256), "imdb/train.jsonl.gz", _SENTIMENTS,
     ),
@@ -73,16 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m server.training.demo", description="Train the adapters of the demo."
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ADAPTERS) + "; all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RECIPES) + "; all")
     parser.add_argument("--data", type=Path, required=True, help="folder of the texts")
     parser.add_argument("--out", type=Path, default=ADAPTERS_DIR, help="folder of the adapters")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.names if name not in ADAPTERS]
+    unknown = [name for name in options.names if name not in RECIPES]
     if unknown:
-        parser.error(f"found {unknown[0]}, expected one of {', '.join(ADAPTERS)}")
+        parser.error(f"found {unknown[0]}, expected one of {', '.join(RECIPES)}")
     with TemporaryDirectory() as folder:
-        for name in options.names or ADAPTERS:
-            recipe, file, labels = ADAPTERS[name]
+        for name in options.names or RECIPES:
+            recipe, file, labels = RECIPES[name]
             source = options.data / file
             if file == _WIKI:
                 source = Path(folder, "wiki.txt")

@@ -187,7 +187,7 @@ REPLACED = """
 import shutil, sys
 from pathlib import Path
 from server import metrics
-metrics.LOOK_S = 0.0
+metrics.FOLDER_CHECKED_EVERY_S = 0.0
 folder = Path(sys.argv[1])
 metrics.prepare(folder)
 metrics.count_as("http-0")

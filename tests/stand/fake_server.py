@@ -19,7 +19,7 @@ from typing import Any
 from adapters.tasks import Task
 from server import metrics
 from server.edge.admit.shared_load import SharedLoad
-from server.inputs.text import InputTooLong, InvalidInput, Text, TextInput
+from server.inputs.text import InputTooLong, InvalidInput, Side, Text, TextInput
 from server.messages import TokenizedInput
 from server.settings import load_settings
 from tests.stand import shifted_clock
@@ -68,7 +68,12 @@ class Characters(Text):
         self.vocab_size = None
 
     def encode(
-        self, texts: Sequence[TextInput], task: Task, *, truncation: bool = False
+        self,
+        texts: Sequence[TextInput],
+        task: Task,
+        *,
+        truncation: bool = False,
+        side: Side | None = None,
     ) -> tuple[TokenizedInput, ...]:
         if any(not one for one in texts):
             raise InvalidInput("An input is empty.")

@@ -14,27 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from bitsandbytes import functional
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 
+from adapters.tasks import ROWS
+
+# PEFT's word for a task, and the class of transformers that loads a model for it.
 TASK_TYPES: dict[str, tuple[str | None, Any]] = {
-    "text-classification": ("SEQ_CLS", AutoModelForSequenceClassification),
-    "token-classification": ("TOKEN_CLS", AutoModelForTokenClassification),
-    "question-answering": ("QUESTION_ANS", AutoModelForQuestionAnswering),
-    "image-classification": (None, AutoModelForImageClassification),
-    "fill-mask": (None, AutoModelForMaskedLM),
-    "text-generation": ("CAUSAL_LM", AutoModelForCausalLM),
-    "feature-extraction": ("FEATURE_EXTRACTION", AutoModel),
+    row.name: (row.task_type, getattr(transformers, row.auto_class or "AutoModel")) for row in ROWS
 }
 PREFIX = "base_model.model."
 

@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from adapters.registry.store import Store
+from adapters.tasks import BY_NAME
 from server.inputs.text import Text
 from server.options import EngineOptions
 from tests.stand.float64 import TASK_TYPES, Reference
@@ -211,11 +212,12 @@ def options(base: Path, store: Path, **changes: Any) -> EngineOptions:
 
 def heads_of(kind: str, task: str) -> list[str] | None:
     """The modules that an adapter for a task saves whole."""
-    if task in ("fill-mask", "text-generation", "feature-extraction"):
+    row = BY_NAME[task]
+    if row.head != "adapter":
         return None
     if task == "question-answering":
         return ["qa_outputs"]
-    return HEADS.get((kind, task), ["classifier"])
+    return HEADS.get((kind, row.narrows or task), ["classifier"])
 
 
 def adapter(

@@ -25,7 +25,7 @@ from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
 from server.edge.endpoints.uploads import Upload, received
-from server.edge.link.wire import read_state
+from server.edge.link.envelopes import read_state
 from server.edge.service import Pool, Service
 from server.errors import Fault, Refusal
 from server.messages import Preload, ReleaseQuarantine
@@ -38,7 +38,7 @@ ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
 PATCH_BODY: Any = Depends(sent_json(PatchRequest))
-Name = PathParameter(max_length=128, description="The adapter's name.")
+NamePath = PathParameter(max_length=128, description="The adapter's name.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,13 @@ class Admin:
             }
         )
 
-    async def show(self, request: Request, name: str = Name) -> Response:
+    async def show(self, request: Request, name: str = NamePath) -> Response:
         """Show one adapter."""
         record = self.service.record(name, "name")
         return Json(self._answer(record, await self._known()))
 
     async def change(
-        self, request: Request, body: PatchRequest = PATCH_BODY, name: str = Name
+        self, request: Request, body: PatchRequest = PATCH_BODY, name: str = NamePath
     ) -> Response:
         """Pin or unpin an adapter, or bring it to the device; any change lifts a quarantine."""
         asks_device = body.preload or body.pinned
@@ -121,7 +121,7 @@ class Admin:
             self.service.dispatcher.tell(Preload(record.version))
         return Json(self._answer(record, await self._known()))
 
-    async def remove(self, request: Request, name: str = Name) -> Response:
+    async def remove(self, request: Request, name: str = NamePath) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
         await self._change(lambda: self.service.registry.remove(name), "records")
         return Response(status_code=204)

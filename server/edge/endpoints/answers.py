@@ -28,6 +28,7 @@ from server.edge.service import (
 )
 from server.errors import Refusal
 from server.inputs.images import Images
+from server.inputs.text import Side
 from server.messages import (
     TERMINAL,
     EncodeRequest,
@@ -117,6 +118,7 @@ async def encoded(
     task: Task,
     *,
     truncation: bool,
+    side: Side | None = None,
     field: str = "inputs",
 ) -> tuple[ModelInput, ...]:
     """Token ids of texts, or pixels of images, whichever the base takes.
@@ -140,7 +142,7 @@ async def encoded(
         service,
         encoder,
         length,
-        lambda one: one.encode(inputs, task, truncation=truncation),
+        lambda one: one.encode(inputs, task, truncation=truncation, side=side),
         field,
     )
     return found

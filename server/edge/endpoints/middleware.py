@@ -33,7 +33,9 @@ access_logger = logging.getLogger("server.access")
 QUERY_BYTES: Final = 4096
 LENGTH_DIGITS: Final = 20  # of a content length: more than any file has
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-INFERENCE: Final = frozenset({"/predict", "/embed", "/generate", "/generate_stream"})
+INFERENCE: Final = frozenset(
+    {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank", "/generate", "/generate_stream"}
+)
 UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
 PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
 # As ASGI has headers: they go out with every response, so they are not made anew for each.

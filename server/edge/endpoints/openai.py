@@ -35,7 +35,7 @@ from server.edge.endpoints.schemas_openai import (
     OpenAIBody,
     Sampling,
 )
-from server.edge.endpoints.tei_tgi import EMBED_TASKS, GENERATE_TASKS, check_new_tokens
+from server.edge.endpoints.tei_tgi import check_new_tokens
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.text import Text
@@ -267,18 +267,11 @@ class OpenAI:
 
     def _target(self, request: Request, body: OpenAIBody, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
-        for name, value in body.unsupported():
-            raise Refusal.because(
-                "unsupported_parameter",
-                f"{name} cannot be honoured by this server.",
-                found=repr(value)[:80],
-                expected="its neutral value, or no such field",
-                field=name,
-            )
+        body.check_supported()
         model = str(getattr(body, "model", ""))
-        tasks = EMBED_TASKS if isinstance(body, EmbeddingRequest) else GENERATE_TASKS
+        path = "/embed" if isinstance(body, EmbeddingRequest) else "/generate"
         names = (model, *request.query_params.getlist("adapter"))
-        target = self.service.target(names, tasks, verb, "model")
+        target = self.service.target(names, path, "model", call=verb)
         context_of(request).adapter = target.adapter
         return target
 

@@ -19,6 +19,7 @@ from server.edge.endpoints.schemas import (
     nullable,
     without_nulls,
 )
+from server.errors import Refusal
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
@@ -45,6 +46,11 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "min_p": (0, None),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "rank_fields": ([], ["text"], None),
+    "max_chunks_per_doc": (None,),
+    "max_tokens_per_doc": (None,),
+    "truncate_prompt_tokens": (None,),
+    "instruction": ("", None),
 }
 
 
@@ -66,6 +72,17 @@ class OpenAIBody(BaseModel):
             and name not in type(self).model_fields
             and value not in NEUTRAL[name]
         ]
+
+    def check_supported(self) -> None:
+        """Raises Refusal for a field that would change the answer and cannot be honoured."""
+        for name, value in self.unsupported():
+            raise Refusal.because(
+                "unsupported_parameter",
+                f"{name} cannot be honoured by this server.",
+                found=repr(value)[:80],
+                expected="its neutral value, or no such field",
+                field=name,
+            )
 
 
 class StreamOptions(OpenAIBody):

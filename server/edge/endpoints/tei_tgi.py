@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fastapi import Depends, Query, Request, Response
 
-from adapters.tasks import Task
+from adapters.tasks import BY_NAME, ROWS, Task
 from server.edge.endpoints.answers import (
     EventStream,
     Generations,
@@ -36,23 +36,12 @@ from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
 from server.messages import Event, Failure, GenerateResult, ModelInput, SamplingOptions, TokenEvent
 
-PREDICT_TASKS: Final[frozenset[Task]] = frozenset(
-    {
-        "text-classification",
-        "token-classification",
-        "fill-mask",
-        "question-answering",
-        "image-classification",
-    }
-)
-EMBED_TASKS: Final[frozenset[Task]] = PREDICT_TASKS | {"feature-extraction", "text-generation"}
-GENERATE_TASKS: Final[frozenset[Task]] = frozenset({"text-generation"})
-# Parameters of /predict that only one task has a use for.
+# Parameters of /predict that some tasks have no use for, and those that have.
 TASK_PARAMETERS: Final[dict[str, tuple[Task, ...]]] = {
-    "aggregation_strategy": ("token-classification",),
-    "ignore_labels": ("token-classification",),
-    "function_to_apply": ("text-classification", "image-classification"),
-    "targets": ("fill-mask",),
+    name: tuple(row.name for row in ROWS if name in row.parameters)
+    for name in dict.fromkeys(
+        name for row in ROWS if row.path == "/predict" for name in row.parameters
+    )
 }
 
 PREDICT_BODY: Any = Depends(posted(PredictRequest))
@@ -75,18 +64,17 @@ class TeiTgi:
     ) -> Response:
         """Classify texts, tokens or images, or fill masks: whatever the adapter was trained for."""
         service, body = self.service, sent.body
-        target = service.target(
-            (*adapter_names(request, adapter), body.adapter), PREDICT_TASKS, "/predict"
-        )
+        target = service.target((*adapter_names(request, adapter), body.adapter), "/predict")
         context_of(request).adapter = target.adapter
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
-        if target.task == "question-answering":
+        row = BY_NAME[target.task]
+        if row.needs_pair:
             check_contexts(body.inputs)
         options = await self._predict_options(request, body.parameters, target)
         inputs = await self._encoded(
             request, body.inputs, sent.files, target.task, truncation=body.parameters.truncation
         )
-        if target.task == "fill-mask":
+        if row.needs_mask:
             check_words(
                 inputs,
                 service.base.texts,
@@ -117,22 +105,18 @@ class TeiTgi:
     ) -> Response:
         """Turn texts or images into vectors with the base, or with an adapter's version of it."""
         service, body = self.service, sent.body
-        target = service.target(
-            (*adapter_names(request, adapter), body.adapter), EMBED_TASKS, "/embed"
-        )
+        target = service.target((*adapter_names(request, adapter), body.adapter), "/embed")
         context_of(request).adapter = target.adapter
         parameters = body.parameters
         inputs = await self._encoded(
-            request, body.inputs, sent.files, "feature-extraction", truncation=parameters.truncation
+            request, body.inputs, sent.files, target.task, truncation=parameters.truncation
         )
         options: dict[str, Any] = {}
         if parameters.normalize is not None:
             options["normalize"] = parameters.normalize
         if parameters.pooling is not None:
             options["pooling"] = parameters.pooling
-        result = await encode(
-            request, service, target, inputs, task="feature-extraction", options=options
-        )
+        result = await encode(request, service, target, inputs, task=target.task, options=options)
         return await json_response(
             service,
             [list(one) for one in result.outputs],
@@ -265,7 +249,7 @@ class TeiTgi:
     ) -> tuple[Target, Generations]:
         service, parameters = self.service, body.parameters
         names = (*adapter_names(request, adapter), body.adapter, parameters.adapter_id)
-        target = service.target(names, GENERATE_TASKS, "/generate")
+        target = service.target(names, "/generate")
         context_of(request).adapter = target.adapter
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
         token_ids = await tokenize(

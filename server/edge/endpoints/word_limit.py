@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from adapters.tasks import BY_NAME
 from server.errors import Refusal
 from server.inputs.text import Text
-from server.messages import DEFAULT_WORDS, TokenizedInput
+from server.messages import TokenizedInput
 
 WORDS_MAX: Final = 1 << 16  # of one request, over its inputs and their masks
 SEQUENCE_TOKENS_MAX: Final = 1 << 20  # of all texts that are written out for them
@@ -29,7 +30,7 @@ def check_words(
         Refusal: request_too_large.
     """
     if targets is None:
-        each = min(top_k or DEFAULT_WORDS, text.vocab_size or 1 << 62)
+        each = min(top_k or BY_NAME["fill-mask"].default_top_k or 1, text.vocab_size or 1 << 62)
     else:
         each = min(top_k or len(targets), len(targets))
     words = tokens = 0

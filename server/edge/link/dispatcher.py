@@ -25,9 +25,7 @@ from typing import Any, Final
 from server.edge.admit.admission import Admission
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
-from server.edge.link.ticket import RequestQueue, Ticket
-from server.edge.link.watch import watched
-from server.edge.link.wire import (
+from server.edge.link.envelopes import (
     Events,
     Requests,
     WorkerReady,
@@ -35,6 +33,8 @@ from server.edge.link.wire import (
     read_state,
     request_id,
 )
+from server.edge.link.thread_deaths import watched
+from server.edge.link.ticket import RequestQueue, Ticket
 from server.errors import Refusal
 from server.messages import (
     Cancel,

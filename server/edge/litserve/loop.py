@@ -22,8 +22,7 @@ from typing import Any, Final
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
-from server.edge.link.callers import HttpProcesses, RunningRequests
-from server.edge.link.wire import (
+from server.edge.link.envelopes import (
     EVENTS_UID,
     Events,
     Requests,
@@ -33,6 +32,7 @@ from server.edge.link.wire import (
     stopping_path,
     write_state,
 )
+from server.edge.link.http_processes import HttpProcesses, RunningRequests
 from server.edge.litserve.api import EngineLike, HiraAPI, abandon
 from server.messages import Cancel, Event
 from server.metrics import WorkerMetrics, count_as
@@ -98,7 +98,7 @@ class _Pump:
         self.metrics = WorkerMetrics()
         self.inbox: queue.SimpleQueue[Requests | _Gone] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
-        self.callers = HttpProcesses()
+        self.http_processes = HttpProcesses()
         self.under_way = RunningRequests()
         self.queue_heard = time.monotonic()  # when the queues' process last answered
         self.ending = threading.Event()
@@ -202,11 +202,11 @@ class _Pump:
                 envelope = None
             self.queue_heard = time.monotonic()
             # Before what has just come, which may be of the same process.
-            gone = self.callers.gone()
+            gone = self.http_processes.gone()
             for pid in gone:
                 self.inbox.put(_Gone(pid))
             if isinstance(envelope, Requests) and envelope.epoch == self.epoch:
-                if self.callers.lives(envelope.pid):
+                if self.http_processes.lives(envelope.pid):
                     self.inbox.put(envelope)
             elif not gone:
                 continue

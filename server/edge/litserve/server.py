@@ -38,7 +38,7 @@ from server.edge.endpoints.middleware import BodyRefused, RequestMiddleware, err
 from server.edge.endpoints.openapi import amended
 from server.edge.endpoints.queries import check_query
 from server.edge.endpoints.routes import Endpoint
-from server.edge.link.watch import watch_threads, watched
+from server.edge.link.thread_deaths import watch_threads, watched
 from server.edge.litserve.api import HiraAPI
 from server.edge.litserve.spec import HiraSpec
 from server.edge.service import Service

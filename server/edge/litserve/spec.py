@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
+from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
     EmbedRequest,
@@ -39,19 +40,30 @@ from server.edge.endpoints.schemas_openai import (
     ModelList,
     OpenAIError,
 )
+from server.edge.endpoints.schemas_ranking import (
+    AnyRerankRequest,
+    DocumentsRequest,
+    Rank,
+    Reranked,
+    ScoreList,
+    ScoreRequest,
+    SimilarityRequest,
+)
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.dispatcher import Dispatcher
-from server.edge.link.wire import EVENTS_UID
+from server.edge.link.envelopes import EVENTS_UID
 
 
 class HiraSpec(LitSpec):
     """See the module. In the worker process only its path is left of it."""
 
-    def __init__(self, native: TeiTgi, openai: OpenAI, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, native: TeiTgi, ranking: Ranking, openai: OpenAI, dispatcher: Dispatcher
+    ) -> None:
         super().__init__()
         self.api_path = "/predict"
         self.dispatcher: Dispatcher | None = dispatcher
-        self.routes = inference_routes(native, openai)
+        self.routes = inference_routes(native, ranking, openai)
         for route in self.routes:
             self.add_endpoint(route.path, route.endpoint, list(route.methods))
 
@@ -88,7 +100,7 @@ class HiraSpec(LitSpec):
         return output
 
 
-def inference_routes(native: TeiTgi, openai: OpenAI) -> list[Endpoint]:
+def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[Endpoint]:
     post, get = ("POST",), ("GET",)
 
     def v1(
@@ -130,6 +142,30 @@ def inference_routes(native: TeiTgi, openai: OpenAI) -> list[Endpoint]:
             extra=form_schema(EmbedRequest),
         ),
         Endpoint(
+            "/rerank",
+            ranking.rerank,
+            post,
+            "Native",
+            list[Rank] | Reranked,
+            extra=described_json(AnyRerankRequest),
+        ),
+        Endpoint(
+            "/v2/rerank",
+            ranking.rerank_documents,
+            post,
+            "Native",
+            Reranked,
+            extra=described_json(DocumentsRequest),
+        ),
+        Endpoint(
+            "/similarity",
+            ranking.similarity,
+            post,
+            "Native",
+            list[float],
+            extra=described_json(SimilarityRequest),
+        ),
+        Endpoint(
             "/generate",
             native.generate,
             post,
@@ -165,5 +201,7 @@ def inference_routes(native: TeiTgi, openai: OpenAI) -> list[Endpoint]:
             streams=True,
             body=ChatRequest,
         ),
+        v1("/v1/rerank", ranking.rerank_documents, post, Reranked, body=DocumentsRequest),
+        v1("/v1/score", ranking.score, post, ScoreList, body=ScoreRequest),
         v1("/v1/embeddings", openai.embeddings, post, EmbeddingList, body=EmbeddingRequest),
     ]

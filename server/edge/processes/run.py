@@ -9,12 +9,13 @@ from typing import Final
 from adapters.registry.records import AdapterRecord
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.openai import OpenAI
+from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.tei_tgi import TeiTgi
-from server.edge.link.wire import read_state
+from server.edge.link.envelopes import read_state
 from server.edge.litserve.api import HiraAPI
-from server.edge.litserve.lifeline import bind_forked_children
 from server.edge.litserve.loop import EngineLoop
+from server.edge.litserve.parent_death import bind_forked_children
 from server.edge.litserve.server import HiraServer
 from server.edge.litserve.spec import HiraSpec
 from server.edge.processes.supervise import Supervisor
@@ -22,7 +23,7 @@ from server.edge.service import Service
 from server.version import package_version
 
 BACKLOG: Final = 2048
-SHOWN: Final = 8  # names in a line
+ADAPTERS_SHOWN: Final = 8  # names in a line
 
 
 def run_service(
@@ -52,7 +53,7 @@ def run_service(
     api = HiraAPI(
         settings.engine_options(base),
         settings.run_dir,
-        spec=HiraSpec(TeiTgi(service), OpenAI(service), service.dispatcher),
+        spec=HiraSpec(TeiTgi(service), Ranking(service), OpenAI(service), service.dispatcher),
         loop=EngineLoop(settings.api_processes),
         engine=engine,
         log_level=settings.log_level,
@@ -90,16 +91,24 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     told = [str(loaded[part]) for part in ("storage", "dtype", "device") if part in loaded]
     yield f"hira-server {package_version()} is ready at {url}"
     yield f"  base       {base.name}" + (f" ({', '.join(told)})" if told else "")
+<<<<<<< HEAD
     if loaded.get("weights_digest"):
         yield f"  weights    {loaded['weights_digest']}"
     yield f"  adapters   {len(fitting)}: {_names(fitting)}" if records else "  adapters   none yet"
+=======
+    yield (
+        f"  adapters   {len(fitting)}: {_first_adapters(fitting)}"
+        if records
+        else "  adapters   none yet"
+    )
+>>>>>>> main
     if kept:
-        yield f"  not served {len(kept)}, made for another base: {_names(kept)}"
+        yield f"  not served {len(kept)}, made for another base: {_first_adapters(kept)}"
     yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
     yield f"  try        {url}/docs"
 
 
-def _names(records: Sequence[AdapterRecord]) -> str:
+def _first_adapters(records: Sequence[AdapterRecord]) -> str:
     """The first few names, and how many more there are."""
-    more = f", and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
-    return ", ".join(record.name for record in records[:SHOWN]) + more
+    more = f", and {len(records) - ADAPTERS_SHOWN} more" if len(records) > ADAPTERS_SHOWN else ""
+    return ", ".join(record.name for record in records[:ADAPTERS_SHOWN]) + more

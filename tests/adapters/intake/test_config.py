@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterFaults, CorruptFile, UnsupportedMethod, UnsupportedOption
-from adapters.intake.config import HONOURED, REFUSED, WITHOUT_EFFECT, AdapterConfig, parse_config
+from adapters.intake.config import (
+    HONOURED,
+    OPTIONS_WITHOUT_EFFECT,
+    REFUSED,
+    AdapterConfig,
+    parse_config,
+)
 from adapters.signature import Method
 
 HIRA: dict[str, Any] = {"peft_type": "HIRA", "r": 8, "target_modules": ["q_lin"]}
@@ -25,7 +31,7 @@ def test_every_option_of_peft_is_classified_once(method: Method) -> None:
 
     kind: Any = HiraConfig if method == "hira" else LoraConfig
     options = {field.name for field in dataclasses.fields(kind)}
-    groups = [set(HONOURED[method]), set(WITHOUT_EFFECT[method]), set(REFUSED[method])]
+    groups = [set(HONOURED[method]), set(OPTIONS_WITHOUT_EFFECT[method]), set(REFUSED[method])]
     assert options == set.union(*groups)
     assert sum(map(len, groups)) == len(options)
 

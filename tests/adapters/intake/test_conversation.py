@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.intake.checkpoint import load_adapter
-from adapters.intake.conversation import FILES, conversation_notes
+from adapters.intake.conversation import CONVERSATION_FILES, conversation_notes
 from adapters.intake.sources import Sources
 from adapters.signature import describe
 from tests.stand.folders import hira_folder, save_with_peft, small_base
@@ -35,7 +35,7 @@ def speak(folder: Path) -> Path:
 def test_each_file_is_named_after_a_fetch_and_refuses_nothing(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     folder = save_with_peft(LlamaForCausalLM(CONFIG), config, tmp_path / "root" / "adapter")
-    for name in FILES:
+    for name in CONVERSATION_FILES:
         (folder / name).unlink(missing_ok=True)
     with torch.device("meta"):
         base = describe(LlamaForCausalLM(CONFIG), "small-llama")

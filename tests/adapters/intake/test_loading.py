@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import BaseMismatch, CorruptFile, NonFinite
 from adapters.intake.checkpoint import load_adapter
-from adapters.intake.memo import Recent
+from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import inspect_values
 from adapters.residency.low_priority import step_back
 from adapters.residency.slots import Residency
@@ -116,7 +116,7 @@ def test_stepping_back_changes_the_calling_thread_alone() -> None:
 
 @given(st.lists(st.integers(0, 6), max_size=40), st.integers(1, 4))
 def test_recent_keeps_the_keys_used_last(keys: list[int], capacity: int) -> None:
-    recent: Recent[int] = Recent(capacity)
+    recent: RecentResults[int] = RecentResults(capacity)
     made: list[int] = []
 
     def make(key: int) -> int:
@@ -131,7 +131,7 @@ def test_recent_keeps_the_keys_used_last(keys: list[int], capacity: int) -> None
 
 
 def test_what_raises_is_not_kept() -> None:
-    recent: Recent[int] = Recent(2)
+    recent: RecentResults[int] = RecentResults(2)
     with pytest.raises(ZeroDivisionError):
         recent.get("a", lambda: 1 // 0)
     assert recent.get("a", lambda: 3) == 3

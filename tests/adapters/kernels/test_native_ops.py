@@ -61,7 +61,7 @@ def run(
         native_ops.BASE_RECORD if f is None else f.native_record + next(tails, AS.get(how, b""))
         for f in found
     ]
-    native_ops.linear_into(
+    native_ops.modulated_linear_into(
         y,
         x,
         stored=weight.stored,

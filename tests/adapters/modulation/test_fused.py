@@ -26,7 +26,7 @@ from adapters.modulation import fused, native_path
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.residency.packing import pack
+from adapters.residency.packing import pack_adapter
 from adapters.segments import Segments, from_rows, from_runs
 from tests.stand.tiny_models import (
     VOCAB,
@@ -262,7 +262,7 @@ def test_packed_adapter_is_laid_out_for_the_kernel_and_not_copied(kernels: Modul
     adapted, layer = one_layer()
     made = random_factors(adapted.signature, ["0"], rank=8, dtype=torch.float16)
     weights: Any = FakeWeights({"0": FakeFactors(made["0"].a, made["0"].b)})
-    packed = pack(weights, torch.float16, CPU, b_by_column=True)
+    packed = pack_adapter(weights, torch.float16, CPU, b_by_column=True)
     factors = packed.to_device(CPU)
     assert torch.equal(factors["0"].b, made["0"].b)
     adapted.install(1, factors)

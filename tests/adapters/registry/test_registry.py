@@ -25,7 +25,7 @@ from adapters.errors import (
     RegistryUnavailable,
 )
 from adapters.registry.faults import _network_bounds, time_limit
-from adapters.registry.registry import Registry, _available, check_name
+from adapters.registry.registry import Registry, _typed_database_errors, check_name
 from adapters.registry.store import Store
 from adapters.registry.tables import STATE, SchemaTooNew
 from adapters.signature import BaseSignature
@@ -304,7 +304,7 @@ def test_a_damaged_database_answers_nothing_and_a_restored_one_is_taken_up(
 
 @pytest.mark.parametrize("message", ["", "\n", "gone\nfor good"])
 def test_a_driver_that_says_little_is_an_error_all_the_same(message: str) -> None:
-    with pytest.raises(RegistryUnavailable) as caught, _available():
+    with pytest.raises(RegistryUnavailable) as caught, _typed_database_errors():
         raise sa.exc.OperationalError("SELECT 1", {}, sqlite3.OperationalError(message))
     assert caught.value.found == (message.splitlines() or ["OperationalError"])[0]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adapters.intake.checkpoint import AdapterWeights, Factors, load_adapter
 from adapters.layers.inject import AdaptedModel, inject
-from adapters.residency.packing import PackedAdapter, pack
+from adapters.residency.packing import PackedAdapter, pack_adapter
 from adapters.residency.slots import Residency
 from adapters.segments import from_rows
 from tests.stand.folders import lora_folder, small_base
@@ -60,7 +60,7 @@ def tensors(packed: PackedAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor
 def test_half_of_the_numbers_take_little_more_than_half_of_the_bytes(
     weights: AdapterWeights, dtype: torch.dtype, share: float
 ) -> None:
-    packed = pack(pruned(weights, 0.5), dtype, CPU)
+    packed = pack_adapter(pruned(weights, 0.5), dtype, CPU)
     head = sum(tensor.nbytes for tensor in weights.head.values())
     packed.to_device(CPU)
     assert packed.host_nbytes(in_slot=True) == head
@@ -80,7 +80,7 @@ def test_it_comes_back_bit_by_bit(share: float, seed: int) -> None:
         config=_config(), factors={"x": Factors(a, b, 2.0), "y": Factors(b.t(), a.t(), 1.0)},
         head={}, labels=None, task="text-generation",
     )  # fmt: skip
-    packed = pack(pruned(plain, share), torch.bfloat16, CPU)
+    packed = pack_adapter(pruned(plain, share), torch.bfloat16, CPU)
     before = tensors(packed)
     for _ in range(2):
         packed.leave_device()
@@ -100,7 +100,7 @@ def _config() -> Any:
 
 
 def test_a_dense_adapter_stays_as_it_is(weights: AdapterWeights) -> None:
-    packed = pack(weights, torch.bfloat16, CPU)
+    packed = pack_adapter(weights, torch.bfloat16, CPU)
     packed.to_device(CPU)
     packed.leave_device()
     head = sum(tensor.nbytes for tensor in weights.head.values())
@@ -129,7 +129,7 @@ def test_a_burst_of_compact_adapters_that_are_larger_than_the_host_tier_is_serve
     """Without their zeros all six fit; made whole at once they would not."""
     adapted = inject(build("distilbert"))
     made = _six(adapted)
-    size = pack(made["v0"], torch.float32, CPU).nbytes
+    size = pack_adapter(made["v0"], torch.float32, CPU).nbytes
     residency = Residency(
         adapted, lambda version: pruned(made[version], 0.5), slots=slots, device_bytes=10 * size,
         host_bytes=3 * size, folded_bytes=0, dtype=torch.float32, grace_s=0.01,
@@ -166,7 +166,7 @@ def test_the_host_tier_holds_more_pruned_adapters_and_they_answer_as_before() ->
     is being loaded."""
     adapted = inject(build("distilbert"))
     made = _six(adapted)
-    size = pack(made["v0"], torch.float32, CPU).nbytes
+    size = pack_adapter(made["v0"], torch.float32, CPU).nbytes
 
     def answers(share: float) -> tuple[list[torch.Tensor], int]:
         residency = Residency(

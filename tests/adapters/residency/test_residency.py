@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import CorruptFile, MissingTensors, NonFinite, SlotNotResident, StoreFull
 from adapters.layers.inject import inject
-from adapters.residency.packing import pack
+from adapters.residency.packing import pack_adapter
 from adapters.residency.slots import LARGE_BYTES, LOADS, Residency
 from adapters.residency.tiers import PASS_S
 from adapters.segments import from_rows
@@ -296,7 +296,7 @@ def test_resident_adapter_costs_its_tensors_in_the_compute_dtype() -> None:
     factors = random_factors(adapted.signature, paths, rank=8)
     tensors = sum(f.a.numel() + f.b.numel() for f in factors.values()) * 2
     fake: Any = FakeWeights({p: FakeFactors(f.a, f.b) for p, f in factors.items()})
-    packed = pack(fake, torch.bfloat16, torch.device("cpu"))
+    packed = pack_adapter(fake, torch.bfloat16, torch.device("cpu"))
     assert tensors <= packed.nbytes <= 1.05 * tensors
     on_device = packed.to_device(torch.device("cpu"))
     assert packed.host_nbytes(in_slot=True) == 0
@@ -311,7 +311,7 @@ def test_resident_adapter_costs_its_tensors_in_the_compute_dtype() -> None:
 def test_adapter_without_factors_is_refused() -> None:
     empty: Any = FakeWeights({})
     with pytest.raises(MissingTensors):
-        pack(empty, torch.float32, torch.device("cpu"))
+        pack_adapter(empty, torch.float32, torch.device("cpu"))
 
 
 def test_weights_keep_the_head_and_the_factors() -> None:

@@ -139,7 +139,7 @@ def test_the_command_line_sends_every_file_of_an_adapter(adapter: Path) -> None:
     declare(adapter, flags("cls_token"))
     sent = cli_adapters.files_of(adapter)
     assert sent["1_Pooling/config.json"] == adapter / "1_Pooling" / "config.json"
-    assert set(cli_adapters.FILES) == set(WANTED)
+    assert set(cli_adapters.SENT_FILES) == set(WANTED)
 
 
 def test_a_request_without_a_word_on_length_leaves_it_to_the_declaration() -> None:

@@ -21,18 +21,18 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_recipe_of_every_adapter_is_that_of_the_one_that_is_kept(name: str) -> None:
-    recipe, _, labels = demo.ADAPTERS[name]
+    recipe, _, labels = demo.RECIPES[name]
     config = json.loads((ADAPTERS_DIR / name / "adapter_config.json").read_text())
     assert (recipe.method, recipe.rank) == (config["peft_type"].lower(), config["r"])
     assert recipe.task_type == config["task_type"]
     assert set(recipe.targets) == set(config["target_modules"])
     assert labels == (audit(ADAPTERS_DIR / name).labels or ())
-    assert demo.ADAPTERS.keys() == set(KEPT)
+    assert demo.RECIPES.keys() == set(KEPT)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_an_adapter_is_made_like_the_one_that_is_kept(name: str, tmp_path: Path) -> None:
-    source = tmp_path / demo.ADAPTERS[name][1]
+    source = tmp_path / demo.RECIPES[name][1]
     source.parent.mkdir()
     source.write_bytes(gzip.compress(TEXTS[name].encode()))
     demo.main([name, "--data", str(tmp_path), "--out", str(tmp_path / "made")])

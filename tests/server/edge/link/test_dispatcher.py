@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.dispatcher import LOOK_TICKS, STALE_S, TICK_S, Dispatcher
-from server.edge.link.watch import watch_threads
-from server.edge.link.wire import (
+from server.edge.link.envelopes import (
     Events,
     Requests,
     WorkerReady,
@@ -34,6 +33,7 @@ from server.edge.link.wire import (
     state_path,
     write_state,
 )
+from server.edge.link.thread_deaths import watch_threads
 from server.errors import Refusal
 from server.messages import (
     Cancel,

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.edge.link.callers import HttpProcesses, RunningRequests
-from server.edge.link.watch import watch_threads
-from server.edge.link.wire import Events, Requests, read_state
+from server.edge.link.envelopes import Events, Requests, read_state
+from server.edge.link.http_processes import HttpProcesses, RunningRequests
+from server.edge.link.thread_deaths import watch_threads
 from server.edge.litserve import loop
 from server.edge.litserve.loop import EngineLoop, _Pump
 from server.messages import Cancel, GenerateRequest, SamplingOptions, TokenEvent

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from adapters.errors import BaseMismatch, UnmatchedTensors
-from adapters.intake.factor_shapes import some
+from adapters.intake.factor_shapes import first_names
 from adapters.intake.keys import PEFT_PREFIX, BiasKey, FactorKey, parse_key
 from adapters.intake.safetensors_header import TensorEntry
 from adapters.signature import BaseSignature, LayerSignature
 
 _LOOKED_AT = 64  # names; what is wrong with these is wrong with the others
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | None:
@@ -27,7 +27,7 @@ def odd_part(names: Sequence[str], base: BaseSignature) -> UnmatchedTensors | No
         f"The tensors' names have a part too many: {too_many}"
         if is_extra
         else f"The tensors' names do not begin with {too_many}",
-        found=f"{len(names)}: {some(list(names))}",
+        found=f"{len(names)}: {first_names(list(names))}",
         expected=f"names such as {PEFT_PREFIX}{next(iter(base.layers))}...",
         fix=f"Take {too_many} out of the names, if the adapter was made for this base."
         if is_extra
@@ -98,7 +98,7 @@ def _other_widths(
     its short name, a path, and inputs and outputs as the factors have them."""
     kinds: dict[str, list[str]] = {}
     for path in pairs:
-        kinds.setdefault(_INDEX.sub("*", path), []).append(path)
+        kinds.setdefault(_LAYER_NUMBER.sub("*", path), []).append(path)
     for kind, paths in kinds.items():
         shapes = {_width(base.layers[path], pairs[path]) for path in paths}
         if len(paths) < 2 or len(shapes) != 1:  # one layer alone may as well be damaged
@@ -123,28 +123,28 @@ def _depths(
     missing: Sequence[str],
 ) -> tuple[int, int] | None:
     """How many layers the adapter's base has, and how many this one; None where they agree."""
-    own = _count(base.layers)
+    own = _layer_count(base.layers)
     keys = [key for name in unmatched if isinstance(key := parse_key(name), FactorKey | BiasKey)]
     beyond = [base.own_path(key.path) for key in keys]
-    if _count(beyond) > own and len(beyond) == len(unmatched):
-        known = {_INDEX.sub("*", path) for path in base.layers}
-        kinds = {_INDEX.sub("*", path) for path in beyond}
+    if _layer_count(beyond) > own and len(beyond) == len(unmatched):
+        known = {_LAYER_NUMBER.sub("*", path) for path in base.layers}
+        kinds = {_LAYER_NUMBER.sub("*", path) for path in beyond}
         spelled = {f"{base.prefix}.{kind}" if base.prefix else kind for kind in kinds}
         if kinds <= known or spelled <= known:
-            return _count(beyond), own
+            return _layer_count(beyond), own
     if missing and pairs and not unmatched:
         # All of the last layers are missing, and none of the others.
-        reached, first = _count(pairs), min((_index(path) for path in missing), default=0)
+        reached, first = _layer_count(pairs), min((_index(path) for path in missing), default=0)
         if 0 < reached == first < own:
             return reached, own
     return None
 
 
-def _count(paths: Mapping[str, object] | Sequence[str]) -> int:
+def _layer_count(paths: Mapping[str, object] | Sequence[str]) -> int:
     """Layers by the highest number in the paths."""
     return max((_index(path) for path in paths), default=-1) + 1
 
 
 def _index(path: str) -> int:
-    numbers = _INDEX.findall(path)
+    numbers = _LAYER_NUMBER.findall(path)
     return int(numbers[0]) if numbers else -1

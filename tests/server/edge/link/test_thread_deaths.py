@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from server.edge.link.watch import watch_threads, watched
+from server.edge.link.thread_deaths import watch_threads, watched
 
 
 @pytest.fixture

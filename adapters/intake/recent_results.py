@@ -1,4 +1,4 @@
-"""A memo of what was worked out last, for inputs that come again: fifty fine-tunes by one recipe
+"""What was worked out last, for inputs that come again: fifty fine-tunes by one recipe
 have one header and one configuration."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Recent(Generic[T]):
+class RecentResults(Generic[T]):
     """The values of the ``capacity`` keys used last. What raises is not kept; safe in threads.
 
     Args:

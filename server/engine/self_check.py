@@ -70,7 +70,7 @@ def try_base(
         )
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(0)
-        trial = _Trial(base, inputs)
+        trial = _SelfCheck(base, inputs)
         trial.vectors(encode)
         if isinstance(inputs, Text):
             if base.fills_masks and inputs.mask_id is not None:
@@ -98,7 +98,7 @@ def generate_lane(
         raise _self_check_failed(name, f"its cache: {type(error).__name__}: {error}") from error
 
 
-class _Trial:
+class _SelfCheck:
     def __init__(self, base: LoadedBase, inputs: Text | Images) -> None:
         self._base = base
         self._inputs = inputs
