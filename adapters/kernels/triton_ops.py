@@ -123,11 +123,7 @@ def tile_columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
 
 
 @triton.jit
-<<<<<<< HEAD
 def factors_at(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
-=======
-def _factor_addresses(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
->>>>>>> main
     """Where A ``[r, in]`` and Bᵀ ``[r, out]`` of this slot start, and r."""
     entry = table_ptr + (slot.to(tl.int64) * LAYERS + layer) * COLUMNS
     a_ptr = tl.multiple_of(tl.load(entry).to(like_ptr.dtype), 16)
@@ -178,13 +174,8 @@ def many_rows_kernel(
     x_mask = (m < count)[None, :]
     dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
     if R > 0:
-<<<<<<< HEAD
         a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
         b = load_b(b_ptr, rank, n, N, R)
-=======
-        a_ptr, b_ptr, rank = _factor_addresses(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
-        b = _load_b(b_ptr, rank, n, N, R)
->>>>>>> main
     total = tl.full((BN, BM), 0.0, tl.float32)
     for first in tl.range(0, K, 2 * HALF, num_stages=STAGES):
         high, low = decode_tile(
@@ -239,15 +230,9 @@ def few_rows_kernel(
         total = _dot(low.to(dtype), x_low, total, EXACT)
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
             slot = tl.load(entries_ptr + entry * 3)
-<<<<<<< HEAD
             a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
             b = load_b(b_ptr, rank, n, N, R)
             product = high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
-=======
-            a_ptr, b_ptr, rank = _factor_addresses(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
-            b = _load_b(b_ptr, rank, n, N, R)
-            product = high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
->>>>>>> main
             part = tl.full((BN, BM), 0.0, tl.float32)
             part = _dot(product.to(dtype), x_high, part, EXACT)
             product = low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
@@ -389,25 +374,8 @@ def hira_linear(
     y = out if out is not None else x.new_empty(x.shape[0], out_features)
     has_bias = bias is not None
     bias = x if bias is None else bias  # a pointer that is not read
-<<<<<<< HEAD
     source, settings = _of_weight(weight, factors.addresses, layer, len(factors.layers), x.device)
-    _, shared_bytes = _limits(x.device)
-=======
-    # In the order of the kernels' parameters.
-    source = (
-        *(weight.packed, weight.levels, weight.scales),
-        *(factors.addresses, layer, len(factors.layers)),
-    )
-    settings: dict[str, Any] = {
-        "HALF": HALF_FEATURES,
-        "BLOCK": weight.block,
-        "GROUPED": weight.grouped,
-        "EXACT": INTERPRETED,
-        "DECODER": decoder(weight.kind, x.device),
-        "COLUMNS": FACTOR_COLUMNS,
-    }
-    multiprocessors, shared_bytes = _device_limits(x.device)
->>>>>>> main
+    _, shared_bytes = _device_limits(x.device)
     for many in launches.many:
         blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
         many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
@@ -483,7 +451,7 @@ def _launch_few(
     settings: dict[str, Any],
 ) -> None:
     out_features, in_features = shape
-    multiprocessors, _ = _limits(x.device)
+    multiprocessors, _ = _device_limits(x.device)
     blocks = few_blocks(few.rank)
     out_blocks = triton.cdiv(out_features, blocks.out)
     splits, split_features = split_inputs(in_features, few.tiles * out_blocks, multiprocessors)

@@ -1,4 +1,4 @@
-"""HiRA layers with the weight in scratch memory: decoded, or modulated, once, then a library product.
+"""HiRA layers with the weight in scratch memory, decoded or modulated once, then a library product.
 
 Where the fused kernel makes tensor-core operands of 4-bit tiles again for every adapter, here W0 is
 written out once and cuBLAS does the rest. Two forms of the same equation:
@@ -27,12 +27,12 @@ import triton.language as tl
 from adapters.kernels.triton_operands import FACTOR_COLUMNS, HALF_FEATURES, PackedWeight
 from adapters.kernels.triton_ops import (
     INTERPRETED,
-    tile_columns,
     decode_tile,
+    decoder,
     factors_at,
     load_b,
+    tile_columns,
     tile_modulation,
-    decoder,
 )
 
 # Output features of a program of each kernel, and inputs of the expanding one.
@@ -69,9 +69,7 @@ def scratch_weight_kernel(
     tl.store(row + k_low[None, :], low.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["layer", "LAYERS"], do_not_specialize_on_alignment=["slots_ptr"]
-)
+@triton.jit(do_not_specialize=["layer", "LAYERS"], do_not_specialize_on_alignment=["slots_ptr"])
 def expand_rows_kernel(
     x_ptr, x_stride, z_ptr, slots_ptr, table_ptr, layer, LAYERS, K,
     EACH: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
@@ -89,9 +87,7 @@ def expand_rows_kernel(
     tl.store(z_ptr + at + i, value.to(z_ptr.dtype.element_ty), mask=i < K)
 
 
-@triton.jit(
-    do_not_specialize=["layer", "LAYERS"], do_not_specialize_on_alignment=["slots_ptr"]
-)
+@triton.jit(do_not_specialize=["layer", "LAYERS"], do_not_specialize_on_alignment=["slots_ptr"])
 def contract_rows_kernel(
     y_ptr, e_ptr, bias_ptr, slots_ptr, table_ptr, layer, LAYERS, N,
     EACH: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -232,4 +228,3 @@ def _product(z: torch.Tensor, w0: torch.Tensor, e: torch.Tensor) -> None:
         torch.mm(z, w0.t(), out_dtype=torch.float32, out=e)
     else:
         torch.mm(z.float(), w0.float().t(), out=e)
-

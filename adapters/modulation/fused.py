@@ -259,6 +259,10 @@ class FusedLayers:
         fastest = min(known, key=known.__getitem__, default=None)
         return runs[fastest or ("triton", "tiles")]()
 
+    def forms(self, call: LayerCall) -> dict[Candidate, Callable[[], torch.Tensor]]:
+        """Every form of a call that ``takes`` holds for: what a benchmark times apart."""
+        return self._forms(self._layers[call.path], call, call.bias)
+
     def _forms(
         self, layer: _Layer, call: LayerCall, bias: torch.Tensor | None
     ) -> dict[Candidate, Callable[[], torch.Tensor]]:

@@ -152,7 +152,9 @@ def load_base(options: EngineOptions) -> LoadedBase:
     elif options.modulation == "auto":
         adapted.modulator.tuner = Autotuner(options.cache_dir, device)
     linear = {
-        path: one.quantized for path, one in adapted.layers.items() if isinstance(one, AdaptedLinear)
+        path: one.quantized
+        for path, one in adapted.layers.items()
+        if isinstance(one, AdaptedLinear)
     }
     digest = weights_digest(linear)
     logger.info("The linear layers of %s as they are served: %s", options.base, digest)

@@ -91,17 +91,13 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     told = [str(loaded[part]) for part in ("storage", "dtype", "device") if part in loaded]
     yield f"hira-server {package_version()} is ready at {url}"
     yield f"  base       {base.name}" + (f" ({', '.join(told)})" if told else "")
-<<<<<<< HEAD
     if loaded.get("weights_digest"):
         yield f"  weights    {loaded['weights_digest']}"
-    yield f"  adapters   {len(fitting)}: {_names(fitting)}" if records else "  adapters   none yet"
-=======
     yield (
         f"  adapters   {len(fitting)}: {_first_adapters(fitting)}"
         if records
         else "  adapters   none yet"
     )
->>>>>>> main
     if kept:
         yield f"  not served {len(kept)}, made for another base: {_first_adapters(kept)}"
     yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -140,6 +139,7 @@ def test_assembly_decodes_every_byte_in_every_place(kind: FourBitKind) -> None:
 
 # Bytes of registers that may spill to memory, a thread.
 SPILL_BYTES = 64
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:

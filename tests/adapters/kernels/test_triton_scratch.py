@@ -1,4 +1,4 @@
-"""Layers by way of scratch memory, and LoRA by address, against float64; compiled for three GPUs."""
+"""Layers by scratch memory, and LoRA by address, against float64; compiled for three GPUs."""
 
 from __future__ import annotations
 
@@ -131,9 +131,7 @@ def test_many_rows_by_weights_in_scratch(
         start += count
     x = torch.randn(start, 256)
     bias = torch.randn(72) if with_bias else None
-    found = ops[1].scratch_linear(
-        x, layer.weight, layer.addresses, 1, pieces, take=take, bias=bias
-    )
+    found = ops[1].scratch_linear(x, layer.weight, layer.addresses, 1, pieces, take=take, bias=bias)
     assert_close(found, layer.truth(x, runs, bias))
 
 
@@ -196,7 +194,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleT
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize(
-    ("name", "warps", "constants"),
+    "built",
     [
         ("scratch_weight_kernel", 8, {"R": 0}),
         ("scratch_weight_kernel", 8, {"R": 32}),
@@ -211,10 +209,9 @@ def test_kernels_fit_the_gpu(
     compiled: tuple[ModuleType, ModuleType],
     tmp_path: Path,
     capability: int,
-    name: str,
-    warps: int,
-    constants: dict[str, Any],
+    built: tuple[str, int, dict[str, Any]],
 ) -> None:
+    name, warps, constants = built
     kernel = getattr(compiled[0], name, None) or getattr(compiled[1], name)
     constants = constants | {"COLUMNS": FACTOR_COLUMNS}
     if name == "scratch_weight_kernel":
