@@ -32,7 +32,7 @@ from adapters.modulation.autotune import Autotuner
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.modulation.strategy import Candidate, bucket_of
+from adapters.modulation.strategy import Candidate, Computation, bucket_of
 from adapters.modulation.workspace import Workspace
 from adapters.segments import BASE_SLOT, Segments, from_runs
 
@@ -240,8 +240,12 @@ class FusedLayers:
     def _run(
         self, layer: _Layer, call: LayerCall, bias: torch.Tensor | None, tuner: Autotuner | None
     ) -> torch.Tensor:
-        runs = self._forms(layer, call, bias)
-        if tuner is None or len(runs) == 1:
+        runs = self.forms(call if bias is call.bias else replace(call, bias=bias))
+        if tuner is None:
+            return runs["triton", "tiles"]()
+        proved = proved_forms(self.dtype, self.device)
+        runs = {one: run for one, run in runs.items() if one[1] == "tiles" or one[1] in proved}
+        if len(runs) == 1:
             return runs["triton", "tiles"]()
         ranks = [self._table.rank(part.slot, layer.index) for part in call.segments.parts]
         bucket = bucket_of(
@@ -260,13 +264,8 @@ class FusedLayers:
         return runs[fastest or ("triton", "tiles")]()
 
     def forms(self, call: LayerCall) -> dict[Candidate, Callable[[], torch.Tensor]]:
-        """Every form of a call that ``takes`` holds for: what a benchmark times apart."""
-        return self._forms(self._layers[call.path], call, call.bias)
-
-    def _forms(
-        self, layer: _Layer, call: LayerCall, bias: torch.Tensor | None
-    ) -> dict[Candidate, Callable[[], torch.Tensor]]:
-        """Every form of a call that is not hopeless."""
+        """Every form of a call that ``takes`` holds for and that is not hopeless."""
+        layer, bias = self._layers[call.path], call.bias
         x = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
         parts = call.segments.parts
         ranks = [padded_rank(self._table.rank(part.slot, layer.index)) for part in parts]
@@ -355,7 +354,28 @@ def _probed(dtype: torch.dtype, device: torch.device) -> str | None:
     return None if error <= _PROBE_TOLERANCE else f"a relative error of {error:.2g} in its probe"
 
 
-def _probe_error(dtype: torch.dtype, device: torch.device) -> float:
+@lru_cache(maxsize=8)
+def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computation]:
+    """The forms with weights in scratch memory that were right on a small batch on this device.
+
+    Each is run once, and compiled; what fails, or is wrong, is said in the log and never timed.
+    """
+    proved: set[Computation] = set()
+    forms: tuple[Computation, ...] = ("product", "scratch")
+    for form in forms:
+        try:
+            error = _probe_error(dtype, device, form)
+        except Exception:  # a compiler, a driver, a library: the fused kernel serves
+            logger.warning("The form %s failed its probe", form, exc_info=True)
+            continue
+        if error <= _PROBE_TOLERANCE:
+            proved.add(form)
+        else:
+            logger.warning("The form %s is off by %.2g in its probe: not used", form, error)
+    return frozenset(proved)
+
+
+def _probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "tiles") -> float:
     """The largest relative error of a small mixed batch, few rows and many, against float64."""
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -372,8 +392,23 @@ def _probe_error(dtype: torch.dtype, device: torch.device) -> float:
             table.place(slot, {0: (a, b)})
         segments = from_runs([(1, 40), (2, 3), (BASE_SLOT, 2)])
         x, bias = random(segments.rows, 256), random(64)
-        tiles = BatchTiles(segments, device)
-        found = _ops().hira_linear(x, layer.weight, table, 0, tiles, bias=bias)
+        where = (layer.weight, table.addresses, 0)
+
+        def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        if form == "product":
+            slots = torch.tensor(segments.row_slots(), dtype=torch.int32).to(device)
+            found = _scratch_ops().product_linear(x, *where, slots, rank=16, take=take, bias=bias)
+        elif form == "scratch":
+            pieces = [
+                (part.slot, 0 if part.slot == BASE_SLOT else 16, part.start, part.stop)
+                for part in segments.parts
+            ]
+            found = _scratch_ops().scratch_linear(x, *where, pieces, take=take, bias=bias)
+        else:
+            tiles = BatchTiles(segments, device)
+            found = _ops().hira_linear(x, layer.weight, table, 0, tiles, bias=bias)
         truth = reference.modulated_linear(
             x,
             w0,

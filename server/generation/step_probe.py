@@ -16,6 +16,7 @@ import torch
 from adapters.layers.adapted import AdaptedLinear
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.segments import BASE_SLOT
+from adapters.signature import Method
 from server.generation.forward import PagedForward
 from server.generation.kv_cache import KVCache
 from server.generation.sampling import Choice
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
 
 _PROMPT_TOKENS = (12, 5, 9)
-_RANKS = (0, 8, 4)  # of the adapter of each; 0: the bare base
+# Method and rank of the adapter of each; rank 0: the bare base.
+_ADAPTERS: tuple[tuple[Method, int], ...] = (("hira", 0), ("hira", 8), ("lora", 4))
 _STEPS = 3
 # Of a log-probability, relative where it is above 1: what sums in another order may cost.
 _TOLERANCE = {torch.float32: 1e-3}
@@ -47,10 +49,10 @@ def step_fault(
         kv: With room for three short sequences; without it nothing is compared.
         begin: Makes a running sequence of a request, in a slot.
     """
-    made = [slot for slot, rank in enumerate(_RANKS) if rank]
+    made = [slot for slot, (_, rank) in enumerate(_ADAPTERS) if rank]
     try:
         for slot in made:
-            adapted.install(slot, _factors(adapted, slot, _RANKS[slot]))
+            adapted.install(slot, _factors(adapted, slot, *_ADAPTERS[slot]))
         return _compared(forward, kv, begin)
     finally:
         for slot in made:
@@ -76,7 +78,7 @@ def _compared(
                 request = GenerateRequest(f"step probe {slot}", None, None, ids, wish)
                 if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
                     return None
-                sequences.append(begin(request, BASE_SLOT if not _RANKS[slot] else slot))
+                sequences.append(begin(request, slot if _ADAPTERS[slot][1] else BASE_SLOT))
             parts = [ScheduledRows(one, one.pending) for one in sequences]
             _advance(kv, parts, forward.dynamic(parts))
             for _ in range(_STEPS):
@@ -123,7 +125,7 @@ def _difference(found: Choice, wanted: Choice) -> float:
     return worst if isfinite(worst) else float("inf")
 
 
-def _factors(adapted: AdaptedModel, seed: int, rank: int) -> dict[str, SlotFactors]:
+def _factors(adapted: AdaptedModel, seed: int, method: Method, rank: int) -> dict[str, SlotFactors]:
     """A small random adapter of every quantized linear layer, in the dtype of the model."""
     generator = torch.Generator().manual_seed(seed)
     static = adapted.modulator.static
@@ -137,5 +139,5 @@ def _factors(adapted: AdaptedModel, seed: int, rank: int) -> dict[str, SlotFacto
         a = torch.randn(rank, layer.in_features, generator=generator)
         b_t = torch.randn(rank, layer.out_features, generator=generator) * 0.3
         a, b_t = (one.to(adapted.device, static.dtype) for one in (a, b_t))
-        found[path] = SlotFactors("hira", a, b_t.t())
+        found[path] = SlotFactors(method, a, b_t.t())
     return found
