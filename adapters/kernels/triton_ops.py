@@ -33,7 +33,7 @@ from adapters.kernels.nibbles import FourBitKind, level_values, lookup_assembly
 from adapters.kernels.triton_operands import (
     FACTOR_COLUMNS,
     HALF_FEATURES,
-    MAX_RANK,
+    KERNEL_MAX_RANK,
     FactorTable,
     PackedWeight,
     check_operands,
@@ -273,19 +273,26 @@ def sum_parts_kernel(
 def lora_down_kernel(
     x_ptr, x_stride, inner_ptr, slots_ptr, table_ptr, layer, LAYERS, K,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """inner[row, r] = A_r · x: a block of ranks of one row."""
     row = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     a_ptr, _, rank = factors_at(table_ptr, tl.load(slots_ptr + row), layer, LAYERS, x_ptr, COLUMNS)
-    total = tl.full((BLOCK_R,), 0.0, tl.float32)
+    # The tensor cores want sixteen columns: the row's own is the first.
+    column = tl.arange(0, 16)
+    total = tl.full((BLOCK_R, 16), 0.0, tl.float32)
     for first in tl.range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+        own = (k < K)[:, None] & (column == 0)[None, :]
+        at = x_ptr + row * x_stride + k[:, None] + 0 * column[None, :]
+        x = tl.load(at, mask=own, other=0.0)
         mask = (r < rank)[:, None] & (k < K)[None, :]
-        a = tl.load(a_ptr + r[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(a * x[None, :], axis=1)
-    tl.store(inner_ptr + row * R + r, total)
+        a = tl.load(a_ptr + r[:, None] * K + k[None, :], mask=mask, other=0.0)
+        total = _dot(a, x, total, EXACT)
+    at = inner_ptr + row * R + r[:, None] + 0 * column[None, :]
+    inside = (r < R)[:, None] & (column == 0)[None, :]
+    tl.store(at, total, mask=inside)
 
 
 @triton.jit(
@@ -294,7 +301,7 @@ def lora_down_kernel(
 )
 def lora_up_kernel(
     y_ptr, inner_ptr, slots_ptr, table_ptr, scale_ptr, layer, LAYERS, N,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    R: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y[row, n] += s Σ_r inner[row, r] B[n, r]: a block of outputs of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -302,12 +309,9 @@ def lora_up_kernel(
     slot = tl.load(slots_ptr + row)
     _, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, y_ptr, COLUMNS)
     total = tl.full((BLOCK_N,), 0.0, tl.float32)
-    for first in tl.range(0, rank, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        inner = tl.load(inner_ptr + row * R + r)
-        mask = (r < rank)[:, None] & (n < N)[None, :]
-        b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(inner[:, None] * b, axis=0)
+    for r in range(rank):
+        b = tl.load(b_ptr + r * N + n, mask=n < N, other=0.0).to(tl.float32)
+        total += tl.load(inner_ptr + row * R + r) * b
     scale = tl.load(scale_ptr + slot.to(tl.int64) * LAYERS + layer)
     y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
     y += tl.where(rank > 0, scale * total, 0.0)
@@ -486,14 +490,16 @@ def add_lora_rows(
         layer: Of the tables.
     """
     rows, layers = x.shape[0], addresses.shape[1]
-    inner = x.new_empty((rows, MAX_RANK), dtype=torch.float32)
-    lora_down_kernel[(rows, MAX_RANK // LORA_BLOCK_RANK)](
-        x, x.stride(0), inner, slots, addresses, layer, layers, x.shape[1],
-        R=MAX_RANK, BLOCK_R=LORA_BLOCK_RANK, BLOCK_K=LORA_BLOCK_INPUTS, COLUMNS=FACTOR_COLUMNS,
+    most = KERNEL_MAX_RANK
+    inner = x.new_empty((rows, most), dtype=torch.float32)
+    lora_down_kernel[(rows, most // LORA_BLOCK_RANK)](
+        x, x.stride(0), inner, slots, addresses, layer, layers, x.shape[1], R=most,
+        BLOCK_R=LORA_BLOCK_RANK, BLOCK_K=LORA_BLOCK_INPUTS, COLUMNS=FACTOR_COLUMNS,
+        EXACT=INTERPRETED,
     )  # fmt: skip
     lora_up_kernel[(rows, triton.cdiv(y.shape[1], SUM_BLOCK_FEATURES))](
-        y, inner, slots, addresses, scales, layer, layers, y.shape[1],
-        R=MAX_RANK, BLOCK_R=LORA_BLOCK_RANK, BLOCK_N=SUM_BLOCK_FEATURES, COLUMNS=FACTOR_COLUMNS,
+        y, inner, slots, addresses, scales, layer, layers, y.shape[1], R=most,
+        BLOCK_N=SUM_BLOCK_FEATURES, COLUMNS=FACTOR_COLUMNS,
     )  # fmt: skip
 
 

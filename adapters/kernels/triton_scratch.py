@@ -100,8 +100,8 @@ def contract_rows_kernel(
     total = tl.load(first + n, mask=n < N, other=0.0).to(tl.float32)
     # Terms beyond the rank are not read: an overflow of one slot must not reach another's rows.
     for k in range(rank):
-        e = tl.load(first + (k + 1).to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + k.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        e = tl.load(first + (k + 1) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + k * N + n, mask=n < N, other=0.0).to(tl.float32)
         total += b * e
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)

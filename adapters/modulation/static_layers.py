@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 
-from adapters.kernels.triton_operands import ADDRESS_MULTIPLE_BYTES, MAX_RANK
+from adapters.kernels.triton_operands import ADDRESS_MULTIPLE_BYTES, KERNEL_MAX_RANK
 from adapters.kernels.triton_tiles import FewRows, padded_rank, share_tiles
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
@@ -222,7 +222,7 @@ class StaticLayers:
                 return "layer"
             if entry.bias is not None:
                 return "bias"
-            if not 1 <= entry.rank <= MAX_RANK:
+            if not 1 <= entry.rank <= KERNEL_MAX_RANK:
                 return "rank"
             if entry.a.dtype != self.dtype or not entry.a.is_contiguous():
                 return "factors"
@@ -234,7 +234,7 @@ class StaticLayers:
         return None
 
 
-def _at(address: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _tensor_at(address: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The tensor that lies at an address of this process's memory; it is not owned."""
     nbytes = shape[0] * shape[1] * dtype.itemsize
     held = (ctypes.c_char * nbytes).from_address(address)
@@ -270,13 +270,13 @@ def _add_by_address(  # noqa: PLR0917  # an operator has no named parameters
         rows = torch.tensor([row for row, one in enumerate(own) if one == slot])
         a_at, b_at, rank = hira[slot, layer].tolist()
         if rank:
-            a = _at(a_at, (rank, x.shape[1]), x.dtype)
-            b_t = _at(b_at, (rank, y.shape[1]), x.dtype)
+            a = _tensor_at(a_at, (rank, x.shape[1]), x.dtype)
+            b_t = _tensor_at(b_at, (rank, y.shape[1]), x.dtype)
             z = (x[rows].unsqueeze(1) * a).view(-1, x.shape[1])
             terms = (z @ w0.t()).view(len(rows), rank, -1)
             y[rows] += (terms * b_t).sum(dim=1)
         a_at, b_at, rank = lora[slot, layer].tolist()
         if rank:
-            a = _at(a_at, (rank, x.shape[1]), x.dtype)
-            b_t = _at(b_at, (rank, y.shape[1]), x.dtype)
+            a = _tensor_at(a_at, (rank, x.shape[1]), x.dtype)
+            b_t = _tensor_at(b_at, (rank, y.shape[1]), x.dtype)
             y[rows] += (x[rows] @ a.t() @ b_t) * float(scales[slot, layer])

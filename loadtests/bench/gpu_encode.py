@@ -17,7 +17,7 @@ from adapters.signature import describe
 from loadtests.bench.modulation import random_factors
 from loadtests.bench.timing import Figure, Report
 from server.engine.engine import Engine
-from server.messages import TERMINAL, EncodedInput, EncodeRequest, Failure
+from server.messages import TERMINAL, EncodeRequest, Failure, TokenizedInput
 from server.options import EngineOptions
 
 TARGETS = ("query", "value")
@@ -144,7 +144,9 @@ def _engine_seconds(engine: Engine, case: EncodeCase, versions: list[str]) -> fl
             task="feature-extraction",
             adapter=versions[i % case.adapters],
             version=versions[i % case.adapters],
-            inputs=(EncodedInput(tuple((i * 31 + j * 7) % 3000 + 5 for j in range(case.tokens))),),
+            inputs=(
+                TokenizedInput(tuple((i * 31 + j * 7) % 3000 + 5 for j in range(case.tokens))),
+            ),
             submitted=time.monotonic(),
         )
         for i in range(case.rows)

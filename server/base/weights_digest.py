@@ -39,5 +39,5 @@ def weights_digest(weights: Mapping[str, QuantizedWeight]) -> str:
                 continue
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             for start in range(0, len(flat), _PIECE_BYTES):
-                digest.update(memoryview(flat[start : start + _PIECE_BYTES].cpu().numpy()))
+                digest.update(flat[start : start + _PIECE_BYTES].cpu().numpy().data)
     return digest.hexdigest()

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from server.generation.kv_cache import READ_PAGE, SLIDING, Kind, KVCache
+from server.generation.kv_cache import READ_PAGE, SLIDING_LAYERS, AttentionKind, KVCache
 
 PAGED_ATTENTION = "hira_paged"
 # Keys (or values) of one group of decoding sequences: within a core's cache on a CPU, one kernel
@@ -96,7 +96,7 @@ class PagedBatch:
         self.cache = cache
         self.layers_run = 0
         self._plans = {
-            kind: _Plan(cache, kind, spans, alone) for kind in dict.fromkeys(cache.layer_kinds)
+            kind: _KindPlan(cache, kind, spans, alone) for kind in dict.fromkeys(cache.layer_kinds)
         }
 
     def attend(self, layer: int, call: Call) -> None:
@@ -105,14 +105,16 @@ class PagedBatch:
         self.layers_run += 1
 
 
-class _Plan:
+class _KindPlan:
     """All layers of one kind: where rows are written, and who attends to what."""
 
-    def __init__(self, cache: KVCache, kind: Kind, spans: Sequence[Span], alone: bool) -> None:
+    def __init__(
+        self, cache: KVCache, kind: AttentionKind, spans: Sequence[Span], alone: bool
+    ) -> None:
         device = cache.device
         like = torch.empty(0, dtype=cache.dtype, device=device)
         page = cache.block_tokens
-        window = cache.window if kind == SLIDING else None
+        window = cache.window if kind == SLIDING_LAYERS else None
         write: list[int] = []
         fresh: list[int] = []
         decoding: list[_Decoding] = []

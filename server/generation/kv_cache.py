@@ -18,9 +18,9 @@ import torch
 from server.base.plan import PAGE_TOKENS, TRASH_BLOCKS, kv_too_small
 from server.generation.pages import PagePool
 
-Kind = Literal["full_attention", "sliding_attention"]
-FULL: Final = "full_attention"
-SLIDING: Final = "sliding_attention"
+AttentionKind = Literal["full_attention", "sliding_attention"]
+FULL_LAYERS: Final = "full_attention"
+SLIDING_LAYERS: Final = "sliding_attention"
 # Of the pages that no sequence is given: one is read where a table has no page and stays zeros,
 # one is written by rows that stand for nobody.
 READ_PAGE: Final = 0
@@ -79,9 +79,9 @@ class KVCache:
         self.step_tokens = step_tokens
         self.context_tokens = context_tokens
         kinds = _kinds(config)
-        self.layer_kinds: tuple[Kind, ...] = tuple(kinds)
+        self.layer_kinds: tuple[AttentionKind, ...] = tuple(kinds)
         self.window: int | None = None
-        if SLIDING in kinds:
+        if SLIDING_LAYERS in kinds:
             self.window = _window(config)
         shape = (page_tokens, _key_heads(config), _head_dim(config))
         page_bytes = 2 * shape[0] * shape[1] * shape[2] * dtype.itemsize
@@ -95,17 +95,20 @@ class KVCache:
         blocks = min(budget_bytes // self.block_bytes - TRASH_BLOCKS, max_sequences * longest)
         if blocks < 1:
             raise kv_too_small(budget_bytes, (TRASH_BLOCKS + 1) * self.block_bytes)
-        pages: dict[Kind, int] = {kind: blocks for kind in (FULL, SLIDING) if kind in kinds}
+        pages: dict[AttentionKind, int] = {
+            kind: blocks for kind in (FULL_LAYERS, SLIDING_LAYERS) if kind in kinds
+        }
         if len(pages) == 2:
             # Rings are short: what they leave of the budget goes to the other layers.
-            pages[SLIDING] = min(blocks, max_sequences * self._ring_pages)
+            pages[SLIDING_LAYERS] = min(blocks, max_sequences * self._ring_pages)
             rest = (
-                budget_bytes - (pages[SLIDING] + TRASH_BLOCKS) * kinds.count(SLIDING) * page_bytes
+                budget_bytes
+                - (pages[SLIDING_LAYERS] + TRASH_BLOCKS) * kinds.count(SLIDING_LAYERS) * page_bytes
             )
-            own = rest // (kinds.count(FULL) * page_bytes) - TRASH_BLOCKS
-            pages[FULL] = max(blocks, min(own, max_sequences * longest))
-        elif SLIDING in pages:
-            pages[SLIDING] = min(blocks, max_sequences * self._ring_pages)
+            own = rest // (kinds.count(FULL_LAYERS) * page_bytes) - TRASH_BLOCKS
+            pages[FULL_LAYERS] = max(blocks, min(own, max_sequences * longest))
+        elif SLIDING_LAYERS in pages:
+            pages[SLIDING_LAYERS] = min(blocks, max_sequences * self._ring_pages)
         self._pools = {kind: PagePool(TRASH_BLOCKS, many) for kind, many in pages.items()}
         self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
         for kind in kinds:
@@ -116,12 +119,12 @@ class KVCache:
                     torch.zeros(size, dtype=dtype, device=device),
                 )
             )
-        self.shares_prefixes = share_prefixes and SLIDING not in kinds
+        self.shares_prefixes = share_prefixes and SLIDING_LAYERS not in kinds
         # Of whichever kind of layers has more to hold.
-        self._main: Kind = FULL if FULL in pages else SLIDING
+        self._main: AttentionKind = FULL_LAYERS if FULL_LAYERS in pages else SLIDING_LAYERS
         self.blocks_total = pages[self._main]
-        rings = SLIDING in pages and pages[SLIDING] < self._ring_pages
-        held = [pages[kind] for kind in pages if kind == FULL or rings]
+        rings = SLIDING_LAYERS in pages and pages[SLIDING_LAYERS] < self._ring_pages
+        held = [pages[kind] for kind in pages if kind == FULL_LAYERS or rings]
         self.capacity_tokens = min([*held, longest]) * page_tokens
         self._held: dict[str, _Held] = {}
 
@@ -157,14 +160,14 @@ class KVCache:
         """Keys and values of a layer, each ``[pages, page tokens, heads, head width]``."""
         return self._pages[layer]
 
-    def table(self, key: str, kind: Kind, tokens: int) -> list[int]:
+    def table(self, key: str, kind: AttentionKind, tokens: int) -> list[int]:
         """The pages of the first ``tokens`` tokens of ``key``, in order, in layers of a kind.
 
         In a ring those before its last lap are under later ones: only what a window sees is there.
         """
         held = self._held[key]
         pages = self.blocks_for(tokens)
-        if kind == FULL:
+        if kind == FULL_LAYERS:
             return held.full[:pages]
         return [held.ring[place % len(held.ring)] for place in range(pages)]
 
@@ -200,24 +203,24 @@ class KVCache:
             found, before = self._find(root, prompt)
         pages = self.blocks_for(tokens)
         for page in found:
-            self._pools[FULL].hold(page)
-        taken: dict[Kind, list[int]] = {}
+            self._pools[FULL_LAYERS].hold(page)
+        taken: dict[AttentionKind, list[int]] = {}
         for kind, pool in self._pools.items():
-            wanted = pages - len(found) if kind == FULL else min(pages, self._ring_pages)
+            wanted = pages - len(found) if kind == FULL_LAYERS else min(pages, self._ring_pages)
             got = pool.take(wanted)
             if got is None:
                 for other, held in taken.items():
                     self._pools[other].release(held)
                 if found:
-                    self._pools[FULL].release(found)
+                    self._pools[FULL_LAYERS].release(found)
                 return None
             taken[kind] = got
         self._held[key] = _Held(
             root=root,
             prompt=tuple(prompt),
             private=not share or not self.shares_prefixes,
-            full=[*found, *taken.get(FULL, [])],
-            ring=taken.get(SLIDING, []),
+            full=[*found, *taken.get(FULL_LAYERS, [])],
+            ring=taken.get(SLIDING_LAYERS, []),
             written=len(found) * self.block_tokens,
             named=len(found),
             before=before,
@@ -230,7 +233,7 @@ class KVCache:
         pages: list[int] = []
         before = root
         for start in range(0, (len(prompt) - 1) // size * size, size):
-            found = self._pools[FULL].find(before, tuple(prompt[start : start + size]))
+            found = self._pools[FULL_LAYERS].find(before, tuple(prompt[start : start + size]))
             if found is None:
                 break
             pages.append(found[0])
@@ -252,7 +255,7 @@ class KVCache:
             prompt = held.prompt[start:stop]
             past = max(0, start - len(held.prompt))
             tokens = (*prompt, *generated[past : past + size - len(prompt)])
-            held.before = self._pools[FULL].name(held.full[held.named], held.before, tokens)
+            held.before = self._pools[FULL_LAYERS].name(held.full[held.named], held.before, tokens)
             held.named += 1
 
     def rewind(self, key: str) -> None:
@@ -271,16 +274,16 @@ class KVCache:
         if held is None:
             return
         if held.full:
-            self._pools[FULL].release(held.full, forget=forget)
+            self._pools[FULL_LAYERS].release(held.full, forget=forget)
         if held.ring:
-            self._pools[SLIDING].release(held.ring, forget=forget)
+            self._pools[SLIDING_LAYERS].release(held.ring, forget=forget)
 
     def _root(self, version: Hashable) -> Hashable:
         """What comes before the first page: chains of two versions have nothing in common."""
         return ("root", version)
 
 
-def _kinds(config: Any) -> list[Kind]:
+def _kinds(config: Any) -> list[AttentionKind]:
     """The attention of each layer.
 
     Raises:
@@ -288,14 +291,16 @@ def _kinds(config: Any) -> list[Kind]:
     """
     named = getattr(config, "layer_types", None)
     if named is None:
-        one: Kind = FULL if getattr(config, "sliding_window", None) is None else SLIDING
+        one: AttentionKind = (
+            FULL_LAYERS if getattr(config, "sliding_window", None) is None else SLIDING_LAYERS
+        )
         return [one] * int(config.num_hidden_layers)
-    kinds: list[Kind] = []
+    kinds: list[AttentionKind] = []
     for name in named:
-        if name == FULL:
-            kinds.append(FULL)
-        elif name == SLIDING:
-            kinds.append(SLIDING)
+        if name == FULL_LAYERS:
+            kinds.append(FULL_LAYERS)
+        elif name == SLIDING_LAYERS:
+            kinds.append(SLIDING_LAYERS)
         else:
             raise ValueError(f"Invalid layer type: {name}")
     return kinds

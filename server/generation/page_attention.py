@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from server.generation.attention import Call, Span
-from server.generation.kv_cache import READ_PAGE, SLIDING, WRITE_PAGE, Kind, KVCache
+from server.generation.kv_cache import READ_PAGE, SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
 
 VARLEN_PAGE_TOKENS: Final = 256  # FlashAttention 2 takes multiples of it
 VARLEN_MAX_WIDTH: Final = 256  # of a head
@@ -167,17 +167,17 @@ class VarlenBatch:
         self.layers_run = 0
         self._attend = attend
         device, page = cache.device, cache.block_tokens
-        self._starts = _int32([*(span.start for span in spans), spans[-1].stop], device)
-        self._lengths = _int32([span.tokens for span in spans], device)
+        self._starts = _on_device([*(span.start for span in spans), spans[-1].stop], device)
+        self._lengths = _on_device([span.tokens for span in spans], device)
         self._most_rows = max(span.rows for span in spans)
-        self._tables: dict[Kind, torch.Tensor] = {}
-        self._write: dict[Kind, torch.Tensor] = {}
-        self._fresh: dict[Kind, torch.Tensor] = {}
+        self._tables: dict[AttentionKind, torch.Tensor] = {}
+        self._write: dict[AttentionKind, torch.Tensor] = {}
+        self._fresh: dict[AttentionKind, torch.Tensor] = {}
         for kind in dict.fromkeys(cache.layer_kinds):
             tables = [cache.table(span.key, kind, span.tokens) for span in spans]
             widest = max(map(len, tables))
             rows = [[*table, *[READ_PAGE] * (widest - len(table))] for table in tables]
-            self._tables[kind] = _int32(rows, device)
+            self._tables[kind] = _on_device(rows, device)
             self._write[kind] = torch.tensor(
                 [
                     table[t // page] * page + t % page
@@ -200,11 +200,11 @@ class VarlenBatch:
         for pages, new in ((keys, call.key), (values, call.value)):
             pages.index_fill_(0, self._fresh[kind], 0)
             pages.view(-1, *pages.shape[2:]).index_copy_(0, self._write[kind], new)
-        window = self.cache.window if kind == SLIDING else None
+        window = self.cache.window if kind == SLIDING_LAYERS else None
         held = Pages(keys, values, self._tables[kind], self._lengths, window)
         self._attend(call, held, self._starts, self._most_rows)
         self.layers_run += 1
 
 
-def _int32(numbers: Any, device: torch.device) -> torch.Tensor:
+def _on_device(numbers: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=device)

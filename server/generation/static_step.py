@@ -18,7 +18,7 @@ from adapters.modulation.static_layers import StaticLayers, StaticRows
 from server.generation import step_sampling
 from server.generation.attention import Call
 from server.generation.captured_steps import CapturedSteps, StepKey
-from server.generation.kv_cache import SLIDING, WRITE_PAGE, Kind, KVCache
+from server.generation.kv_cache import SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
 from server.generation.page_attention import DecodeAttention, Pages
 from server.generation.sampling import Choice
 from server.generation.step_buffers import RowNumbers, StepBuffers
@@ -60,9 +60,9 @@ class StaticKeys:
         page = cache.block_tokens
         place = (positions // page)[:, None]
         inside = positions % page
-        self._tables: dict[Kind, torch.Tensor] = {}
-        self._write: dict[Kind, torch.Tensor] = {}
-        self._fresh: dict[Kind, torch.Tensor] = {}
+        self._tables: dict[AttentionKind, torch.Tensor] = {}
+        self._write: dict[AttentionKind, torch.Tensor] = {}
+        self._fresh: dict[AttentionKind, torch.Tensor] = {}
         for kind in dict.fromkeys(cache.layer_kinds):
             table = buffers.table(kind, rows)
             own = table.gather(1, place).squeeze(1).long()
@@ -78,7 +78,7 @@ class StaticKeys:
         for pages, new in ((k_pages, call.key), (v_pages, call.value)):
             pages.index_fill_(0, self._fresh[kind], 0)
             pages.view(-1, *pages.shape[2:]).index_copy_(0, self._write[kind], new)
-        window = self.cache.window if kind == SLIDING else None
+        window = self.cache.window if kind == SLIDING_LAYERS else None
         self._attention(call, Pages(k_pages, v_pages, self._tables[kind], self._lengths, window))
         self.layers_run += 1
 
@@ -200,7 +200,7 @@ class StaticStep:
         has_lora = any(self._layers.has_lora(slot) for slot in slots)
         made = next(one for one in CLASSES if one[0] >= rank and (one[1] or not has_lora))
         rows = next(one for one in self._buckets if one >= len(sequences))
-        plain = all(step_sampling.is_plain(one.request.sampling) for one in sequences)
+        plain = all(step_sampling.takes_best(one.request.sampling) for one in sequences)
         return StepKey(rows, *made, plain)
 
     def _fill(self, sequences: Sequence[Running]) -> None:

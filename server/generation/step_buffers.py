@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from server.generation.kv_cache import WRITE_PAGE, Kind, KVCache
+from server.generation.kv_cache import WRITE_PAGE, AttentionKind, KVCache
 
-MAX_ALTERNATIVES = 20  # likeliest tokens told beside each
+MOST_TOLD = 20  # likeliest tokens told beside each
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class RowNumbers:
     token_id: int
     position: int
     seat: int
-    tables: dict[Kind, list[int]]
+    tables: dict[AttentionKind, list[int]]
     temperature: float
     top_k: int
     top_p: float
@@ -66,7 +66,7 @@ class StepBuffers:
         ]
         # Tokens that each seat has had, for the repetition penalty; the last seat is nobody's.
         self.seen = torch.zeros(rows + 1, vocabulary, dtype=torch.bool, device=device)
-        told = 1 + min(MAX_ALTERNATIVES, vocabulary)
+        told = 1 + min(MOST_TOLD, vocabulary)
         # Token ids, then the likeliest ones; log-probabilities of all of these, then whether the
         # logits were finite.
         self.told_ids = torch.zeros(told, rows, dtype=torch.int64, device=device)
@@ -98,7 +98,7 @@ class StepBuffers:
         """float64 ``[6, rows]``: temperature, top_k, top_p, penalty, sampled, point."""
         return self._choice[:, :rows]
 
-    def table(self, kind: Kind, rows: int) -> torch.Tensor:
+    def table(self, kind: AttentionKind, rows: int) -> torch.Tensor:
         """int32 ``[rows, pages]``."""
         return self._tables[self._kinds.index(kind), :rows]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PROMPT_TOKENS = (12, 5, 9)
 # Method and rank of the adapter of each; rank 0: the bare base.
-_ADAPTERS: tuple[tuple[Method, int], ...] = (("hira", 0), ("hira", 8), ("lora", 4))
+_PROBED: tuple[tuple[Method, int], ...] = (("hira", 0), ("hira", 8), ("lora", 4))
 _STEPS = 3
 # Of a log-probability, relative where it is above 1: what sums in another order may cost.
 _TOLERANCE = {torch.float32: 1e-3}
@@ -49,17 +49,17 @@ def step_fault(
         kv: With room for three short sequences; without it nothing is compared.
         begin: Makes a running sequence of a request, in a slot.
     """
-    made = [slot for slot, (_, rank) in enumerate(_ADAPTERS) if rank]
+    made = [slot for slot, (_, rank) in enumerate(_PROBED) if rank]
     try:
         for slot in made:
-            adapted.install(slot, _factors(adapted, slot, *_ADAPTERS[slot]))
-        return _compared(forward, kv, begin)
+            adapted.install(slot, _probe_factors(adapted, slot, *_PROBED[slot]))
+        return _fault_of_steps(forward, kv, begin)
     finally:
         for slot in made:
             adapted.uninstall(slot)
 
 
-def _compared(
+def _fault_of_steps(
     forward: PagedForward, kv: KVCache, begin: Callable[[GenerateRequest, int], Sequence]
 ) -> str | None:
     options = (
@@ -78,7 +78,7 @@ def _compared(
                 request = GenerateRequest(f"step probe {slot}", None, None, ids, wish)
                 if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
                     return None
-                sequences.append(begin(request, slot if _ADAPTERS[slot][1] else BASE_SLOT))
+                sequences.append(begin(request, slot if _PROBED[slot][1] else BASE_SLOT))
             parts = [ScheduledRows(one, one.pending) for one in sequences]
             _advance(kv, parts, forward.dynamic(parts))
             for _ in range(_STEPS):
@@ -125,7 +125,9 @@ def _difference(found: Choice, wanted: Choice) -> float:
     return worst if isfinite(worst) else float("inf")
 
 
-def _factors(adapted: AdaptedModel, seed: int, method: Method, rank: int) -> dict[str, SlotFactors]:
+def _probe_factors(
+    adapted: AdaptedModel, seed: int, method: Method, rank: int
+) -> dict[str, SlotFactors]:
     """A small random adapter of every quantized linear layer, in the dtype of the model."""
     generator = torch.Generator().manual_seed(seed)
     static = adapted.modulator.static

@@ -17,7 +17,7 @@ def option_obstacle(options: SamplingOptions) -> str | None:
     return "alternatives" if options.alternatives > 20 else None
 
 
-def is_plain(options: SamplingOptions) -> bool:
+def takes_best(options: SamplingOptions) -> bool:
     """Whether the best token alone is wanted."""
     sampled = options.do_sample and options.temperature > 0
     return not (sampled or options.logprobs or options.repetition_penalty != 1.0)

@@ -16,7 +16,11 @@ import torch
 from adapters.kernels import triton_tiles
 from adapters.kernels.nibbles import lookup_assembly
 from adapters.kernels.reference import modulated_linear, modulated_weight
-from adapters.kernels.triton_operands import FACTOR_COLUMNS, HALF_FEATURES, MAX_RANK, pack_weight
+from adapters.kernels.triton_operands import (
+    FACTOR_COLUMNS,
+    HALF_FEATURES,
+    pack_weight,
+)
 from adapters.kernels.triton_tiles import FewRows, padded_rank, share_tiles
 from adapters.modulation.quant import QuantizedWeight
 from adapters.segments import from_runs
@@ -201,8 +205,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleT
         ("scratch_weight_kernel", 8, {"R": 128}),
         ("expand_rows_kernel", 4, {"EACH": 33, "BLOCK_K": 1024}),
         ("contract_rows_kernel", 4, {"EACH": 33, "BLOCK_N": 256, "HAS_BIAS": True}),
-        ("lora_down_kernel", 4, {"R": MAX_RANK, "BLOCK_R": 16, "BLOCK_K": 128}),
-        ("lora_up_kernel", 4, {"R": MAX_RANK, "BLOCK_R": 16, "BLOCK_N": 256}),
+        ("lora_down_kernel", 4, {"R": 128, "BLOCK_R": 16, "BLOCK_K": 128, "EXACT": False}),
+        ("lora_up_kernel", 4, {"R": 128, "BLOCK_N": 256}),
     ],
 )
 def test_kernels_fit_the_gpu(

@@ -12,7 +12,7 @@ import torch
 
 from server.base.load import BaseModelError
 from server.engine.engine import Engine
-from server.messages import EncodedInput, EncodeRequest, EncodeResult
+from server.messages import EncodeRequest, EncodeResult, TokenizedInput
 from tests.stand import tiny_bases
 from tests.stand.coverage_adapters import make
 
@@ -57,7 +57,7 @@ def test_answers_are_the_same_alone_and_in_any_batch(
     for number in range(16):
         ids = tuple(chance.choice(words) for _ in range(chance.choice([3, 8, 8, 17])))
         task = chance.choice([*versions.keys() - {"base"}, "feature-extraction"])
-        item = EncodedInput(
+        item = TokenizedInput(
             ids,
             text="x" * len(ids),
             offsets=tuple((place, place + 1) for place in range(len(ids))),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from server.generation.kv_cache import FULL, SLIDING, KVCache
+from server.generation.kv_cache import FULL_LAYERS, SLIDING_LAYERS, KVCache
 from server.generation.pages import PagePool
 
 PAGE = 4
@@ -64,7 +64,7 @@ def test_no_page_is_lost_or_given_twice(seed: int, sharing: bool) -> None:
         kv.written(key, len(prompt) - found, ())
         held: dict[int, tuple[str, tuple[int, ...]]] = {}
         for other, (its_version, its_prompt, its_tokens) in texts.items():
-            for place, page in enumerate(kv.table(other, FULL, its_tokens)):
+            for place, page in enumerate(kv.table(other, FULL_LAYERS, its_tokens)):
                 assert page >= 2
                 what = (its_version, tuple(its_prompt[: (place + 1) * PAGE]))
                 if page in held:  # shared: the same beginning of the same version, and a full page
@@ -112,10 +112,10 @@ def test_kept_pages_give_way_the_oldest_first() -> None:
 def test_a_ring_holds_what_a_window_and_a_step_need(window: int) -> None:
     kv = cache(40, window=window)
     assert kv.reserve("x", None, [0], 64) == 0
-    table = kv.table("x", SLIDING, 64)
+    table = kv.table("x", SLIDING_LAYERS, 64)
     for stop in range(1, 65):
         for rows in range(1, min(8, stop) + 1):
             first = max(0, stop - rows - window + 1)
             needed = table[first // PAGE : -(-stop // PAGE)]
             assert len(set(needed)) == len(needed), (window, stop, rows)
-    assert len(set(table)) < len(kv.table("x", FULL, 64)) or window > 40
+    assert len(set(table)) < len(kv.table("x", FULL_LAYERS, 64)) or window > 40

@@ -18,7 +18,7 @@ from transformers import (
 from server.generation.kv_cache import KVCache
 from server.generation.sampling import TokenChooser, choose
 from server.generation.step_buffers import RowNumbers, StepBuffers
-from server.generation.step_sampling import choose_all, choose_best, is_plain, option_obstacle
+from server.generation.step_sampling import choose_all, choose_best, option_obstacle, takes_best
 from server.messages import SamplingOptions
 from tests.stand.launches import Launches
 
@@ -156,9 +156,9 @@ def test_logits_that_are_not_finite_are_told_row_by_row() -> None:
 
 
 def test_which_options_need_more_than_the_best_token() -> None:
-    assert is_plain(SamplingOptions(top_p=0.5, temperature=0.0, do_sample=True))
-    assert not is_plain(SamplingOptions(do_sample=True))
-    assert not is_plain(SamplingOptions(logprobs=True))
-    assert not is_plain(SamplingOptions(repetition_penalty=1.1))
+    assert takes_best(SamplingOptions(top_p=0.5, temperature=0.0, do_sample=True))
+    assert not takes_best(SamplingOptions(do_sample=True))
+    assert not takes_best(SamplingOptions(logprobs=True))
+    assert not takes_best(SamplingOptions(repetition_penalty=1.1))
     assert option_obstacle(SamplingOptions(alternatives=20)) is None
     assert option_obstacle(SamplingOptions(alternatives=21)) == "alternatives"
