@@ -19,10 +19,10 @@ from adapters.errors import AdapterError
 from adapters.registry.names import POLL_S, Names
 from adapters.tasks import BY_NAME, ROWS, Task, asked_at, tasks_at
 from server.edge.admit.body_budget import BodyBudget
+from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, PoolLate
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.admit.tokenizing import TokenizersBusy, TokenizerThreads
 from server.edge.link.dispatcher import Dispatcher
 from server.errors import Fault, Refusal
 from server.inputs.images import Images
@@ -44,16 +44,36 @@ AT_ONCE_CHARACTERS: Final = 4096  # texts longer than this are tokenized off the
 LONG_CHARACTERS: Final = 1 << 16  # and longer than this, by a tokenizer that nobody else waits for
 INPUT_CHARACTERS: Final = 128  # what an input costs beside its text, in characters
 # Threads of each kind of slow work: one kind at its limit stops no other.
-Pool = Literal["sources", "uploads", "registrations", "records", "metrics", "bodies", "answers"]
+Pool = Literal[
+    "short-texts",
+    "long-texts",
+    "sources",
+    "uploads",
+    "registrations",
+    "records",
+    "collecting",
+    "metrics",
+    "bodies",
+    "answers",
+]
 POOLS: Final[dict[Pool, int]] = {
+    "short-texts": 1,  # a tokenizer keeps state
+    "long-texts": 1,  # and so does its twin
     "sources": 4,  # fetching: as slow as where they come from
     "uploads": 2,
     "registrations": 2,
     "records": 2,
+    "collecting": 1,
     "metrics": 1,
     "bodies": 1,  # large ones, from bytes to values
     "answers": 1,  # large ones, from values to bytes
 }
+# Kinds that are as slow as a disk, or as somebody else's server, and that few ask for.
+UNHURRIED: Final[frozenset[Pool]] = frozenset(
+    {"sources", "uploads", "registrations", "records", "collecting"}
+)
+UNHURRIED_WAITING: Final = 64  # requests that may wait for one of those
+UNHURRIED_HANG_S: Final = 3600.0  # longer than any source or disk takes for one adapter
 # What may change while the server runs.
 RELOADABLE: Final = (
     "admin_key",
@@ -169,9 +189,7 @@ class Service:
         self.keys = self._keyring()
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
         # Not asyncio's default threads: LitServe's response task lives there and must never wait.
-        self._short: TokenizerThreads | None = None
-        self._long: TokenizerThreads | None = None
-        self._pools: dict[Pool, ThreadPoolExecutor] = {}
+        self._pools: dict[Pool, BoundedPool] = {}
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
 
     def open(self, number: int) -> None:
@@ -184,9 +202,21 @@ class Service:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self.registry.reopen()
         self.metrics = HttpMetrics()
-        self._short, self._long = TokenizerThreads("short-texts"), TokenizerThreads("long-texts")
-        self._pools = {name: ThreadPoolExecutor(count, name) for name, count in POOLS.items()}
+        self.open_pools()
         self.dispatcher.on_event = self._count
+
+    def open_pools(self) -> None:
+        """Make the threads for slow work; on the event loop, once in a process."""
+        self._pools = {
+            name: BoundedPool(name, count, hang_s=self._hang_s(name), hung=self.dispatcher.give_up)
+            for name, count in POOLS.items()
+        }
+
+    def _hang_s(self, pool: Pool) -> float:
+        """How long a piece of work may have a thread before this process is given up for it."""
+        if pool in UNHURRIED:
+            return UNHURRIED_HANG_S
+        return self.settings.max_step_s if pool == "long-texts" else self.settings.hang_s
 
     def refused(self, code: str) -> None:
         """Count an error response, or a connection that ended before it had a request."""
@@ -194,11 +224,8 @@ class Service:
             self.metrics.refusal(code)
 
     def close(self) -> None:
-        for lane in (self._short, self._long):
-            if lane is not None:
-                lane.close()
         for pool in self._pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
         self.registry.close()
@@ -250,7 +277,11 @@ class Service:
         await asyncio.shield(self._reading)
 
     async def change_registry(self, work: Callable[[], T], pool: Pool) -> T:
-        """Run a change of the registry in a thread; every request after it finds it done."""
+        """Run a change of the registry in a thread; every request after it finds it done.
+
+        Raises:
+            Refusal: As ``in_thread``.
+        """
 
         def change() -> T:
             done = work()
@@ -260,9 +291,56 @@ class Service:
 
         return await self.in_thread(change, pool)
 
-    async def in_thread(self, work: Callable[[], T], pool: Pool) -> T:
-        """Run something slow off the event loop, on the threads of its kind."""
-        return await asyncio.get_running_loop().run_in_executor(self._pools[pool], work)
+    async def in_thread(
+        self,
+        work: Callable[[], T],
+        pool: Pool,
+        *,
+        size_bytes: int = 0,
+        deadline: float | None = None,
+        owed: bool = False,
+    ) -> T:
+        """Run something slow off the event loop, on the threads of its kind.
+
+        Args:
+            work: Its exceptions are passed on.
+            pool: The kind.
+            size_bytes: About what is held in memory for it.
+            deadline: As ``time.monotonic()`` counts; without one, ``timeout_s`` from now for what
+                answers depend on, and none for the rest.
+            owed: It has to be done, however much waits: the end of what was begun.
+
+        Raises:
+            Refusal: overloaded, deadline_exceeded, or restarting where a piece of work hangs.
+        """
+        settings = self.settings
+        most = max(1, settings.max_queue_requests // settings.api_processes)
+        if pool in UNHURRIED:
+            most = min(most, UNHURRIED_WAITING)
+        elif deadline is None and not owed:
+            deadline = time.monotonic() + settings.timeout_s
+        try:
+            return await self._pools[pool].run(
+                work,
+                deadline=deadline,
+                most=None if owed else most,
+                size_bytes=size_bytes,
+                most_bytes=None if owed else int(settings.max_pending_body_bytes),
+            )
+        except PoolFull as full:
+            raise self.dispatcher.admission.overloaded(full.found, full.expected) from None
+        except PoolLate:
+            raise Refusal.because(
+                "deadline_exceeded",
+                "The deadline passed before the request could be prepared, or its answer written.",
+                fix="Ask for less, allow more time, or send fewer requests at once.",
+            ) from None
+        except PoolHung:
+            raise Refusal.because(
+                "restarting",
+                "Work on a request has hung, and its HTTP process ends.",
+                fix="Send the request again; a new process is being started.",
+            ) from None
 
     async def tokenize(
         self,
@@ -283,29 +361,23 @@ class Service:
             deadline: Of the request, as ``time.monotonic()`` counts.
 
         Raises:
-            Refusal: In the tokenizer's words; overloaded or deadline_exceeded.
+            Refusal: In the tokenizer's words; or as ``in_thread``.
         """
+        short = self._pools["short-texts"]
         try:
-            assert self._short is not None
-            assert self._long is not None
             # While its thread is at work it has the tokenizer: the event loop must not wait for it.
-            if characters <= AT_ONCE_CHARACTERS and self._short.idle:
+            if characters <= AT_ONCE_CHARACTERS and short.idle:
                 return work(encoder)
-            most = max(1, self.settings.max_queue_requests // self.settings.api_processes)
             if characters <= LONG_CHARACTERS:
-                return await self._short.run(lambda: work(encoder), deadline=deadline, most=most)
-            return await self._long.run(lambda: work(encoder.apart), deadline=deadline, most=most)
+                return await self.in_thread(
+                    lambda: work(encoder), "short-texts", size_bytes=characters, deadline=deadline
+                )
+            return await self.in_thread(
+                lambda: work(encoder.apart), "long-texts", size_bytes=characters, deadline=deadline
+            )
         except TextError as error:
             fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
             raise Refusal((fault,)) from None
-        except TokenizersBusy as error:
-            raise self.dispatcher.admission.overloaded(str(error), f"at most {most}") from None
-        except TimeoutError:
-            raise Refusal.because(
-                "deadline_exceeded",
-                "The deadline passed before the inputs were encoded.",
-                fix="Ask for less, allow more time, or send fewer requests at once.",
-            ) from None
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The registry's record of an adapter, from memory; of whatever base.

@@ -369,6 +369,9 @@ class Text:
                 _check_unicode(text, index)
         side = side or self.tokenizer.truncation_side
         nearest = self._bound.tail if side == "left" else self._bound.head
+        whole = len(first if second is None else second)  # of the text that offsets are of
+        if cuts == "second" and second is not None and self._surely_exceeds(first, self.max_tokens):
+            raise _input_too_long(index, "a first text that fills the context", self.max_tokens)
         if cuts is not None:
             # Of two that are both too long, the longer one keeps the odd token: which it is, is
             # decided by all tokens of texts that are not huge.
@@ -414,8 +417,9 @@ class Text:
         if len(ids) > self.max_tokens:
             raise _input_too_long(index, f"{len(ids)} tokens", self.max_tokens)
         wanted = 0 if second is None else 1
+        left_out = whole - len(first if second is None else second) if side == "left" else 0
         offsets = [
-            (int(start), int(stop)) if sequence == wanted else (0, 0)
+            (int(start) + left_out, int(stop) + left_out) if sequence == wanted else (0, 0)
             for (start, stop), sequence in zip(
                 encoding["offset_mapping"], sequence_ids, strict=True
             )

@@ -24,7 +24,48 @@ _WORD: Final = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
 _KEEPS_CHARACTERS: Final = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"}
 _KEEPS_WORDS: Final = {*_KEEPS_CHARACTERS, "BertNormalizer", "Strip", "StripAccents"}
 _SPLITS_WORDS: Final = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
+_WRITES_SPACES: Final = {"ByteLevel", "Metaspace", "Replace", "Prepend"}
 _BYTES: Final = 256
+_CONTRACTIONS: Final = "'s|'t|'re|'ve|'m|'ll|'d"
+_UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# Alternatives of the patterns by which byte-level tokenizers split (GPT-2, Llama 3, Qwen, GPT-4o,
+# DeepSeek and their like). None matches a letter or digit together with a space behind it, and none
+# looks back, or ahead by more than a character.
+_LETTERS: Final = frozenset(
+    {
+        r" ?\p{L}+",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
+    }
+)
+_DIGITS: Final = frozenset({r" ?\p{N}+", r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"})
+_OTHER: Final = frozenset(
+    {
+        *_CONTRACTIONS.split("|"),
+        f"(?i:{_CONTRACTIONS})",
+        f"[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}*{_LOWER}+(?i:{_CONTRACTIONS})?",
+        f"[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}+{_LOWER}*(?i:{_CONTRACTIONS})?",
+        f"[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}*{_LOWER}+",
+        f"[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}+{_LOWER}*",
+        r" ?[^\s\p{L}\p{N}]+",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r" ?[\p{P}\p{S}]+[\r\n]*",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+",
+        r"\s*[\r\n]+",
+        r"\s*[\r\n]",
+        r"\s+(?!\S)",
+        r"\s+",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    }
+)
+# Of which the two together match any letter, where those above are not there.
+_CASES: Final = (
+    {one for one in _OTHER if f"{_UPPER}*{_LOWER}+" in one},
+    {one for one in _OTHER if f"{_UPPER}+{_LOWER}*" in one},
+)
 
 
 @dataclass(frozen=True)
@@ -66,23 +107,37 @@ class TokenBound:
         contents = [str(one["content"]) for one in added]
         greedy = tuple(str(one["content"]) for one in added if one["lstrip"] or one["rstrip"])
         spaced = max((_words_in(content) for content in contents), default=1)
+        # Of these a space behind a word, or before it, may be a part.
+        sticky = any(one[0].isalnum() or one[-1].isalnum() for one in greedy if one)
         loose = bool(greedy and normalizers and any(one["normalized"] for one in added))
         if kind in {"WordPiece", "WordLevel"}:
             # A word of any length may be one unknown token, but no token is two words.
             apart = bool(splitters) and splitters[0]["type"] in _SPLITS_WORDS
             if not apart or not all(_keeps(one, _KEEPS_WORDS) for one in normalizers):
                 return cls()
-            return cls(words=spaced, cuts=spaced == 1)
+            return cls(words=spaced, cuts=spaced == 1 and not sticky)
         if kind not in {"BPE", "Unigram"} or not _keeps_all(model, normalizers, splitters):
             return cls()
         vocabulary = _vocabulary(model)
         composes = any(one["type"] in {"NFC", "NFKC"} for one in normalizers)
         longest = max(len(token) for token in (*vocabulary, *contents))
         words = max(spaced, *(_words_in(token) for token in vocabulary))
+        # What is between two words is in pieces of their own, or at least in no token with them.
+        apart = _split_at_words(splitters) or not any(map(_goes_on, vocabulary))
+        # A pattern is read as one of texts, not of what byte letters or signs for spaces make them.
+        patterns = [at for at, one in enumerate(splitters) if one["type"] == "Split"]
+        written = any(one["type"] in _WRITES_SPACES for one in normalizers) or any(
+            one["type"] in _WRITES_SPACES for one in splitters[: max(patterns, default=0)]
+        )
         return cls(
             characters=None if loose else longest * (COMPOSED_CHARACTERS if composes else 1),
             words=words,
-            cuts=words == 1 and not model.get("dropout") and all(map(_splits_by_place, splitters)),
+            cuts=words == 1
+            and apart
+            and not (patterns and written)
+            and not sticky
+            and not model.get("dropout")
+            and all(map(_splits_by_place, splitters)),
             greedy=greedy,
         )
 
@@ -177,7 +232,49 @@ def _keeps_all(
 
 def _splits_by_place(splitter: Mapping[str, Any]) -> bool:
     """Whether a text is split at a place whatever comes before or after the words beside it."""
-    return bool(splitter["type"] != "Split")  # a pattern of anybody's
+    if splitter["type"] != "Split":
+        return True
+    plain = splitter["behavior"] == "Isolated" and not splitter["invert"]
+    return plain and _branches(splitter) <= _LETTERS | _DIGITS | _OTHER
+
+
+def _split_at_words(splitters: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is a split before every space between two letters or digits."""
+    found: set[str] = set()
+    for one in splitters:
+        if one["type"] == "ByteLevel" and one.get("use_regex", True):
+            return True
+        if one["type"] == "Metaspace" and one.get("split", True):
+            return True
+        if one["type"] == "Split" and _splits_by_place(one):
+            found |= _branches(one)  # each letter or digit ends a match of the first that has it
+    return bool((found & _LETTERS or all(found & one for one in _CASES)) and found & _DIGITS)
+
+
+def _branches(splitter: Mapping[str, Any]) -> set[str]:
+    """The alternatives of a pattern; the whole of one that is no regular expression."""
+    pattern = splitter["pattern"].get("Regex")
+    if pattern is None:
+        return {json.dumps(splitter["pattern"])}
+    found, start, depth, at = set(), 0, 0, 0
+    while at < len(pattern):
+        match pattern[at]:
+            case "\\":
+                at += 1
+            case "[" | "(":  # a bracket within a class counts twice, and then nothing is known
+                depth += 1
+            case "]" | ")":
+                depth -= 1
+            case "|" if depth == 0:
+                found.add(pattern[start:at])
+                start = at + 1
+        at += 1
+    return {*found, pattern[start:]}
+
+
+def _goes_on(token: str) -> bool:
+    """Whether a space follows a letter or digit within a token."""
+    return any(before.isalnum() and after in _SPACES for before, after in pairwise(token))
 
 
 def _vocabulary(model: Mapping[str, Any]) -> list[str]:

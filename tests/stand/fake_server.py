@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from server.settings import load_settings
 from tests.stand import shifted_clock
 
 BROKEN_BEAT = "break-beat"
+HUNG_CHORE = "hang-chore"
+HANGING = "hang " * 1024  # a text on which the tokenizer hangs
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Characters(Text):
         truncation: bool = False,
         side: Side | None = None,
     ) -> tuple[TokenizedInput, ...]:
+        if HANGING in texts:
+            threading.Event().wait()
         if any(not one for one in texts):
             raise InvalidInput("An input is empty.")
         found = [tuple(map(ord, "".join(one))) for one in texts]
@@ -107,6 +112,13 @@ def break_beat(load: SharedLoad, order: Path) -> None:
 
     given: Any = load
     given.beat = fallible
+
+
+def hang_if_told(order: Path) -> None:
+    """A chore that never ends once the file ``order`` is there; says in it where it hangs."""
+    if order.exists():
+        order.write_text(str(os.getpid()))
+        threading.Event().wait()
 
 
 def main(engine: str) -> None:
@@ -143,6 +155,7 @@ def main(engine: str) -> None:
             engine=engine,
             on_ready=lambda: None,
             upkeep=lambda: None,
+            chore=lambda: hang_if_told(settings.data_dir / HUNG_CHORE),
         )
     except StartFailed as failure:
         sys.stderr.write(f"hira: {failure}\n")

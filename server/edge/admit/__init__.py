@@ -1,1 +1,1 @@
-"""Who may come in: connections, keys, bodies, what waits to be tokenized, bounds."""
+"""Who may come in: connections, keys, bodies, what waits for a thread, bounds."""

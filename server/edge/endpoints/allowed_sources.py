@@ -41,7 +41,7 @@ async def fetched(source: str, service: Service) -> AsyncIterator[Path]:
     try:
         yield folder
     finally:
-        await service.in_thread(lambda: copy.__exit__(None, None, None), "sources")
+        await service.in_thread(lambda: copy.__exit__(None, None, None), "sources", owed=True)
 
 
 def unpacked(upload: Upload, settings: Settings) -> Path:

@@ -44,6 +44,7 @@ from server.messages import (
 
 BASE_VERSION: Final = "base"
 SSE: Final = "text/event-stream"
+VALUE_BYTES: Final = 64  # what a value of an answer takes in memory, and again as text
 T = TypeVar("T")
 
 
@@ -353,7 +354,9 @@ class EventStream(StreamingResponse):
 
 async def json_response(service: Service, content: object, headers: Mapping[str, str]) -> Response:
     """An answer as JSON; a large one is written in a thread."""
-    if weight(content) <= AT_ONCE_VALUES:
+    values = weight(content)
+    if values <= AT_ONCE_VALUES:
         return Json(content, headers=dict(headers))
-    text = await service.in_thread(lambda: written(content), "answers")
+    size_bytes = values * VALUE_BYTES
+    text = await service.in_thread(lambda: written(content), "answers", size_bytes=size_bytes)
     return Response(text, headers=dict(headers), media_type=Json.media_type)

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import Depends, Request, Response
 
 from server.edge.endpoints.answers import (
+    VALUE_BYTES,
     EventStream,
     Generations,
     answer_headers,
@@ -261,9 +262,12 @@ class OpenAI:
     ) -> dict[str, Any]:
         """The answer as values; one with many log-probabilities is put together in a thread."""
         tokens = sum(len(one.tokens) + len(one.prompt_logprobs) for one in results)
-        if tokens * (1 + shape.alternatives) <= AT_ONCE_VALUES:
+        values = tokens * (1 + shape.alternatives)
+        if values <= AT_ONCE_VALUES:
             return shape.answer(results, copies)
-        return await self.service.in_thread(lambda: shape.answer(results, copies), "answers")
+        return await self.service.in_thread(
+            lambda: shape.answer(results, copies), "answers", size_bytes=values * VALUE_BYTES
+        )
 
     def _target(self, request: Request, body: OpenAIBody, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""

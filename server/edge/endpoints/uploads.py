@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -59,7 +60,8 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
             parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
             async for chunk in request.stream():
                 if chunk:
-                    await service.in_thread(lambda chunk=chunk: parser.write(chunk), "uploads")  # type: ignore[misc]
+                    written = partial(parser.write, chunk)
+                    await service.in_thread(written, "uploads", owed=True)
             parser.finalize()
         except FormParserError as error:
             raise _malformed_upload(str(error)) from None
@@ -73,7 +75,9 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
             raise _malformed_upload("it ends in the middle of a part")
         yield parts.upload
     finally:
-        await service.in_thread(lambda: shutil.rmtree(folder, ignore_errors=True), "uploads")
+        await service.in_thread(
+            lambda: shutil.rmtree(folder, ignore_errors=True), "uploads", owed=True
+        )
 
 
 class _MultipartCallbacks:

@@ -52,6 +52,7 @@ DESCRIPTION: Final = "Many HiRA and LoRA adapters on one 4-bit base model."
 CLOSE_CONNECTIONS_S: Final = (
     2.0  # for an HTTP process whose requests have ended, to close its connections
 )
+CHORE_S: Final = 1.0
 JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
 BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
 # What a fault shows of a value: repr() of all of a large one would take its time.
@@ -99,6 +100,8 @@ class HiraServer(LitServer):
         self.start_http: Callable[[int], ForkProcess] | None = None
         # Called in the main thread when all processes are started; returns when they shall end.
         self.supervise: Callable[[dict[int, ForkProcess]], None] | None = None
+        # Called about once a second in a thread of the first HTTP process.
+        self.chore: Callable[[], None] = lambda: None
         self.queues: Any = None  # the process of LitServe's queues
         super().__init__(
             api,
@@ -228,15 +231,27 @@ class HiraServer(LitServer):
         ending = asyncio.Event()
         receiving = watched(self._receive(number, ending), "responses", dispatcher.give_up)
         following = watched(service.follow_registry(), "registry", dispatcher.give_up)
+        chores = watched(self._do_chores(number), "chores", dispatcher.give_up)
         try:
             yield
         finally:
             following.cancel()
+            chores.cancel()
             await dispatcher.stop()
             ending.set()
             receiving.cancel()
             await asyncio.wait((receiving,))
             service.close()
+
+    async def _do_chores(self, number: int) -> None:
+        """Call ``chore`` for ever, whatever becomes of a single call."""
+        while number == 0:
+            await asyncio.sleep(CHORE_S)
+            self.service.refresh()  # perhaps no request does
+            try:
+                await self.service.in_thread(self.chore, "collecting", owed=True)
+            except Exception:
+                logger.exception("A chore failed and is tried again")
 
     async def _receive(self, number: int, ending: asyncio.Event) -> None:
         """LitServe's response task, which ends at its first error; it swallows its own

@@ -34,6 +34,7 @@ def run_service(
     engine: str,
     on_ready: Callable[[], None],
     upkeep: Callable[[], None],
+    chore: Callable[[], None],
 ) -> None:
     """Start all processes, and return when the server has been told to stop and has drained.
 
@@ -44,6 +45,7 @@ def run_service(
         engine: ``module:attribute`` of what builds the engine in the worker.
         on_ready: Called once, when the first worker answers.
         upkeep: Called about once a second in the main process.
+        chore: Called about once a second in a thread of the first HTTP process; may take long.
 
     Raises:
         StartFailed: One line that says why the server cannot run.
@@ -65,6 +67,7 @@ def run_service(
     supervisor.install()
     bind_forked_children()
     server.supervise = supervisor.run
+    server.chore = chore
     server.run(
         host=settings.host,
         port=settings.port,

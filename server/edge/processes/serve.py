@@ -101,7 +101,6 @@ def _serve_in(
     def upkeep() -> None:
         if folder.restore():
             settings.metrics_dir.mkdir()
-        collector.look()
 
     run_service(
         service,
@@ -110,22 +109,28 @@ def _serve_in(
         engine=engine,
         on_ready=ready,
         upkeep=upkeep,
+        chore=collector.look,
     )
 
 
 class Collector:
-    """Deletes, now and then, the bytes of versions that nobody names or needs any more."""
+    """Deletes, now and then, the bytes of versions that nobody names or needs any more.
+
+    Runs in a thread of the first HTTP process: a database that hangs holds it up, and must hold up
+    neither requests nor the main process, which watches all others.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._at = time.monotonic()
-        self._grace_s = 0.0
+        # As the main process has it: an HTTP process that starts later may know a shorter limit.
+        self._grace_s = service.settings.max_timeout_s + 60.0
 
     def look(self) -> None:
+        """Collect, if it is time; what goes wrong is logged, and tried again the next time."""
         if time.monotonic() - self._at < COLLECT_S:
             return
         self._at = time.monotonic()
-        self._service.refresh()  # nobody else in this process takes over what SIGHUP changed
         settings = self._service.settings
         # No request lives longer than max_timeout_s, so none can still need what is older. One
         # that was admitted before the limit was lowered has the longer one still.
@@ -135,7 +140,6 @@ class Collector:
         try:
             self._service.registry.collect_garbage(resident, grace_s=self._grace_s)
         except (AdapterError, OSError) as error:
-            # In the main process: a registry that is locked for a while must not end the server.
             logger.error("Versions that nobody names were not collected: %s", error)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server import demo
@@ -54,7 +55,55 @@ def pieces_of_bert() -> Any:
     return made
 
 
-KINDS = {"bytes": demo_tokenizer, "composing": composing, "words": pieces_of_bert}
+CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MARKS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+# As these families publish their tokenizers: one pattern after the other.
+SPLITS = {
+    "gpt2": (rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+",),
+    "llama3": (rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}",),
+    "qwen": (rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{REST}",),
+    "gpt4o": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?i:{CONTRACTIONS})?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?i:{CONTRACTIONS})?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "deepseek": (
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        rf"{MARKS}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}
+
+
+def splitting(
+    *patterns: str, behavior: str = "isolated", merges: tuple[tuple[str, str], ...] = ()
+) -> Any:
+    """Byte letters, a few merges, and the patterns one after the other."""
+    pairs: list[tuple[str, str]] = [
+        ("Ġ", "f"),
+        ("Ġf", "i"),
+        ("1", "2"),
+        ("Ġ", "Ġ"),
+        ("a", "Ġ"),
+        *merges,
+    ]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in pairs)]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    splits = [pre_tokenizers.Split(Regex(one), behavior) for one in patterns]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([*splits, last])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!")
+
+
+def split_like(family: str) -> Callable[[], Any]:
+    return lambda: splitting(*SPLITS[family])
+
+
+KINDS: dict[str, Callable[[], Any]] = {one: split_like(one) for one in SPLITS}
+KINDS |= {"bytes": demo_tokenizer, "composing": composing, "words": pieces_of_bert}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,6 +132,77 @@ def test_cut_text_has_the_tokens_of_the_whole_one(kind: str) -> None:
         assert tokenizer(tail, add_special_tokens=False)["input_ids"][-most:] == whole[-most:]
         shorter += (len(head) < len(text)) + (len(tail) < len(text))
     assert shorter > 100
+
+
+UNKNOWN = (
+    r"(?<=film )[a-z]+|\p{L}+|\p{N}+|\s+",  # looks back
+    r"[a-z ]+|\p{L}+|\p{N}+",  # goes on over spaces
+    r"\p{N}{1,3}",  # does not split at words, and a token of the vocabulary goes on
+    r"\p{L}+|\s+",  # no digits
+    rf"{SPLITS['qwen'][0]}|x",  # one alternative that is not known
+)
+
+
+@pytest.mark.parametrize("pattern", UNKNOWN)
+def test_pattern_of_which_too_little_is_known_is_not_cut(pattern: str) -> None:
+    assert not TokenBound.of(splitting(pattern).backend_tokenizer).cuts
+
+
+@pytest.mark.parametrize("behavior", ["merged_with_previous", "merged_with_next", "contiguous"])
+def test_pattern_whose_pieces_are_put_together_again_is_not_cut(behavior: str) -> None:
+    made = splitting(SPLITS["qwen"][0], behavior=behavior)
+    assert not TokenBound.of(made.backend_tokenizer).cuts
+
+
+def test_pattern_that_reads_byte_letters_is_not_cut() -> None:
+    made = splitting(SPLITS["qwen"][0])
+    backend = made.backend_tokenizer
+    bytes_first = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([bytes_first, backend.pre_tokenizer[0]])
+    assert not TokenBound.of(backend).cuts  # to it a space is a letter
+
+
+@pytest.mark.parametrize(("content", "cuts"), [("MASK", False), ("[MASK]", True)])
+def test_added_token_that_takes_the_space_behind_a_word_along_is_not_cut(
+    content: str, cuts: bool
+) -> None:
+    made = splitting(*SPLITS["qwen"])
+    made.add_tokens([AddedToken(content, rstrip=True, normalized=False)])
+    assert TokenBound.of(made.backend_tokenizer).cuts is cuts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", ["token-classification", "question-answering"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_span_task_cuts_as_the_whole_text_is_cut(kind: str, task: Any, side: str) -> None:
+    text, choose = Text(KINDS[kind](), max_tokens=24), random.Random(9)
+    text.tokenizer.truncation_side = side
+    for _ in range(40):
+        long = "".join(choose.choices(PIECES + (" film",) * 9, k=300)) + " end"
+        given: Any = long if task == "token-classification" else ("a film", long)
+        (cut,) = text.encode([given], task, truncation=True)
+        pair = (given,) if isinstance(given, str) else given
+        whole = text.tokenizer(
+            *pair,
+            truncation=True if len(pair) == 1 else "only_second",
+            max_length=24,
+            return_offsets_mapping=True,
+        )
+        assert list(cut.token_ids) == whole["input_ids"]
+        assert cut.text == long
+        wanted = len(pair) - 1
+        assert cut.offsets == tuple(
+            offsets if number == wanted else (0, 0)
+            for offsets, number in zip(whole["offset_mapping"], whole.sequence_ids(0), strict=True)
+        )
+
+
+def test_first_of_a_pair_that_fills_the_context_is_refused_without_being_tokenized() -> None:
+    text = Text(demo_tokenizer(), max_tokens=512)
+    text.tokenizer = Untouched(text.tokenizer)
+    with pytest.raises(InputTooLong, match="too long") as caught:
+        text.encode([("word " * 200_000, "short")], "question-answering", truncation=True)
+    assert caught.value.found == "a first text that fills the context"
 
 
 def test_no_character_is_composed_of_more_than_the_bound_allows() -> None:

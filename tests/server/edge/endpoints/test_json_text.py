@@ -53,7 +53,7 @@ class Threads:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
 
-    async def in_thread(self, work: Callable[[], T], pool: str) -> T:
+    async def in_thread(self, work: Callable[[], T], pool: str, *, size_bytes: int) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 

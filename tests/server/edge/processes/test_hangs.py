@@ -16,7 +16,7 @@ import pytest
 
 from tests.server.edge.processes.test_faults import predict, wait_for
 from tests.stand.fake_engine import SLOW_SEED
-from tests.stand.fake_server import BROKEN_BEAT
+from tests.stand.fake_server import BROKEN_BEAT, HANGING, HUNG_CHORE
 from tests.stand.live import Live, fake
 
 pytestmark = pytest.mark.http
@@ -112,6 +112,36 @@ def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Pa
         log = live.log.read_text()
         assert "asked for" in log, "why, with its traceback"
         assert "without its dispatcher-tick" in log
+
+
+def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_path: Path) -> None:
+    with fake(tmp_path / "data") as live:
+        order = live.folder / HUNG_CHORE
+        order.touch()
+        wait_for(lambda: order.read_text() != "", PATIENCE_S)
+        assert int(order.read_text()) != live.child.pid
+        pid = live.worker_pid
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: live.metric("hira_worker_ready") == 0, PATIENCE_S)
+        live.wait_ready()
+        assert live.worker_pid != pid
+        assert predict(live).status_code == 200
+
+
+def test_text_on_which_the_tokenizer_hangs_costs_one_http_process(tmp_path: Path) -> None:
+    with fake(tmp_path / "data", hang_s=8) as live:
+        body = {"inputs": HANGING}
+        first = live.client.post(
+            "/predict?adapter=imdb", json=body, headers={"X-Timeout-Seconds": "1"}
+        )
+        assert (first.status_code, first.json()["code"]) == (504, "deadline_exceeded")
+        # Who comes while it hangs is told at his deadline, or when the process ends.
+        behind = live.client.post("/predict?adapter=imdb", json={"inputs": "x"})
+        assert (behind.status_code, behind.json()["code"]) == (503, "restarting")
+        assert int(behind.headers["Retry-After"]) >= 1
+        live.wait_ready()
+        assert predict(live).status_code == 200
+        assert "ends without its short-texts" in live.log.read_text()
 
 
 def test_crash_loop_backs_off_and_says_so(live: Live) -> None:

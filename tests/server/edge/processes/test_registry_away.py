@@ -14,11 +14,14 @@ import pytest
 
 from adapters.errors import RegistryUnavailable
 from adapters.registry.names import Names
+from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
+from server.edge.link.dispatcher import Dispatcher
 from server.edge.processes import serve
 from server.edge.processes.serve import Collector
 from server.edge.service import Service
 from server.errors import Refusal
+from server.settings import Settings
 
 
 class Registry:
@@ -44,7 +47,10 @@ def process(registry: Registry, load: SharedLoad, number: int) -> Service:
     made.names = Names(registry, load.registry_changes)
     made.names.refresh()
     made._number, made._changing, made._reading = number, threading.Lock(), None
-    made._reader, made._pools = ThreadPoolExecutor(1), {"records": ThreadPoolExecutor(1)}
+    made._reader = ThreadPoolExecutor(1)
+    made.settings = Settings()
+    made.dispatcher = Dispatcher(load, Bounds(9, 9, 9), 1, Path("none"))
+    made.open_pools()
     return made
 
 
@@ -111,17 +117,16 @@ def test_the_collector_takes_over_a_longer_limit_and_keeps_it(
 ) -> None:
     monkeypatch.setattr(serve, "COLLECT_S", 0.0)
     graces: list[float] = []
-    limits = iter((300.0, 900.0, 100.0))
     service: Any = SimpleNamespace(
-        settings=None,
+        settings=limited(tmp_path, 300.0),  # of the start
         registry=SimpleNamespace(collect_garbage=lambda _, grace_s: graces.append(grace_s)),
     )
-
-    def refresh() -> None:  # what SIGHUP brings
-        service.settings = SimpleNamespace(run_dir=tmp_path, max_timeout_s=next(limits))
-
-    service.refresh = refresh
     collector = Collector(service)
-    for _ in range(3):
+    for seconds in (100.0, 900.0, 100.0):  # what SIGHUP brings
+        service.settings = limited(tmp_path, seconds)
         collector.look()
     assert graces == [360.0, 960.0, 960.0]
+
+
+def limited(run_dir: Path, max_timeout_s: float) -> Any:
+    return SimpleNamespace(run_dir=run_dir, max_timeout_s=max_timeout_s)

@@ -6,34 +6,46 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.edge.admit.tokenizing import TokenizersBusy, TokenizerThreads
+from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, PoolLate
+from server.edge.admit.bounds import Bounds
+from server.edge.admit.shared_load import SharedLoad
 from server.edge.endpoints import answers as calls
 from server.edge.endpoints.middleware import RequestContext
-from server.edge.service import AT_ONCE_CHARACTERS, LONG_CHARACTERS, POOLS, Service
+from server.edge.link.dispatcher import Dispatcher
+from server.edge.service import (
+    AT_ONCE_CHARACTERS,
+    LONG_CHARACTERS,
+    POOLS,
+    UNHURRIED,
+    UNHURRIED_WAITING,
+    Service,
+)
 from server.errors import Refusal
 from server.settings import Settings
 
 
 @contextmanager
-def made() -> Iterator[TokenizerThreads]:
-    encoders = TokenizerThreads()
+def made(threads: int = 1, hang_s: float = 60.0) -> Iterator[tuple[BoundedPool, list[str]]]:
+    """A pool, and where it tells of work that hangs."""
+    told: list[str] = []
+    pool = BoundedPool("tried", threads, hang_s=hang_s, hung=told.append)
     try:
-        yield encoders
+        yield pool, told
     finally:
-        encoders.close()
+        pool.close()
 
 
 def soon() -> float:
     return time.monotonic() + 30
 
 
-async def begun(encoders: TokenizerThreads, gate: threading.Event) -> asyncio.Task[bool]:
+async def begun(pool: BoundedPool, gate: threading.Event) -> asyncio.Task[bool]:
     """Occupy the thread until ``gate`` is set."""
     at_work = threading.Event()
 
@@ -41,7 +53,7 @@ async def begun(encoders: TokenizerThreads, gate: threading.Event) -> asyncio.Ta
         at_work.set()
         return gate.wait(30)
 
-    task = asyncio.create_task(encoders.run(work, deadline=soon(), most=9))
+    task = asyncio.create_task(pool.run(work, deadline=soon(), most=9))
     while not at_work.is_set():
         await asyncio.sleep(0.001)
     return task
@@ -51,20 +63,20 @@ def test_no_more_wait_than_may_and_all_run_in_order() -> None:
     async def scenario() -> list[int]:
         order: list[int] = []
         gate = threading.Event()
-        with made() as encoders:
-            first = await begun(encoders, gate)
+        with made() as (pool, _):
+            first = await begun(pool, gate)
             others = [
                 asyncio.create_task(
-                    encoders.run(lambda i=i: order.append(i), deadline=soon(), most=4)  # type: ignore[misc]
+                    pool.run(lambda i=i: order.append(i), deadline=soon(), most=4)  # type: ignore[misc]
                 )
                 for i in range(3)
             ]
             await asyncio.sleep(0)
-            with pytest.raises(TokenizersBusy, match="4 requests"):
-                await encoders.run(lambda: order.append(9), deadline=soon(), most=4)
+            with pytest.raises(PoolFull, match="4 requests"):
+                await pool.run(lambda: order.append(9), deadline=soon(), most=4)
             gate.set()
             await asyncio.gather(first, *others)
-            assert encoders.waiting == 0
+            assert pool.waiting == 0
         return order
 
     assert asyncio.run(scenario()) == [0, 1, 2]
@@ -74,26 +86,22 @@ def test_work_whose_deadline_passed_or_whose_client_left_is_never_begun() -> Non
     async def scenario() -> list[str]:
         ran: list[str] = []
         gate = threading.Event()
-        with made() as encoders:
-            first = await begun(encoders, gate)
-            with pytest.raises(TimeoutError):
-                await encoders.run(
-                    lambda: ran.append("late"), deadline=time.monotonic() + 0.05, most=9
-                )
+        with made() as (pool, _):
+            first = await begun(pool, gate)
+            with pytest.raises(PoolLate):
+                await pool.run(lambda: ran.append("late"), deadline=time.monotonic() + 0.05, most=9)
             gone = asyncio.create_task(
-                encoders.run(lambda: ran.append("gone"), deadline=soon(), most=9)
+                pool.run(lambda: ran.append("gone"), deadline=soon(), most=9)
             )
             await asyncio.sleep(0.01)
             gone.cancel()
             await asyncio.wait([gone])
-            assert encoders.waiting == 1
+            assert pool.waiting == 1
             gate.set()
             assert await first
-            await encoders.run(lambda: ran.append("there"), deadline=soon(), most=9)
-            with pytest.raises(TimeoutError):
-                await encoders.run(
-                    lambda: ran.append("over"), deadline=time.monotonic() - 1, most=9
-                )
+            await pool.run(lambda: ran.append("there"), deadline=soon(), most=9)
+            with pytest.raises(PoolLate):
+                await pool.run(lambda: ran.append("over"), deadline=time.monotonic() - 1, most=9)
         return ran
 
     assert asyncio.run(scenario()) == ["there"]
@@ -102,14 +110,14 @@ def test_work_whose_deadline_passed_or_whose_client_left_is_never_begun() -> Non
 def test_given_up_work_keeps_the_thread_until_it_ends() -> None:
     async def scenario() -> None:
         gate = threading.Event()
-        with made() as encoders:
-            first = await begun(encoders, gate)
+        with made() as (pool, _):
+            first = await begun(pool, gate)
             first.cancel()
             await asyncio.wait([first])
-            with pytest.raises(TimeoutError):
-                await encoders.run(lambda: None, deadline=time.monotonic() + 0.05, most=1)
+            with pytest.raises(PoolLate):
+                await pool.run(lambda: None, deadline=time.monotonic() + 0.05, most=1)
             gate.set()
-            assert await encoders.run(lambda: 5, deadline=soon(), most=1) == 5
+            assert await pool.run(lambda: 5, deadline=soon(), most=1) == 5
 
     asyncio.run(scenario())
 
@@ -167,14 +175,16 @@ class Encoder:
 
 
 @contextmanager
-def service() -> Iterator[Any]:
-    """A service of threads and lanes alone."""
+def service(**changes: Any) -> Iterator[Any]:
+    """A service of threads and their bounds alone, and of a dispatcher that ends nothing."""
     served: Any = Service.__new__(Service)
-    served.settings = Settings()
-    served._short, served._long = TokenizerThreads(), TokenizerThreads("long-texts")
+    served.settings = Settings().model_copy(update=changes)
+    served.dispatcher = Dispatcher(SharedLoad(1), Bounds(9, 9, 9), 1, Path("none"))
+    served.dispatcher.end = lambda: served.ended.append(True)
+    served.ended = []
     served._reader = None
-    served._pools = {name: ThreadPoolExecutor(count) for name, count in POOLS.items()}
     served.registry = Closed()
+    served.open_pools()
     try:
         yield served
     finally:
@@ -270,5 +280,108 @@ def test_one_kind_of_slow_work_at_its_limit_stops_no_other(full: Any) -> None:
                     assert await served.in_thread(lambda: 7, other) == 7
             gate.set()
             await asyncio.gather(*waiting)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_kind_of_slow_work_is_bounded_in_number_but_for_what_is_owed(pool: Any) -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        most = UNHURRIED_WAITING if pool in UNHURRIED else UNHURRIED_WAITING + 6
+        with service(max_queue_requests=UNHURRIED_WAITING + 6, api_processes=1) as served:
+            waiting = [
+                asyncio.create_task(served.in_thread(lambda: gate.wait(30), pool))
+                for _ in range(most)
+            ]
+            await asyncio.sleep(0.01)
+            with pytest.raises(Refusal) as caught:
+                await served.in_thread(lambda: 7, pool)
+            assert caught.value.faults[0].code == "overloaded"
+            assert int(caught.value.headers["Retry-After"]) >= 1
+            owed = asyncio.create_task(served.in_thread(lambda: 8, pool, owed=True))
+            await asyncio.sleep(0.01)
+            gate.set()
+            assert await owed == 8
+            await asyncio.gather(*waiting)
+            assert await served.in_thread(lambda: 7, pool) == 7
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_is_bounded_in_bytes_but_one_alone_may_have_more() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        with service(max_pending_body_bytes=1000) as served:
+            first = asyncio.create_task(
+                served.in_thread(lambda: gate.wait(30), "bodies", size_bytes=5000)
+            )
+            await asyncio.sleep(0.01)
+            with pytest.raises(Refusal) as caught:
+                await served.in_thread(lambda: 7, "bodies", size_bytes=1)
+            assert "5000 bytes" in (caught.value.faults[0].found or "")
+            gate.set()
+            await first
+            assert await served.in_thread(lambda: 7, "bodies", size_bytes=999) == 7
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_work_that_never_ends_is_told_of_and_so_is_who_waits_behind_it(threads: int) -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        with made(threads, hang_s=0.2) as (pool, told):
+            hangs = [
+                asyncio.create_task(pool.run(lambda: gate.wait(30), deadline=soon()))
+                for _ in range(threads)
+            ]
+            behind = [asyncio.create_task(pool.run(lambda: True)) for _ in range(3)]
+            found = await asyncio.gather(*hangs, *behind, return_exceptions=True)
+            assert {type(one) for one in found} == {PoolHung}
+            with pytest.raises(PoolHung):
+                await pool.run(lambda: 7)
+            assert told == ["tried"]
+            assert not pool.idle
+            gate.set()
+
+    asyncio.run(scenario())
+
+
+def test_who_left_does_not_hide_that_work_hangs() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        with made(hang_s=0.3) as (pool, told):
+            with pytest.raises(PoolLate):
+                await pool.run(lambda: gate.wait(30), deadline=time.monotonic() + 0.05)
+            assert told == []
+            while not told:
+                await asyncio.sleep(0.01)
+            gate.set()
+
+    asyncio.run(scenario())
+
+
+def test_error_of_the_work_is_passed_on_even_where_it_is_a_timeout() -> None:
+    def fails() -> None:
+        raise TimeoutError("of a socket")
+
+    async def scenario() -> None:
+        with made() as (pool, _), pytest.raises(TimeoutError, match="of a socket"):
+            await pool.run(fails, deadline=soon())
+
+    asyncio.run(scenario())
+
+
+def test_service_ends_its_process_for_work_that_hangs() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        with service(hang_s=0.3) as served:
+            with pytest.raises(Refusal) as caught:
+                await served.in_thread(lambda: gate.wait(60), "metrics", deadline=soon())
+            assert caught.value.faults[0].code == "restarting"
+            assert served.ended == [True]
+            assert served.dispatcher.status == "restarting"
+            gate.set()
 
     asyncio.run(scenario())
