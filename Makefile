@@ -10,7 +10,7 @@ ARGS   ?=
 setup: $(STAMP)
 
 # torch is installed first and alone: with it in place nothing below pulls another build of it.
-$(STAMP): pyproject.toml constraints.txt setup.py adapters/kernels/native/hira_cpu.cpp
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard adapters/kernels/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -7,7 +7,11 @@ setup(
         Extension(
             # A plain shared library that adapters/kernels/native_ops.py loads, not a module.
             "adapters.kernels.hira_cpu",
-            sources=["adapters/kernels/native/hira_cpu.cpp"],
+            sources=[
+                f"adapters/kernels/native/{name}.cpp"
+                for name in ("hira_cpu", "float32_avx2", "float32_avx512")
+            ],
+            depends=[f"adapters/kernels/native/{name}.h" for name in ("call", "float32")],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w"],
             optional=True,

@@ -28,12 +28,15 @@ here: the server maps every code to one in its own table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 
-class AdapterError(Exception):
-    """An adapter, or a request for one, that cannot be honoured.
+class ExplainedError(Exception):
+    """An error that says what was found, what was expected, and what to do.
 
     Args:
         message: One sentence, for a person.
@@ -42,7 +45,7 @@ class AdapterError(Exception):
         fix: What the user can do about it.
     """
 
-    code: ClassVar[str] = "adapter_error"
+    code: ClassVar[str] = "internal"
 
     def __init__(
         self,
@@ -77,13 +80,19 @@ class AdapterError(Exception):
 
 
 def _rebuild(
-    kind: type[AdapterError],
+    kind: type[ExplainedError],
     message: str,
     found: str | None,
     expected: str | None,
     fix: str | None,
-) -> AdapterError:
+) -> ExplainedError:
     return kind(message, found=found, expected=expected, fix=fix)
+
+
+class AdapterError(ExplainedError):
+    """An adapter, or a request for one, that cannot be honoured."""
+
+    code = "adapter_error"
 
 
 class UnsafeFormat(AdapterError):
@@ -181,3 +190,22 @@ class AdapterFaults(AdapterError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (AdapterFaults, (self.faults,))
+
+
+@contextmanager
+def full_disk_refused(what: str) -> Iterator[None]:
+    """Turn an OSError of a disk without room, or of a quota that is used up, into ``StoreFull``.
+
+    Args:
+        what: The disk, as the message begins: "The disk of the adapter store".
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreFull(
+            f"{what} is full.",
+            found=os.strerror(error.errno),
+            fix="Free disk space, or remove adapters.",
+        ) from error

@@ -8,9 +8,8 @@ adapter fits is judged by the reader of its tensors, against this.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final, Literal, Protocol
 
 import torch
@@ -150,27 +149,6 @@ class BaseSignature:
             if found is None and path.startswith(f"{self.prefix}."):
                 found = self.layers.get(path[len(self.prefix) + 1 :])
         return found
-
-    def to_json(self) -> str:
-        """A stable text form; ``from_json`` is its inverse."""
-        fields = asdict(replace(self, files=None, config={}, token_id=None))
-        del fields["files"], fields["config"], fields["token_id"]
-        fields["layers"] = [asdict(layer) for layer in self.layers.values()]
-        fields["output_layers"] = sorted(self.output_layers)
-        return json.dumps(fields, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> BaseSignature:
-        """Read what ``to_json`` wrote."""
-        fields = json.loads(text)
-        layers = [
-            LayerSignature(**{**layer, "kernel": tuple(layer["kernel"])})
-            for layer in fields.pop("layers")
-        ]
-        output_layers = frozenset(fields.pop("output_layers"))
-        return cls(
-            **fields, layers={layer.path: layer for layer in layers}, output_layers=output_layers
-        )
 
 
 def describe(model: nn.Module, name: str) -> BaseSignature:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from adapters.errors import AdapterError, AdapterFaults
+from adapters.errors import AdapterFaults, ExplainedError
 from server.messages import Failure
 
 PROBLEM_TYPE: Final = "application/problem+json"
@@ -33,6 +33,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "task_mismatch": ErrorCode(400, "The adapter does another task"),
     "unsupported_parameter": ErrorCode(400, "A parameter that cannot be honoured"),
     "chat_template_missing": ErrorCode(400, "The base has no chat template"),
+    "chat_template_failed": ErrorCode(422, "The chat template could not be run"),
     "invalid_request": ErrorCode(422, "The request is not valid"),
     "invalid_input": ErrorCode(422, "An input cannot be given to the model"),
     "input_too_long": ErrorCode(413, "The input is too long"),
@@ -97,8 +98,8 @@ class Fault:
     field: str | None = None  # where in the body or the query, dotted
 
     @classmethod
-    def of(cls, error: AdapterError | Failure) -> Self:
-        return cls(error.code, error.message, error.found, error.expected, error.fix)
+    def of(cls, error: ExplainedError | Failure, field: str | None = None) -> Self:
+        return cls(error.code, error.message, error.found, error.expected, error.fix, field)
 
     def parts(self) -> dict[str, str]:
         """The details that are there, in the order in which people want them."""
@@ -138,13 +139,13 @@ class Refusal(Exception):
         return cls((Fault(code, message, found, expected, fix, field),), headers or {})
 
     @classmethod
-    def of(cls, error: AdapterError | Failure) -> Self:
+    def of(cls, error: ExplainedError | Failure, field: str | None = None) -> Self:
         if isinstance(error, AdapterFaults):
-            return cls(tuple(Fault.of(fault) for fault in error.faults))
+            return cls(tuple(Fault.of(fault, field) for fault in error.faults))
         headers = {}
         if isinstance(error, Failure) and error.retry_after_s is not None:
             headers["Retry-After"] = str(error.retry_after_s)
-        return cls((Fault.of(error),), headers)
+        return cls((Fault.of(error, field),), headers)
 
     def __str__(self) -> str:
         return "; ".join(f"{fault.code}: {fault.message}" for fault in self.faults)

@@ -1,6 +1,12 @@
-"""How a request to encode can fail, in the words and codes that its client gets."""
+"""How a request can fail in the engine, in the words and codes that its client gets.
+
+What both lanes say; refusals of the generation lane are in ``server.generation.failures``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -8,9 +14,18 @@ from adapters.errors import AdapterError
 from adapters.tasks import BY_NAME, Task
 from server.inputs.images import Images
 from server.inputs.text import Text
-from server.messages import EncodeRequest, Failure, ProcessedImage, TokenizedInput
+from server.messages import (
+    EncodeRequest,
+    Failure,
+    ModelInput,
+    ProcessedImage,
+    Request,
+    TokenizedInput,
+)
 
-_PIXEL_BYTES = 4  # float32
+WIDER = "Serve the base in a dtype of wider range: --dtype bf16 or fp32."
+
+T = TypeVar("T")
 
 
 class NotFinite(Exception):
@@ -29,6 +44,9 @@ class TaskMismatch(Exception):
 def refusal(request: EncodeRequest, inputs: Text | Images) -> Failure | None:
     """Why a request can never run, or None.
 
+    Inputs are checked where they are made, in the HTTP process. What would be a danger to others
+    here, such as a token that the embedding does not have, is looked at once more.
+
     Args:
         inputs: What the base takes: texts or images.
     """
@@ -37,103 +55,64 @@ def refusal(request: EncodeRequest, inputs: Text | Images) -> Failure | None:
     served = row.lane == "encode" and kind in row.takes
     if not served or (request.version is None and row.head == "adapter"):
         return _mismatch(request, None)
-    if not request.inputs:
-        return _invalid(request, "There is nothing to encode.", "no inputs", "at least one")
+    if request.inputs and all(_is_whole(item, inputs) for item in request.inputs):
+        return None
+    return Failure(
+        request.id,
+        "invalid_input",
+        "The inputs are none that the base takes.",
+        found=f"{len(request.inputs)} inputs, one of them empty, too long or of another kind",
+        expected="inputs as Text.encode or Images.encode makes them",
+    )
+
+
+def _is_whole(item: ModelInput, inputs: Text | Images) -> bool:
     if isinstance(inputs, Images):
-        return _refused_image(request, inputs)
-    return _refused_text(request, inputs)
+        return isinstance(item, ProcessedImage) and item.shape == inputs.shape
+    return (
+        isinstance(item, TokenizedInput)
+        and 0 < len(item.token_ids) <= inputs.max_tokens
+        and min(item.token_ids) >= 0
+        and (inputs.vocab_size is None or max(item.token_ids) < inputs.vocab_size)
+    )
 
 
-def _refused_image(request: EncodeRequest, images: Images) -> Failure | None:
-    channels, height, width = images.shape
-    for index, item in enumerate(request.inputs):
-        if not isinstance(item, ProcessedImage):
-            return _invalid(request, f"Input {index} is no image.", "a text", "an image")
-        count = channels * height * width
-        if item.shape != images.shape or len(item.pixels) != count * _PIXEL_BYTES:
-            return _invalid(
-                request,
-                f"Input {index} has other pixels than the base takes.",
-                f"shape {item.shape}, {len(item.pixels)} bytes",
-                f"shape {images.shape}",
-            )
-    return None
+def split_apart(items: Sequence[T], version: Callable[[T], str | None]) -> list[list[T]]:
+    """What failed together, to be run again: by adapter where there are several, else in halves.
+
+    One adapter alone may be at fault; of its own items, those at fault are found by halves.
+
+    Args:
+        items: Two at least; keep their order.
+        version: The adapter version of one.
+    """
+    by_version: dict[str | None, list[T]] = {}
+    for item in items:
+        by_version.setdefault(version(item), []).append(item)
+    if len(by_version) > 1:
+        return list(by_version.values())
+    half = len(items) // 2
+    return [list(items[:half]), list(items[half:])]
 
 
-def _refused_text(request: EncodeRequest, text: Text) -> Failure | None:
-    targets = request.options.get("targets")
-    if targets is not None and (
-        not targets or min(targets) < 0 or max(targets) >= (text.vocab_size or 1 << 62)
-    ):
-        return _invalid(
-            request,
-            "The targets hold a token that the base does not have.",
-            f"token ids {list(targets)[:5]}",
-            f"0 to {(text.vocab_size or 0) - 1}",
-        )
-    for index, item in enumerate(request.inputs):
-        if not isinstance(item, TokenizedInput):
-            return _invalid(request, f"Input {index} is no text.", "an image", "a text")
-        ids = item.token_ids
-        if not ids:
-            return _invalid(request, f"Input {index} is empty.", "no tokens", "at least one token")
-        if len(ids) > text.max_tokens:
-            return Failure(
-                request.id,
-                "input_too_long",
-                f"Input {index} is too long.",
-                found=f"{len(ids)} tokens",
-                expected=f"at most {text.max_tokens} tokens",
-                fix="Shorten it or ask for truncation.",
-            )
-        if min(ids) < 0 or (text.vocab_size is not None and max(ids) >= text.vocab_size):
-            return _invalid(
-                request,
-                f"Input {index} holds a token that the base does not have.",
-                f"token ids from {min(ids)} to {max(ids)}",
-                f"0 to {(text.vocab_size or 0) - 1}",
-            )
-        if BY_NAME[request.task].spans and (
-            item.text is None or item.offsets is None or len(item.offsets) != len(ids)
-        ):
-            return _invalid(
-                request,
-                f"Input {index} comes without what spans are made of.",
-                "no text, or offsets for other tokens",
-                "the text and an offset for each token",
-            )
-        if item.type_ids is not None and len(item.type_ids) != len(ids):
-            return _invalid(
-                request,
-                f"Input {index} has types for other tokens.",
-                f"{len(item.type_ids)} types, {len(ids)} tokens",
-                "a type for each token",
-            )
-        if BY_NAME[request.task].needs_mask and (text.mask_id is None or text.mask_id not in ids):
-            return _invalid(
-                request, f"Input {index} has nothing to fill.", "no mask token", "a mask token"
-            )
-    return None
-
-
-def too_late(request_id: str, late_s: float) -> Failure:
-    """The deadline passed before all of the request's rows had run."""
+def too_late(request_id: str, place: str, late_s: float) -> Failure:
+    """The deadline passed while the request was ``place``, waiting or running."""
     return Failure(
         request_id,
         "deadline_exceeded",
-        "The deadline passed while the request was waiting.",
+        f"The deadline passed while the request was {place}.",
         found=f"{late_s * 1000:.0f} ms late",
     )
 
 
-def not_loaded(request_id: str, error: Exception | None) -> Failure:
+def not_loaded(request: Request, error: Exception | None) -> Failure:
     """The adapter version could not be brought to the device."""
     if isinstance(error, AdapterError):
         return Failure(
-            request_id, error.code, error.message, error.found, error.expected, error.fix
+            request.id, error.code, error.message, error.found, error.expected, error.fix
         )
     return Failure(
-        request_id,
+        request.id,
         "adapter_failed",
         "The adapter could not be loaded.",
         found=f"{type(error).__name__}: {error}" if error is not None else None,
@@ -148,7 +127,7 @@ def of_base(request_id: str, error: Exception) -> Failure:
             "base_failed",
             "The base's output for this input is not finite.",
             found="NaN or infinity",
-            fix="Serve the base in a dtype of wider range: --dtype bf16 or fp32.",
+            fix=WIDER,
         )
     return Failure(
         request_id,
@@ -158,15 +137,15 @@ def of_base(request_id: str, error: Exception) -> Failure:
     )
 
 
-def broken(request: EncodeRequest, error: Exception) -> Failure:
+def broken(request: Request, error: Exception) -> Failure:
     """The forward of the request's adapter, its head, or what follows them, raised."""
     match error:
         case TaskMismatch():
-            return _mismatch(request, error.does)
+            return _mismatch(request, error.does, error.asked)
         case AdapterError():
-            return not_loaded(request.id, error)
+            return not_loaded(request, error)
         case NotFinite():
-            return not_finite(request.id, request.version, "NaN or infinity")
+            return not_finite(request)
         case _:
             return Failure(
                 request.id,
@@ -176,23 +155,16 @@ def broken(request: EncodeRequest, error: Exception) -> Failure:
             )
 
 
-def not_finite(request_id: str, version: str | None, found: str) -> Failure:
+def not_finite(request: Request) -> Failure:
     """The output is NaN or infinite: the adapter's fault, or the base's where there is none."""
-    if version is None:
-        return Failure(
-            request_id,
-            "internal",
-            "The base's output is not finite.",
-            found=found,
-            fix="Serve the base in a dtype of wider range: --dtype bf16 or fp32.",
-        )
+    own = request.version is not None
     return Failure(
-        request_id,
-        "adapter_failed",
-        "The adapter's output is not finite.",
-        found=found,
+        request.id,
+        "adapter_failed" if own else "internal",
+        f"The {'adapter' if own else 'base'}'s output is not finite.",
+        found="NaN or infinity",
         expected="finite numbers",
-        fix="Check the adapter: its factors overflow with this base.",
+        fix="Check the adapter: its factors overflow with this base." if own else WIDER,
     )
 
 
@@ -215,17 +187,14 @@ def stopping(request_id: str) -> Failure:
     return Failure(request_id, "draining", "The server is stopping.")
 
 
-def _mismatch(request: EncodeRequest, does: Task | None) -> Failure:
+def _mismatch(request: Request, does: Task | None, asked: Task | None = None) -> Failure:
+    asked = request.task if isinstance(request, EncodeRequest) else asked
     who = f"The adapter {request.adapter}" if request.version is not None else "The bare base"
     return Failure(
         request.id,
         "task_mismatch",
-        f"{who} does not do {request.task}.",
+        f"{who} does not do {asked}.",
         found=does,
-        expected=request.task,
+        expected=asked,
         fix="Name an adapter for this task, or call the endpoint of the adapter's task.",
     )
-
-
-def _invalid(request: EncodeRequest, message: str, found: str, expected: str) -> Failure:
-    return Failure(request.id, "invalid_input", message, found=found, expected=expected)

@@ -90,6 +90,7 @@ class SamplingOptions:
     seed: int | None = None
     logprobs: bool = False
     ignore_eos: bool = False
+    end_ids: tuple[int, ...] | None = None  # tokens that end the answer; None: the base's
     alternatives: int = 0  # likeliest tokens told beside each, where log-probabilities are
     prompt_logprobs: bool = False  # of the prompt's own tokens; then max_new_tokens may be 0
 

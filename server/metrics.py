@@ -119,51 +119,45 @@ class HttpMetrics:
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
         registry = registry or REGISTRY
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(
+            name: str, text: str, *labels: str, buckets: tuple[float, ...] = REQUEST_SECONDS
+        ) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
         self._labels = AdapterLabels(seen=_counted_before())
-        self._requests = Counter(
-            "hira_requests_total",
-            "Requests answered.",
-            ["endpoint", "adapter", "status"],
-            registry=registry,
+        self._requests = counter(
+            "hira_requests_total", "Requests answered.", "endpoint", "adapter", "status"
         )
-        self._seconds = Histogram(
+        self._seconds = histogram(
             "hira_request_seconds",
             "From the request to the end of its answer.",
-            ["endpoint", "adapter"],
-            buckets=REQUEST_SECONDS,
-            registry=registry,
+            *("endpoint", "adapter"),
         )
-        self._tokens = Counter(
-            "hira_tokens_total",
-            "Tokens taken in and generated.",
-            ["adapter", "kind"],
-            registry=registry,
+        self._tokens = counter(
+            "hira_tokens_total", "Tokens taken in and generated.", "adapter", "kind"
         )
-        self._first = Histogram(
+        self._first = histogram(
             "hira_time_to_first_token_seconds",
             "From admission to the first token of a streamed answer.",
-            ["adapter"],
-            buckets=REQUEST_SECONDS,
-            registry=registry,
+            "adapter",
         )
-        self._between = Histogram(
+        self._between = histogram(
             "hira_inter_token_seconds",
             "Between two tokens of a streamed answer.",
-            ["adapter"],
+            "adapter",
             buckets=TOKEN_SECONDS,
-            registry=registry,
         )
-        self._failed = Counter(
+        self._failed = counter(
             "hira_failures_total",
             "Admitted requests that ended without an answer.",
-            ["adapter", "code"],
-            registry=registry,
+            *("adapter", "code"),
         )
-        self._refused = Counter(
-            "hira_refusals_total",
-            "Error responses and refused connections.",
-            ["code"],
-            registry=registry,
+        self._refused = counter(
+            "hira_refusals_total", "Error responses and refused connections.", "code"
         )
         self._last = Gauge(
             "hira_last_request_timestamp_seconds",
@@ -233,21 +227,33 @@ class WorkerMetrics:
 
 @dataclass(frozen=True)
 class Live:
-    """Gauge values of this moment: by metric, by label value."""
+    """What is read at the moment of a scrape.
 
-    queue_depth: Mapping[str, float] = field(default_factory=dict)  # by lane
-    base_bytes: Mapping[str, float] = field(default_factory=dict)  # by part
-    adapter_bytes: Mapping[str, float] = field(default_factory=dict)  # by tier
-    adapters: Mapping[str, float] = field(default_factory=dict)  # by state
-    kv_blocks: Mapping[str, float] = field(default_factory=dict)  # by state
-    generate_steps: Mapping[str, float] = field(default_factory=dict)  # by how they ran
-    static_bytes: Mapping[str, float] = field(default_factory=dict)  # by what holds them
-    cuda_bytes: Mapping[str, float] = field(default_factory=dict)  # by kind
-    totals: Mapping[str, float] = field(default_factory=dict)  # residency counters by what
-    processes: Mapping[str, int] = field(default_factory=dict)  # pid by role
-    running: Mapping[str, float] = field(default_factory=dict)  # admitted, by what
+    Args:
+        snapshot: What the engine said of itself last, an ``EngineSnapshot`` by the names of its
+            fields; empty when no worker has spoken.
+        processes: Process id by role.
+        running: Admitted requests and tokens.
+        worker_ready: Whether the worker answers.
+    """
+
+    snapshot: Mapping[str, Any] = field(default_factory=dict)
+    processes: Mapping[str, int] = field(default_factory=dict)
+    running: Mapping[str, float] = field(default_factory=dict)
     worker_ready: bool = False
-    weights_digest: str = ""
+
+
+# Of the engine's snapshot: its field, the metric and its text, and the label of the values.
+SNAPSHOT_GAUGES: Final = (
+    ("queue_depth", "hira_queue_depth", "Requests that wait or run in the engine.", "lane"),
+    ("base_bytes", "hira_base_bytes", "Memory of the base model.", "part"),
+    ("adapter_bytes", "hira_adapter_bytes", "Memory of adapter factors.", "tier"),
+    ("adapters", "hira_adapters", "Adapters.", "state"),
+    ("slots", "hira_slots", "Slots for adapters on the device.", "state"),
+    ("kv_blocks", "hira_kv_blocks", "Blocks of the KV cache.", "state"),
+    ("static_bytes", "hira_static_step_bytes", "Memory of static decode steps.", "part"),
+    ("cuda_bytes", "hira_cuda_bytes", "Memory of the CUDA device.", "kind"),
+)
 
 
 class LiveCollector:
@@ -259,49 +265,45 @@ class LiveCollector:
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-        live = self.live
-        rows: tuple[tuple[str, str, str, Mapping[str, float]], ...] = (
-            ("hira_queue_depth", "Requests that wait or run in the engine.", "lane",
-             live.queue_depth),
-            ("hira_base_bytes", "Memory of the base model.", "part", live.base_bytes),
-            ("hira_adapter_bytes", "Memory of adapter factors.", "tier", live.adapter_bytes),
-            ("hira_adapters", "Adapters.", "state", live.adapters),
-            ("hira_kv_blocks", "Blocks of the KV cache.", "state", live.kv_blocks),
-            ("hira_static_step_bytes", "Memory of static decode steps.", "part",
-             live.static_bytes),
-            ("hira_cuda_bytes", "Memory of the CUDA device.", "kind", live.cuda_bytes),
+        live, said = self.live, self.live.snapshot
+        rows: list[tuple[str, str, str, Mapping[str, float]]] = [
+            (name, text, label, said.get(key, {})) for key, name, text, label in SNAPSHOT_GAUGES
+        ]
+        rows += [
+            ("hira_kernel", "What computes the linear layers.", "kernel",
+             {said["kernel"]: 1.0} if "kernel" in said else {}),
             ("hira_admitted", "Requests and tokens admitted now.", "kind", live.running),
             ("hira_process_resident_bytes", "Resident memory, shared pages in each.", "role",
              resident_bytes(live.processes)),
             ("hira_process_private_bytes", "Memory that no other process shares.", "role",
              resident_bytes(live.processes, private=True)),
-        )  # fmt: skip
+        ]  # fmt: skip
         for name, text, label, values in rows:
             gauge = GaugeMetricFamily(name, text, labels=[label])
             for value, amount in sorted(values.items()):
                 gauge.add_metric([value], amount)
             yield gauge
-        if live.totals:
+        if said.get("totals"):
             counter = CounterMetricFamily(
                 "hira_residency", "Loads and evictions of the present worker.", labels=["event"]
             )
-            for value, amount in sorted(live.totals.items()):
+            for value, amount in sorted(said["totals"].items()):
                 counter.add_metric([value], amount)
             yield counter
-        if live.generate_steps:
+        if said.get("generate_steps"):
             steps = CounterMetricFamily(
                 "hira_generate_steps", "Steps of the generate lane, by how they ran.",
                 labels=["how"],
             )  # fmt: skip
-            for value, amount in sorted(live.generate_steps.items()):
+            for value, amount in sorted(said["generate_steps"].items()):
                 steps.add_metric([value], amount)
             yield steps
-        if live.weights_digest:
+        if said.get("weights_digest"):
             held = GaugeMetricFamily(
                 "hira_base_weights", "The digest of the base's quantized weights.",
                 labels=["digest"],
             )  # fmt: skip
-            held.add_metric([live.weights_digest], 1.0)
+            held.add_metric([said["weights_digest"]], 1.0)
             yield held
         yield GaugeMetricFamily(
             "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)

@@ -140,6 +140,9 @@ class Settings(BaseSettings):
         "Whose ids, where tokenizer.json and the class that the configuration names differ.",
         "Base",
     )
+    chat_template: Path | None = setting(
+        None, "File with a chat template for the base, in place of its own.", "Base"
+    )
     dtype: DType = setting("auto", "Compute type.", "Base")
     device: Device = setting("auto", "Where the base runs.", "Base")
     threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
@@ -167,6 +170,11 @@ class Settings(BaseSettings):
     # Adapters
     adapter: StringPairs = setting(
         {}, "NAME=SOURCE to register at the start; repeatable.", "Adapters"
+    )
+    default_adapter: str | None = setting(
+        None,
+        "Adapter that answers under /v1 where no model is named (default: the base).",
+        "Adapters",
     )
     source_root: Paths = setting(
         (), "Folder below which admins may name adapters; repeatable.", "Adapters"
@@ -229,6 +237,10 @@ class Settings(BaseSettings):
     )
     max_timeout_s: Annotated[float, Field(gt=0, le=86400)] = setting(
         600.0, "Most seconds that a request may ask for.", "Admission"
+    )
+
+    template_s: Annotated[float, Field(gt=0, le=60)] = setting(
+        1.0, "Seconds of processor time that a chat template may take.", "Admission"
     )
 
     # Faults

@@ -53,7 +53,8 @@ SERVER = {
 EDGE = {
     "server.edge.admit": (),
     "server.edge.link": ("admit",),
-    "server.edge.service": ("admit", "link"),
+    "server.edge.templates": ("admit",),
+    "server.edge.service": ("admit", "link", "templates"),
     "server.edge.endpoints": ("admit", "link", "service"),
     "server.edge.litserve": ("admit", "link", "service", "endpoints"),
     "server.edge.processes": ("admit", "link", "service", "endpoints", "litserve"),

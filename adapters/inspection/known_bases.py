@@ -7,10 +7,12 @@ model card says about itself is read by ``cards``; this module knows numbers and
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 from adapters.signature import BaseSignature, describe
@@ -20,108 +22,9 @@ MAX_FIT_LABELS = 256
 _MAX_KINDS = 10  # 2^10 sets of targets at most
 
 # Hub names → (model_type, what differs from the defaults of its transformers configuration).
-_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-_ROBERTA = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}
 KNOWN: Final[Mapping[tuple[str, ...], tuple[str, Mapping[str, Any]]]] = {
-    ("distilbert-base-uncased",): ("distilbert", {}),
-    ("distilbert-base-cased",): ("distilbert", {"vocab_size": 28_996}),
-    ("distilbert-base-multilingual-cased",): ("distilbert", {"vocab_size": 119_547}),
-    ("bert-base-uncased",): ("bert", {}),
-    ("bert-base-cased",): ("bert", {"vocab_size": 28_996}),
-    ("bert-base-multilingual-cased",): ("bert", {"vocab_size": 119_547}),
-    ("bert-large-uncased",): ("bert", {**_LARGE, "intermediate_size": 4096}),
-    ("bert-large-cased",): (
-        "bert",
-        {**_LARGE, "intermediate_size": 4096, "vocab_size": 28_996},
-    ),
-    ("bert_uncased_L-2_H-128_A-2", "bert-tiny"): (
-        "bert",
-        {
-            "hidden_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 512,
-        },
-    ),
-    ("all-MiniLM-L6-v2", "MiniLM-L6-H384-uncased"): (
-        "bert",
-        {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    ),
-    ("all-MiniLM-L12-v2", "MiniLM-L12-H384-uncased"): (
-        "bert",
-        {"hidden_size": 384, "intermediate_size": 1536},
-    ),
-    ("roberta-base",): ("roberta", _ROBERTA),
-    ("distilroberta-base",): ("roberta", {**_ROBERTA, "num_hidden_layers": 6}),
-    ("roberta-large",): ("roberta", {**_ROBERTA, **_LARGE, "intermediate_size": 4096}),
-    ("xlm-roberta-base",): ("xlm-roberta", {**_ROBERTA, "vocab_size": 250_002}),
-    ("albert-base-v2",): (
-        "albert",
-        {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-    ),
-    ("electra-small-discriminator",): ("electra", {}),
-    ("electra-base-discriminator",): (
-        "electra",
-        {
-            "embedding_size": 768,
-            "hidden_size": 768,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-        },
-    ),
-    ("deberta-v3-base",): (
-        "deberta-v2",
-        {
-            "vocab_size": 128_100,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-            "type_vocab_size": 0,
-            "relative_attention": True,
-            "position_buckets": 256,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "max_relative_positions": -1,
-            "position_biased_input": False,
-        },
-    ),
-    ("gpt2",): ("gpt2", {}),
-    ("distilgpt2",): ("gpt2", {"n_layer": 6}),
-    ("opt-125m",): ("opt", {}),
-    ("opt-1.3b",): (
-        "opt",
-        {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192}
-        | {"word_embed_proj_dim": 2048},
-    ),
-    ("Qwen2-0.5B", "Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct"): (
-        "qwen2",
-        {
-            "vocab_size": 151_936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-    ),
-    ("TinyLlama-1.1B-Chat-v1.0",): (
-        "llama",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 5632,
-            "num_hidden_layers": 22,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-        },
-    ),
-    ("Llama-2-7b-hf", "Llama-2-7b-chat-hf"): ("llama", {}),
-    ("Meta-Llama-3-8B", "Llama-3.1-8B", "Meta-Llama-3-8B-Instruct"): (
-        "llama",
-        {"vocab_size": 128_256, "intermediate_size": 14_336, "num_key_value_heads": 8},
-    ),
+    tuple(one["names"]): (one["model_type"], one["config"])
+    for one in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 }
 HEADS: Final[Mapping[str, str]] = {
     "": "AutoModel",

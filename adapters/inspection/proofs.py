@@ -10,17 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters.errors import AdapterError, AdapterFaults, UnsafeFormat
+from adapters.errors import AdapterError, AdapterFaults
 from adapters.inspection.cards import Finding
 from adapters.inspection.known_bases import HEADS, KNOWN, counted
-from adapters.intake.checkpoint import TENSOR_FILE
 from adapters.intake.factor_shapes import first_names
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key
 from adapters.intake.safetensors_header import (
-    PICKLE_FIX,
     TensorEntry,
     inspect_values,
-    open_regular,
+    open_tensors,
     read_header,
     read_tensor,
 )
@@ -97,17 +95,9 @@ def prove(folder: Path) -> tuple[TensorProof, FileTensors, list[Finding]]:
         AdapterFaults: Several of these.
     """
     findings: list[Finding] = []
-    path = folder / TENSOR_FILE
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise UnsafeFormat(
-            "The adapter is a pickle, which can run code when it is read.",
-            found="adapter_model.bin",
-            expected=TENSOR_FILE,
-            fix=PICKLE_FIX,
-        )
     layout = FileTensors()
     tensor_bytes = 0
-    with open_regular(path) as file:
+    with open_tensors(folder) as file:
         for entry in read_header(file).values():
             values = inspect_values(read_tensor(file, entry), entry.name)
             if values.fault is not None:

@@ -20,15 +20,16 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from adapters.errors import AdapterFaults, CorruptFile, MissingTensors, UnsafeFormat, UploadTooLarge
-from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES, TENSOR_FILE
-from adapters.intake.conversation import CONVERSATION_FILES
+from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES
+from adapters.intake.conversation import CONVERSATION_FILES, NESTED_TEMPLATES
 from adapters.intake.pooling import NESTED
-from adapters.intake.safetensors_header import PICKLE_FIX
+from adapters.intake.safetensors_header import TENSOR_FILE, pickle_refused
 
-# By their path in an adapter's folder: the names that they are stored under, those aside that are
-# only looked at when an adapter comes in.
-WANTED: dict[str, str] = {name: name for name in (*STORED_FILES, *CONVERSATION_FILES)} | dict(
-    NESTED
+# By their path in an adapter's folder: the flat names under which they are looked at.
+WANTED: dict[str, str] = (
+    {name: name for name in (*STORED_FILES, *CONVERSATION_FILES)}
+    | dict(NESTED)
+    | dict(NESTED_TEMPLATES)
 )
 MAX_MEMBERS = 1_000
 MAX_RATIO = 200  # unpacked to packed; safetensors hardly shrink
@@ -180,12 +181,7 @@ def _danger(member: _Member) -> UnsafeFormat | None:
             expected="stored or deflated, without a password",
         )
     if path.name.startswith("adapter_model") and path.suffix in _PICKLES:
-        return UnsafeFormat(
-            "The adapter is a pickle, which can run code when it is read.",
-            found=shown,
-            expected=TENSOR_FILE,
-            fix=PICKLE_FIX,
-        )
+        return pickle_refused(shown)
     return None
 
 

@@ -19,12 +19,11 @@ from adapters.errors import (
     AdapterError,
     AdapterFaults,
     BaseMismatch,
-    UnsafeFormat,
     UnsupportedOption,
 )
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
-from adapters.intake.conversation import conversation_notes
+from adapters.intake.conversation import Conversation, read_conversation
 from adapters.intake.file_names import CARD_FILE
 from adapters.intake.keys import FactorKey, parse_key
 from adapters.intake.layout import Layout
@@ -32,10 +31,11 @@ from adapters.intake.model_config import Labels, TaskConfig, output_counts, read
 from adapters.intake.pooling import EMBEDDING_FILES, Declaration, pooling_files, read_pooling
 from adapters.intake.recent_results import RecentResults
 from adapters.intake.safetensors_header import (
-    PICKLE_FIX,
+    TENSOR_FILE,
     TensorEntry,
     inspect_values,
     open_regular,
+    open_tensors,
     read_header,
     read_tensor,
 )
@@ -45,7 +45,6 @@ from adapters.signature import BaseSignature
 from adapters.tasks import BY_NAME, Task
 
 CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 TASK_CONFIG_FILE = "config.json"
 STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *EMBEDDING_FILES)
 _RECENT_PLANS = 32
@@ -88,6 +87,7 @@ class AdapterWeights:
         notes: Contradictions, and what of it is not used, for a person to read.
         head_config: What its own ``config.json`` says of how the head is built and read.
         pooling: What it declares of how a vector is made.
+        conversation: Templates, end tokens and defaults of one that generates.
     """
 
     config: AdapterConfig
@@ -101,6 +101,7 @@ class AdapterWeights:
     notes: tuple[str, ...] = ()
     head_config: Mapping[str, Any] = field(default_factory=dict)
     pooling: Declaration = field(default_factory=Declaration)
+    conversation: Conversation = field(default_factory=Conversation)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -138,17 +139,9 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
     config_json = _read_small(folder, CONFIG_FILE)
     task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
     pooling = pooling_files(folder)
-    path = folder / TENSOR_FILE
-    if not path.exists():
+    if not (folder / TENSOR_FILE).exists():
         parse_config(config_json)  # another program's folder is named as that
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise UnsafeFormat(
-            "The adapter is a pickle, which can run code when it is read.",
-            found="adapter_model.bin",
-            expected=TENSOR_FILE,
-            fix=PICKLE_FIX,
-        )
-    with open_regular(path) as file:
+    with open_tensors(folder) as file:
         entries = read_header(file)
         # The base is in the key by identity, and in the plan, so that no other can take its place.
         plan = _recent_plans.get(
@@ -179,7 +172,8 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         labels, label_faults = plan.task_config.labels_for(head, task)
         faults += label_faults
     _raise_all(faults)
-    said = conversation_notes(folder) if BY_NAME[task].lane == "generate" else ()
+    generates = BY_NAME[task].lane == "generate"
+    said = read_conversation(folder) if generates else Conversation()
     return AdapterWeights(
         config=config,
         factors={
@@ -197,9 +191,10 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonzero=sum(nonzero.values()),
-        notes=(*plan.notes, *said, *_without_effect(nonzero)),
+        notes=(*plan.notes, *said.notes, *_without_effect(nonzero)),
         head_config=plan.task_config.head,
         pooling=plan.pooling,
+        conversation=said,
     )
 
 

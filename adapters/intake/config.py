@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import (
     AdapterError,
     AdapterFaults,
+    CorruptFile,
     UnsupportedMethod,
     UnsupportedOption,
 )
 from adapters.intake import patterns
 from adapters.intake.foreign import LOOKALIKES, foreign_format
-from adapters.intake.strict_json import MAX_RANK, Reader, show, strict_json
+from adapters.intake.strict_json import show, strict_json
 from adapters.signature import Method
 from adapters.tasks import TASK_TYPES
 
@@ -31,44 +34,32 @@ _TASK_FIXES: Final = {
 }
 
 # The options of peft.LoraConfig and peft.HiraConfig, each in exactly one of three sets.
+_HONOURED_BY_BOTH: Final = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",  # names the class that the adapter was made on, and so its task
+        "base_model_name_or_path",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+    }
+)
 HONOURED: Final[Mapping[Method, frozenset[str]]] = {
-    "hira": frozenset(
-        {
-            "peft_type",
-            "task_type",
-            "auto_mapping",  # names the class that the adapter was made on, and so its task
-            "base_model_name_or_path",
-            "r",
-            "target_modules",
-            "exclude_modules",
-            "fan_in_fan_out",
-            "modules_to_save",
-            "layers_to_transform",
-            "layers_pattern",
-            "rank_pattern",
-        }
-    ),
-    "lora": frozenset(
-        {
-            "peft_type",
-            "task_type",
-            "auto_mapping",
-            "base_model_name_or_path",
-            "r",
-            "target_modules",
-            "exclude_modules",
-            "fan_in_fan_out",
-            "modules_to_save",
-            "layers_to_transform",
-            "layers_pattern",
-            "rank_pattern",
-            "lora_alpha",
-            "alpha_pattern",
-            "use_rslora",
-            "bias",  # "none" and "lora_only"
-            "init_lora_weights",  # only those that leave the base weight as it was
-        }
-    ),
+    "hira": _HONOURED_BY_BOTH,
+    "lora": _HONOURED_BY_BOTH
+    | {
+        "lora_alpha",
+        "alpha_pattern",
+        "use_rslora",
+        "bias",  # "none" and "lora_only"
+        "init_lora_weights",  # only those that leave the base weight as it was
+    },
 }
 OPTIONS_WITHOUT_EFFECT: Final[Mapping[Method, frozenset[str]]] = {
     "hira": frozenset(
@@ -112,6 +103,52 @@ REFUSED: Final[Mapping[Method, Mapping[str, str]]] = {
 # How LoRA factors may have been initialised without changing the base weight (peft
 # tuners/lora/layer.py: pissa, olora, corda, loftq and lora_ga write to it, mica and eva do not).
 _KEEPS_BASE: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+
+
+MAX_RANK: Final = 4_096
+_FEW: Final = Field(max_length=10_000)
+Item = TypeVar("Item", str, int)
+
+
+def _option(expected: str) -> Any:
+    return Field(default=None, description=expected)
+
+
+_ShortText = Annotated[str, Field(max_length=4_096)]
+_Names = str | Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], _FEW] | None
+_Number = Annotated[float, Field(gt=-1e9, lt=1e9)]
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+
+
+class _AutoMapping(BaseModel):
+    base_model_class: Annotated[str, Field(max_length=200)]
+
+
+class _TypedOptions(BaseModel):
+    """The types of the honoured options; a description is what an error says was expected."""
+
+    model_config = ConfigDict(strict=True)
+
+    r: _Rank = Field(default=0, description=f"an integer from 1 to {MAX_RANK}")
+    base_model_name_or_path: _ShortText | None = _option("a short string or null")
+    task_type: _ShortText | None = _option("a short string or null")
+    auto_mapping: _AutoMapping | None = _option('an object with "base_model_class", or null')
+    target_modules: _Names = _option("a string, a list of strings, or null")
+    exclude_modules: _Names = _option("a string, a list of strings, or null")
+    layers_pattern: _Names = _option("a string, a list of strings, or null")
+    modules_to_save: _Names = _option("a string, a list of strings, or null")
+    layers_to_transform: int | Annotated[list[int], _FEW] | None = _option(
+        "an integer, a list of integers, or null"
+    )
+    rank_pattern: Annotated[dict[str, _Rank], _FEW] | None = _option(
+        f"an object of integers from 1 to {MAX_RANK}"
+    )
+    lora_alpha: _Number = Field(default=8.0, description="a finite number")
+    alpha_pattern: Annotated[dict[str, _Number], _FEW] | None = _option(
+        "an object of finite numbers"
+    )
+    use_rslora: bool | None = _option("true or false")
+    fan_in_fan_out: bool | None = _option("true or false")
 
 
 @dataclass(frozen=True)
@@ -220,26 +257,24 @@ def parse_config(raw: bytes) -> AdapterConfig:
         )
     method: Method = "hira" if peft_type == "HIRA" else "lora"
     faults: list[AdapterError] = list(_refusals(content, method))
-    reader = Reader(content, faults)
-    target_modules = reader.names("target_modules")
-    exclude_modules = reader.names("exclude_modules")
+    options = _options(content, method, faults)
     config = AdapterConfig(
         method=method,
-        rank=reader.integer("r", 32 if method == "hira" else 8, 1, MAX_RANK),
-        base_name=reader.text("base_model_name_or_path"),
-        task_type=reader.text("task_type"),
-        target_modules=target_modules,
-        exclude_modules=() if exclude_modules is None else exclude_modules,
-        layers_to_transform=reader.integers("layers_to_transform"),
-        layers_pattern=_as_tuple(reader.names("layers_pattern")),
-        rank_pattern=reader.ranks("rank_pattern"),
-        alpha=reader.number("lora_alpha", 8.0) if method == "lora" else 0.0,
-        alpha_pattern=reader.numbers("alpha_pattern") if method == "lora" else {},
-        rslora=reader.flag("use_rslora") if method == "lora" else False,
+        rank=options.r or (32 if method == "hira" else 8),
+        base_name=options.base_model_name_or_path or None,
+        task_type=options.task_type or None,
+        target_modules=_sorted(options.target_modules),
+        exclude_modules=_sorted(options.exclude_modules) or (),
+        layers_to_transform=tuple(_listed(options.layers_to_transform)),
+        layers_pattern=tuple(sorted(_listed(options.layers_pattern))),
+        rank_pattern=options.rank_pattern or {},
+        alpha=options.lora_alpha if method == "lora" else 0.0,
+        alpha_pattern=options.alpha_pattern or {},
+        rslora=bool(options.use_rslora),
         bias="lora_only" if content.get("bias") == "lora_only" and method == "lora" else "none",
-        fan_in_fan_out=reader.flag("fan_in_fan_out"),
-        modules_to_save=tuple(dict.fromkeys(_as_tuple(reader.names("modules_to_save")))),
-        model_class=reader.model_class(),
+        fan_in_fan_out=bool(options.fan_in_fan_out),
+        modules_to_save=tuple(dict.fromkeys(sorted(_listed(options.modules_to_save)))),
+        model_class=options.auto_mapping.base_model_class if options.auto_mapping else None,
     )
     faults += _pattern_faults(config)
     if len(faults) == 1:
@@ -249,10 +284,35 @@ def parse_config(raw: bytes) -> AdapterConfig:
     return config
 
 
-def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else value
+def _options(
+    content: Mapping[str, Any], method: Method, faults: list[AdapterError]
+) -> _TypedOptions:
+    """The options of a method with their types; what has another type is a fault, and left out."""
+    honoured = {name: value for name, value in content.items() if name in HONOURED[method]}
+    try:
+        return _TypedOptions.model_validate(honoured)
+    except ValidationError as error:
+        wrong = dict.fromkeys(str(one["loc"][0]) for one in error.errors(include_url=False))
+    faults += [
+        CorruptFile(
+            f"adapter_config.json: {name} has a value of the wrong kind.",
+            found=show(content.get(name)),
+            expected=_TypedOptions.model_fields[name].description,
+        )
+        for name in wrong
+    ]
+    return _TypedOptions.model_validate({k: v for k, v in honoured.items() if k not in wrong})
+
+
+def _sorted(value: str | list[str] | None) -> str | tuple[str, ...] | None:
+    """A string as it is, or a list sorted: PEFT writes sets in any order."""
+    return tuple(sorted(value)) if isinstance(value, list) else value or None
+
+
+def _listed(value: Item | list[Item] | None) -> list[Item]:
+    if isinstance(value, list):
+        return value
+    return [] if value is None or value == "" else [value]
 
 
 def _is_named(names: str | tuple[str, ...], path: str, option: str) -> bool:

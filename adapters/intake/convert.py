@@ -34,7 +34,7 @@ from adapters.errors import (
     UnsupportedOption,
     UploadTooLarge,
 )
-from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CONFIG_FILE, TASK_CONFIG_FILE
 from adapters.intake.config import parse_config
 from adapters.intake.factor_shapes import first_names
 from adapters.intake.foreign import AUTHORS_MARK, authors_variant
@@ -42,6 +42,7 @@ from adapters.intake.keys import PEFT_PREFIX, FactorKey, SavedKey, parse_key
 from adapters.intake.safetensors_header import (
     MAX_TENSOR_FILE_BYTES,
     SAFETENSORS_DTYPES,
+    TENSOR_FILE,
     open_regular,
     read_header,
 )

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -37,6 +37,7 @@ MAX_NAME_CHARACTERS = 512
 CHUNK_ELEMENTS = 1 << 20
 _LENGTH_BYTES = 8
 # Headers that were read last: adapters of one recipe have the same. Larger ones are parsed anew.
+TENSOR_FILE: Final = "adapter_model.safetensors"
 _RECENT_HEADERS = 32
 _RECENT_HEADER_BYTES = 1 << 18
 
@@ -47,10 +48,6 @@ SAFETENSORS_DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BF16": torch.bfloat16,
 }
 _SUM_DTYPE = torch.float32
-PICKLE_FIX: Final = (
-    "Save it with save_pretrained(safe_serialization=True); "
-    "what the HiRA authors' own code saved: hira convert SOURCE DEST."
-)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # How pickles begin: torch.save's zip, and a bare pickle of protocol 2 to 5.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -102,6 +99,30 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def pickle_refused(found: str) -> UnsafeFormat:
+    """The refusal of an adapter whose tensors are a pickle; ``found`` names the file."""
+    return UnsafeFormat(
+        "The adapter is a pickle, which can run code when it is read.",
+        found=found,
+        expected="adapter_model.safetensors, in the safetensors format",
+        fix="Save it with save_pretrained(safe_serialization=True); "
+        "what the HiRA authors' own code saved: hira convert SOURCE DEST.",
+    )
+
+
+def open_tensors(folder: Path) -> AbstractContextManager[BinaryIO]:
+    """Open the tensors of an adapter folder, as ``open_regular`` does.
+
+    Raises:
+        UnsafeFormat: A pickle is there in their place; it is never opened.
+        CorruptFile: They are missing, or no regular file.
+    """
+    path = folder / TENSOR_FILE
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise pickle_refused("adapter_model.bin")
+    return open_regular(path)
+
+
 def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
     """Read and check the header of an open safetensors file.
 
@@ -129,12 +150,7 @@ def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
     length = int.from_bytes(start, "little")
     # A header of 640 bytes begins as a pickle does; one that could not fit is the pickle.
     if length > min(size, MAX_HEADER_BYTES) and start.startswith(_PICKLE_STARTS):
-        raise UnsafeFormat(
-            "The tensors are a pickle, which can run code when it is read.",
-            found="adapter_model.safetensors that begins like a pickle",
-            expected="the safetensors format",
-            fix=PICKLE_FIX,
-        )
+        raise pickle_refused("adapter_model.safetensors that begins like a pickle")
     if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
         raise _corrupt_header(
             "The file ends inside its header.",

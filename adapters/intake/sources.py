@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from adapters.errors import SourceForbidden, SourceUnavailable, StoreFull, UploadTooLarge
+from adapters.errors import SourceForbidden, SourceUnavailable, UploadTooLarge, full_disk_refused
 from adapters.intake.archive import COPY_CHUNK_BYTES, WANTED
 from adapters.intake.safetensors_header import MAX_TENSOR_FILE_BYTES
 
@@ -74,31 +74,33 @@ class Sources:
         with tempfile.TemporaryDirectory(dir=self.staging, prefix="source-") as name:
             target = Path(name)
             try:
-                if source.startswith("hf://"):
-                    self._from_hub(source, target, allowed=self.allow_hub or trusted)
-                elif source.startswith("s3://"):
-                    self._from_s3(source, target, allowed=self.allow_s3 or trusted)
-                elif "://" in source:
-                    raise SourceForbidden(
-                        "This kind of source is not known.",
-                        found=source.partition("://")[0][:40],
-                        expected="a path, hf:// or s3://",
-                    )
-                else:
-                    self._from_folder(Path(source), target, trusted=trusted)
+                with full_disk_refused("The disk"):
+                    self._fetch_into(target, source, trusted=trusted)
             except (ValueError, RuntimeError) as error:  # a NUL in the path, links in a circle
                 raise SourceUnavailable(
                     "The source has no readable address.", found=f"{source[:200]!r}: {error}"[:300]
                 ) from error
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise StoreFull("The disk is full.", fix="Free disk space.") from error
                 raise SourceUnavailable(
                     "The source could not be read.",
                     found=f"{source[:200]}: {error.strerror or type(error).__name__}",
                     expected="a folder that this server may read",
                 ) from error
             yield target
+
+    def _fetch_into(self, target: Path, source: str, *, trusted: bool) -> None:
+        if source.startswith("hf://"):
+            self._from_hub(source, target, allowed=self.allow_hub or trusted)
+        elif source.startswith("s3://"):
+            self._from_s3(source, target, allowed=self.allow_s3 or trusted)
+        elif "://" in source:
+            raise SourceForbidden(
+                "This kind of source is not known.",
+                found=source.partition("://")[0][:40],
+                expected="a path, hf:// or s3://",
+            )
+        else:
+            self._from_folder(Path(source), target, trusted=trusted)
 
     def _from_folder(self, folder: Path, target: Path, *, trusted: bool) -> None:
         if not folder.is_absolute() and not trusted:

@@ -1,4 +1,4 @@
-"""JSON from strangers: strict parsing, and typed access that collects what is wrong.
+"""JSON from strangers, parsed strictly.
 
 ``adapter_config.json``, a model's ``config.json`` and the header of a safetensors file all pass
 through here. What the values mean is left to the callers.
@@ -7,15 +7,11 @@ through here. What the values mean is left to the callers.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from typing import Any
 
-from adapters.errors import AdapterError, CorruptFile
+from adapters.errors import CorruptFile
 
 MAX_JSON_BYTES = 1 << 20
-MAX_ENTRIES = 10_000
-MAX_RANK = 4_096
 
 
 def strict_json(raw: bytes, name: str, limit_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -93,125 +89,3 @@ def show(value: object) -> str:
     """A short form of any value, for the ``found`` of an error."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-class Reader:
-    """Typed access to a configuration; every wrong type becomes a fault and a default."""
-
-    def __init__(self, content: Mapping[str, Any], faults: list[AdapterError]) -> None:
-        self._content = content
-        self._faults = faults
-
-    def _wrong(self, option: str, expected: str) -> None:
-        self._faults.append(
-            CorruptFile(
-                f"adapter_config.json: {option} has a value of the wrong kind.",
-                found=show(self._content.get(option)),
-                expected=expected,
-            )
-        )
-
-    def text(self, option: str) -> str | None:
-        """A string, or None where absent, null or empty."""
-        value = self._content.get(option)
-        if value is not None and not (isinstance(value, str) and len(value) <= 4_096):
-            self._wrong(option, "a short string or null")
-            return None
-        return value or None
-
-    def flag(self, option: str) -> bool:
-        """A boolean; False where absent."""
-        value = self._content.get(option, False)
-        if value is not None and not isinstance(value, bool):
-            self._wrong(option, "true or false")
-            return False
-        return bool(value)
-
-    def integer(self, option: str, default: int, least: int, most: int) -> int:
-        """An integer within bounds."""
-        value = self._content.get(option, default)
-        if type(value) is not int or not least <= value <= most:
-            self._wrong(option, f"an integer from {least} to {most}")
-            return default
-        return value
-
-    def number(self, option: str, default: float) -> float:
-        """A finite number."""
-        value = self._content.get(option, default)
-        if not _is_number(value):
-            self._wrong(option, "a finite number")
-            return default
-        return float(value)
-
-    def integers(self, option: str) -> tuple[int, ...]:
-        """One integer or a list of them, as a tuple."""
-        value = self._content.get(option)
-        listed = [value] if type(value) is int else value
-        if listed is None:
-            return ()
-        if not (
-            isinstance(listed, list)
-            and len(listed) <= MAX_ENTRIES
-            and all(type(item) is int for item in listed)
-        ):
-            self._wrong(option, "an integer, a list of integers, or null")
-            return ()
-        return tuple(listed)
-
-    def names(self, option: str) -> str | tuple[str, ...] | None:
-        """A string as it is, or a list of strings sorted (PEFT writes sets in any order)."""
-        value = self._content.get(option)
-        if value is None or isinstance(value, str):
-            return value or None
-        if not (
-            isinstance(value, list)
-            and len(value) <= MAX_ENTRIES
-            and all(isinstance(item, str) and 0 < len(item) <= 512 for item in value)
-        ):
-            self._wrong(option, "a string, a list of strings, or null")
-            return ()
-        return tuple(sorted(value))
-
-    def ranks(self, option: str) -> dict[str, int]:
-        """A mapping of patterns to ranks."""
-        value = self._content.get(option) or {}
-        if not (
-            isinstance(value, dict)
-            and len(value) <= MAX_ENTRIES
-            and all(type(item) is int and 1 <= item <= MAX_RANK for item in value.values())
-        ):
-            self._wrong(option, f"an object of integers from 1 to {MAX_RANK}")
-            return {}
-        return dict(value)
-
-    def numbers(self, option: str) -> dict[str, float]:
-        """A mapping of patterns to finite numbers."""
-        value = self._content.get(option) or {}
-        if not (
-            isinstance(value, dict)
-            and len(value) <= MAX_ENTRIES
-            and all(_is_number(item) for item in value.values())
-        ):
-            self._wrong(option, "an object of finite numbers")
-            return {}
-        return {key: float(item) for key, item in value.items()}
-
-    def model_class(self) -> str | None:
-        """The class that ``auto_mapping`` says the adapter was made on."""
-        value = self._content.get("auto_mapping")
-        if value is None:
-            return None
-        name = value.get("base_model_class") if isinstance(value, dict) else None
-        if not (isinstance(name, str) and len(name) <= 200):
-            self._wrong("auto_mapping", 'an object with "base_model_class", or null')
-            return None
-        return name
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(float(value)) and abs(float(value)) < 1e9
-    except OverflowError:
-        return False

@@ -5,7 +5,7 @@
     fold      y = x (W0 + W0 ⊙ BA)ᵀ + b                       W0 dequantized once per call
     expand    base + Σ_k b_k ⊙ (W0 (a_k ⊙ x))                 few rows; all of them in one matmul
     cached    fold, with the folded weight kept between calls
-    native    all of these in one pass over W0, by the compiled CPU kernel, in bfloat16
+    native    all of these in one pass over W0, by the compiled CPU kernel
     fused     all but lora in one pass over W0, by the GPU kernel: ``adapters.modulation.fused``
     reference float64, as the equations are written
 
@@ -123,6 +123,16 @@ class Modulator:
             yield
         finally:
             self.plan = before
+
+    def kernel(self, dtype: torch.dtype, device: torch.device) -> str:
+        """What computes linear layers in ``dtype``: ``triton``, ``torch``, or the instruction set
+        that the compiled kernel runs on."""
+        if self.fused is not None:
+            return "triton"
+        compiled = None
+        if device.type == "cpu" and self.strategy in {"auto", "native"}:
+            compiled = native_ops.instruction_set(dtype)
+        return compiled or "torch"
 
     def forget(self, slot: int) -> None:
         """Drop what was derived from a slot that no batch uses any more; in any thread."""

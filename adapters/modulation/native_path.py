@@ -30,14 +30,13 @@ def takes(call: LayerCall) -> bool:
     x, weight, bias = call.x, call.weight, call.bias
     found = [own for own in call.factors if own is not None]
     return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.shape[0] > 0
-        and native_ops.available()
+        and native_ops.available(x.dtype)
         and weight.shape[1] % native_ops.INPUTS_MULTIPLE == 0
         and not weight.grouped
         and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
-        and all(own.native_record for own in found)
+        and all(own.native_record and own.a.dtype == x.dtype for own in found)
         # Rows of a bare weight that is not decoded first are torch's own trade.
         and (bool(found) or weight.kind in {"nf4", "fp4"})
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from adapters.intake.checkpoint import AdapterWeights
+from adapters.intake.conversation import UsedConversation
 from adapters.registry.tables import ADAPTERS, STATE
 
 _NAMES_A_QUERY = 500  # fewer than the variables that a database takes in one statement
@@ -36,6 +37,9 @@ class AdapterRecord:
         base_name: The base that its configuration names.
         notes: Contradictions between what it claims and what it is.
         base_digest: Of the base that this version was checked on; None when it is not known.
+        chat_template: Whether conversations are written with its own template.
+        generation: ``end_ids``, where its own tokens end an answer, and its own defaults for what
+            a request leaves out.
     """
 
     name: str
@@ -54,6 +58,8 @@ class AdapterRecord:
     base_name: str | None
     notes: tuple[str, ...]
     base_digest: str | None = None
+    chat_template: bool = False
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def fits(self, base_digest: str) -> bool:
         """Whether it was checked on the base of this digest; an empty one means any base."""
@@ -64,6 +70,7 @@ def record_of(
     name: str,
     version: str,
     weights: AdapterWeights,
+    settled: UsedConversation,
     *,
     source: str,
     pinned: bool,
@@ -85,8 +92,10 @@ def record_of(
         created=datetime.now(UTC),
         source=source,
         base_name=weights.config.base_name,
-        notes=weights.notes,
+        notes=(*weights.notes, *settled.notes),
         base_digest=base_digest or None,
+        chat_template=settled.template,
+        generation=dict(settled.generation),
     )
 
 
@@ -98,24 +107,35 @@ def write(connection: sa.Connection, record: AdapterRecord, *, update: bool) -> 
         "created": record.created.isoformat(),
         "source": record.source,
         "base_digest": record.base_digest,
-        "facts": {
-            "method": record.method,
-            "task": record.task,
-            "labels": record.labels,
-            "ranks": record.ranks,
-            "targets": record.targets,
-            "tensor_bytes": record.tensor_bytes,
-            "parameters": record.parameters,
-            "sparsity": record.sparsity,
-            "base_name": record.base_name,
-            "notes": record.notes,
-        },
+        "facts": _facts(record),
     }
     if update:
         connection.execute(sa.update(ADAPTERS).where(ADAPTERS.c.name == record.name), values)
     else:
         connection.execute(sa.insert(ADAPTERS), {"name": record.name, **values})
     count_change(connection)
+
+
+def _facts(record: AdapterRecord) -> dict[str, Any]:
+    """What is the same for every name on a version; one that says nothing is left out, so that
+    older releases can read the rest."""
+    facts: dict[str, Any] = {
+        "method": record.method,
+        "task": record.task,
+        "labels": record.labels,
+        "ranks": record.ranks,
+        "targets": record.targets,
+        "tensor_bytes": record.tensor_bytes,
+        "parameters": record.parameters,
+        "sparsity": record.sparsity,
+        "base_name": record.base_name,
+        "notes": record.notes,
+    }
+    if record.chat_template:
+        facts["chat_template"] = True
+    if record.generation:
+        facts["generation"] = dict(record.generation)
+    return facts
 
 
 def set_pinned(connection: sa.Connection, name: str, *, pinned: bool) -> None:
@@ -129,6 +149,16 @@ def set_base(connection: sa.Connection, version: str, base_digest: str) -> None:
     table = ADAPTERS
     connection.execute(
         sa.update(table).where(table.c.version == version), {"base_digest": base_digest}
+    )
+    count_change(connection)
+
+
+def set_checked(connection: sa.Connection, record: AdapterRecord) -> None:
+    """Every name on the record's version was checked on its base, with what came of it there."""
+    table = ADAPTERS
+    connection.execute(
+        sa.update(table).where(table.c.version == record.version),
+        {"base_digest": record.base_digest, "facts": _facts(record)},
     )
     count_change(connection)
 
@@ -196,9 +226,15 @@ def with_pin(record: AdapterRecord, *, pinned: bool) -> AdapterRecord:
     return replace(record, pinned=pinned)
 
 
-def with_base(record: AdapterRecord, base_digest: str) -> AdapterRecord:
-    """The same record, checked on the base of this digest."""
-    return replace(record, base_digest=base_digest)
+def checked_anew(record: AdapterRecord, now: AdapterRecord) -> AdapterRecord:
+    """The same name, pin and time, with what was found of its version now."""
+    return replace(
+        now,
+        name=record.name,
+        pinned=record.pinned,
+        created=record.created,
+        source=record.source,
+    )
 
 
 def delete(connection: sa.Connection, name: str) -> None:

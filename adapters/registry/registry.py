@@ -29,20 +29,22 @@ from adapters.errors import (
     StoreFull,
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
+from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.faults import connected, time_limit
 from adapters.registry.records import (
     AdapterRecord,
+    checked_anew,
     delete,
     read_changes,
     read_one,
     record_of,
     set_base,
+    set_checked,
     set_pinned,
-    with_base,
     with_pin,
     write,
 )
-from adapters.registry.store import Store, version_of
+from adapters.registry.store import Store, version_of, versions_of
 from adapters.registry.tables import ADAPTERS, STATE, migrate
 from adapters.signature import BaseSignature
 
@@ -87,6 +89,7 @@ class Registry:
         replace: bool = False,
         pinned: bool = False,
         check: Callable[[AdapterWeights], None] | None = None,
+        settle: Callable[[Conversation], UsedConversation] = unused,
     ) -> tuple[AdapterRecord, bool]:
         """Check the adapter in ``folder``, store its bytes, and put ``name`` on it.
 
@@ -101,6 +104,7 @@ class Registry:
             replace: Whether ``name`` may move from another version to this one.
             pinned: Keep it on the device. A name that is pinned stays so until ``update``.
             check: Raises what else may be wrong with an adapter, such as its head.
+            settle: Says what is used of the chat template and the end tokens that it brings.
 
         Returns:
             The record, and whether anything was created or moved. Both are durable.
@@ -119,11 +123,13 @@ class Registry:
             with self._reading() as connection:
                 taken = read_one(connection, name)
             if taken is not None:  # else nothing is hashed twice
-                _check_free(name, taken, version_of(folder))
+                _check_free(name, taken, folder)
+        settled = settle(weights.conversation)
         version = self.store.add(folder)
         record = record_of(
-            name, version, weights, source=source, pinned=pinned, base_digest=base.digest
-        )
+            *(name, version, weights, settled),
+            source=source, pinned=pinned, base_digest=base.digest,
+        )  # fmt: skip
         with self._transaction() as connection:
             present = read_one(connection, name)
             if present is not None and present.version == version:
@@ -131,11 +137,11 @@ class Registry:
                     set_pinned(connection, name, pinned=True)
                     present = with_pin(present, pinned=True)
                 if not present.fits(base.digest):
-                    set_base(connection, version, base.digest)
-                    present = with_base(present, base.digest)
+                    set_checked(connection, record)
+                    present = checked_anew(present, record)
                 return present, False
             if not replace:
-                _check_free(name, present, version)
+                _check_free(name, present, folder)
             if present is not None and present.pinned:
                 record = with_pin(record, pinned=True)  # the pin is the name's, not the content's
             self.store.touch(version)  # or the collector could take it before the row is there
@@ -386,13 +392,18 @@ def check_name(name: str) -> None:
         )
 
 
-def _check_free(name: str, present: AdapterRecord | None, version: str) -> None:
-    """Raise AdapterExists when the name is on another version."""
-    if present is not None and present.version != version:
+def _check_free(name: str, present: AdapterRecord | None, folder: Path) -> None:
+    """Raise AdapterExists when the name is on other content than what is in ``folder``.
+
+    What a former release stored of the same folder, and called otherwise, is no other content.
+    """
+    if present is None:
+        return
+    if present.version not in versions_of(folder):
         raise AdapterExists(
             f"The name {name} is taken by another version.",
             found=present.version,
-            expected=version,
+            expected=version_of(folder),
             fix="Set replace to true, or choose another name.",
         )
 

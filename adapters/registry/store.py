@@ -1,6 +1,7 @@
 """The bytes of adapters, by content: what is the same is kept once, what is there is whole.
 
-    <root>/versions/<version>/   what it has of ``STORED_FILES``: two are always there
+    <root>/versions/<version>/   what it has of ``STORED_FILES``: two are always there; and
+                                 ``KEPT_CONVERSATION_FILE``, made of the files that it came with
     <root>/staging/<name>/       being written; swept when the store is opened for checking
 
 An entry appears by one rename of a folder whose files are already on the disk, so a crash leaves
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,27 +21,27 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull
+from adapters.errors import AdapterError, AdapterNotFound, CorruptFile, StoreFull, full_disk_refused
 from adapters.intake.archive import COPY_CHUNK_BYTES
-from adapters.intake.checkpoint import (
-    CONFIG_FILE,
-    STORED_FILES,
-    TASK_CONFIG_FILE,
-    TENSOR_FILE,
+from adapters.intake.checkpoint import CONFIG_FILE, STORED_FILES, TASK_CONFIG_FILE
+from adapters.intake.conversation import (
+    KEPT_CONVERSATION_FILE,
+    Conversation,
+    conversation_bytes,
+    stored_conversation,
 )
 from adapters.intake.model_config import HEAD_FIELDS
 from adapters.intake.pooling import MODULES_FILE, POOLING_FILES, located
-from adapters.intake.safetensors_header import open_regular, read_header
+from adapters.intake.safetensors_header import TENSOR_FILE, open_regular, read_header
 from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Store:
@@ -75,13 +77,16 @@ class Store:
             StoreFull: Over ``max_bytes``, or the disk is full; nothing is left behind.
         """
         staged = self._staging / uuid.uuid4().hex
-        with _full_as_store_full():
+        with full_disk_refused("The disk of the adapter store"):
             try:
                 staged.mkdir()
                 if self.max_bytes is not None and not self.has(version_of(folder)):
                     self._check_room(folder)  # before anything is copied
                 for name, path in _present(folder).items():
                     _copy_durably(path, staged / name)
+                said = conversation_bytes(folder, _config(folder))
+                if said:
+                    _copy_durably(io.BytesIO(said), staged / KEPT_CONVERSATION_FILE)
                 version = version_of(staged)
                 _sync_folder(staged)
                 with self._alone():
@@ -131,6 +136,19 @@ class Store:
         }
         return sum(self._sizes.values())
 
+    def conversation(self, version: str) -> Conversation:
+        """What the adapter brought for conversations and for generating; an empty one if nothing.
+
+        Raises:
+            AdapterNotFound: There is no such version in this store.
+            CorruptFile: It is damaged.
+        """
+        path = self.path(version) / KEPT_CONVERSATION_FILE
+        if not path.exists():
+            return Conversation()
+        with open_regular(path) as file:
+            return stored_conversation(file.read())
+
     def touch(self, version: str) -> None:
         """Start the grace of an entry anew: it is about to be named."""
         os.utime(self.path(version))
@@ -158,12 +176,6 @@ class Store:
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
         return len(left)
-
-    def damaged(self) -> Iterator[str]:
-        """Versions whose content is not what their name says; reads every byte."""
-        for version in sorted(self.versions()):
-            if not self.is_sound(version):
-                yield version
 
     def is_sound(self, version: str) -> bool:
         """Whether the content of an entry is what its name says; reads every byte of it."""
@@ -195,6 +207,7 @@ class Store:
         if self.max_bytes is None:
             return
         needed = sum(path.stat().st_size for path in _present(folder).values())
+        needed += len(conversation_bytes(folder, _config(folder)))
         used = self.nbytes()
         if used + needed > self.max_bytes:
             raise StoreFull(
@@ -229,24 +242,30 @@ class Store:
         _sync_folder(self._versions)
 
 
-def version_of(folder: Path, *, former: bool = False) -> str:
+def version_of(folder: Path, *, former: bool = False, conversation: bool = True) -> str:
     """The version of the adapter in ``folder``: a digest of what decides its answers.
 
     SHA-256 over the configuration's values, the tensors by name (dtype, shape, bytes), the
     labels, what else decides how a head is read, and the files that say how a vector is made
-    (``POOLING_FILES``); the order of keys and tensors makes no difference, the model card neither.
+    (``POOLING_FILES``), and of an adapter that may generate what it brings for that
+    (``conversation_bytes``); the order of keys and tensors makes no difference, the model card
+    neither.
 
     Args:
         folder: Of the adapter.
-        former: As releases did that did not know those fields of a head; what they stored has no
-            files that say how a vector is made.
+        former: As releases did that did not know those fields of a head and nothing of
+            conversations; what they stored has no files that say how a vector is made.
+        conversation: False: as the releases between those and this one did.
 
     Raises:
         CorruptFile: A file is missing or malformed.
     """
     digest = hashlib.sha256()
-    config = strict_json(_read_bytes(folder / CONFIG_FILE), CONFIG_FILE)
+    config = _config(folder)
     digest.update(_canonical(config))
+    said = conversation_bytes(folder, config) if conversation and not former else b""
+    if said:
+        digest.update(said)
     if (folder / TASK_CONFIG_FILE).exists():
         task = strict_json(_read_bytes(folder / TASK_CONFIG_FILE), TASK_CONFIG_FILE)
         digest.update(_canonical({name: task.get(name) for name in _TASK_FIELDS}))
@@ -272,6 +291,19 @@ def version_of(folder: Path, *, former: bool = False) -> str:
     return digest.hexdigest()[:32]
 
 
+def versions_of(folder: Path) -> set[str]:
+    """The version of the adapter in ``folder``, and what former releases called its content."""
+    return {
+        version_of(folder),
+        version_of(folder, conversation=False),
+        version_of(folder, former=True),
+    }
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return strict_json(_read_bytes(folder / CONFIG_FILE), CONFIG_FILE)
+
+
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
@@ -287,8 +319,9 @@ def _present(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if name in _REQUIRED or path.is_file()}
 
 
-def _copy_durably(source: Path, target: Path) -> None:
-    with open_regular(source) as reader, target.open("xb") as writer:
+def _copy_durably(source: Path | io.BytesIO, target: Path) -> None:
+    opened = open_regular(source) if isinstance(source, Path) else nullcontext(source)
+    with opened as reader, target.open("xb") as writer:
         shutil.copyfileobj(reader, writer, COPY_CHUNK_BYTES)
         writer.flush()
         os.fsync(writer.fileno())
@@ -307,17 +340,3 @@ def _folder_bytes(folder: Path) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
     except FileNotFoundError:
         return 0  # removed meanwhile
-
-
-@contextmanager
-def _full_as_store_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise StoreFull(
-            "The disk of the adapter store is full.",
-            found=os.strerror(error.errno or 0),
-            fix="Free disk space, or remove adapters.",
-        ) from error

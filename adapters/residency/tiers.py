@@ -38,7 +38,6 @@ class ResidencySnapshot:
         device_bytes: Of factors in slots, in the compute dtype.
         host_bytes: Of factors kept out of slots, and of all heads.
         folded_bytes: Of cached folded weights.
-        device_capacity_bytes, host_capacity_bytes, folded_capacity_bytes: The budgets.
         slots_used, slots: Slots with an adapter, and all of them.
         pinned: Versions that may not leave.
         pins_without_room: Asked to be pinned, but more than pins may take: served as any other.
@@ -49,9 +48,6 @@ class ResidencySnapshot:
     device_bytes: int
     host_bytes: int
     folded_bytes: int
-    device_capacity_bytes: int
-    host_capacity_bytes: int
-    folded_capacity_bytes: int
     slots_used: int
     slots: int
     pinned: tuple[str, ...]

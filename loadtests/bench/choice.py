@@ -104,7 +104,7 @@ def _measure(case: Case, budget: Budget, report: Report) -> None:
             continue
         if strategy == "cached" and not case.folded_bytes:
             continue
-        if strategy == "native" and not native_ops.available():
+        if strategy == "native" and not native_ops.available(dtype):
             continue
         modulator = Modulator(strategy, Autotuner() if strategy in {"auto", "native"} else None)
         modulator.folded = FoldedCache(case.folded_bytes, torch.device("cpu"))

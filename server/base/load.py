@@ -72,6 +72,11 @@ class LoadedBase:
         return self.adapted.model
 
     @property
+    def kernel(self) -> str:
+        """What computes its linear layers: ``Modulator.kernel``."""
+        return self.adapted.modulator.kernel(self.dtype, self.device)
+
+    @property
     def backbone(self) -> Any:
         """The part below the language-model head, or the whole of a bare backbone."""
         return self.model.base_model
@@ -158,7 +163,21 @@ def load_base(options: EngineOptions) -> LoadedBase:
     }
     digest = weights_digest(linear)
     logger.info("The linear layers of %s as they are served: %s", options.base, digest)
-    return LoadedBase(adapted, model.config, dtype, device, plan.folder, _storage(adapted), digest)
+    base = LoadedBase(adapted, model.config, dtype, device, plan.folder, _storage(adapted), digest)
+    _tell_kernel(base, options)
+    return base
+
+
+def _tell_kernel(base: LoadedBase, options: EngineOptions) -> None:
+    name = str(base.dtype).removeprefix("torch.")
+    if base.kernel == "torch" and base.device.type == "cpu" and options.modulation == "auto":
+        logger.warning(
+            "No compiled kernel serves %s on this processor, or it was not built: torch operators "
+            "compute the linear layers, which is slower.",
+            name,
+        )
+    else:
+        logger.info("Linear layers are computed in %s by the %s kernel.", name, base.kernel)
 
 
 def choose_device(options: EngineOptions) -> torch.device:

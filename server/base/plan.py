@@ -20,11 +20,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from adapters.errors import ExplainedError
 from adapters.intake.base_files import INDEX_FILE
 from adapters.tasks import IMAGE_MODELS
 from server.options import EngineOptions
@@ -38,32 +39,10 @@ PAGE_TOKENS = 16  # of the KV cache
 TRASH_BLOCKS = 2
 
 
-class BaseModelError(Exception):
-    """A base model that cannot be served; the start ends with it.
+class BaseModelError(ExplainedError):
+    """A base model that cannot be served; the start ends with it."""
 
-    Args:
-        message: One sentence, for the operator.
-        found: What was there.
-        expected: What should have been there.
-        fix: What to do.
-    """
-
-    code: ClassVar[str] = "base_unusable"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        found: str | None = None,
-        expected: str | None = None,
-        fix: str | None = None,
-    ) -> None:
-        parts = (("found", found), ("expected", expected), ("fix", fix))
-        super().__init__("; ".join([message, *(f"{name}: {text}" for name, text in parts if text)]))
-        self.message = message
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+    code = "base_unusable"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import quote
 
 import typer
@@ -25,10 +25,12 @@ from server.cli.client import (
     show_table,
 )
 
+if TYPE_CHECKING:
+    import httpx
+
 adapters_app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
 NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-SENT_AT_ONCE_BYTES = 1 << 18
 PAGE = 500
 # As in adapters.intake.archive.WANTED, which takes torch along.
 SENT_FILES = (
@@ -40,8 +42,13 @@ SENT_FILES = (
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "tool_use.jinja",
     "tokenizer_config.json",
+    "tokenizer.json",
+    "added_tokens.json",
     "generation_config.json",
+    "hira_conversation.json",
     *(f"{n}_Pooling/config.json" for n in (1, 2, 3)),
     *(f"{n}_Pooling.json" for n in (1, 2, 3)),
 )
@@ -110,12 +117,13 @@ def add(
         else:
             files = files_of(Path(path))
             texts = {"name": name, **{one: str(value).lower() for one, value in fields.items()}}
-            content_type, length, body_chunks = _multipart(texts, files)
-            answer = client.post(
-                "/admin/adapters",
-                content=_shown(body_chunks, length),
-                headers={"Content-Type": content_type, "Content-Length": str(length)},
-            )
+            with ExitStack() as opened:
+                parts = [
+                    ("files", (sent, opened.enter_context(file.open("rb"))))
+                    for sent, file in files.items()
+                ]
+                form = client.build_request("POST", "/admin/adapters", data=texts, files=parts)
+                answer = client.post(form.url, content=_shown(form), headers=_form_headers(form))
             exit_on_error(answer)
     _print_record(answer.json(), as_json)
 
@@ -156,36 +164,13 @@ def files_of(path: Path) -> dict[str, Path]:
     return {name: path / name for name in SENT_FILES if (path / name).is_file()}
 
 
-def _multipart(fields: dict[str, str], files: dict[str, Path]) -> tuple[str, int, Iterator[bytes]]:
-    """A multipart body that is read from disk as it is sent, and its exact length."""
-    boundary = os.urandom(16).hex()
-    parts: list[bytes | Path] = []
-    for name, value in fields.items():
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
-        parts.append(f"{head}{value}\r\n".encode())
-    for name, file in files.items():
-        parts.append(
-            f'--{boundary}\r\nContent-Disposition: form-data; name="files"; '
-            f'filename="{name}"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
-        )
-        parts += [file, b"\r\n"]
-    parts.append(f"--{boundary}--\r\n".encode())
-    length = sum(len(part) if isinstance(part, bytes) else part.stat().st_size for part in parts)
-
-    def chunks() -> Iterator[bytes]:
-        for part in parts:
-            if isinstance(part, bytes):
-                yield part
-                continue
-            with part.open("rb") as file:
-                while chunk := file.read(SENT_AT_ONCE_BYTES):
-                    yield chunk
-
-    return f"multipart/form-data; boundary={boundary}", length, chunks()
+def _form_headers(form: httpx.Request) -> dict[str, str]:
+    return {name: form.headers[name] for name in ("Content-Type", "Content-Length")}
 
 
-def _shown(chunks: Iterator[bytes], length: int) -> Iterator[bytes]:
-    """The same chunks, with a progress bar on a terminal."""
+def _shown(form: httpx.Request) -> Iterator[bytes]:
+    """The body of a request, its files read as it is sent, with a progress bar on a terminal."""
+    chunks = cast(Iterable[bytes], form.stream)
     if not sys.stderr.isatty():
         yield from chunks
         return
@@ -194,7 +179,7 @@ def _shown(chunks: Iterator[bytes], length: int) -> Iterator[bytes]:
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("upload", total=length)
+        task = progress.add_task("upload", total=int(form.headers["Content-Length"]))
         for chunk in chunks:
             yield chunk
             progress.advance(task, len(chunk))

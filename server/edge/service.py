@@ -10,12 +10,13 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
+from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.names import POLL_S, Names
 from adapters.tasks import BY_NAME, ROWS, Task, asked_at, tasks_at
 from server.edge.admit.body_budget import BodyBudget
@@ -24,8 +25,11 @@ from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.link.dispatcher import Dispatcher
-from server.errors import Fault, Refusal
+from server.edge.templates import Templates
+from server.errors import Refusal
+from server.inputs.conversation import settle
 from server.inputs.images import Images
+from server.inputs.rendering import RenderLimits, RenderProcess
 from server.inputs.text import Text, TextError
 from server.messages import Event, Failure, GenerateResult, Pin, Request, TokenEvent
 from server.metrics import BASE_LABEL, HttpMetrics
@@ -79,6 +83,7 @@ RELOADABLE: Final = (
     "admin_key",
     "api_keys",
     "access_log",
+    "default_adapter",
     "timeout_s",
     "max_timeout_s",
     "max_inputs",
@@ -130,6 +135,8 @@ class Target:
     adapter: str | None
     version: str | None
     task: Task
+    own_template: bool = False  # conversations are written with the adapter's own
+    generation: Mapping[str, Any] = field(default_factory=dict)  # as ``AdapterRecord`` has it
 
     @property
     def shown(self) -> str:
@@ -191,6 +198,8 @@ class Service:
         # Not asyncio's default threads: LitServe's response task lives there and must never wait.
         self._pools: dict[Pool, BoundedPool] = {}
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
+        self._templates: Templates | None = None
+        self._trials = RenderProcess(self._render_limits)  # of templates at their registration
 
     def open(self, number: int) -> None:
         """Take up service in an HTTP process: threads, metrics and connections of its own.
@@ -202,6 +211,7 @@ class Service:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self.registry.reopen()
         self.metrics = HttpMetrics()
+        self._templates = Templates(self._render_limits, self.registry.store.conversation)
         self.open_pools()
         self.dispatcher.on_event = self._count
 
@@ -228,7 +238,25 @@ class Service:
             pool.close()
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
+        if self._templates is not None:
+            self._templates.close()
+        self._trials.close()
         self.registry.close()
+
+    @property
+    def templates(self) -> Templates:
+        """What renders conversations, in a process that is open."""
+        assert self._templates is not None
+        return self._templates
+
+    @property
+    def default_model(self) -> str:
+        """Who answers where nobody is named: the adapter that the operator named, or the base."""
+        return self.settings.default_adapter or self.base.name
+
+    def settle(self, conversation: Conversation) -> UsedConversation:
+        """What of an adapter's conversation is used on this base; not for the event loop."""
+        return settle_on(self.base, conversation, self._trials)
 
     def refresh(self) -> None:
         """Take over reloaded settings, if there are any; one comparison when there are none."""
@@ -376,8 +404,7 @@ class Service:
                 lambda: work(encoder.apart), "long-texts", size_bytes=characters, deadline=deadline
             )
         except TextError as error:
-            fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-            raise Refusal((fault,)) from None
+            raise Refusal.of(error, field) from None
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The registry's record of an adapter, from memory; of whatever base.
@@ -388,7 +415,7 @@ class Service:
         try:
             return self.names.resolve(name)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
 
     def served_record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The record of an adapter that can be asked for answers on this base.
@@ -400,7 +427,7 @@ class Service:
         try:
             self.names.check_fits(record)
         except AdapterError as error:
-            raise _at(error, field) from None
+            raise Refusal.of(error, field) from None
         return record
 
     def is_base(self, name: str) -> bool:
@@ -461,7 +488,7 @@ class Service:
                 fix=f"Call {f'POST {own.path}' if own else 'another endpoint'} for this adapter.",
                 field=field,
             )
-        return Target(name, record.version, task)
+        return Target(name, record.version, task, record.chat_template, record.generation)
 
     def deadline(self, began: float, asked: str | None) -> float:
         """When a request must be done, as ``time.monotonic()`` counts.
@@ -506,6 +533,10 @@ class Service:
             )
         return Target(None, None, task)
 
+    @property
+    def _render_limits(self) -> RenderLimits:
+        return RenderLimits(cpu_s=self.settings.template_s)
+
     def _keyring(self) -> Keyring:
         key, _ = resolve_admin_key(self.settings.admin_key, self.settings.data_dir)
         return Keyring(key, self.settings.api_keys)
@@ -537,7 +568,8 @@ class Service:
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=0)
 
 
-def _at(error: AdapterError, field: str | None) -> Refusal:
-    """The refusal for an error, with the field that named the adapter."""
-    fault = Fault(error.code, error.message, error.found, error.expected, error.fix, field)
-    return Refusal((fault,))
+def settle_on(base: Base, conversation: Conversation, process: RenderProcess) -> UsedConversation:
+    """What of an adapter's conversation is used on a base: nothing where it takes no texts."""
+    if base.prompts is None:
+        return unused(conversation)
+    return settle(conversation, base.prompts, process)

@@ -22,7 +22,7 @@ from server import failures
 from server.base.load import LoadedBase
 from server.base.rope import RopeByLength
 from server.encoding.batch import Rows
-from server.encoding.fair_batches import AdapterVersion, Batch, Depth, Row, Scheduler
+from server.encoding.fair_batches import AdapterVersion, Batch, Row, Scheduler
 from server.encoding.read import Reader, RowGroup
 from server.inputs.images import Images
 from server.inputs.text import Text
@@ -39,15 +39,11 @@ logger = logging.getLogger(__name__)
 class EncodeFigures:
     """How the lane stands; counters count since it was made."""
 
-    waiting: Depth
-    steps: int
-    rows: int
-    tokens: int
-    padded_tokens: int
-    last_rows: int  # of the latest batch
-    last_adapters: int  # distinct adapters in it, the base not counted
-    last_seconds: float  # that it took
-    head_bytes: int
+    steps: int = 0
+    last_rows: int = 0  # of the latest batch
+    last_adapters: int = 0  # distinct adapters in it, the base not counted
+    last_seconds: float = 0.0  # that it took
+    head_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -87,7 +83,7 @@ class EncodeLane:
         self._rows = Rows(base, inputs)
         self._rope = RopeByLength(base.model)
         self._deterministic = options.deterministic
-        self._figures = EncodeFigures(self._scheduler.depth(), 0, 0, 0, 0, 0, 0, 0.0, 0)
+        self._figures = EncodeFigures()
 
     def submit(self, request: EncodeRequest) -> None:
         """Queue a request. What it can never be given is answered by the next step.
@@ -176,7 +172,7 @@ class EncodeLane:
         for request_id in self._scheduler.expire(now):
             pending = self._pending.pop(request_id)
             late_s = now - (pending.request.deadline or now)
-            events.append(failures.too_late(request_id, late_s))
+            events.append(failures.too_late(request_id, "waiting", late_s))
 
     def _drop_failed(self, events: list[Event]) -> None:
         for key in self._scheduler.waiting():
@@ -184,8 +180,7 @@ class EncodeLane:
                 continue
             error = self._residency.error(key)
             for request_id in self._scheduler.drop(key):
-                del self._pending[request_id]
-                events.append(failures.not_loaded(request_id, error))
+                events.append(failures.not_loaded(self._pending.pop(request_id).request, error))
 
     def _next_batch(self) -> tuple[Batch | None, dict[AdapterVersion, int]]:
         """A batch whose adapters are held in their slots until they are released."""
@@ -209,13 +204,8 @@ class EncodeLane:
         clock = time.perf_counter()
         outputs = self._forward(batch.rows, slots)
         seconds = time.perf_counter() - clock
-        before = self._figures
         self._figures = EncodeFigures(
-            waiting=self._scheduler.depth(),
-            steps=before.steps + 1,
-            rows=before.rows + len(batch.rows),
-            tokens=before.tokens + batch.tokens,
-            padded_tokens=before.padded_tokens + batch.padded_tokens,
+            steps=self._figures.steps + 1,
             last_rows=len(batch.rows),
             last_adapters=sum(key is not None for key in batch.keys),
             last_seconds=seconds,
@@ -294,20 +284,11 @@ class EncodeLane:
         except Exception as error:
             if failures.is_lost(error):
                 raise
-            keys = dict.fromkeys(row.key for row in rows)
-            if len(keys) > 1:
-                # One adapter alone may be at fault; rows of one adapter are neighbours.
-                logger.warning("A batch of %d adapters failed; each is run alone", len(keys))
-                parts = [[row for row in rows if row.key == key] for key in keys]
-            elif len(rows) > 1:
-                logger.warning(
-                    "%d rows of version %s failed; halves are run", len(rows), rows[0].key
-                )
-                half = len(rows) // 2
-                parts = [list(rows[:half]), list(rows[half:])]
-            else:
+            if len(rows) == 1:
                 logger.exception("Encoding a row of version %s failed", rows[0].key)
                 return [error.with_traceback(None)]
+            logger.warning("An encode step of %d rows failed; they are run apart", len(rows))
+        parts = failures.split_apart(rows, lambda row: row.key)
         return [output for part in parts for output in self._forward(part, slots)]
 
     def _faults_of_base(self, rows: Sequence[Row]) -> list[Exception | None]:
@@ -331,8 +312,8 @@ class EncodeLane:
                 raise
             if len(rows) == 1:
                 return [error.with_traceback(None)]
-        half = len(rows) // 2
-        return [*self._faults_of_base(rows[:half]), *self._faults_of_base(rows[half:])]
+        halves = failures.split_apart(rows, lambda _: None)
+        return [fault for half in halves for fault in self._faults_of_base(half)]
 
     def _asked(self, rows: Sequence[Row]) -> tuple[list[Any], list[Task]]:
         """The input and the task of each row."""

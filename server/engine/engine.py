@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import AdapterNotFound, UnsupportedOption
-from adapters.intake.checkpoint import TENSOR_FILE, AdapterWeights, load_adapter
+from adapters.intake.checkpoint import AdapterWeights, load_adapter
+from adapters.intake.safetensors_header import TENSOR_FILE
 from adapters.registry.store import Store
 from adapters.residency.slots import Residency
 from adapters.tasks import BY_NAME, Task
@@ -270,6 +271,7 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         parts = self._parts
         known = parts.residency.snapshot()
+        quarantined = parts.failures.quarantined()
         generate = parts.generate.figures() if parts.generate is not None else None
         encode = parts.encode.figures()
         depth = {"encode": parts.encode.depth()}
@@ -298,20 +300,23 @@ class Engine:
                 "folded": known.folded_bytes,
                 "heads": encode.head_bytes,
             },
-            adapters=Counter(known.tiers.values()),
-            slots=known.slots,
-            slots_used=known.slots_used,
+            adapters={
+                **Counter(known.tiers.values()),
+                "quarantined": len(quarantined),
+                "pinned": len(known.pinned),
+                "pins_without_room": len(known.pins_without_room),
+            },
+            slots={"used": known.slots_used, "free": known.slots - known.slots_used},
             kv_blocks=blocks,
             generate_steps={} if generate is None else generate.steps_by,
             static_bytes={} if generate is None else generate.static_bytes,
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),
-            quarantined=parts.failures.quarantined(),
-            pinned=known.pinned,
-            pins_without_room=known.pins_without_room,
+            quarantined=quarantined,
             device=str(parts.base.device),
             dtype=str(parts.base.dtype).removeprefix("torch."),
+            kernel=parts.base.kernel,
             storage=parts.base.storage,
             weights_digest=parts.base.weights_digest,
         )

@@ -42,8 +42,9 @@ class EngineSnapshot:
         queue_depth: Requests that wait or run, by lane.
         base_bytes: Of the base, by part.
         adapter_bytes: Of adapters, by tier.
-        adapters: Versions, by tier.
-        slots, slots_used: Places on the device.
+        adapters: Versions, by tier; beside them those in quarantine, those that are pinned, and
+            those pinned by name for which pins have no room on the device.
+        slots: Places on the device, used and free.
         kv_blocks: Of the generate lane, by state.
         generate_steps: Of the generate lane since the start, by how they ran; {} where none may be
             static.
@@ -52,9 +53,8 @@ class EngineSnapshot:
         totals: Counters since the start.
         residency: The tier of each version that is not only on disk.
         quarantined: Versions that failed too often: until when (``time.time()``), and why.
-        pinned: Versions that stay on the device.
-        pins_without_room: Pinned by name, but beyond what pins may take of the device.
         device, dtype: Where and in what everything is computed.
+        kernel: What computes the linear layers: ``Modulator.kernel``.
         storage: How the base's linear layers are stored, for people.
         weights_digest: Of the base's linear layers as they are stored; equal on every device.
     """
@@ -63,19 +63,17 @@ class EngineSnapshot:
     base_bytes: Mapping[str, int]
     adapter_bytes: Mapping[str, int]
     adapters: Mapping[str, int]
+    slots: Mapping[str, int]
     kv_blocks: Mapping[str, int]
     generate_steps: Mapping[str, int]
     static_bytes: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
     totals: Mapping[str, int]
-    slots: int
-    slots_used: int
     residency: Mapping[str, str]
     quarantined: Mapping[str, tuple[float, str]]
-    pinned: tuple[str, ...]
-    pins_without_room: tuple[str, ...]
     device: str
     dtype: str
+    kernel: str
     storage: str
     weights_digest: str
 

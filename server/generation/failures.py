@@ -1,9 +1,7 @@
-"""How a request to generate can fail, in the words and codes that its client gets."""
+"""Why a request to generate is refused; what both lanes say is in ``server.failures``."""
 
 from __future__ import annotations
 
-from adapters.errors import AdapterError
-from server import failures as encode_failures
 from server.messages import Failure, GenerateRequest
 
 
@@ -51,50 +49,6 @@ def refusal(
     return None
 
 
-def too_late(request_id: str, place: str, late_s: float) -> Failure:
-    """The deadline passed while the request was ``place``, waiting or running."""
-    return Failure(
-        request_id,
-        "deadline_exceeded",
-        f"The deadline passed while the request was {place}.",
-        found=f"{late_s * 1000:.0f} ms late",
-    )
-
-
-def not_loaded(request: GenerateRequest, error: Exception | None) -> Failure:
-    """The adapter version could not be brought to the device."""
-    if isinstance(error, AdapterError):
-        return Failure(
-            request.id, error.code, error.message, error.found, error.expected, error.fix
-        )
-    return Failure(
-        request.id,
-        "adapter_failed",
-        "The adapter could not be loaded.",
-        found=f"{type(error).__name__}: {error}" if error is not None else None,
-    )
-
-
-def not_finite(request: GenerateRequest) -> Failure:
-    """The logits were NaN or infinite; others in the batch are not touched by it."""
-    return encode_failures.not_finite(request.id, request.version, "NaN or infinity in the logits")
-
-
-def broken(request: GenerateRequest, error: Exception) -> Failure:
-    """A forward, or what follows it, raised."""
-    return Failure(
-        request.id,
-        "internal",
-        "The forward pass of this request's batch failed.",
-        found=f"{type(error).__name__}: {error}",
-    )
-
-
-def of_base(request_id: str, error: Exception) -> Failure:
-    """The bare base fails on the same text."""
-    return encode_failures.of_base(request_id, error)
-
-
 def cannot_generate(request_id: str, architecture: str) -> Failure:
     """The base has no causal head."""
     return Failure(
@@ -105,10 +59,6 @@ def cannot_generate(request_id: str, architecture: str) -> Failure:
         expected="a causal language model",
         fix="Call /predict or /embed.",
     )
-
-
-def stopping(request_id: str) -> Failure:
-    return Failure(request_id, "draining", "The server is stopping.")
 
 
 def _too_long(request: GenerateRequest, found: str, expected: str) -> Failure:

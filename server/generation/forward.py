@@ -20,7 +20,7 @@ import torch
 
 from adapters import segments
 from server.base.rope import RopeByLength
-from server.failures import is_lost
+from server.failures import is_lost, split_apart
 from server.generation.attention import PAGED_ATTENTION, PagedBatch, PagedKeys, Span
 from server.generation.kv_cache import KVCache
 from server.generation.page_attention import (
@@ -118,17 +118,6 @@ class StepOutcome:
     chosen: list[tuple[Sequence, Choice]]
     broken: list[tuple[Sequence, Exception]]
     not_finite: list[Sequence]
-
-
-def _split(parts: Items[ScheduledRows]) -> list[list[ScheduledRows]]:
-    """Parts by adapter where there are several, else in two halves; in order."""
-    by_version: dict[str | None, list[ScheduledRows]] = {}
-    for part in parts:
-        by_version.setdefault(part.sequence.request.version, []).append(part)
-    if len(by_version) > 1:
-        return list(by_version.values())
-    half = len(parts) // 2
-    return [list(parts[:half]), list(parts[half:])]
 
 
 def note_scores(parts: Items[ScheduledRows], logits: torch.Tensor) -> list[Sequence]:
@@ -337,7 +326,10 @@ class PagedForward:
             logger.warning("A generate step of %d sequences failed; they are run apart", len(parts))
         else:
             return StepOutcome(list(zip(predicting, choices, strict=True)), [], not_finite)
-        groups = [self.apart(group) for group in _split(parts)]
+        groups = [
+            self.apart(group)
+            for group in split_apart(parts, lambda one: one.sequence.request.version)
+        ]
         return StepOutcome(
             [one for group in groups for one in group.chosen],
             [one for group in groups for one in group.broken],

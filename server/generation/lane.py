@@ -14,15 +14,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters import segments
 from adapters.errors import SlotNotResident
+from server import failures
 from server.base.plan import PAGE_TOKENS
 from server.failures import NotFinite, is_lost
-from server.generation import failures
+from server.generation import failures as refusals
 from server.generation.fair_queue import FairQueue
 from server.generation.forward import (
     MIN_PREFILL_TOKENS,
@@ -176,7 +177,7 @@ class GenerateLane:
         """
         if request.id in self._queue or request.id in self._running:
             raise ValueError(f"A request with the id {request.id!r} is already here.")
-        refusal = failures.refusal(
+        refusal = refusals.refusal(
             request,
             vocabulary=self._adapted.signature.vocab_size,
             max_input_tokens=self._options.max_input_tokens,
@@ -408,7 +409,7 @@ class GenerateLane:
         reason: FinishReason | None = None
         if sequence.text.stopped:
             reason = "stop_sequence"
-        elif token in self._eos_ids and not request.sampling.ignore_eos:
+        elif token in self._ends_of(request) and not request.sampling.ignore_eos:
             reason = "eos_token"
         elif len(sequence.tokens) >= request.sampling.max_new_tokens:
             reason = "length"
@@ -418,6 +419,11 @@ class GenerateLane:
             sequence.written = 0
             self._kv.rewind(request.id)
         return events
+
+    def _ends_of(self, request: GenerateRequest) -> Collection[int]:
+        """Tokens that end the answer: the request's own, which are its adapter's, or the base's."""
+        own = request.sampling.end_ids
+        return self._eos_ids if own is None else own
 
     def _result(self, sequence: Sequence, reason: FinishReason) -> GenerateResult:
         request = sequence.request

@@ -13,8 +13,9 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
+from adapters.errors import ExplainedError
 from adapters.tasks import Task
 from server.inputs.text import InvalidInput, Side
 from server.messages import ProcessedImage
@@ -38,20 +39,13 @@ _BASE64: Final = re.compile(r"[A-Za-z0-9+/\s]++={0,2}\s*+")
 class ImageTooLarge(InvalidInput):
     """More pixels than the server decodes."""
 
-    code: ClassVar[str] = "input_too_long"
+    code = "input_too_long"
 
 
-class ImageProcessorError(Exception):
+class ImageProcessorError(ExplainedError):
     """The base's folder has no image processor that this server can use."""
 
-    code: ClassVar[str] = "base_unusable"
-
-    def __init__(self, message: str, *, found: str, expected: str, fix: str) -> None:
-        super().__init__(f"{message} found: {found}; expected: {expected}; fix: {fix}")
-        self.message = message
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+    code = "base_unusable"
 
 
 class Images:

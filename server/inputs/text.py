@@ -12,8 +12,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
+from adapters.errors import ExplainedError
 from adapters.tasks import BY_NAME, Cut, Task
 from server.inputs.detokenize import Piece, spell
 from server.inputs.token_bound import TokenBound
@@ -22,7 +23,6 @@ from server.messages import Likeliest, TokenizedInput
 from server.options import TokenizerSource
 
 __all__ = [
-    "ChatTemplateMissing",
     "InputTooLong",
     "InvalidInput",
     "Text",
@@ -37,24 +37,10 @@ TextInput = str | tuple[str, str]  # a text, or a pair such as (question, contex
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
 
 
-class TextError(Exception):
+class TextError(ExplainedError):
     """An input that cannot be given to the model, with what was found and expected."""
 
-    code: ClassVar[str] = "invalid_request"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        found: str | None = None,
-        expected: str | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+    code = "invalid_request"
 
 
 class InvalidInput(TextError):
@@ -65,12 +51,6 @@ class InputTooLong(TextError):
     """More tokens than the base, or this server, takes."""
 
     code = "input_too_long"
-
-
-class ChatTemplateMissing(TextError):
-    """The base's tokenizer has no chat template."""
-
-    code = "chat_template_missing"
 
 
 class Text:
@@ -167,8 +147,33 @@ class Text:
         return eos
 
     @property
-    def has_chat_template(self) -> bool:
-        return bool(self.tokenizer.chat_template)
+    def chat_template(self) -> str | None:
+        """The base's own template for conversations without tools."""
+        given = self.tokenizer.chat_template
+        found: str | None = given.get("default") if isinstance(given, Mapping) else given
+        return found or None
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """The tokenizer's special tokens by name, as templates know them."""
+        return dict(self.tokenizer.special_tokens_map)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None where the base has none."""
+        with self._lock:
+            found = self.tokenizer.convert_tokens_to_ids(token)
+            spelled = None if found is None else self.tokenizer.convert_ids_to_tokens(found)
+        if found is None or spelled != token or (self.vocab_size or 1 << 62) <= found:
+            return None
+        return int(found)
+
+    def token_of(self, id_: int) -> str | None:
+        """The token of an id as the vocabulary spells it; None where the base has no such id."""
+        if not 0 <= id_ < min(self.vocab_size or 1 << 62, 1 << 31):
+            return None
+        with self._lock:
+            found = self.tokenizer.convert_ids_to_tokens(id_)
+        return None if found is None else str(found)
 
     def encode(
         self,
@@ -265,44 +270,6 @@ class Text:
             raise _no_room(f"{len(ids)} prompt tokens", max_new_tokens, self.max_tokens)
         self._check(ids, 0)
         return tuple(ids)
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 0
-    ) -> tuple[int, ...]:
-        """Render a conversation with the tokenizer's chat template and encode it.
-
-        Raises:
-            ChatTemplateMissing: There is no template.
-            InvalidInput: The template refuses the conversation.
-            InputTooLong: As for a prompt.
-        """
-        return self.encode_prompt(
-            self.render_chat(messages), max_new_tokens=max_new_tokens, special_tokens=False
-        )
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt of a conversation, ready for the assistant's turn."""
-        from jinja2 import TemplateError
-
-        if not self.has_chat_template:
-            raise ChatTemplateMissing(
-                "The base's tokenizer has no chat template.",
-                found="no chat_template",
-                expected="a tokenizer with a chat template",
-                fix="Use /v1/completions, or serve a base that has a chat template.",
-            )
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise InvalidInput(
-                "The chat template refused the messages.",
-                found=str(error)[:200],
-                expected="roles and contents that the base's template takes",
-                fix="Check the order of the roles.",
-            ) from error
-        return str(rendered)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The readable text of some ids."""

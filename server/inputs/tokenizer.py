@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
+from adapters.errors import ExplainedError
 from server.options import TokenizerSource
 
 FILE: Final = "tokenizer.json"
@@ -41,17 +42,10 @@ MODEL_OPTIONS: Final = (
 )
 
 
-class TokenizerError(Exception):
+class TokenizerError(ExplainedError):
     """The base's folder has no tokenizer that this server can use."""
 
-    code: ClassVar[str] = "base_unusable"
-
-    def __init__(self, message: str, *, found: str, expected: str, fix: str) -> None:
-        super().__init__(f"{message} found: {found}; expected: {expected}; fix: {fix}")
-        self.message = message
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+    code = "base_unusable"
 
 
 @dataclass(frozen=True, slots=True)

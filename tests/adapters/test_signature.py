@@ -6,7 +6,7 @@ from torch import nn
 
 from adapters.errors import ShapeMismatch, UnsupportedOption
 from adapters.layers.inject import inject
-from adapters.signature import BaseSignature, LayerSignature, describe
+from adapters.signature import LayerSignature, describe
 from tests.stand.tiny_models import BUILDERS, VOCAB, WIDTH, build
 
 
@@ -23,12 +23,6 @@ def test_meta_plain_quantized_and_injected_models_have_one_signature(name: str) 
     assert on_meta.hidden_size == WIDTH
     assert on_meta.vocab_size == VOCAB
     assert on_meta.max_length == 48
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_json_round_trip(name: str) -> None:
-    signature = describe(build(name), "base")
-    assert BaseSignature.from_json(signature.to_json()) == signature
 
 
 def test_layers_have_their_kinds_and_shapes() -> None:

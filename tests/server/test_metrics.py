@@ -79,9 +79,11 @@ def test_worker_metrics_are_by_lane() -> None:
 def test_live_gauges_show_this_moment() -> None:
     registry = CollectorRegistry()
     live = Live(
-        queue_depth={"encode": 2},
-        base_bytes={"linear": 10, "other": 5},
-        adapter_bytes={"device": 7},
+        {
+            "queue_depth": {"encode": 2},
+            "base_bytes": {"linear": 10, "other": 5},
+            "kernel": "avx2",
+        },
         processes={"main": os.getpid(), "gone": 2**22 + 1},
         worker_ready=True,
     )
@@ -89,6 +91,7 @@ def test_live_gauges_show_this_moment() -> None:
     text = shown(registry)
     assert 'hira_base_bytes{part="linear"} 10.0' in text
     assert 'hira_queue_depth{lane="encode"} 2.0' in text
+    assert 'hira_kernel{kernel="avx2"} 1.0' in text
     assert 'hira_process_resident_bytes{role="main"}' in text
     assert "gone" not in text
     assert "hira_worker_ready 1.0" in text

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,9 @@ class Record:
     version: str
     created: datetime
     pinned: bool = False
+    labels: tuple[str, ...] | None = None
+    chat_template: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
 
     def fits(self, base_digest: str) -> bool:
         return not base_digest
@@ -44,6 +47,7 @@ class Record:
 
 class FakeRegistry:
     def __init__(self) -> None:
+        self.store: Any = SimpleNamespace(conversation=None)
         tasks = {"imdb": "text-classification", "story": "text-generation"}
         now = datetime.now(UTC)
         self.known = {name: Record(name, task, f"{name}-v1", now) for name, task in tasks.items()}
@@ -65,6 +69,10 @@ class Characters(Text):
     def apart(self) -> Text:
         """Nothing is shared, so nothing has to be apart."""
         return self
+
+    @property
+    def chat_template(self) -> str | None:
+        return None
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens

@@ -16,7 +16,8 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from adapters.intake.checkpoint import CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CONFIG_FILE
+from adapters.intake.safetensors_header import TENSOR_FILE
 from adapters.signature import BaseSignature, describe
 
 SMALL: Mapping[str, Any] = {

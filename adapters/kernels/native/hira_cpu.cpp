@@ -1,5 +1,5 @@
 // y[rows of s] = x[rows of s] · (W0 ⊙ (1 + B_s A_s))ᵀ + bias for all segments of one layer call, in
-// bfloat16 with float32 accumulation, on x86-64 with AMX-BF16 or AVX512-BF16.
+// bfloat16 with float32 accumulation, on x86-64 with AMX-BF16 or AVX512-BF16. The float32 kernel is in float32.h.
 //
 // A plain C interface for ctypes, without torch and without an OpenMP runtime of its own: the
 // caller gives GOMP_parallel of the runtime that torch uses, and one scratch buffer.
@@ -22,6 +22,8 @@
 #include <cstring>
 #include <vector>
 
+#include "call.h"
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define HIRA_X86 1
 #include <cpuid.h>
@@ -35,76 +37,68 @@
 namespace {
 
 enum Level : int32_t { kAbsent = 0, kAvx512 = 1, kAmx = 2 };
-enum How : int64_t { kBase = 0, kFold = 1, kExpand = 2, kKept = 3 };
+using HiraFactors = FactorsOf<uint16_t>;  // bfloat16
+using HiraCall = CallOf<uint16_t>;
 
 #ifdef HIRA_X86
 
-Level detect() {
+struct Processor {
+    Level bfloat16;
+    Float32Level float32;
+};
+
+Processor detect() {
+    Processor none{kAbsent, kNoFloat32}, found = none;
     unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return kAbsent;  // OSXSAVE
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return none;  // OSXSAVE
+    const bool has_fma = c & (1u << 12);
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 0xE6) != 0xE6) return kAbsent;  // the system saves no 512-bit registers
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kAbsent;
+    if ((low & 0x6) != 0x6) return none;  // the system saves no 256-bit registers
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return none;
+    if (!has_fma || !(b & (1u << 5))) return none;  // AVX2
+    found.float32 = kAvx2Float32;
+    if ((low & 0xE6) != 0xE6) return found;  // nor 512-bit ones
     const unsigned wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
-    if ((b & wanted) != wanted) return kAbsent;
+    if ((b & wanted) != wanted) return found;
+    found.float32 = kAvx512Float32;
     const bool has_tiles = (d & (1u << 22)) && (d & (1u << 24)) && (low & 0x60000) == 0x60000;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return kAbsent;  // AVX512-BF16
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return found;  // AVX512-BF16
+    found.bfloat16 = kAvx512;
     const long request_permission = 0x1023, tile_state = 18;
-    if (has_tiles && syscall(SYS_arch_prctl, request_permission, tile_state) == 0) return kAmx;
-    return kAvx512;
+    if (has_tiles && syscall(SYS_arch_prctl, request_permission, tile_state) == 0)
+        found.bfloat16 = kAmx;
+    return found;
 }
 
 #else
 
-Level detect() { return kAbsent; }
+struct Processor {
+    Level bfloat16;
+    Float32Level float32;
+};
+
+Processor detect() { return {kAbsent, kNoFloat32}; }
 
 #endif
 
 }  // namespace
 
 // Of the structures and of what they mean: raised with every change that a caller must know of.
-HIRA_API int32_t hira_interface() { return 2; }
+HIRA_API int32_t hira_interface() { return 3; }
 
-HIRA_API int32_t hira_level() {
-    static const Level level = detect();
-    return level;
+static const Processor& processor() {
+    static const Processor found = detect();
+    return found;
 }
+
+HIRA_API int32_t hira_level() { return processor().bfloat16; }
+
+HIRA_API int32_t hira_level_float32() { return processor().float32; }
 
 // Rows of the base, or of a kept weight, up to which lines are multiplied without tiles: a tile costs
 // its 16 rows, used or not.
 static int64_t few_rows(int64_t level) { return level == kAmx ? 2 : 8; }
-
-HIRA_API int64_t hira_few_rows() { return few_rows(hira_level()); }
-
-// What one segment brings. a: [rank, in], b: [out, rank], both read by fold and expand only.
-// bias: [out], instead of the layer's own, or null. how: one of How. kept: [out, in], or null.
-struct HiraFactors {
-    const uint16_t* a;
-    const uint16_t* b;
-    const uint16_t* bias;
-    int64_t rank;
-    int64_t how;
-    const uint16_t* kept;
-};
-
-// A layer call. Matrices are row by row without gaps; bfloat16 unless said.
-struct HiraCall {
-    uint16_t* y;                 // [rows, out]
-    const uint16_t* x;           // [rows, in]
-    const void* stored;          // 4-bit: [out, in / 2] bytes, first weight in the high half; else [out, in]
-    const float* scales;         // one a block of 4-bit weights
-    const float* levels;         // 16 values of the 4-bit codes; null: stored is bfloat16
-    const uint16_t* bias;        // [out] or null
-    int64_t segments;
-    int64_t out, in;             // in: a multiple of 32
-    int64_t block;               // weights a scale: a multiple of 32
-    int64_t threads;
-    uint8_t* scratch;
-    int64_t scratch_bytes;
-    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel, or null
-    int64_t level;               // at most hira_level(); 0 means that
-};
 
 #ifdef HIRA_X86
 
@@ -1020,20 +1014,39 @@ int64_t run(const HiraCall&, const int64_t*, const HiraFactors*, Level) { return
 
 #endif
 
+namespace {
+
+// The level that a call asks for, where the processor has it.
+int64_t chosen(int64_t best, int64_t asked) { return asked && asked < best ? asked : best; }
+
+template <class T>
+bool is_in_order(const CallOf<T>& c, const FactorsOf<T>* factors) {
+    if (c.in % 32 || c.in == 0 || c.threads < 1) return false;
+    if (c.levels && (c.block < 32 || c.block % 32)) return false;
+    for (int64_t i = 0; i < c.segments; ++i) {
+        const FactorsOf<T>& f = factors[i];
+        if (f.how < kBase || f.how > kKept || (f.how == kKept && !f.kept)) return false;
+        if ((f.how == kFold || f.how == kExpand) && (!f.a || !f.b || f.rank < 1)) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
 // Run a call. bounds: segments + 1 row numbers; factors: one a segment. Returns 0; or the bytes of
 // scratch it needs, aligned to 64, and nothing is written then; or -1 where this processor, or the
 // shape, is not served.
 HIRA_API int64_t hira_modulated_linear(const HiraCall* call, const int64_t* bounds,
                                        const HiraFactors* factors) {
-    const HiraCall& c = *call;
-    const int32_t best = hira_level();
-    const Level level = Level(c.level && c.level < best ? c.level : best);
-    if (level == kAbsent || c.in % 32 || c.in == 0 || c.threads < 1) return -1;
-    if (c.levels && (c.block < 32 || c.block % 32)) return -1;
-    for (int64_t i = 0; i < c.segments; ++i) {
-        const HiraFactors& f = factors[i];
-        if (f.how < 0 || f.how > 3 || (f.how == 3 && !f.kept)) return -1;
-        if ((f.how == 1 || f.how == 2) && (!f.a || !f.b || f.rank < 1)) return -1;
-    }
-    return run(c, bounds, factors, level);
+    const Level level = Level(chosen(hira_level(), call->level));
+    return level == kAbsent || !is_in_order(*call, factors) ? -1 : run(*call, bounds, factors, level);
+}
+
+// The same in float32.
+HIRA_API int64_t hira_modulated_linear_float32(const CallOf<float>* call, const int64_t* bounds,
+                                               const FactorsOf<float>* factors) {
+    const int64_t level = chosen(hira_level_float32(), call->level);
+    if (level == kNoFloat32 || !is_in_order(*call, factors)) return -1;
+    return level == kAvx2Float32 ? run_float32_avx2(*call, bounds, factors)
+                                 : run_float32_avx512(*call, bounds, factors);
 }

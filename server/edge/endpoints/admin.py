@@ -17,7 +17,7 @@ from typing import Any, Final
 from fastapi import Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 
-from adapters.errors import AdapterError, StoreFull
+from adapters.errors import AdapterError, full_disk_refused
 from adapters.registry.registry import AdapterRecord
 from server.edge.endpoints.allowed_sources import fetched, unpacked
 from server.edge.endpoints.body import described_json, read_json, sent_json
@@ -144,6 +144,7 @@ class Admin:
                 replace=registration.replace,
                 pinned=registration.pinned,
                 check=self.service.base.check_head,
+                settle=self.service.settle,
             ),
             "registrations",
         )
@@ -182,14 +183,10 @@ class Admin:
 def _refused() -> Iterator[None]:
     """Turn errors of the registry and the disk into refusals."""
     try:
-        yield
+        with full_disk_refused("The disk"):
+            yield
     except AdapterError as error:
         raise Refusal.of(error) from None
-    except OSError as error:
-        if error.errno not in {28, 122}:  # ENOSPC, EDQUOT
-            raise
-        full = StoreFull("The disk is full.", fix="Free space, or remove adapters.")
-        raise Refusal.of(full) from None
 
 
 def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dict[str, Any]:
@@ -216,6 +213,8 @@ def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dic
         last_used=_when(last_used),
         quarantined_until=_when(until),
         quarantine_reason=why,
+        chat_template=record.chat_template,
+        generation=dict(record.generation),
         notes=list(record.notes),
     ).model_dump()
 

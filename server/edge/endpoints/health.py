@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from fastapi import Request, Response
 
@@ -77,14 +76,14 @@ class HealthEndpoints:
         service = self.service
         state = read_state(service.settings.run_dir)
         status, _ = self.readiness()
-        return live_figures(
-            state,
+        return Live(
+            {} if state is None else state.snapshot,
             processes=self._processes(state),
             running={
                 "requests": float(service.load.requests()),
                 "tokens": float(service.load.tokens()),
             },
-            ready=status == "ready",
+            worker_ready=status == "ready",
         )
 
     def _processes(self, state: WorkerState | None) -> dict[str, int]:
@@ -109,32 +108,3 @@ def observe_routes(observe: HealthEndpoints) -> list[Endpoint]:
 
 def service_pids(service: Service) -> dict[str, int]:
     return {role: pid for role, pid in service.load.pids().items() if pid}
-
-
-def live_figures(
-    state: WorkerState | None,
-    *,
-    processes: dict[str, int],
-    running: dict[str, float],
-    ready: bool,
-) -> Live:
-    """The gauges, from what the engine said of itself last."""
-    snapshot: dict[str, Any] = dict(state.snapshot) if state is not None else {}
-    return Live(
-        queue_depth=snapshot.get("queue_depth", {}),
-        base_bytes=snapshot.get("base_bytes", {}),
-        adapter_bytes=snapshot.get("adapter_bytes", {}),
-        adapters={
-            **snapshot.get("adapters", {}),
-            "quarantined": len(snapshot.get("quarantined", {})),
-        },
-        kv_blocks=snapshot.get("kv_blocks", {}),
-        generate_steps=snapshot.get("generate_steps", {}),
-        weights_digest=snapshot.get("weights_digest", ""),
-        static_bytes=snapshot.get("static_bytes", {}),
-        cuda_bytes=snapshot.get("cuda_bytes", {}),
-        totals=snapshot.get("totals", {}),
-        processes=processes,
-        running=running,
-        worker_ready=ready,
-    )

@@ -8,10 +8,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, Request, Response
 
+from adapters.tasks import BY_NAME
 from server.edge.endpoints.answers import (
     VALUE_BYTES,
     EventStream,
@@ -26,6 +27,7 @@ from server.edge.endpoints.answers import (
     tokenize,
 )
 from server.edge.endpoints.body import sent_json
+from server.edge.endpoints.chat import chat_prompt, with_defaults
 from server.edge.endpoints.json_text import AT_ONCE_VALUES
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
@@ -33,7 +35,7 @@ from server.edge.endpoints.schemas_openai import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    OpenAIBody,
+    ModelNamed,
     Sampling,
 )
 from server.edge.endpoints.tei_tgi import check_new_tokens
@@ -42,10 +44,15 @@ from server.errors import Refusal
 from server.inputs.text import Text
 from server.messages import GenerateResult, SamplingOptions, TokenizedInput
 
+if TYPE_CHECKING:
+    from adapters.registry.records import AdapterRecord
+
 DEFAULT_TOKENS = 16
 DEFAULT_CHAT_TOKENS = 256
 MAX_MODELS = 10_000
 SEEDS = 1 << 63
+# What clients that have no model to name write in its place.
+PLACEHOLDERS = frozenset({"tgi", "tei", "dummy", "default", "none", "-", "_"})
 COMPLETION_BODY: Any = Depends(sent_json(CompletionRequest))
 CHAT_BODY: Any = Depends(sent_json(ChatRequest))
 EMBEDDING_BODY: Any = Depends(sent_json(EmbeddingRequest))
@@ -62,7 +69,7 @@ class OpenAI:
         base = self.service.base
         records = self.service.names.listed(fitting=True)[:MAX_MODELS]
         own = [self._model(base.name, base.created, None)]
-        adapters = [self._model(one.name, one.created.timestamp(), base.name) for one in records]
+        adapters = [self._model(one.name, one.created.timestamp(), one) for one in records]
         return await json_response(self.service, {"object": "list", "data": own + adapters}, {})
 
     async def model(self, request: Request, model: str) -> Response:
@@ -71,7 +78,7 @@ class OpenAI:
         if self.service.is_base(model):
             return Json(self._model(base.name, base.created, None))
         record = self.service.served_record(model, "model")
-        return Json(self._model(record.name, record.created.timestamp(), base.name))
+        return Json(self._model(record.name, record.created.timestamp(), record))
 
     async def completions(
         self, request: Request, body: CompletionRequest = COMPLETION_BODY
@@ -87,7 +94,7 @@ class OpenAI:
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            body.model,
+            self._answering(body, target),
             await self._echoed(request, body, prompts) if body.echo else None,
             body.logprobs is not None,
             alternatives := body.logprobs or 0,
@@ -114,7 +121,7 @@ class OpenAI:
         )
 
     async def chat_completions(self, request: Request, body: ChatRequest = CHAT_BODY) -> Response:
-        """Continue a conversation, written out with the base's chat template."""
+        """Continue a conversation, written out with the adapter's chat template or the base's."""
         target = self._target(request, body, "/v1/chat/completions")
         text = self.service.base.texts
         messages = [message.plain() for message in body.messages]
@@ -123,23 +130,24 @@ class OpenAI:
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             check_new_tokens(asked, self.service, limit)
         # Without a limit: what is left of the context, so that a long conversation is not refused.
+        written = await chat_prompt(request, self.service, target, messages)
         prompt = await tokenize(
             request,
             self.service,
             text,
-            sum(len(message["content"]) + INPUT_CHARACTERS for message in messages),
-            lambda one: one.encode_chat(messages, max_new_tokens=asked or 1),
+            len(written) + INPUT_CHARACTERS,
+            lambda one: one.encode_prompt(written, max_new_tokens=asked or 1, special_tokens=False),
             "messages",
         )
         wanted = asked or min(
-            DEFAULT_CHAT_TOKENS,
+            target.generation.get("max_new_tokens", DEFAULT_CHAT_TOKENS),
             self.service.settings.max_new_tokens,
             text.max_tokens - len(prompt),
         )
         shape = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            body.model,
+            self._answering(body, target),
             bool(body.logprobs),
             body.top_logprobs or 0,
         )
@@ -192,7 +200,7 @@ class OpenAI:
                 }
                 for index, vector in enumerate(vectors)
             ],
-            "model": body.model,
+            "model": self._answering(body, target),
             "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
         }
         return await json_response(
@@ -212,9 +220,17 @@ class OpenAI:
         scores: bool = False,
     ) -> Response:
         copies = body.n or 1
+        said = {name for name in body.model_fields_set if getattr(body, name) is not None}
+        if "temperature" in said:
+            said.add("do_sample")
         check_inputs(len(prompts) * copies, self.service, "n")
         each = [
-            (prompt, self._sampling(body, wanted, copy, shape, scores=scores))
+            (
+                prompt,
+                with_defaults(
+                    self._sampling(body, wanted, copy, shape, scores=scores), target, said
+                ),
+            )
             for prompt in prompts
             for copy in range(copies)
         ]
@@ -269,17 +285,48 @@ class OpenAI:
             lambda: shape.answer(results, copies), "answers", size_bytes=values * VALUE_BYTES
         )
 
-    def _target(self, request: Request, body: OpenAIBody, verb: str) -> Target:
+    def _target(self, request: Request, body: ModelNamed, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
         body.check_supported()
-        model = str(getattr(body, "model", ""))
         path = "/embed" if isinstance(body, EmbeddingRequest) else "/generate"
-        names = (model, *request.query_params.getlist("adapter"))
+        named = request.query_params.getlist("adapter")
+        model = body.model
+        if self._names_nobody(model):
+            model = None if named else self.service.default_model
+        names = [model, *named]
         target = self.service.target(names, path, "model", call=verb)
         context_of(request).adapter = target.adapter
         return target
 
-    def _model(self, name: str, created: float, parent: str | None) -> dict[str, Any]:
+    def _answering(self, body: ModelNamed, target: Target) -> str:
+        """Who answers, for the answer: as the request has it, if it names anybody."""
+        model = body.model
+        if model is None or self._names_nobody(model):
+            return target.adapter or self.service.base.name
+        return model
+
+    def _names_nobody(self, model: str | None) -> bool:
+        """Whether there is no model, or what a client writes that has none."""
+        return not model or (
+            model in PLACEHOLDERS
+            and model not in self.service.names.records
+            and not self.service.is_base(model)
+        )
+
+    def _model(self, name: str, created: float, record: AdapterRecord | None) -> dict[str, Any]:
+        base = self.service.base
+        parent = None if record is None else base.name
+        task = base.task if record is None else record.task
+        labels = None if record is None else record.labels
+        context: int | None = None
+        chats = False
+        if base.prompts is not None:
+            row = BY_NAME.get(task)
+            generates = row is not None and row.lane == "generate"
+            holder = base.prompts if generates or not isinstance(base.inputs, Text) else base.inputs
+            context = holder.max_tokens
+            own = record is not None and record.chat_template
+            chats = generates and (own or base.prompts.chat_template is not None)
         return {
             "id": name,
             "object": "model",
@@ -287,6 +334,10 @@ class OpenAI:
             "owned_by": "hira-server",
             "parent": parent,
             "root": parent or name,
+            "task": task,
+            "labels": None if labels is None else list(labels),
+            "context": context,
+            "chat": chats,
         }
 
     async def _prompts(

@@ -288,6 +288,10 @@ class AdapterAnswer(Answer):
     last_used: str | None
     quarantined_until: str | None
     quarantine_reason: str | None
+    chat_template: bool = Field(description="Whether conversations are written with its own.")
+    generation: dict[str, Any] = Field(
+        description="Its own end tokens (end_ids) and defaults for what a request leaves out."
+    )
     notes: list[str]
 
 

@@ -6,6 +6,7 @@ do; a field that would change the answer and cannot be honoured is refused with 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -85,12 +86,18 @@ class OpenAIBody(BaseModel):
             )
 
 
+class ModelNamed(OpenAIBody):
+    model: str | None = Field(
+        default=None,
+        description="An adapter's name, or the base's; without one the server's default answers.",
+    )
+
+
 class StreamOptions(OpenAIBody):
     include_usage: bool = False
 
 
-class Sampling(OpenAIBody):
-    model: str
+class Sampling(ModelNamed):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
@@ -125,18 +132,61 @@ class ContentPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+    def plain(self) -> dict[str, Any]:
+        """With the arguments as values, as templates write them; text that is no object stays."""
+        arguments = self.arguments
+        if isinstance(arguments, str):
+            try:
+                values = json.loads(arguments)
+            except (ValueError, RecursionError):
+                values = None
+            arguments = values if isinstance(values, dict) else arguments
+        return {"name": self.name, "arguments": arguments}
+
+
+class ToolCall(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        own = {} if self.id is None else {"id": self.id}
+        return {**own, "type": self.type, "function": self.function.plain()}
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: str
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Role and text, as chat templates take them."""
+        """A message as chat templates take it: without the fields that say nothing."""
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
-        return {"role": self.role, "content": content or ""}
+        said: dict[str, Any] = {"role": self.role}
+        if content or not self.tool_calls:
+            said["content"] = content or ""
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            value = getattr(self, name)
+            if value is not None:
+                said[name] = value
+        if self.tool_calls:
+            said["tool_calls"] = [one.plain() for one in self.tool_calls]
+        return said
 
 
 class ChatRequest(Sampling):
@@ -155,8 +205,7 @@ class ChatRequest(Sampling):
         return self
 
 
-class EmbeddingRequest(OpenAIBody):
-    model: str
+class EmbeddingRequest(ModelNamed):
     input: str | Texts | Ids | IdLists
     encoding_format: Literal["float", "base64"] | None = "float"
     truncation: bool | None = Field(default=False, description="Cut inputs that are too long.")
@@ -253,6 +302,10 @@ class Model(BaseModel):
     owned_by: str
     parent: str | None
     root: str
+    task: str = Field(description="What it answers, as the tasks of adapters are called.")
+    labels: list[str] | None = Field(description="Of a classifier, in the order of its outputs.")
+    context: int | None = Field(description="Tokens of one input, or of a prompt and its answer.")
+    chat: bool = Field(description="Whether /v1/chat/completions can be asked of it.")
 
 
 class ModelList(BaseModel):

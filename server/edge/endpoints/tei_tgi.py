@@ -23,6 +23,7 @@ from server.edge.endpoints.answers import (
     tokenize,
 )
 from server.edge.endpoints.body import ValidatedBody, posted, sent_json
+from server.edge.endpoints.chat import with_defaults
 from server.edge.endpoints.schemas import (
     EmbedRequest,
     GenerateParameters,
@@ -265,7 +266,8 @@ class TeiTgi:
         )
         if parameters.truncate is not None:
             token_ids = token_ids[-parameters.truncate :]
-        prompts = [(token_ids, _sampling(parameters, stream=stream))]
+        sampling = _sampling(parameters, stream=stream)
+        prompts = [(token_ids, with_defaults(sampling, target, _said(parameters)))]
         return target, Generations(request, service, target, prompts, stream=stream)
 
     async def _prefill(
@@ -318,6 +320,12 @@ def check_new_tokens(wanted: int, service: Service, field: str) -> None:
             expected=f"at most {most}",
             field=field,
         )
+
+
+def _said(parameters: GenerateParameters) -> set[str]:
+    """What a request does not leave to defaults; what switches sampling on decides about it."""
+    said = {name for name in parameters.model_fields_set if getattr(parameters, name) is not None}
+    return said | ({"do_sample"} if parameters.samples else set())
 
 
 def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOptions:

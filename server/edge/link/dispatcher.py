@@ -258,14 +258,6 @@ class Dispatcher:
         """Send something that has no answer, such as Preload; lost when no worker is there."""
         self._post(message)
 
-    def versions_in_use(self) -> set[str]:
-        """Adapter versions that requests of this process were admitted with."""
-        return {
-            ticket.request.version
-            for ticket in self._tickets.values()
-            if ticket.request.version is not None
-        }
-
     @property
     def running(self) -> int:
         return len(self._tickets)

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
+from server.edge.endpoints.openapi import SSE_TYPE
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
@@ -101,21 +102,23 @@ class HiraSpec(LitSpec):
 
 
 def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[Endpoint]:
-    post, get = ("POST",), ("GET",)
+    def plain(
+        path: str, endpoint: Callable[..., Any], answer: Any, body: dict[str, Any], **more: Any
+    ) -> Endpoint:
+        return Endpoint(path, endpoint, ("POST",), "Native", answer, extra=body, **more)
 
     def v1(
         path: str,
         endpoint: Callable[..., Any],
-        methods: tuple[str, ...],
         answer: Any,
+        body: type[BaseModel] | None = None,
         *,
         streams: bool = False,
-        body: type[BaseModel] | None = None,
     ) -> Endpoint:
         return Endpoint(
             path,
             endpoint,
-            methods,
+            ("GET",) if body is None else ("POST",),
             "OpenAI",
             answer,
             error=OpenAIError,
@@ -124,84 +127,31 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
             extra=described_json(body) if body else {},
         )
 
+    generation = described_json(GenerateRequestBody)
+    documents, pairs = described_json(DocumentsRequest), described_json(SimilarityRequest)
     return [
-        Endpoint(
-            "/predict",
-            native.predict,
-            post,
-            "Native",
-            Prediction | list[Prediction],
-            extra=form_schema(PredictRequest),
+        plain(
+            "/predict", native.predict, Prediction | list[Prediction], form_schema(PredictRequest)
         ),
-        Endpoint(
-            "/embed",
-            native.embed,
-            post,
-            "Native",
-            list[list[float]],
-            extra=form_schema(EmbedRequest),
+        plain("/embed", native.embed, list[list[float]], form_schema(EmbedRequest)),
+        plain("/rerank", ranking.rerank, list[Rank] | Reranked, described_json(AnyRerankRequest)),
+        plain("/v2/rerank", ranking.rerank_documents, Reranked, documents),
+        plain("/similarity", ranking.similarity, list[float], pairs),
+        plain("/generate", native.generate, GenerateAnswer, generation, streams=True),
+        plain(
+            "/generate_stream", native.generate_stream, StreamEvent, generation, media_type=SSE_TYPE
         ),
-        Endpoint(
-            "/rerank",
-            ranking.rerank,
-            post,
-            "Native",
-            list[Rank] | Reranked,
-            extra=described_json(AnyRerankRequest),
-        ),
-        Endpoint(
-            "/v2/rerank",
-            ranking.rerank_documents,
-            post,
-            "Native",
-            Reranked,
-            extra=described_json(DocumentsRequest),
-        ),
-        Endpoint(
-            "/similarity",
-            ranking.similarity,
-            post,
-            "Native",
-            list[float],
-            extra=described_json(SimilarityRequest),
-        ),
-        Endpoint(
-            "/generate",
-            native.generate,
-            post,
-            "Native",
-            GenerateAnswer,
-            streams=True,
-            extra=described_json(GenerateRequestBody),
-        ),
-        Endpoint(
-            "/generate_stream",
-            native.generate_stream,
-            post,
-            "Native",
-            StreamEvent,
-            media_type="text/event-stream",
-            extra=described_json(GenerateRequestBody),
-        ),
-        v1("/v1/models", openai.models, get, ModelList),
-        v1("/v1/models/{model:path}", openai.model, get, Model),
-        v1(
-            "/v1/completions",
-            openai.completions,
-            post,
-            Completion,
-            streams=True,
-            body=CompletionRequest,
-        ),
+        v1("/v1/models", openai.models, ModelList),
+        v1("/v1/models/{model:path}", openai.model, Model),
+        v1("/v1/completions", openai.completions, Completion, CompletionRequest, streams=True),
         v1(
             "/v1/chat/completions",
             openai.chat_completions,
-            post,
             ChatCompletion,
+            ChatRequest,
             streams=True,
-            body=ChatRequest,
         ),
-        v1("/v1/rerank", ranking.rerank_documents, post, Reranked, body=DocumentsRequest),
-        v1("/v1/score", ranking.score, post, ScoreList, body=ScoreRequest),
-        v1("/v1/embeddings", openai.embeddings, post, EmbeddingList, body=EmbeddingRequest),
+        v1("/v1/rerank", ranking.rerank_documents, Reranked, DocumentsRequest),
+        v1("/v1/score", ranking.score, ScoreList, ScoreRequest),
+        v1("/v1/embeddings", openai.embeddings, EmbeddingList, EmbeddingRequest),
     ]

@@ -90,6 +90,7 @@ def _serve_in(
         raise StartFailed(str(error)) from None
     prepare.register(registry, base, adapters, settings)
     prepare.check_base(registry, base)
+    prepare.check_default(registry, settings)
     service = Service(settings, base, registry, reload)
     registry.close()  # what is forked from here on must open its own
     collector = Collector(service)

@@ -7,17 +7,20 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from adapters.errors import AdapterError
 from adapters.registry.registry import Registry
 from server.edge.endpoints.allowed_sources import sources_of
 from server.edge.processes.supervise import StartFailed
-from server.edge.service import Base, base_task
+from server.edge.service import Base, base_task, settle_on
+from server.inputs.rendering import RenderLimits, RenderProcess
 from server.metrics import BASE_LABEL
 from server.settings import AdapterSource, Settings
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from server.inputs.images import Images
+    from server.inputs.text import Text
 
 DEMO_NAME: Final = "hira-demo-base"
 
@@ -89,9 +92,12 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
             inputs = Text.load(
                 plan.folder, max_tokens=limit, vocab_size=vocabulary, source=settings.tokenizer
             )
-            prompts = inputs.limited(signature.max_length)
             if inputs.note is not None:
                 logger.warning(inputs.note)
+        if settings.chat_template is not None:
+            _use_template(settings.chat_template, inputs, settings)
+        if isinstance(inputs, Text):
+            prompts = inputs.limited(signature.max_length)
     except (BaseModelError, TokenizerError, ImageProcessorError) as error:
         raise StartFailed(" ".join(str(error).split())) from None
     return Base(
@@ -109,6 +115,39 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
     )
 
 
+def _use_template(path: Path, inputs: Text | Images, settings: Settings) -> None:
+    """Give the base the chat template that the operator names.
+
+    Raises:
+        StartFailed: It is of no use on this base.
+    """
+    from server.inputs.conversation import read_template
+    from server.inputs.text import Text
+
+    if not isinstance(inputs, Text):
+        raise StartFailed("chat_template: this base takes images, and no conversation")
+    try:
+        with render_process(settings) as process:
+            inputs.tokenizer.chat_template = read_template(path, inputs, process)
+    except ValueError as error:
+        raise StartFailed(f"chat_template {path}: {error}") from None
+
+
+def check_default(registry: Registry, settings: Settings) -> None:
+    """Raises StartFailed where the adapter that answers by default is not registered."""
+    name = settings.default_adapter
+    if name is not None and name not in registry.records():
+        raise StartFailed(
+            f"default_adapter {name}: there is no such adapter; register it first, "
+            f"or with --adapter {name}=SOURCE"
+        )
+
+
+def render_process(settings: Settings) -> RenderProcess:
+    """What renders chat templates while nothing listens yet; to be closed before any fork."""
+    return RenderProcess(RenderLimits(cpu_s=settings.template_s))
+
+
 def register(
     registry: Registry, base: Base, adapters: tuple[AdapterSource, ...], settings: Settings
 ) -> None:
@@ -118,6 +157,7 @@ def register(
         StartFailed: An adapter cannot be registered; the line names it.
     """
     sources = sources_of(settings)
+    process = render_process(settings)
     for one in adapters:
         if one.name in {base.name, BASE_LABEL}:
             raise StartFailed(
@@ -125,7 +165,7 @@ def register(
                 "or another --base-name"
             )
         try:
-            with sources.fetch(one.source, trusted=True) as folder:
+            with process, sources.fetch(one.source, trusted=True) as folder:
                 registry.register(
                     one.name,
                     folder,
@@ -133,6 +173,7 @@ def register(
                     source=one.source,
                     replace=True,
                     check=base.check_head,
+                    settle=lambda one: settle_on(base, one, process),
                 )
         except AdapterError as error:
             raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None

@@ -9,7 +9,8 @@ import torch
 
 from adapters.errors import CorruptFile, UnsafeFormat
 from adapters.inspection.audit import audit
-from adapters.intake.checkpoint import CONFIG_FILE, TENSOR_FILE
+from adapters.intake.checkpoint import CONFIG_FILE
+from adapters.intake.safetensors_header import TENSOR_FILE
 from tests.adapters.inspection.test_cards import about, card, subjects
 from tests.stand.folders import (
     change_config,

@@ -26,8 +26,8 @@ from adapters.errors import (
     UnsupportedMethod,
     UnsupportedOption,
 )
-from adapters.intake.checkpoint import TENSOR_FILE, load_adapter
-from adapters.intake.safetensors_header import MAX_TENSORS
+from adapters.intake.checkpoint import load_adapter
+from adapters.intake.safetensors_header import MAX_TENSORS, TENSOR_FILE
 from adapters.signature import BaseSignature, describe
 from tests.stand.folders import (
     change_config,

@@ -21,9 +21,10 @@ from adapters.errors import (
     UnsupportedMethod,
     UnsupportedOption,
 )
-from adapters.intake.checkpoint import CONFIG_FILE, TENSOR_FILE, load_adapter
+from adapters.intake.checkpoint import CONFIG_FILE, load_adapter
 from adapters.intake.config import parse_config
 from adapters.intake.convert import convert
+from adapters.intake.safetensors_header import TENSOR_FILE
 from adapters.signature import TASK_PREFIXES, BaseSignature, describe
 from server.base.load import signature_of
 from tests.stand import tiny_bases

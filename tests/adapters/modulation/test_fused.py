@@ -358,7 +358,7 @@ def test_a_table_tied_to_a_fused_head_gives_the_same_rows(
 def test_the_cpu_kernel_refuses_codes_in_the_order_of_the_fused_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native_ops, "available", lambda: True)
+    monkeypatch.setattr(native_ops, "available", lambda dtype: True)
     weight = QuantizedWeight.from_dense(torch.randn(16, 256), "nf4")
     call = LayerCall("l", torch.randn(2, 256).bfloat16(), weight, {}, from_runs([(0, 2)]))
     assert native_path.takes(call)

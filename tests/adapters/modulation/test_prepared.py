@@ -24,6 +24,15 @@ from tests.stand.tiny_models import random_factors
 CPU = torch.device("cpu")
 SHAPE = (96, 128)
 DTYPES = [torch.float32, torch.bfloat16]
+KERNEL_DTYPES = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            not native_ops.available(dtype), reason=f"no compiled kernel for {dtype} here"
+        ),
+    )
+    for dtype in DTYPES
+]
 
 
 def _model(
@@ -102,11 +111,11 @@ def test_auto_keeps_folded_weights_once_they_pay(dtype: torch.dtype) -> None:
     assert folded.nbytes == 2 * one
 
 
-@pytest.mark.skipif(not native_ops.available(), reason="the compiled kernel is not there")
-def test_kept_weights_are_what_the_kernel_reads() -> None:
-    adapted = _model(torch.bfloat16, _Keen(), folded_bytes=1 << 20)
-    _install(adapted, 1, 1, torch.bfloat16)
-    x = torch.randn(2, SHAPE[1]).bfloat16()
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_kept_weights_are_what_the_kernel_reads(dtype: torch.dtype) -> None:
+    adapted = _model(dtype, _Keen(), folded_bytes=1 << 20)
+    _install(adapted, 1, 1, dtype)
+    x = torch.randn(2, SHAPE[1]).to(dtype)
     for _ in range(12):
         _answers(adapted, x, [1, 1])
     kept = adapted.modulator.folded.get(1, "0")
@@ -128,16 +137,16 @@ def test_no_weight_is_kept_where_it_does_not_pay(dtype: torch.dtype) -> None:
     assert len(adapted.modulator.folded) == 0
 
 
-@pytest.mark.skipif(not native_ops.available(), reason="the compiled kernel is not there")
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("method", ["hira", "lora"])
-def test_nothing_prepared_keeps_factors_that_have_left(method: Method) -> None:
-    adapted = _model(torch.bfloat16)
+def test_nothing_prepared_keeps_factors_that_have_left(method: Method, dtype: torch.dtype) -> None:
+    adapted = _model(dtype)
     adapted.modulator.strategy = "native"
-    factors = random_factors(adapted.signature, ["0"], method=method, dtype=torch.bfloat16)
+    factors = random_factors(adapted.signature, ["0"], method=method, dtype=dtype)
     left = weakref.ref(factors["0"].a)
     adapted.install(1, factors)
     del factors
-    _answers(adapted, torch.randn(2, SHAPE[1]).bfloat16(), [1, 0])
+    _answers(adapted, torch.randn(2, SHAPE[1]).to(dtype), [1, 0])
     assert left() is not None
     adapted.uninstall(1)
     gc.collect()

@@ -24,6 +24,7 @@ from adapters.errors import (
     InvalidName,
     RegistryUnavailable,
 )
+from adapters.intake.conversation import UsedConversation
 from adapters.registry.faults import _network_bounds, time_limit
 from adapters.registry.registry import Registry, _typed_database_errors, check_name
 from adapters.registry.store import Store
@@ -430,3 +431,37 @@ def test_postgresql_is_given_bounds_and_its_url_goes_before() -> None:
     assert "connect_timeout" not in bounds
     assert "statement_timeout=5000" in bounds["options"]
     assert _network_bounds(sa.make_url("mysql://h/d")) == {}
+
+
+def test_what_is_used_of_a_conversation_is_kept_and_found_out_anew_on_another_base(
+    registry: Registry, base: BaseSignature, folders: list[Path]
+) -> None:
+    first = UsedConversation(True, {"end_ids": [3], "top_p": 0.5}, ("noted",))
+    one = replace(base, digest="1")
+    record, _ = registry.register("a", folders[0], one, source="x", settle=lambda _: first)
+    registry.register("b", folders[0], one, source="x", settle=lambda _: first)
+    assert again(registry).resolve("a") == record
+    assert (record.chat_template, record.generation) == (True, first.generation)
+    assert "noted" in record.notes
+    other = replace(base, digest="2")
+    now, created = registry.register("a", folders[0], other, source="y")
+    assert not created
+    assert not now.chat_template
+    assert (now.created, now.source) == (record.created, "x")
+    for name in ("a", "b"):  # both are on that version
+        found = again(registry).resolve(name)
+        assert (found.generation, found.base_digest, found.name) == ({}, "2", name)
+
+
+def test_a_folder_that_a_former_release_registered_is_no_other_content(
+    registry: Registry, base: BaseSignature, folders: list[Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[0], tmp_path / "it")
+    change_config(folder, task_type=None)
+    before, _ = registry.register("a", folder, base, source="x")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")  # nobody looked at it
+    after, created = registry.register("a", folder, base, source="x")
+    assert created
+    assert after.version != before.version
+    with pytest.raises(AdapterExists):
+        registry.register("a", folders[1], base, source="x")

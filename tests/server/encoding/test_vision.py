@@ -282,7 +282,7 @@ def test_other_pixels_than_the_base_takes_are_refused(
 
     images: Any = engine.inputs
     (item,) = images.encode([image_file(image(16, 16))], TASK)
-    for wrong in (replace(item, shape=(3, 8, 32)), replace(item, pixels=item.pixels[4:])):
+    for wrong in (replace(item, shape=(3, 8, 32)), replace(item, shape=(3, 32, 8))):
         engine.submit(EncodeRequest("r", TASK, "pets", versions["pets"], (wrong,)))
         (event,) = engine.step()
         assert isinstance(event, Failure)

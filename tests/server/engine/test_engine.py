@@ -372,7 +372,7 @@ def test_a_version_that_lost_its_name_leaves_memory(
     after = engine.snapshot().adapter_bytes
     assert after["device"] < before["device"]
     assert after["heads"] < before["heads"]
-    assert engine.snapshot().slots_used == 2
+    assert engine.snapshot().slots["used"] == 2
 
     # A request that was admitted before the name went is answered, and leaves nothing behind.
     engine.encode(["a film"], task="text-classification", version=world.versions["topics"])

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from server.inputs.text import (
-    ChatTemplateMissing,
     InputTooLong,
     InvalidInput,
     Text,
@@ -108,15 +107,24 @@ def test_an_empty_prompt_is_the_start_token(prompts: Text) -> None:
     assert prompts.encode_prompt("") == (prompts.tokenizer.bos_token_id,)
 
 
-def test_a_chat_without_a_template_is_refused_and_with_one_is_rendered(prompts: Text) -> None:
-    assert not prompts.has_chat_template
-    with pytest.raises(ChatTemplateMissing):
-        prompts.encode_chat([{"role": "user", "content": "to be"}])
-    prompts.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert prompts.render_chat([{"role": "user", "content": "to be"}]) == "to be"
-    prompts.tokenizer.chat_template = "{{ raise_exception('roles') }}"
-    with pytest.raises(InvalidInput, match="chat template"):
-        prompts.render_chat([{"role": "user", "content": "to be"}])
+def test_the_template_without_tools_is_the_one_for_conversations(prompts: Text) -> None:
+    for given, found in (
+        (None, None),
+        ("{{ messages }}", "{{ messages }}"),
+        ({"tool_use": "x"}, None),
+        ({"tool_use": "x", "default": "y"}, "y"),
+    ):
+        prompts.tokenizer.chat_template = given
+        assert prompts.chat_template == found
+
+
+def test_a_token_and_its_id_are_of_the_base_or_none(prompts: Text) -> None:
+    start = prompts.tokenizer.bos_token
+    assert prompts.id_of(start) == prompts.tokenizer.bos_token_id
+    assert prompts.token_of(prompts.tokenizer.bos_token_id) == start
+    assert prompts.id_of("no such token") is None
+    assert prompts.token_of(-1) is None
+    assert prompts.token_of(1 << 40) is None
 
 
 def test_padding_is_an_id_that_the_base_has() -> None:

@@ -131,7 +131,7 @@ def test_a_class_that_makes_no_tokens_ends_the_start(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, model_type, made, **config)
     with pytest.raises(TokenizerError, match="no tokens") as caught:
         load_tokenizer(folder, "class")
-    assert "--tokenizer file" in caught.value.fix
+    assert "--tokenizer file" in str(caught.value.fix)
 
 
 def test_a_text_that_is_lost_in_tokenizing_is_refused(tmp_path: Path) -> None:

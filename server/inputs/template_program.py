@@ -1,0 +1,196 @@
+"""The program that renders chat templates, in a process of its own with bounds on what it takes.
+
+A template is a program of whoever made the model. It runs in jinja's sandbox, set up as
+transformers sets it up, and the process it runs in has little: memory to a limit, processor time to
+a limit for each conversation, no files to write, nothing of the server's memory or environment.
+``server.inputs.rendering`` starts it and speaks with it over a pipe; it
+imports nothing of this project, so that it starts in a fraction of a second.
+
+    request, answer    4 bytes, the length, big-endian; then so much JSON
+    request            {"template", "messages", "variables", "cpu_s", "characters"}
+    answer             {"text"} or {"refused"} or {"broken"} or {"exceeded"}: why there is none
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, BinaryIO, Final
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+COMPILED: Final = 32  # templates kept ready
+OPEN_FILES: Final = 16
+REASON_CHARACTERS: Final = 300
+PREFIX_BYTES: Final = 4
+# One text under all the names that templates read it by.
+REASONING: Final = ("reasoning_content", "thinking", "reasoning")
+
+
+class Generation(Extension):
+    """``{% generation %}``, which marks what the assistant said for training; plain text here."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the class above has it
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Dictionary:
+    """``dict`` for templates: what it makes, without the type that makes it."""
+
+    def __call__(self, *pairs: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*pairs, **named)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class Namespace(jinja2.utils.Namespace):
+    """``namespace`` for templates: names that begin with an underscore are not to be had."""
+
+    def __init__(*given: Any, **named: Any) -> None:  # "self" may be a name in it
+        own, *pairs = given
+        content = dict(*pairs, **named)
+        for name in content:
+            _check_plain(name)
+        jinja2.utils.Namespace.__init__(own, content)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_plain(name)
+        super().__setitem__(name, value)
+
+
+def _check_plain(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a name that begins with an underscore: {name!r}")
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,  # as templates call it
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+@lru_cache(COMPILED)
+def compiled(template: str) -> jinja2.Template:
+    """A template in an environment of its own: nothing passes from one model's to another's."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise,
+        strftime_now=lambda form: datetime.now().astimezone().strftime(form),
+        dict=Dictionary(),
+        namespace=Namespace,
+    )
+    return environment.from_string(template)
+
+
+def render(request: Mapping[str, Any]) -> dict[str, str]:
+    """The answer to one request: a text, or why there is none."""
+    try:
+        template = compiled(request["template"])
+    except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+        return {"broken": _reason(error)}
+    most, pieces, count = int(request["characters"]), [], 0
+    try:
+        for piece in template.generate(
+            messages=[_with_reasoning(one) for one in request["messages"]],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **request["variables"],
+        ):
+            count += len(piece)
+            if count > most:
+                return {"exceeded": f"more than {most} characters"}
+            pieces.append(piece)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever a template's program raises
+        return {"refused": _reason(error)}
+    return {"text": "".join(pieces)}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    said = next((message[one] for one in REASONING if message.get(one) is not None), None)
+    return message if said is None else {"thinking": said, **message, "reasoning_content": said}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:REASON_CHARACTERS]
+
+
+@contextmanager
+def _processor_time(seconds: float) -> Iterator[None]:
+    """The kernel ends this process when it has computed for so long; waiting does not count."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _bound(memory_bytes: int) -> None:
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for what, most in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+    ):
+        resource.setrlimit(what, (most, most))
+
+
+def _read_exactly(pipe: BinaryIO, count: int) -> bytes:
+    raw = pipe.read(count)
+    if len(raw) < count:
+        sys.exit(0)  # the server has ended, or has no use for this process
+    return raw
+
+
+def main(memory_bytes: int) -> None:
+    """Answer requests on the standard input until it ends."""
+    _bound(memory_bytes)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    while True:
+        try:
+            length = int.from_bytes(_read_exactly(requests, PREFIX_BYTES))
+            request = json.loads(_read_exactly(requests, length))
+            with _processor_time(float(request["cpu_s"])):
+                answer = json.dumps(render(request)).encode()
+            lost = False
+        except MemoryError:
+            # What is left of the memory is not to be relied on.
+            answer, lost = b'{"exceeded": "more memory than it may have"}', True
+        answers.write(len(answer).to_bytes(PREFIX_BYTES) + answer)
+        answers.flush()
+        if lost:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
