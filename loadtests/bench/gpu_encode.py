@@ -87,7 +87,12 @@ def measure(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
         load: Any = AutoModel.from_pretrained
-        where = {"dtype": torch.bfloat16, "device_map": {"": device}}
+        # The checkpoint has no pooler, and what is made up for it would not be quantized.
+        where = {
+            "dtype": torch.bfloat16,
+            "device_map": {"": device},
+            "add_pooling_layer": False,
+        }
         peers = {
             "bitsandbytes base": load(root / "base", quantization_config=stock, **where).eval(),
             "dense model": load(root / "base", **where).eval(),

@@ -398,7 +398,7 @@ class Clock:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fastest", ["tiles", "product", "scratch"])
+@pytest.mark.parametrize("fastest", ["product", "scratch"])
 def test_the_form_that_was_the_fastest_computes(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, fastest: str
 ) -> None:
@@ -422,18 +422,18 @@ def test_the_form_that_was_the_fastest_computes(
     monkeypatch.setattr(fused.FusedLayers, "forms", slowed)
     found, truth, paths = both("distilbert", ("q_lin",))
     install((found, truth), 1, paths, rank=4, seed=1)
-    install((found, truth), 2, paths, rank=17, seed=2)
+    install((found, truth), 2, paths, rank=3, seed=2)
     assert found.fused is not None
     layer = found.layers[paths[0]]
     assert isinstance(layer, AdaptedLinear)
-    segments = from_runs([(1, 40), (0, 20), (2, 40)])
-    x = torch.randn(100, layer.in_features).half()
+    segments = from_runs([(1, 16), (2, 16)])
+    x = torch.randn(32, layer.in_features).half()
     call = LayerCall(paths[0], x, layer.quantized, layer.slots, segments, None)
     other = truth.layers[paths[0]]
     slots: Any = {slot: ("hira", one.a, one.b, 1.0, None) for slot, one in other.slots.items()}
     wanted = modulated_linear(x, layer.quantized.dequantize(), slots, segments, None)
     tuner = Autotuner(clock=clock)
-    for _ in range(6):
+    for _ in range(4):
         tuner.begin_forward()
         y, left = found.fused.linear(call, tuner)
         assert not left
