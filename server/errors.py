@@ -177,6 +177,9 @@ class Refusal(Exception):
             "detail": first.message,
             "code": first.code,
             **first.parts(),
+            # As text-generation-inference and text-embeddings-inference name them.
+            "error": first.message,
+            "error_type": self.error_type,
         }
         if len(self.faults) > 1:
             body["problems"] = [
@@ -184,6 +187,16 @@ class Refusal(Exception):
                 for fault in self.faults
             ]
         return body
+
+    @property
+    def error_type(self) -> str:
+        """TGI's type of the error, by which its clients choose what they raise; else the code."""
+        status = self.status
+        if self.code in {"adapter_not_found", "not_found", "method_not_allowed"}:
+            return self.code
+        if status in {400, 413, 422}:
+            return "validation"
+        return {429: "overloaded", 500: "generation"}.get(status, self.code)
 
     def openai(self) -> dict[str, Any]:
         """OpenAI's error object, with the same code."""

@@ -85,6 +85,7 @@ class SamplingOptions:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
+    typical_p: float = 1.0  # 1: off
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None

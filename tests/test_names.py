@@ -14,15 +14,8 @@ EXCEPTIONS = {
     "T": "a type variable means nothing beyond its signature",
     "logger": "each module logs under its own name",
     "main": "the entry point of a command",
-    "Reader": "typed access to JSON, and the reader of the encode lane's rows",
     "load_tokenizer": "the server's own reading of tokenizer.json, and transformers' for training",
-    "broken": LANES,
-    "not_finite": LANES,
-    "not_loaded": LANES,
-    "of_base": LANES,
     "refusal": LANES,
-    "stopping": LANES,
-    "too_late": LANES,
 }
 
 

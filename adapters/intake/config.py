@@ -110,14 +110,16 @@ _FEW: Final = Field(max_length=10_000)
 Item = TypeVar("Item", str, int)
 
 
-def _option(expected: str) -> Any:
+def _optional(expected: str) -> Any:
     return Field(default=None, description=expected)
 
 
 _ShortText = Annotated[str, Field(max_length=4_096)]
-_Names = str | Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], _FEW] | None
-_Number = Annotated[float, Field(gt=-1e9, lt=1e9)]
-_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+_NamesField = (
+    str | Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], _FEW] | None
+)
+_FiniteField = Annotated[float, Field(gt=-1e9, lt=1e9)]
+_RankField = Annotated[int, Field(ge=1, le=MAX_RANK)]
 
 
 class _AutoMapping(BaseModel):
@@ -129,26 +131,26 @@ class _TypedOptions(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    r: _Rank = Field(default=0, description=f"an integer from 1 to {MAX_RANK}")
-    base_model_name_or_path: _ShortText | None = _option("a short string or null")
-    task_type: _ShortText | None = _option("a short string or null")
-    auto_mapping: _AutoMapping | None = _option('an object with "base_model_class", or null')
-    target_modules: _Names = _option("a string, a list of strings, or null")
-    exclude_modules: _Names = _option("a string, a list of strings, or null")
-    layers_pattern: _Names = _option("a string, a list of strings, or null")
-    modules_to_save: _Names = _option("a string, a list of strings, or null")
-    layers_to_transform: int | Annotated[list[int], _FEW] | None = _option(
+    r: _RankField = Field(default=0, description=f"an integer from 1 to {MAX_RANK}")
+    base_model_name_or_path: _ShortText | None = _optional("a short string or null")
+    task_type: _ShortText | None = _optional("a short string or null")
+    auto_mapping: _AutoMapping | None = _optional('an object with "base_model_class", or null')
+    target_modules: _NamesField = _optional("a string, a list of strings, or null")
+    exclude_modules: _NamesField = _optional("a string, a list of strings, or null")
+    layers_pattern: _NamesField = _optional("a string, a list of strings, or null")
+    modules_to_save: _NamesField = _optional("a string, a list of strings, or null")
+    layers_to_transform: int | Annotated[list[int], _FEW] | None = _optional(
         "an integer, a list of integers, or null"
     )
-    rank_pattern: Annotated[dict[str, _Rank], _FEW] | None = _option(
+    rank_pattern: Annotated[dict[str, _RankField], _FEW] | None = _optional(
         f"an object of integers from 1 to {MAX_RANK}"
     )
-    lora_alpha: _Number = Field(default=8.0, description="a finite number")
-    alpha_pattern: Annotated[dict[str, _Number], _FEW] | None = _option(
+    lora_alpha: _FiniteField = Field(default=8.0, description="a finite number")
+    alpha_pattern: Annotated[dict[str, _FiniteField], _FEW] | None = _optional(
         "an object of finite numbers"
     )
-    use_rslora: bool | None = _option("true or false")
-    fan_in_fan_out: bool | None = _option("true or false")
+    use_rslora: bool | None = _optional("true or false")
+    fan_in_fan_out: bool | None = _optional("true or false")
 
 
 @dataclass(frozen=True)
@@ -257,23 +259,23 @@ def parse_config(raw: bytes) -> AdapterConfig:
         )
     method: Method = "hira" if peft_type == "HIRA" else "lora"
     faults: list[AdapterError] = list(_refusals(content, method))
-    options = _options(content, method, faults)
+    options = _validated_fields(content, method, faults)
     config = AdapterConfig(
         method=method,
         rank=options.r or (32 if method == "hira" else 8),
         base_name=options.base_model_name_or_path or None,
         task_type=options.task_type or None,
-        target_modules=_sorted(options.target_modules),
-        exclude_modules=_sorted(options.exclude_modules) or (),
-        layers_to_transform=tuple(_listed(options.layers_to_transform)),
-        layers_pattern=tuple(sorted(_listed(options.layers_pattern))),
+        target_modules=_sorted_names(options.target_modules),
+        exclude_modules=_sorted_names(options.exclude_modules) or (),
+        layers_to_transform=tuple(_as_list(options.layers_to_transform)),
+        layers_pattern=tuple(sorted(_as_list(options.layers_pattern))),
         rank_pattern=options.rank_pattern or {},
         alpha=options.lora_alpha if method == "lora" else 0.0,
         alpha_pattern=options.alpha_pattern or {},
         rslora=bool(options.use_rslora),
         bias="lora_only" if content.get("bias") == "lora_only" and method == "lora" else "none",
         fan_in_fan_out=bool(options.fan_in_fan_out),
-        modules_to_save=tuple(dict.fromkeys(sorted(_listed(options.modules_to_save)))),
+        modules_to_save=tuple(dict.fromkeys(sorted(_as_list(options.modules_to_save)))),
         model_class=options.auto_mapping.base_model_class if options.auto_mapping else None,
     )
     faults += _pattern_faults(config)
@@ -284,7 +286,7 @@ def parse_config(raw: bytes) -> AdapterConfig:
     return config
 
 
-def _options(
+def _validated_fields(
     content: Mapping[str, Any], method: Method, faults: list[AdapterError]
 ) -> _TypedOptions:
     """The options of a method with their types; what has another type is a fault, and left out."""
@@ -304,12 +306,12 @@ def _options(
     return _TypedOptions.model_validate({k: v for k, v in honoured.items() if k not in wrong})
 
 
-def _sorted(value: str | list[str] | None) -> str | tuple[str, ...] | None:
+def _sorted_names(value: str | list[str] | None) -> str | tuple[str, ...] | None:
     """A string as it is, or a list sorted: PEFT writes sets in any order."""
     return tuple(sorted(value)) if isinstance(value, list) else value or None
 
 
-def _listed(value: Item | list[Item] | None) -> list[Item]:
+def _as_list(value: Item | list[Item] | None) -> list[Item]:
     if isinstance(value, list):
         return value
     return [] if value is None or value == "" else [value]

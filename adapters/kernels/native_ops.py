@@ -188,7 +188,7 @@ def as_kept(folded: torch.Tensor) -> bytes:
 
 
 def pack_bounds(segments: Segments) -> bytes:
-    """Where segments start and end, as ``linear_into`` takes them."""
+    """Where segments start and end, as ``modulated_linear_into`` takes them."""
     return struct.pack(f"{len(segments.parts) + 1}q", 0, *(part.stop for part in segments.parts))
 
 

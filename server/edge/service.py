@@ -454,6 +454,17 @@ class Service:
         Raises:
             Refusal: adapter_conflict, adapter_required, or as ``adapter_target``.
         """
+        name = self._one_name(names, field)
+        if name is None:
+            return self._bare_base(path, field, call or path)
+        return self.adapter_target(name, path, field)
+
+    def _one_name(self, names: Sequence[str | None], field: str) -> str | None:
+        """The adapter that is named, None for the bare base.
+
+        Raises:
+            Refusal: adapter_conflict for two of them.
+        """
         given = {name for name in names if name is not None}
         distinct = sorted({self.base.name if self.is_base(name) else name for name in given})
         if len(distinct) > 1:
@@ -465,9 +476,20 @@ class Service:
                 fix="Name it once, in the query or in the body.",
                 field=field,
             )
-        if not distinct or self.is_base(distinct[0]):
-            return self._bare_base(path, field, call or path)
-        return self.adapter_target(distinct[0], path, field)
+        return None if not distinct or self.is_base(distinct[0]) else distinct[0]
+
+    def own_path(self, names: Sequence[str | None]) -> str:
+        """The native call for what the one adapter that is named is for, or else the base.
+
+        Raises:
+            Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
+        """
+        name = self._one_name(names, "adapter")
+        task: str = self.base.task
+        if name is not None:
+            task = self.served_record(name, "adapter").task
+        row = BY_NAME.get(task)
+        return "/predict" if row is None else row.path
 
     def adapter_target(self, name: str, path: str, field: str = "adapter") -> Target:
         """Resolve one adapter for an endpoint.

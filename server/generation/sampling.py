@@ -1,9 +1,9 @@
 """From logits to tokens: each request by its own options, all of them in one batch.
 
 The order of the steps is that of transformers' ``generate``: repetition penalty, temperature,
-top-k, top-p, draw. Every draw takes one number from the request's own generator, on the CPU, so a
-seed gives the same tokens whatever else is in the batch. Log-probabilities are those of the model
-before any of these steps, as OpenAI and vLLM report them.
+top-k, top-p, typical-p, draw. Every draw takes one number from the request's own generator, on the
+CPU, so a seed gives the same tokens whatever else is in the batch. Log-probabilities are those of
+the model before any of these steps, as OpenAI and vLLM report them.
 """
 
 from __future__ import annotations
@@ -187,11 +187,11 @@ def _sample(scores: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]
 
 
 def _truncates(options: SamplingOptions, vocabulary: int) -> bool:
-    return 0 < options.top_k < vocabulary or options.top_p < 1.0
+    return 0 < options.top_k < vocabulary or options.top_p < 1.0 or options.typical_p < 1.0
 
 
 def truncate(scores: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
-    """Apply top-k, then top-p.
+    """Apply top-k, then top-p, then typical-p.
 
     Args:
         scores: [n, vocabulary] after penalty and temperature.
@@ -212,7 +212,32 @@ def truncate(scores: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.
     mass = ascending.softmax(-1).double().cumsum(-1)
     gone = ((mass <= 1 - top_p) & (top_p < 1.0)).sum(-1, keepdim=True)
     least = torch.maximum(least, ascending.gather(1, gone.clamp_(max=vocabulary - 1)))
-    return scores.masked_fill(scores < least, float("-inf")).softmax(-1)
+    kept_scores = scores.masked_fill(scores < least, float("-inf"))
+    typical = [i for i, o in enumerate(options) if o.typical_p < 1.0]
+    if typical:
+        mass_kept = [options[i].typical_p for i in typical]
+        kept_scores[typical] = _typical(kept_scores[typical], mass_kept)
+    return kept_scores.softmax(-1)
+
+
+def _typical(scores: torch.Tensor, mass: Sequence[float]) -> torch.Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, until they hold ``mass``.
+
+    As transformers' TypicalLogitsWarper (Meister et al., arXiv 2202.00666); the token that reaches
+    the mass is kept, and those as near as it is.
+
+    Args:
+        scores: [n, vocabulary], -inf for tokens that are cut off already; left as they are.
+        mass: One per row, above 0 and below 1.
+    """
+    logprobs = scores.log_softmax(-1)
+    entropy = -(logprobs * logprobs.exp()).nansum(-1, keepdim=True)
+    distance = (-logprobs - entropy).abs()
+    nearest, order = distance.sort(-1)
+    held = scores.gather(-1, order).softmax(-1).cumsum(-1)
+    wanted = torch.tensor(mass, device=scores.device)[:, None]
+    last = (held < wanted).sum(-1, keepdim=True).clamp_(max=scores.shape[-1] - 1)
+    return scores.masked_fill(distance > nearest.gather(-1, last), float("-inf"))
 
 
 def _sorted(scores: torch.Tensor) -> torch.Tensor:

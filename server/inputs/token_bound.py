@@ -40,7 +40,7 @@ _LETTERS: Final = frozenset(
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
     }
 )
-_DIGITS: Final = frozenset({r" ?\p{N}+", r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"})
+_DIGIT_FORMS: Final = frozenset({r" ?\p{N}+", r"\p{N}", r"\p{N}+", r"\p{N}{1,3}"})
 _OTHER: Final = frozenset(
     {
         *_CONTRACTIONS.split("|"),
@@ -235,7 +235,7 @@ def _splits_by_place(splitter: Mapping[str, Any]) -> bool:
     if splitter["type"] != "Split":
         return True
     plain = splitter["behavior"] == "Isolated" and not splitter["invert"]
-    return plain and _branches(splitter) <= _LETTERS | _DIGITS | _OTHER
+    return plain and _branches(splitter) <= _LETTERS | _DIGIT_FORMS | _OTHER
 
 
 def _split_at_words(splitters: Sequence[Mapping[str, Any]]) -> bool:
@@ -248,7 +248,7 @@ def _split_at_words(splitters: Sequence[Mapping[str, Any]]) -> bool:
             return True
         if one["type"] == "Split" and _splits_by_place(one):
             found |= _branches(one)  # each letter or digit ends a match of the first that has it
-    return bool((found & _LETTERS or all(found & one for one in _CASES)) and found & _DIGITS)
+    return bool((found & _LETTERS or all(found & one for one in _CASES)) and found & _DIGIT_FORMS)
 
 
 def _branches(splitter: Mapping[str, Any]) -> set[str]:

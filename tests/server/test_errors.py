@@ -122,7 +122,27 @@ def test_problem_carries_what_is_known_and_nothing_else() -> None:
         "field": "inputs",
         "found": "9",
         "expected": "8",
+        "error": "Too long.",
+        "error_type": "validation",
     }
+
+
+@pytest.mark.parametrize(
+    ("code", "error_type"),
+    [
+        ("invalid_request", "validation"),
+        ("task_mismatch", "validation"),
+        ("input_too_long", "validation"),
+        ("overloaded", "overloaded"),
+        ("adapter_failed", "generation"),
+        ("adapter_not_found", "adapter_not_found"),
+        ("deadline_exceeded", "deadline_exceeded"),
+        ("key_wrong", "key_wrong"),
+        ("starting", "starting"),
+    ],
+)
+def test_errors_have_the_type_by_which_clients_of_tgi_choose(code: str, error_type: str) -> None:
+    assert Refusal.because(code, "x").problem()["error_type"] == error_type
 
 
 def test_several_faults_of_an_adapter_are_all_reported() -> None:

@@ -34,7 +34,7 @@ from server.metrics import BASE_LABEL, adapter_usage
 logger = logging.getLogger(__name__)
 
 PAGE_MAX: Final = 1000
-ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 431, 500, 503, 507)
+ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 429, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
 PATCH_BODY: Any = Depends(sent_json(PatchRequest))

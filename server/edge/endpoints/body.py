@@ -84,8 +84,8 @@ async def read_json(request: Request, model: type[BodyT], *, any_type: bool = Fa
             [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
         )
     if not (any_type or _is_json(request)):
-        return _checked(model, raw)
-    return await _aside(request, len(raw), lambda: _checked(model, _parse_body(raw)))
+        return checked(model, raw)
+    return await _aside(request, len(raw), lambda: checked(model, _parse_body(raw)))
 
 
 def form_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -150,7 +150,12 @@ def _content(model: type[BaseModel]) -> dict[str, Any]:
     return {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
 
 
-def _checked(model: type[BodyT], content: Any) -> BodyT:
+def checked(model: type[BodyT], content: Any) -> BodyT:
+    """A body's values as ``model`` has them.
+
+    Raises:
+        RequestValidationError: They are not so.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -187,12 +192,12 @@ async def _form(request: Request, model: type[BodyT]) -> ValidatedBody[BodyT]:
         raise _wrong_field(FORM_FIELD, "no file", "one or more images")
     text = content.get("parameters", "")
 
-    def checked() -> BodyT:
+    def from_form() -> BodyT:
         if "parameters" in content:
             content["parameters"] = _object(text)
-        return _checked(model, {**content, FORM_FIELD: [_PLACEHOLDER] * len(files)})
+        return checked(model, {**content, FORM_FIELD: [_PLACEHOLDER] * len(files)})
 
-    return ValidatedBody(await _aside(request, len(text), checked), tuple(files))
+    return ValidatedBody(await _aside(request, len(text), from_form), tuple(files))
 
 
 def _object(text: str) -> Any:

@@ -163,7 +163,11 @@ class RequestMiddleware:
         path = scope["path"]
         if path.startswith("/admin"):
             self.service.keys.admit_admin(headers.get("authorization"))
-        elif path in INFERENCE or path.startswith("/v1/"):
+        elif (
+            path in INFERENCE
+            or path.startswith("/v1/")
+            or (path == "/" and scope["method"] == "POST")
+        ):
             self.service.keys.admit_inference(headers.get("authorization"))
             if scope["method"] == "POST":
                 self.service.dispatcher.check_early(_adapter_of(scope["query_string"]))

@@ -24,9 +24,8 @@ from server.edge.endpoints.schemas_ranking import (
     ScoreRequest,
     SimilarityRequest,
 )
-from server.edge.endpoints.tei_tgi import Named, adapter_names
+from server.edge.endpoints.tei_tgi import Named, adapter_names, check_prompt_name
 from server.edge.service import Service, Target
-from server.errors import Refusal
 from server.inputs.text import Side
 from server.messages import EncodeResult
 
@@ -201,19 +200,6 @@ class Ranking:
             inputs,
             task=target.task,
             options={"raw_scores": True} if raw else None,
-        )
-
-
-def check_prompt_name(name: str | None, field: str) -> None:
-    """Raises Refusal where a prompt is named: a base's prompts are not read, so there is none."""
-    if name is not None:
-        raise Refusal.because(
-            "unsupported_parameter",
-            "There is no prompt of this name.",
-            found=name[:80],
-            expected="no prompt_name",
-            fix="Put the prompt's text before the inputs.",
-            field=field,
         )
 
 

@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
     StringConstraints,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -26,6 +28,28 @@ AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
 # One wrong item of a list is told, not each of a million: to list those stops everybody.
 Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _alone(one: Any) -> Any:
+    """A text that stands alone in a list, as text-embeddings-inference writes batches."""
+    return one[0] if isinstance(one, list | tuple) and len(one) == 1 else one
+
+
+# [["first"], ["second"]] is a batch, as ["first", "second"] is.
+TextItem = Annotated[
+    str,
+    BeforeValidator(_alone),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1},
+            ]
+        }
+    ),
+]
+TextBatch = Annotated[list[TextItem], Field(fail_fast=True)]
+TruncationDirection = Literal["left", "right", "Left", "Right"]
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 Finish = Literal["length", "eos_token", "stop_sequence"]
 
@@ -77,6 +101,19 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class Truncation(Body):
+    """How text-embeddings-inference says what becomes of inputs that are too long."""
+
+    truncate: Flag = Field(default=False, description="Cut inputs that are too long.")
+    truncation_direction: TruncationDirection = Field(
+        default="right", description="Where they are cut: at their end, or at their start (left)."
+    )
+
+    @property
+    def side(self) -> Literal["left", "right"]:
+        return "left" if self.truncation_direction.lower() == "left" else "right"
+
+
 class PredictParameters(Body):
     """How to read the inputs and how much to answer; what a task has no use for is refused."""
 
@@ -102,13 +139,16 @@ class PredictParameters(Body):
     )
 
 
-class PredictRequest(Body):
-    inputs: str | Pair | Annotated[list[str | Pair], Field(fail_fast=True)] = Field(
+class PredictRequest(Truncation):
+    inputs: str | Pair | Annotated[list[Pair | TextItem], Field(fail_fast=True)] = Field(
         description="One text, or a list. A pair is written as a list of lists: [[first, second]]. "
         "On a base of images: base64, with or without data:image/…;base64, before it.",
         examples=["A wonderful film."],
     )
     parameters: PredictParameters = PredictParameters()
+    raw_scores: Flag = Field(
+        default=False, description="Classification: bare logits; as function_to_apply: none."
+    )
     adapter: AdapterName | None = Field(
         default=None, description="The adapter, if not in the query."
     )
@@ -128,9 +168,13 @@ class EmbedParameters(Body):
     )
 
 
-class EmbedRequest(Body):
-    inputs: str | Texts = Field(description="Texts; on a base of images, images in base64.")
+class EmbedRequest(Truncation):
+    inputs: str | TextBatch = Field(description="Texts; on a base of images, images in base64.")
     parameters: EmbedParameters = EmbedParameters()
+    normalize: Flag | None = Field(default=None, description="As in parameters.")
+    prompt_name: str | None = Field(
+        default=None, description="Of prompts that a base names; this server knows none."
+    )
     adapter: AdapterName | None = None
 
 
@@ -167,7 +211,7 @@ class GenerateParameters(Body):
         description="Details with the prompt's tokens and their log-probabilities; not streamed.",
     )
     top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
-    typical_p: Annotated[Number, Field(ge=1, le=1)] | None = None
+    typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     grammar: None = None
 
@@ -175,7 +219,7 @@ class GenerateParameters(Body):
     def samples(self) -> bool:
         """TGI's rule: any sampling parameter switches sampling on."""
         return self.do_sample or any(
-            one is not None for one in (self.temperature, self.top_p, self.top_k)
+            one is not None for one in (self.temperature, self.top_p, self.top_k, self.typical_p)
         )
 
 
@@ -319,4 +363,6 @@ class ProblemDetail(Answer):
     found: str | None = None
     expected: str | None = None
     fix: str | None = None
+    error: str = Field(description="As detail, under the name that TGI and TEI have for it.")
+    error_type: str = Field(description="TGI's type, else the code.")
     problems: list[dict[str, Any]] | None = None

@@ -10,29 +10,24 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, RootModel, Tag, model_validator
 
-from server.edge.endpoints.schemas import AdapterName, Answer, Body, Flag, Texts, Whole
+from server.edge.endpoints.schemas import (
+    AdapterName,
+    Answer,
+    Body,
+    Flag,
+    TextBatch,
+    Texts,
+    Truncation,
+    Whole,
+)
 from server.edge.endpoints.schemas_openai import OpenAIBody
 
-TruncationDirection = Literal["left", "right", "Left", "Right"]
 AnyTexts = str | Texts
-
-
-class Truncation(Body):
-    """How text-embeddings-inference says what becomes of inputs that are too long."""
-
-    truncate: Flag = Field(default=False, description="Cut inputs that are too long.")
-    truncation_direction: TruncationDirection = Field(
-        default="right", description="Where they are cut: at their end, or at their start (left)."
-    )
-
-    @property
-    def side(self) -> Literal["left", "right"]:
-        return "left" if self.truncation_direction.lower() == "left" else "right"
 
 
 class RerankRequest(Truncation):
     query: str
-    texts: Texts
+    texts: TextBatch
     raw_scores: Flag = Field(default=False, description="Bare logits in place of their sigmoids.")
     return_text: Flag = False
     adapter: AdapterName | None = Field(

@@ -30,11 +30,13 @@ from server.edge.endpoints.schemas import (
     GenerateRequestBody,
     PredictParameters,
     PredictRequest,
+    Truncation,
 )
 from server.edge.endpoints.word_limit import check_words
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
+from server.inputs.text import Side
 from server.messages import Event, Failure, GenerateResult, ModelInput, SamplingOptions, TokenEvent
 
 # Parameters of /predict that some tasks have no use for, and those that have.
@@ -71,9 +73,17 @@ class TeiTgi:
         row = BY_NAME[target.task]
         if row.needs_pair:
             check_contexts(body.inputs)
-        options = await self._predict_options(request, body.parameters, target)
+        parameters = body.parameters
+        if body.raw_scores:
+            parameters = _with_raw_scores(parameters)
+        options = await self._predict_options(request, parameters, target)
         inputs = await self._encoded(
-            request, body.inputs, sent.files, target.task, truncation=body.parameters.truncation
+            request,
+            body.inputs,
+            sent.files,
+            target.task,
+            truncation=parameters.truncation or body.truncate,
+            side=_side(body),
         )
         if row.needs_mask:
             check_words(
@@ -109,12 +119,21 @@ class TeiTgi:
         target = service.target((*adapter_names(request, adapter), body.adapter), "/embed")
         context_of(request).adapter = target.adapter
         parameters = body.parameters
+        check_prompt_name(body.prompt_name, "prompt_name")
         inputs = await self._encoded(
-            request, body.inputs, sent.files, target.task, truncation=parameters.truncation
+            request,
+            body.inputs,
+            sent.files,
+            target.task,
+            truncation=parameters.truncation or body.truncate,
+            side=_side(body),
         )
         options: dict[str, Any] = {}
-        if parameters.normalize is not None:
-            options["normalize"] = parameters.normalize
+        normalize = _agreed(
+            parameters.normalize, body.normalize, "parameters.normalize", "normalize"
+        )
+        if normalize is not None:
+            options["normalize"] = normalize
         if parameters.pooling is not None:
             options["pooling"] = parameters.pooling
         result = await encode(request, service, target, inputs, task=target.task, options=options)
@@ -133,6 +152,13 @@ class TeiTgi:
         """Continue a text."""
         if body.stream:
             return await self.generate_stream(request, body, adapter)
+        answer, headers = await self.continued(request, body, adapter)
+        return await json_response(self.service, answer, headers)
+
+    async def continued(
+        self, request: Request, body: GenerateRequestBody, adapter: str | None
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """The continued text, with details where they were asked for, and the headers."""
         target, generations = await self._begin(request, body, adapter, stream=False)
         (result,) = await generations.results()
         parameters = body.parameters
@@ -152,9 +178,7 @@ class TeiTgi:
                     for one in result.tokens
                 ],
             }
-        return await json_response(
-            self.service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
-        )
+        return answer, answer_headers(target, result.queue_ms, result.compute_ms)
 
     async def generate_stream(
         self,
@@ -186,6 +210,7 @@ class TeiTgi:
         task: Task,
         *,
         truncation: bool,
+        side: Side | None = None,
     ) -> tuple[ModelInput, ...]:
         """Token ids of texts, or pixels of images.
 
@@ -213,7 +238,7 @@ class TeiTgi:
                 fix="Ask a server whose base is a vision transformer.",
                 field="inputs",
             )
-        return await encoded(request, service, inputs, task, truncation=truncation)
+        return await encoded(request, service, inputs, task, truncation=truncation, side=side)
 
     async def _predict_options(
         self, request: Request, parameters: PredictParameters, target: Target
@@ -295,6 +320,58 @@ def adapter_names(request: Request, adapter: str | None) -> tuple[str | None, ..
     return (adapter, *request.query_params.getlist("adapter"))
 
 
+def check_prompt_name(name: str | None, field: str) -> None:
+    """Raises Refusal where a prompt is named: a base's prompts are not read, so there is none."""
+    if name is not None:
+        raise Refusal.because(
+            "unsupported_parameter",
+            "There is no prompt of this name.",
+            found=name[:80],
+            expected="no prompt_name",
+            fix="Put the prompt's text before the inputs.",
+            field=field,
+        )
+
+
+def _side(body: Truncation) -> Side | None:
+    """Where inputs are cut, if the body says so; else where the tokenizer cuts."""
+    return body.side if "truncation_direction" in body.model_fields_set else None
+
+
+def _agreed(one: bool | None, other: bool | None, field: str, other_field: str) -> bool | None:
+    """A value that a body may give in two places.
+
+    Raises:
+        Refusal: invalid_request where both are there and differ.
+    """
+    if one is not None and other is not None and one != other:
+        raise Refusal.because(
+            "invalid_request",
+            f"{field} and {other_field} contradict each other.",
+            found=f"{one} and {other}",
+            expected="one of them",
+            field=other_field,
+        )
+    return other if one is None else one
+
+
+def _with_raw_scores(parameters: PredictParameters) -> PredictParameters:
+    """The parameters with TEI's ``raw_scores`` in our word for it.
+
+    Raises:
+        Refusal: invalid_request where another function was asked for.
+    """
+    if parameters.function_to_apply not in (None, "none"):
+        raise Refusal.because(
+            "invalid_request",
+            "raw_scores and function_to_apply contradict each other.",
+            found=f"raw_scores and function_to_apply={parameters.function_to_apply}",
+            expected="one of them",
+            field="raw_scores",
+        )
+    return parameters.model_copy(update={"function_to_apply": "none"})
+
+
 def check_contexts(inputs: Any) -> None:
     """Raises Refusal where a question has no context that its answer could be found in."""
     for index, one in enumerate(inputs if isinstance(inputs, list) else [inputs]):
@@ -335,6 +412,7 @@ def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOption
         temperature=parameters.temperature or 1.0,
         top_p=parameters.top_p or 1.0,
         top_k=parameters.top_k or 0,
+        typical_p=parameters.typical_p or 1.0,
         repetition_penalty=parameters.repetition_penalty or 1.0,
         stop=tuple(parameters.stop),
         seed=parameters.seed,
@@ -370,7 +448,7 @@ async def _stream(
                 if held is not None:
                     yield _token(index, held)
                 problem = Refusal.of(event).problem()
-                yield sse({"error": event.message, "error_type": event.code, **problem})
+                yield sse(problem)
                 return
         if held is not None:
             yield _token(index, held)

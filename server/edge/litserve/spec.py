@@ -21,6 +21,7 @@ from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.openapi import SSE_TYPE
 from server.edge.endpoints.ranking import Ranking
+from server.edge.endpoints.root import AnyBody, RootEndpoint
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
     EmbedRequest,
@@ -130,6 +131,14 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
     generation = described_json(GenerateRequestBody)
     documents, pairs = described_json(DocumentsRequest), described_json(SimilarityRequest)
     return [
+        Endpoint(
+            "/",
+            RootEndpoint(native, ranking).answer,
+            ("POST",),
+            "Native",
+            streams=True,
+            extra=described_json(AnyBody),
+        ),
         plain(
             "/predict", native.predict, Prediction | list[Prediction], form_schema(PredictRequest)
         ),

@@ -12,6 +12,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from server.generation.sampling import TokenChooser, choose, truncate
@@ -42,6 +43,8 @@ def expected_scores(row: torch.Tensor, options: SamplingOptions, ids: list[int])
             steps.append(TopKLogitsWarper(options.top_k))
         if options.top_p < 1.0:
             steps.append(TopPLogitsWarper(options.top_p))
+        if options.typical_p < 1.0:
+            steps.append(TypicalLogitsWarper(options.typical_p))
     scores: torch.Tensor = steps(torch.tensor([ids]), row[None].clone())[0]
     return scores
 
@@ -90,6 +93,47 @@ def test_truncation_keeps_the_same_tokens_with_the_same_shares(
     assert wanted[differ].sum() + got[differ].sum() < 1e-5
     assert differ.sum() <= 1 + 3 * (options.top_p > 0.99)
     torch.testing.assert_close((got / got.sum()).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.05, 0.2, 0.5, 0.95, 0.999, 1.0]),
+            st.sampled_from([0, 3, 40]),
+            st.sampled_from([0.3, 0.9, 1.0]),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_typical_tokens_are_those_of_transformers_row_by_row(
+    asked: list[tuple[float, int, float]], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(len(asked), VOCABULARY, generator=generator) * 3
+    options = [
+        SamplingOptions(do_sample=True, typical_p=typical_p, top_k=top_k, top_p=top_p)
+        for typical_p, top_k, top_p in asked
+    ]
+    before = rows.clone()
+    for row, got, one in zip(rows, truncate(rows, options), options, strict=True):
+        wanted = expected_scores(row, one, [0]).softmax(-1)
+        differ = (got > 0) != (wanted > 0)
+        # Where the sum of shares meets a limit to the last bits, either side is right.
+        assert differ.sum() <= 2
+        if not differ.any():
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    assert torch.equal(rows, before)
+
+
+def test_the_most_typical_tokens_need_not_be_the_likeliest() -> None:
+    # One token of probability 0.4, 60 of 0.01: the entropy is nearer to theirs.
+    row = torch.tensor([[0.4, *[0.01] * 60]]).log()
+    got = truncate(row, [SamplingOptions(do_sample=True, typical_p=0.3)])[0]
+    assert got[0] == 0
+    assert got.count_nonzero() == 60, "equal ones stay together"
 
 
 def test_equal_tokens_stay_or_go_together() -> None:
