@@ -251,6 +251,7 @@ SNAPSHOT_GAUGES: Final = (
     ("adapters", "hira_adapters", "Adapters.", "state"),
     ("slots", "hira_slots", "Slots for adapters on the device.", "state"),
     ("kv_blocks", "hira_kv_blocks", "Blocks of the KV cache.", "state"),
+    ("static_bytes", "hira_static_step_bytes", "Memory of static decode steps.", "part"),
     ("cuda_bytes", "hira_cuda_bytes", "Memory of the CUDA device.", "kind"),
 )
 
@@ -289,6 +290,21 @@ class LiveCollector:
             for value, amount in sorted(said["totals"].items()):
                 counter.add_metric([value], amount)
             yield counter
+        if said.get("generate_steps"):
+            steps = CounterMetricFamily(
+                "hira_generate_steps", "Steps of the generate lane, by how they ran.",
+                labels=["how"],
+            )  # fmt: skip
+            for value, amount in sorted(said["generate_steps"].items()):
+                steps.add_metric([value], amount)
+            yield steps
+        if said.get("weights_digest"):
+            held = GaugeMetricFamily(
+                "hira_base_weights", "The digest of the base's quantized weights.",
+                labels=["digest"],
+            )  # fmt: skip
+            held.add_metric([said["weights_digest"]], 1.0)
+            yield held
         yield GaugeMetricFamily(
             "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)
         )

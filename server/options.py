@@ -15,6 +15,7 @@ from adapters.modulation.strategy import Strategy
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
+DecodeSteps = Literal["dynamic", "static"]
 TokenizerSource = Literal["file", "class"]
 
 MIB = 1 << 20
@@ -52,6 +53,8 @@ class EngineOptions:
     max_image_pixels: int = 1 << 24  # of an image as it arrives
     max_request_pixels: int = 1 << 26  # of all images of one request
     allow_prefix_sharing: bool = False
+    decode_steps: DecodeSteps = "dynamic"
+    deterministic: bool = False  # answers do not depend on their batch in a single bit
 
     quarantine_failures: int = 5  # of one adapter, in a row
     quarantine_s: float = 60.0  # the first time

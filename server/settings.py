@@ -36,6 +36,7 @@ from pydantic_settings import (
 from adapters.modulation.strategy import Strategy
 from server.options import (
     MIB,
+    DecodeSteps,
     Device,
     DType,
     EngineOptions,
@@ -146,6 +147,14 @@ class Settings(BaseSettings):
     device: Device = setting("auto", "Where the base runs.", "Base")
     threads: Positive | None = setting(None, "CPU threads of the worker.", "Base")
     modulation: Strategy = setting("auto", "Strategy of the adapted layers.", "Base")
+
+    decode_steps: DecodeSteps = setting(
+        "dynamic", "How a step of decoding runs: over fixed buffers (static) or not.", "Base"
+    )
+
+    deterministic: bool = setting(
+        False, "Answer the same in any batch, bit for bit; slower, on a CPU only.", "Base"
+    )
 
     # Where it listens and keeps its state
     host: str = setting("127.0.0.1", "Address to listen on.", "Server")
@@ -266,6 +275,11 @@ class Settings(BaseSettings):
                 f"host: LitServe listens on {', '.join(HOSTS)} only, not {self.host!r}; "
                 "choose 0.0.0.0 and filter by a firewall or a proxy"
             )
+        if self.deterministic and (self.prefix_sharing or self.decode_steps == "static"):
+            raise ValueError(
+                "deterministic: not together with prefix_sharing or static decode_steps, by which "
+                "bits depend on what is beside or was before; leave them off"
+            )
         if self.timeout_s > self.max_timeout_s:
             raise ValueError(
                 f"timeout_s: {self.timeout_s:g} exceeds max_timeout_s {self.max_timeout_s:g}"
@@ -326,6 +340,8 @@ class Settings(BaseSettings):
             device=self.device,
             threads=self.threads,
             modulation=self.modulation,
+            decode_steps=self.decode_steps,
+            deterministic=self.deterministic,
             slots=self.slots,
             device_bytes=int(self.device_bytes),
             host_bytes=int(self.host_bytes),

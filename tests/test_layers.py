@@ -64,7 +64,7 @@ EDGE = {
 ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
-    "triton": ("adapters/kernels/triton_ops.py",),
+    "triton": ("adapters/kernels/triton_ops.py", "adapters/kernels/triton_scratch.py"),
     "litserve": ("server/edge/litserve/",),
     "fastapi": ("server/edge/",),
     "starlette": ("server/edge/",),

@@ -1,8 +1,8 @@
 """The fused GPU kernel: y = x (W0 ⊙ (1 + B A))ᵀ + bias from 4-bit storage, many slots a call.
 
 A tile of W0 is decoded in registers, multiplied by 1 + a tile of B A that the tensor cores have
-just made, and dotted with the rows of its slot; no dense weight reaches GPU memory. This is the
-only module that imports triton: import it where there is a CUDA device and triton is installed.
+just made, and dotted with the rows of its slot; no dense weight reaches GPU memory. Import
+this module where there is a CUDA device and triton is installed.
 LoRA's two thin products stay with ``adapters.kernels.torch_ops``.
 
 Two kernels, one equation:
@@ -33,6 +33,7 @@ from adapters.kernels.nibbles import FourBitKind, level_values, lookup_assembly
 from adapters.kernels.triton_operands import (
     FACTOR_COLUMNS,
     HALF_FEATURES,
+    KERNEL_MAX_RANK,
     FactorTable,
     PackedWeight,
     check_operands,
@@ -40,6 +41,7 @@ from adapters.kernels.triton_operands import (
 from adapters.kernels.triton_tiles import (
     LARGE_SHARED_BYTES,
     BatchTiles,
+    FewRows,
     few_blocks,
     many_blocks,
     split_inputs,
@@ -50,6 +52,9 @@ ASM_REGISTERS: tl.constexpr = tl.constexpr("=r,=r,=r,=r,r")
 ASM_TYPES: tl.constexpr = tl.constexpr((tl.float16, tl.float16))
 # Output features of a program of ``sum_parts_kernel``.
 SUM_BLOCK_FEATURES = 256
+# Ranks and inputs of a program of the LoRA kernels at one time.
+LORA_BLOCK_RANK = 16
+LORA_BLOCK_INPUTS = 128
 # What differs from batch to batch, or between layers alike, is named in ``do_not_specialize``: its
 # change must not compile a kernel anew.
 
@@ -65,7 +70,7 @@ def _dot(left, right, total, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _decode(
+def decode_tile(
     packed_ptr, level_ptr, scale_ptr, n, first, N, K,
     HALF: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, DECODER: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +83,7 @@ def _decode(
     row = n.to(tl.int64) * K
     inside = n < N
     at = (row // 2 + first // 2)[:, None] + j[None, :]
-    mask = inside[:, None] & _columns(first, K, HALF, GROUPED)[2][None, :]
+    mask = inside[:, None] & tile_columns(first, K, HALF, GROUPED)[2][None, :]
     byte = tl.load(packed_ptr + at, mask=mask, other=0)
     if DECODER != "":
         high, low = tl.inline_asm_elementwise(
@@ -103,8 +108,8 @@ def _decode(
 
 
 @triton.jit
-def _columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
-    """The input features of the two halves that ``_decode`` returns, and which exist."""
+def tile_columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
+    """The input features of the two halves that ``decode_tile`` returns, and which exist."""
     j = tl.arange(0, HALF)
     if GROUPED:  # in is a multiple of 2 HALF: nothing to mask
         high = first + j
@@ -118,7 +123,7 @@ def _columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def _factor_addresses(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
+def factors_at(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.constexpr):
     """Where A ``[r, in]`` and Bᵀ ``[r, out]`` of this slot start, and r."""
     entry = table_ptr + (slot.to(tl.int64) * LAYERS + layer) * COLUMNS
     a_ptr = tl.multiple_of(tl.load(entry).to(like_ptr.dtype), 16)
@@ -127,7 +132,7 @@ def _factor_addresses(table_ptr, slot, layer, LAYERS, like_ptr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _modulation(
+def tile_modulation(
     a_ptr, b, rank, columns, inside, K,
     BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +144,7 @@ def _modulation(
 
 
 @triton.jit
-def _load_b(b_ptr, rank, n, N, R: tl.constexpr):
+def load_b(b_ptr, rank, n, N, R: tl.constexpr):
     """B at the output features ``n``: ``[BN, R]``."""
     r = tl.arange(0, R)
     mask = (n < N)[:, None] & (r < rank)[None, :]
@@ -169,17 +174,17 @@ def many_rows_kernel(
     x_mask = (m < count)[None, :]
     dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
     if R > 0:
-        a_ptr, b_ptr, rank = _factor_addresses(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
-        b = _load_b(b_ptr, rank, n, N, R)
+        a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+        b = load_b(b_ptr, rank, n, N, R)
     total = tl.full((BN, BM), 0.0, tl.float32)
     for first in tl.range(0, K, 2 * HALF, num_stages=STAGES):
-        high, low = _decode(
+        high, low = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
+        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         if R > 0:
-            high += high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
-            low += low * _modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
+            high += high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
+            low += low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
         x = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
         total = _dot(high.to(dtype), x, total, EXACT)
         x = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
@@ -215,22 +220,22 @@ def few_rows_kernel(
     total = tl.full((BN, BM), 0.0, tl.float32)
     start = split * split_features
     for first in tl.range(start, tl.minimum(start + split_features, K), 2 * HALF, num_stages=1):
-        high, low = _decode(
+        high, low = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = _columns(first, K, HALF, GROUPED)
+        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         x_high = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
         x_low = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
         total = _dot(high.to(dtype), x_high, total, EXACT)
         total = _dot(low.to(dtype), x_low, total, EXACT)
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
             slot = tl.load(entries_ptr + entry * 3)
-            a_ptr, b_ptr, rank = _factor_addresses(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
-            b = _load_b(b_ptr, rank, n, N, R)
-            product = high * _modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
+            a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+            b = load_b(b_ptr, rank, n, N, R)
+            product = high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
             part = tl.full((BN, BM), 0.0, tl.float32)
             part = _dot(product.to(dtype), x_high, part, EXACT)
-            product = low * _modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
+            product = low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
             part = _dot(product.to(dtype), x_low, part, EXACT)
             # Chosen, not multiplied by 0: an overflow of one slot must not reach another's rows.
             own = m >= tl.load(entries_ptr + entry * 3 + 1)
@@ -259,6 +264,58 @@ def sum_parts_kernel(
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     row = tl.load(rows_ptr + place).to(tl.int64)
     tl.store(y_ptr + row * N + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(
+    do_not_specialize=["layer", "LAYERS"],
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
+def lora_down_kernel(
+    x_ptr, x_stride, inner_ptr, slots_ptr, table_ptr, layer, LAYERS, K,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """inner[row, r] = A_r · x: a block of ranks of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    a_ptr, _, rank = factors_at(table_ptr, tl.load(slots_ptr + row), layer, LAYERS, x_ptr, COLUMNS)
+    # The tensor cores want sixteen columns: the row's own is the first.
+    column = tl.arange(0, 16)
+    total = tl.full((BLOCK_R, 16), 0.0, tl.float32)
+    for first in tl.range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        own = (k < K)[:, None] & (column == 0)[None, :]
+        at = x_ptr + row * x_stride + k[:, None] + 0 * column[None, :]
+        x = tl.load(at, mask=own, other=0.0)
+        mask = (r < rank)[:, None] & (k < K)[None, :]
+        a = tl.load(a_ptr + r[:, None] * K + k[None, :], mask=mask, other=0.0)
+        total = _dot(a, x, total, EXACT)
+    at = inner_ptr + row * R + r[:, None] + 0 * column[None, :]
+    inside = (r < R)[:, None] & (column == 0)[None, :]
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["layer", "LAYERS"],
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
+def lora_up_kernel(
+    y_ptr, inner_ptr, slots_ptr, table_ptr, scale_ptr, layer, LAYERS, N,
+    R: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y[row, n] += s Σ_r inner[row, r] B[n, r]: a block of outputs of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.load(slots_ptr + row)
+    _, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, y_ptr, COLUMNS)
+    total = tl.full((BLOCK_N,), 0.0, tl.float32)
+    for r in range(rank):
+        b = tl.load(b_ptr + r * N + n, mask=n < N, other=0.0).to(tl.float32)
+        total += tl.load(inner_ptr + row * R + r) * b
+    scale = tl.load(scale_ptr + slot.to(tl.int64) * LAYERS + layer)
+    y = tl.load(y_ptr + row * N + n, mask=n < N, other=0.0).to(tl.float32)
+    y += tl.where(rank > 0, scale * total, 0.0)
+    tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -321,20 +378,8 @@ def hira_linear(
     y = out if out is not None else x.new_empty(x.shape[0], out_features)
     has_bias = bias is not None
     bias = x if bias is None else bias  # a pointer that is not read
-    # In the order of the kernels' parameters.
-    source = (
-        *(weight.packed, weight.levels, weight.scales),
-        *(factors.addresses, layer, len(factors.layers)),
-    )
-    settings: dict[str, Any] = {
-        "HALF": HALF_FEATURES,
-        "BLOCK": weight.block,
-        "GROUPED": weight.grouped,
-        "EXACT": INTERPRETED,
-        "DECODER": decoder(weight.kind, x.device),
-        "COLUMNS": FACTOR_COLUMNS,
-    }
-    multiprocessors, shared_bytes = _device_limits(x.device)
+    source, settings = _of_weight(weight, factors.addresses, layer, len(factors.layers), x.device)
+    _, shared_bytes = _device_limits(x.device)
     for many in launches.many:
         blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
         many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
@@ -342,22 +387,120 @@ def hira_linear(
             out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,
             HAS_BIAS=has_bias, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
         )  # fmt: skip
-    few = launches.few
-    if few is not None:
-        blocks = few_blocks(few.rank)
-        out_blocks = triton.cdiv(out_features, blocks.out)
-        splits, split_features = split_inputs(in_features, few.tiles * out_blocks, multiprocessors)
-        parts = x.new_empty((splits, few.row_count, out_features), dtype=torch.float32)
-        few_rows_kernel[(few.tiles, out_blocks, splits)](
-            x, x.stride(0), parts, *source, few.rows, few.row_count, few.entries, few.bounds,
-            split_features, out_features, in_features, BM=few.block_rows, BN=blocks.out,
-            R=few.rank, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
-        )  # fmt: skip
-        sum_parts_kernel[(few.row_count, triton.cdiv(out_features, SUM_BLOCK_FEATURES))](
-            parts, y, bias, few.rows, few.row_count, splits, out_features,
-            BLOCK_N=SUM_BLOCK_FEATURES, HAS_BIAS=has_bias,
-        )  # fmt: skip
+    if launches.few is not None:
+        _launch_few(x, y, bias, has_bias, launches.few, weight.shape, source, settings)
     return y
+
+
+def few_rows_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    addresses: torch.Tensor,
+    layer: int,
+    few: FewRows,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """``hira_linear`` for rows whose tiles are in buffers that change between launches.
+
+    Nothing is checked and nothing is read on the host: what ``few`` and ``addresses`` hold counts
+    when the launch runs, so a captured launch serves whatever is written to them later.
+
+    Args:
+        x: ``[rows, in]``, as for ``hira_linear``.
+        weight: W0 ``[out, in]``.
+        addresses: int64 ``[slots, layers, 3]``.
+        layer: Of ``addresses``.
+        few: Tiles that hold every row.
+        bias: ``[out]`` or None.
+
+    Returns:
+        A new ``[rows, out]`` in the dtype of ``x``.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    source, settings = _of_weight(weight, addresses, layer, addresses.shape[1], x.device)
+    has_bias = bias is not None
+    _launch_few(
+        x, y, x if bias is None else bias, has_bias, few, weight.shape, source, settings
+    )  # fmt: skip
+    return y
+
+
+def _of_weight(
+    weight: PackedWeight, addresses: torch.Tensor, layer: int, layers: int, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What both kernels read of a weight and of the table, in the order of their parameters."""
+    source = (
+        *(weight.packed, weight.levels, weight.scales),
+        *(addresses, layer, layers),
+    )
+    settings: dict[str, Any] = {
+        "HALF": HALF_FEATURES,
+        "BLOCK": weight.block,
+        "GROUPED": weight.grouped,
+        "EXACT": INTERPRETED,
+        "DECODER": decoder(weight.kind, device),
+        "COLUMNS": FACTOR_COLUMNS,
+    }
+    return source, settings
+
+
+def _launch_few(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor,
+    has_bias: bool,
+    few: FewRows,
+    shape: tuple[int, int],
+    source: tuple[Any, ...],
+    settings: dict[str, Any],
+) -> None:
+    out_features, in_features = shape
+    multiprocessors, _ = _device_limits(x.device)
+    blocks = few_blocks(few.rank)
+    out_blocks = triton.cdiv(out_features, blocks.out)
+    splits, split_features = split_inputs(in_features, few.tiles * out_blocks, multiprocessors)
+    parts = x.new_empty((splits, few.row_count, out_features), dtype=torch.float32)
+    few_rows_kernel[(few.tiles, out_blocks, splits)](
+        x, x.stride(0), parts, *source, few.rows, few.row_count, few.entries, few.bounds,
+        split_features, out_features, in_features, BM=few.block_rows, BN=blocks.out,
+        R=few.rank, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
+    )  # fmt: skip
+    sum_parts_kernel[(few.row_count, triton.cdiv(out_features, SUM_BLOCK_FEATURES))](
+        parts, y, bias, few.rows, few.row_count, splits, out_features,
+        BLOCK_N=SUM_BLOCK_FEATURES, HAS_BIAS=has_bias,
+    )  # fmt: skip
+
+
+def add_lora_rows(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    addresses: torch.Tensor,
+    scales: torch.Tensor,
+    layer: int,
+) -> None:
+    """y[t] += s (x[t] Aᵀ) Bᵀ with the factors of row t's slot, found by address; adds to ``y``.
+
+    Args:
+        y: ``[rows, out]``, contiguous.
+        x: ``[rows, in]``, features contiguous.
+        slots: int32 ``[rows]``; a slot whose rank is 0 in ``addresses`` adds nothing.
+        addresses: int64 ``[slots, layers, 3]`` of LoRA factors.
+        scales: float32 ``[slots, layers]``.
+        layer: Of the tables.
+    """
+    rows, layers = x.shape[0], addresses.shape[1]
+    most = KERNEL_MAX_RANK
+    inner = x.new_empty((rows, most), dtype=torch.float32)
+    lora_down_kernel[(rows, most // LORA_BLOCK_RANK)](
+        x, x.stride(0), inner, slots, addresses, layer, layers, x.shape[1], R=most,
+        BLOCK_R=LORA_BLOCK_RANK, BLOCK_K=LORA_BLOCK_INPUTS, COLUMNS=FACTOR_COLUMNS,
+        EXACT=INTERPRETED,
+    )  # fmt: skip
+    lora_up_kernel[(rows, triton.cdiv(y.shape[1], SUM_BLOCK_FEATURES))](
+        y, inner, slots, addresses, scales, layer, layers, y.shape[1], R=most,
+        BLOCK_N=SUM_BLOCK_FEATURES, COLUMNS=FACTOR_COLUMNS,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=32)

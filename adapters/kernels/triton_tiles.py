@@ -113,7 +113,7 @@ class BatchTiles:
         few.sort(key=lambda piece: piece[0])
         order += (rows for _, rows in few)
         block_rows = 16 if sum(len(rows) for _, rows in few) <= 4 * len(few) else 32
-        entries, bounds = _share_tiles([(slot, len(rows)) for slot, rows in few], block_rows)
+        entries, bounds = share_tiles([(slot, len(rows)) for slot, rows in few], block_rows)
         # One copy to the device for everything.
         pieces = [torch.cat(order), *map(_int32, many.values()), _int32(entries), _int32(bounds)]
         blob = torch.cat(pieces).to(self.device)
@@ -186,8 +186,17 @@ def padded_rank(rank: int) -> int:
     return next(step for step in (0, *RANK_STEPS) if step >= rank)
 
 
-def _share_tiles(pieces: list[tuple[int, int]], block_rows: int) -> tuple[list[int], list[int]]:
-    """Cut ``(slot, rows)`` laid end to end into tiles: flat entries, and where each tile's end."""
+def share_tiles(pieces: list[tuple[int, int]], block_rows: int) -> tuple[list[int], list[int]]:
+    """Cut ``(slot, rows)`` laid end to end into tiles: flat entries, and where each tile's end.
+
+    Args:
+        pieces: In the order of their rows; the base's have no entry.
+        block_rows: Of a tile.
+
+    Returns:
+        Slot, first column and the one after the last, of every entry; and for each tile where its
+        entries begin, then where the last one's end.
+    """
     total = sum(count for _, count in pieces)
     entries: list[list[tuple[int, int, int]]] = [[] for _ in range(-(-total // block_rows))]
     start = 0

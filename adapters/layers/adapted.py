@@ -73,6 +73,10 @@ class AdaptedLinear(nn.Module):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         rows = x.reshape(-1, self.in_features)
+        static = modulator.static
+        if static is not None and static.rows is not None:
+            y = static.linear(path, rows, bias, static.rows)
+            return y.view(*x.shape[:-1], self.out_features)
         plan = modulator.plan
         if plan is None or not plan.touches(self.slots):
             segments = modulator.base_segments(rows.shape[0])
@@ -210,7 +214,11 @@ class AdaptedEmbedding(nn.Embedding):
                 continue
             rows = slice(part.start, part.stop)
             factors = factors.to(y.dtype)
-            delta = factors.a[:, ids[rows]].t() @ factors.b.t()
+            chosen, fixed = factors.a[:, ids[rows]].t(), self.modulator.fixed
+            if fixed is not None:
+                delta = fixed.product(chosen, factors.b)
+            else:
+                delta = chosen @ factors.b.t()
             if factors.method == "hira":
                 y[rows].addcmul_(self._plain(ids[rows]), delta)
             else:
@@ -239,6 +247,17 @@ class _AdaptedConv(nn.modules.conv._ConvNd):
             SegmentMismatch: B is in no segment table of the current batch.
         """
         plan = self.modulator.plan
+        if self.modulator.fixed is not None and input.shape[0] > 1:
+            # One image at a time: a library chooses its kernel by their number.
+            segments = self.modulator.base_segments(input.shape[0])
+            if plan is not None and plan.touches(self.slots):
+                segments = plan.of_rows((input.shape[0],), self.layer_signature.path)
+            return torch.cat(
+                [
+                    self._segment(input[row : row + 1], self.slots.get(slot))
+                    for row, slot in enumerate(segments.row_slots())
+                ]
+            )
         if plan is None or not plan.touches(self.slots):
             return self._conv(input, self.weight, self.bias)
         segments = plan.of_rows((input.shape[0],), self.layer_signature.path)

@@ -20,6 +20,7 @@ from adapters.modulation.fused import FusedLayers, obstacle
 from adapters.modulation.modulator import Modulator
 from adapters.modulation.plan import Plan
 from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.static_layers import StaticLayers
 from adapters.modulation.strategy import Strategy
 from adapters.segments import BASE_SLOT, Segments
 from adapters.signature import BaseSignature, LayerSignature, describe, target_modules
@@ -130,6 +131,8 @@ class AdaptedModel:
         self.uninstall(slot)
         if self.fused is not None:
             factors = self.fused.place(slot, factors)
+        if self.modulator.static is not None:
+            self.modulator.static.place(slot, factors)
         for path, entry in factors.items():
             self.layers[path].slots[slot] = entry
         self._installed.add(slot)
@@ -142,6 +145,25 @@ class AdaptedModel:
             layer.slots.pop(slot, None)
         if self.fused is not None:
             self.fused.clear(slot)
+        if self.modulator.static is not None:
+            self.modulator.static.clear(slot)
+
+    def make_static(self, slots: int) -> StaticLayers:
+        """Let steps over fixed buffers run over the linear layers; before anything is installed.
+
+        Args:
+            slots: How many slots there will ever be, slot 0 included.
+        """
+        assert not self._installed
+        weights = {
+            path: layer.quantized
+            for path, layer in self.layers.items()
+            if isinstance(layer, AdaptedLinear)
+        }
+        dtype = next(one.dtype for one in self.model.parameters() if one.is_floating_point())
+        made = StaticLayers(weights, slots, dtype, self.device, self.fused)
+        self.modulator.static = made
+        return made
 
     def base_bytes(self) -> tuple[int, int]:
         """Bytes of the base: its linear layers' weights, and everything else, each counted once.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -27,10 +27,13 @@ from adapters.kernels.triton_operands import (
     PackedWeight,
     pack_weight,
 )
-from adapters.kernels.triton_tiles import BatchTiles
+from adapters.kernels.triton_tiles import BatchTiles, FewRows, padded_rank
+from adapters.modulation.autotune import Autotuner
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.strategy import Candidate, Computation, bucket_of
+from adapters.modulation.workspace import Workspace
 from adapters.segments import BASE_SLOT, Segments, from_runs
 
 _FIRST_SLOTS = 17
@@ -39,6 +42,11 @@ _TILES_KEPT = 8
 _LEAST_CAPABILITY = (8, 0)  # the kernels are compiled, in tests, for 8.0 to 9.0
 # Of the probe, relative to its largest answer: bfloat16 rounds by 2⁻⁸.
 _PROBE_TOLERANCE = 2e-2
+
+# Expanded rows, row by rank, beyond which expanding is hopeless, and rows of a slot below which a
+# weight of its own is.
+_MOST_EXPANDED = 8192
+_LEAST_ROWS_OF_A_SLOT = 16
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +93,7 @@ class FusedLayers:
         shapes = [layer.weight.shape for layer in self._layers.values()]
         self._table = FactorTable(_FIRST_SLOTS, shapes, dtype, self.device)
         self._tiles: list[BatchTiles] = []  # latest last
+        self._workspace = Workspace()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,11 +137,72 @@ class FusedLayers:
         """Empty a slot that no batch uses."""
         self._table.clear(slot)
 
-    def linear(self, call: LayerCall) -> tuple[torch.Tensor, list[int]]:
+    def holds(self, path: str) -> bool:
+        """Whether the kernel can serve this layer at all."""
+        return path in self._layers
+
+    def serves(self, path: str, x: torch.Tensor) -> bool:
+        """Whether the kernel serves this layer for rows of this type and device."""
+        return path in self._layers and x.dtype == self._table.dtype and x.device == self.device
+
+    def rows_by_address(
+        self,
+        path: str,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        *,
+        layer: int,
+        few: FewRows,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A layer that ``serves`` holds for, with nothing checked and nothing read on the host.
+
+        Args:
+            path: Of the layer.
+            x: ``[rows, in]``.
+            table: int64 ``[slots, layers, 3]``, as ``FactorTable.addresses``.
+            layer: Of the table.
+            few: Tiles that hold all rows of ``x``; its buffers may change until the launch runs.
+            bias: ``[out]``, or None.
+
+        Returns:
+            A new ``[rows, out]`` in the dtype of ``x``.
+        """
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y: torch.Tensor = self._ops.few_rows_linear(
+            x, self._layers[path].weight, table, layer, few, bias
+        )
+        return y
+
+    def add_lora_by_address(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        table: torch.Tensor,
+        *,
+        scales: torch.Tensor,
+        layer: int,
+    ) -> None:
+        """Add each row's s (x Aᵀ) Bᵀ to ``y``, its factors found by address.
+
+        Args:
+            y, x: ``[rows, out]``, ``[rows, in]``.
+            slots: int32 ``[rows]``.
+            table, scales: ``[slots, layers, 3]`` of LoRA factors, float32 ``[slots, layers]``.
+            layer: Of the tables.
+        """
+        self._ops.add_lora_rows(y, x, slots, table, scales, layer)
+
+    def linear(
+        self, call: LayerCall, tuner: Autotuner | None = None
+    ) -> tuple[torch.Tensor, list[int]]:
         """Compute a call that ``takes`` holds for, but for the segments that the kernel does not.
 
         Args:
             call: Its factors are as ``place`` gave them.
+            tuner: What has timed the forms of the equation; until it has, and without it, the fused
+                kernel computes all.
 
         Returns:
             A new ``[rows, out]`` in the dtype of ``x``, and the numbers of the segments whose rows
@@ -147,7 +217,7 @@ class FusedLayers:
         found = call.factors
         # A bias of an adapter's own takes the place of the layer's: then each segment adds its own.
         own = any(factors is not None and factors.bias is not None for factors in found)
-        y = self._run(layer, x, self._tiles_of(call.segments), None if own else bias)
+        y = self._run(layer, call, None if own else bias, tuner)
         left: list[int] = []
         for place, (part, entry) in enumerate(zip(call.segments.parts, found, strict=True)):
             rows = slice(part.start, part.stop)
@@ -168,13 +238,72 @@ class FusedLayers:
         return y, left
 
     def _run(
-        self, layer: _Layer, x: torch.Tensor, tiles: BatchTiles, bias: torch.Tensor | None
+        self, layer: _Layer, call: LayerCall, bias: torch.Tensor | None, tuner: Autotuner | None
     ) -> torch.Tensor:
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        y: torch.Tensor = self._ops.hira_linear(
-            x, layer.weight, self._table, layer.index, tiles, bias=bias
+        runs = self.forms(call if bias is call.bias else replace(call, bias=bias))
+        if tuner is None:
+            return runs["triton", "tiles"]()
+        proved = proved_forms(self.dtype, self.device)
+        runs = {one: run for one, run in runs.items() if one[1] == "tiles" or one[1] in proved}
+        if len(runs) == 1:
+            return runs["triton", "tiles"]()
+        ranks = [self._table.rank(part.slot, layer.index) for part in call.segments.parts]
+        bucket = bucket_of(
+            call.weight.shape,
+            f"{call.weight.kind} {str(call.x.dtype).removeprefix('torch.')} call",
+            rows=call.x.shape[0],
+            adapters=max(1, sum(rank > 0 for rank in ranks)),
+            rank=max(ranks, default=0),
         )
-        return y
+        if tuner.is_due(bucket, runs):
+            tuner.run(bucket, runs)
+        if not tuner.is_settled(bucket):
+            return runs["triton", "tiles"]()
+        known = {one: ns for one in runs if (ns := tuner.ns(bucket, one)) is not None}
+        fastest = min(known, key=known.__getitem__, default=None)
+        return runs[fastest or ("triton", "tiles")]()
+
+    def forms(self, call: LayerCall) -> dict[Candidate, Callable[[], torch.Tensor]]:
+        """Every form of a call that ``takes`` holds for and that is not hopeless."""
+        layer, bias = self._layers[call.path], call.bias
+        x = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
+        parts = call.segments.parts
+        ranks = [padded_rank(self._table.rank(part.slot, layer.index)) for part in parts]
+        rank = max(ranks, default=0)
+        where = (layer.weight, self._table.addresses, layer.index)
+
+        def by_tiles() -> torch.Tensor:
+            y: torch.Tensor = self._ops.hira_linear(
+                x, layer.weight, self._table, layer.index, self._tiles_of(call.segments), bias=bias
+            )
+            return y
+
+        def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return self._workspace.take(name, shape, dtype, x.device)
+
+        def by_product() -> torch.Tensor:
+            slots = torch.tensor(call.segments.row_slots(), dtype=torch.int32).to(x.device)
+            y: torch.Tensor = _scratch_ops().product_linear(
+                x, *where, slots, rank=rank, take=take, bias=bias
+            )
+            return y
+
+        def by_scratch() -> torch.Tensor:
+            pieces = [
+                (part.slot, own, part.start, part.stop)
+                for part, own in zip(parts, ranks, strict=True)
+            ]
+            y: torch.Tensor = _scratch_ops().scratch_linear(
+                x, *where, pieces, take=take, bias=None if bias is None else bias.to(x.dtype)
+            )
+            return y
+
+        runs: dict[Candidate, Callable[[], torch.Tensor]] = {("triton", "tiles"): by_tiles}
+        if x.shape[0] * (rank + 1) <= _MOST_EXPANDED:
+            runs["triton", "product"] = by_product
+        if x.shape[0] >= _LEAST_ROWS_OF_A_SLOT * len(parts):
+            runs["triton", "scratch"] = by_scratch
+        return runs
 
     def _tiles_of(self, segments: Segments) -> BatchTiles:
         """The tiles of a segment table, made once for the many layers of a forward."""
@@ -225,7 +354,28 @@ def _probed(dtype: torch.dtype, device: torch.device) -> str | None:
     return None if error <= _PROBE_TOLERANCE else f"a relative error of {error:.2g} in its probe"
 
 
-def _probe_error(dtype: torch.dtype, device: torch.device) -> float:
+@lru_cache(maxsize=8)
+def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computation]:
+    """The forms with weights in scratch memory that were right on a small batch on this device.
+
+    Each is run once, and compiled; what fails, or is wrong, is said in the log and never timed.
+    """
+    proved: set[Computation] = set()
+    forms: tuple[Computation, ...] = ("product", "scratch")
+    for form in forms:
+        try:
+            error = _probe_error(dtype, device, form)
+        except Exception:  # a compiler, a driver, a library: the fused kernel serves
+            logger.warning("The form %s failed its probe", form, exc_info=True)
+            continue
+        if error <= _PROBE_TOLERANCE:
+            proved.add(form)
+        else:
+            logger.warning("The form %s is off by %.2g in its probe: not used", form, error)
+    return frozenset(proved)
+
+
+def _probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "tiles") -> float:
     """The largest relative error of a small mixed batch, few rows and many, against float64."""
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -242,8 +392,23 @@ def _probe_error(dtype: torch.dtype, device: torch.device) -> float:
             table.place(slot, {0: (a, b)})
         segments = from_runs([(1, 40), (2, 3), (BASE_SLOT, 2)])
         x, bias = random(segments.rows, 256), random(64)
-        tiles = BatchTiles(segments, device)
-        found = _ops().hira_linear(x, layer.weight, table, 0, tiles, bias=bias)
+        where = (layer.weight, table.addresses, 0)
+
+        def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        if form == "product":
+            slots = torch.tensor(segments.row_slots(), dtype=torch.int32).to(device)
+            found = _scratch_ops().product_linear(x, *where, slots, rank=16, take=take, bias=bias)
+        elif form == "scratch":
+            pieces = [
+                (part.slot, 0 if part.slot == BASE_SLOT else 16, part.start, part.stop)
+                for part in segments.parts
+            ]
+            found = _scratch_ops().scratch_linear(x, *where, pieces, take=take, bias=bias)
+        else:
+            tiles = BatchTiles(segments, device)
+            found = _ops().hira_linear(x, layer.weight, table, 0, tiles, bias=bias)
         truth = reference.modulated_linear(
             x,
             w0,
@@ -286,3 +451,10 @@ def _ops() -> Any:
     from adapters.kernels import triton_ops
 
     return triton_ops
+
+
+def _scratch_ops() -> Any:
+    """The module of the kernels that write weights to scratch memory."""
+    from adapters.kernels import triton_scratch
+
+    return triton_scratch

@@ -27,13 +27,15 @@ from functools import partial
 import torch
 
 from adapters.kernels import native_ops, reference
-from adapters.modulation import native_path, torch_path
+from adapters.modulation import fixed_blocks, native_path, torch_path
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.fixed_blocks import FixedBlocks
 from adapters.modulation.folded import FoldedCache
 from adapters.modulation.fused import FusedLayers
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.plan import Plan
 from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.static_layers import StaticLayers
 from adapters.modulation.strategy import (
     AlikeSegments,
     Backend,
@@ -98,6 +100,8 @@ class Modulator:
         self.workspace = Workspace()
         self.folded = FoldedCache(0, torch.device("cpu"))
         self.fused: FusedLayers | None = None  # None: no layer uses the fused kernel
+        self.fixed: FixedBlocks | None = None  # None: rows may differ in their last bits by batch
+        self.static: StaticLayers | None = None  # None: no steps over fixed buffers
         self.plan: Plan | None = None
         self._tokens = Segments(())  # of the latest plan
         self._bounds: tuple[Segments, bytes] = (Segments(()), b"")  # of the latest native call
@@ -151,8 +155,10 @@ class Modulator:
             SegmentMismatch: The segments do not cover the rows; checked before any write.
         """
         call.segments.check_covers(call.x.shape[0])
+        if self.fixed is not None:
+            return fixed_blocks.run(call, self.fixed, self.workspace, self.folded)
         if self.fused is not None and self.fused.takes(call):
-            y, left = self.fused.linear(call)
+            y, left = self.fused.linear(call, self.tuner)
             for place in left:
                 part = call.segments.parts[place]
                 y[part.start : part.stop] = self._by_operators(call.of_segments([place]))

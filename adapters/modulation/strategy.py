@@ -14,10 +14,12 @@ from typing import Literal, NamedTuple, get_args
 Strategy = Literal["auto", "native", "fold", "expand", "cached", "fused", "reference"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
-Backend = Literal["native", "torch"]
+Backend = Literal["native", "torch", "triton"]
 # How a segment is computed: ``kept`` by its kept folded weight; ``held`` only to be timed, by
 # whatever lies in the buffer of folded weights, as if it were kept.
-Computation = Literal["base", "fold", "expand", "kept", "held"]
+# Of a whole call on a GPU: ``tiles`` by the fused kernel, ``product`` with W0 decoded into scratch
+# memory and all factors expanded, ``scratch`` with the modulated weight of each slot in it.
+Computation = Literal["base", "fold", "expand", "kept", "held", "tiles", "product", "scratch"]
 Candidate = tuple[Backend, Computation]
 
 # Folding is ``rank`` multiply-adds a weight and a pass over the weight; expanding ``rows · rank``.
@@ -76,6 +78,27 @@ def ways_of(part: SegmentShape) -> tuple[Computation, ...]:
     if (part.rows - 1) * part.rank > _HOPELESS * _PASS_MULTIPLY_ADDS:
         return (*kept, "fold")
     return (*kept, "fold", "expand")
+
+
+def bucket_of(
+    shape: tuple[int, int], storage: str, *, rows: int, adapters: int, rank: int
+) -> Bucket:
+    """The bucket of a whole call.
+
+    Args:
+        shape: ``(out, in)`` of the layer.
+        storage: As in :class:`Bucket`.
+        rows, adapters: Of the call.
+        rank: The largest; 0: all rows are the base's.
+    """
+    return Bucket(
+        _log2(shape[0] * shape[1]),
+        _log2(shape[1]),
+        storage,
+        _log2(rows),
+        _log2(adapters),
+        _log2(rank) if rank else -1,
+    )
 
 
 @lru_cache(maxsize=8192)

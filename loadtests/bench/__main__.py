@@ -1,5 +1,6 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
-[choice] [http] [residency] [gpu] [--quick] [--one-thread] [--json FILE]`. Without a name it runs
+[choice] [http] [residency] [deterministic] [gpu] [--quick] [--one-thread] [--json FILE]
+[--markdown FILE]`. Without a name it runs
 all of them."""
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 from loadtests.bench import peers
 from loadtests.bench.timing import Report, machine, print_machine
 
-BENCHES = ("modulation", "choice", "generation", "http", "residency", "gpu")
+BENCHES = ("modulation", "choice", "generation", "http", "residency", "deterministic", "gpu")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the figures here as a table, too"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a few rounds: shows that it works, measures little"
     )
@@ -45,6 +49,8 @@ def main() -> int:
         print("quick run: too few rounds for conclusions")
     if options.json is not None:
         options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    if options.markdown is not None:
+        options.markdown.write_text(report.as_markdown(), encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,7 @@
-"""One 4096 x 4096 NF4 layer on a GPU, HiRA of rank 32: the fused kernel against dense and torch.
+"""On a GPU: layers in every form of the kernels, whole steps, prompts, texts, and stock peers.
+
+One 4096 x 4096 NF4 layer with HiRA of rank 32 first, then the engine (``gpu_engine``) and the
+encode lane (``gpu_encode``); at most five minutes in all.
 
 Says so and skips where there is no GPU, or where the kernel cannot run. The sides run on one
 stream; each sample ends with a synchronization. The first side's answer is held to float64 before
@@ -18,8 +21,10 @@ from torch import nn
 from adapters.kernels.reference import modulated_linear
 from adapters.layers.inject import inject
 from adapters.modulation.fused import obstacle
+from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.segments import from_rows
+from adapters.segments import Segments, from_rows
+from loadtests.bench import gpu_encode, gpu_engine
 from loadtests.bench.timing import Budget, Figure, Report, alternate
 
 WIDTH = 4096
@@ -58,9 +63,19 @@ def bench(report: Report) -> None:
         print(f"the fused kernel cannot run here: {reason}; skipped")
         return
     budget = Budget(0.0, 1, 1) if report.quick else Budget(8.0, 9, 60)
+    report.machine = {
+        **report.machine,
+        "gpu": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+    }
     with torch.inference_mode():
         for case in CASES:
             _measure(case, device, budget, report)
+    for shape in gpu_engine.SHAPES[: 1 if report.quick else None]:
+        report.section(f"GPU: steps of a {shape.name} Llama shape")
+        gpu_engine.measure(report, shape, device)
+    report.section("GPU: texts, BERT-base shape")
+    gpu_encode.measure(report, device)
 
 
 def _measure(case: Case, device: torch.device, budget: Budget, report: Report) -> None:
@@ -136,11 +151,23 @@ def _sides(
     w0 = layers[1].quantized.dequantize(dtype=torch.float32)
     slots: Any = {slot: ("hira", f.a, f.b, 1.0, None) for slot, f in enumerate(factors, start=1)}
     truth = modulated_linear(x, w0, slots, segments, None)
+    forms = _forms(models[0], segments, x)
     return {
         "fused": lambda: run(0),
+        **forms,
         "dense bf16 matmul": lambda: F.linear(x, weight),
         "dequantize, fold, matmul": lambda: run(1),
     }, truth
+
+
+def _forms(
+    adapted: Any, segments: Segments, x: torch.Tensor
+) -> Mapping[str, Callable[[], torch.Tensor]]:
+    """The other forms of the kernels for the layer "0" of a model, each alone."""
+    layer = adapted.layers["0"]
+    call = LayerCall("0", x, layer.quantized, layer.slots, segments, None)
+    runs = adapted.fused.forms(call)
+    return {f"{way} alone": run for (_, way), run in runs.items() if way != "tiles"}
 
 
 def _factors(seed: int, device: torch.device) -> SlotFactors:

@@ -125,6 +125,17 @@ class Report:
         self.figures.append(figure)
         print(_line(figure), flush=True)
 
+    def as_markdown(self) -> str:
+        """The figures as a table, the machine and the versions above it."""
+        lines = [f"{name}: {value}" for name, value in self.machine.items()]
+        lines = [*lines, "", "| case | what | value | goal | |", "| --- | --- | --- | --- | --- |"]
+        for one in self.figures:
+            goal = "" if one.at_least is None else f"≥ {one.at_least:.3g}"
+            goal = goal if one.at_most is None else f"≤ {one.at_most:.3g}"
+            cells = (one.case, one.what, f"{one.number:.4g} {one.unit}", goal, one.note)
+            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+        return "\n".join(lines) + "\n"
+
     def as_json(self) -> dict[str, Any]:
         rows = [{**asdict(one), "reached": one.reached} for one in self.figures]
         return {"machine": dict(self.machine), "quick": self.quick, "figures": rows}

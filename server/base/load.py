@@ -23,10 +23,13 @@ from adapters.intake.base_files import BaseFiles
 from adapters.layers.adapted import EMBEDDING_BLOCK, AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.fixed_blocks import FixedBlocks
+from adapters.modulation.quant import QuantizedWeight
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
 from server.base.memory import available_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
+from server.base.weights_digest import weights_digest
 from server.options import EngineOptions
 
 __all__ = ["BaseModelError", "LoadedBase", "load_base", "signature_of"]
@@ -53,6 +56,7 @@ class LoadedBase:
         device: Where it is.
         folder: Where the base and its tokenizer lie.
         storage: How its linear layers are stored, for people.
+        weights_digest: Of its linear layers as they are stored: equal on every device.
     """
 
     adapted: AdaptedModel
@@ -61,6 +65,7 @@ class LoadedBase:
     device: torch.device
     folder: Path
     storage: str
+    weights_digest: str = ""
 
     @property
     def model(self) -> Any:
@@ -120,8 +125,19 @@ def load_base(options: EngineOptions) -> LoadedBase:
     plan = plan_base(options)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
+    if options.deterministic and device.type != "cpu":
+        raise BaseModelError(
+            "Answers that do not depend on their batch in a single bit are made on a CPU only.",
+            found=f"--deterministic on {device}",
+            expected="--device cpu",
+            fix="Add --device cpu, or leave --deterministic out.",
+        )
     if device.type == "cpu":
-        torch.set_num_threads(options.threads or _cores())
+        threads = options.threads or _cores()
+        if options.deterministic:
+            # A tensor is cut into as many pieces: in halves, every piece ends where vectors do.
+            threads = 1 << (threads.bit_length() - 1)
+        torch.set_num_threads(threads)
     skeleton = _skeleton(plan)
     _check_memory(skeleton, options, plan, dtype, device)
     model = _load(plan, skeleton, options, dtype, device)
@@ -136,9 +152,18 @@ def load_base(options: EngineOptions) -> LoadedBase:
     signature = adapted.signature
     files = BaseFiles.of(plan.folder, skeleton, signature.prefix)
     adapted.signature = replace(signature, files=files)
-    if options.modulation == "auto":
+    if options.deterministic:
+        adapted.modulator.fixed = FixedBlocks()
+    elif options.modulation == "auto":
         adapted.modulator.tuner = Autotuner(options.cache_dir, device)
-    base = LoadedBase(adapted, model.config, dtype, device, plan.folder, _storage(adapted))
+    linear = {
+        path: one.quantized
+        for path, one in adapted.layers.items()
+        if isinstance(one, AdaptedLinear)
+    }
+    digest = weights_digest(linear)
+    logger.info("The linear layers of %s as they are served: %s", options.base, digest)
+    base = LoadedBase(adapted, model.config, dtype, device, plan.folder, _storage(adapted), digest)
     _tell_kernel(base, options)
     return base
 
@@ -203,8 +228,13 @@ def _load(
     device: torch.device,
 ) -> Any:
     arguments: dict[str, Any] = {}
+    where = device
     if plan.quantized is None and options.quantization != "none":
         arguments["quantization_config"] = _quantization(skeleton, options, dtype)
+        if options.quantization != "int8":
+            # By one code on one kind of device: a GPU's own would round some codes otherwise, and
+            # replicas on different devices would serve different weights.
+            where = torch.device("cpu")
     transformers_logging.disable_progress_bar()
     supports_sdpa = getattr(plan.model_class, "_supports_sdpa", False)
     try:
@@ -213,7 +243,7 @@ def _load(
             model, report = plan.model_class.from_pretrained(
                 str(plan.folder),
                 dtype=dtype,
-                device_map={"": device},
+                device_map={"": where},
                 attn_implementation="sdpa" if supports_sdpa else "eager",
                 use_safetensors=True,
                 local_files_only=True,
@@ -239,9 +269,22 @@ def _load(
         )
     if plan.quantized is not None:
         _cast(model, dtype)
+    if where != device:
+        expand_nested_scales(model)
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise _no_memory(str(error).splitlines()[0][:200], options) from error
     for key in sorted(report["unexpected_keys"])[:5]:
         logger.info("Not part of %s, left out: %s", plan.model_class.__name__, key)
     return model
+
+
+def expand_nested_scales(model: nn.Module) -> None:
+    """Make float32 scales of 8-bit ones in every 4-bit layer, in place, where the layer is now."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            QuantizedWeight.from_linear4bit(module)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

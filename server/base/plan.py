@@ -35,7 +35,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 
 PAGE_TOKENS = 16  # of the KV cache
-# The first pages of the cache are never given to a sequence; see transformers' CacheAllocator.
+# The first pages of the cache are never given to a sequence: rows and tables of nobody have them.
 TRASH_BLOCKS = 2
 
 

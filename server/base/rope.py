@@ -43,6 +43,11 @@ class RopeByLength:
             limit for _, limits in self._modules for limit in limits.values()
         )
 
+    @property
+    def kinds(self) -> int:
+        """How many lengths there are at which the factors change."""
+        return len(self._limits_tokens)
+
     def kind(self, tokens: int) -> int:
         """Which factors a sequence of ``tokens`` tokens has: a number for each set."""
         return sum(limit < tokens for limit in self._limits_tokens)

@@ -139,6 +139,8 @@ class Engine:
             if base.generates and isinstance(inputs, Text):
                 generate = generate_lane(base, inputs, residency, options)
             try_base(base, inputs, encode, generate)
+            if generate is not None:
+                generate.start_steps()
         except BaseException:
             residency.close()
             raise
@@ -306,6 +308,8 @@ class Engine:
             },
             slots={"used": known.slots_used, "free": known.slots - known.slots_used},
             kv_blocks=blocks,
+            generate_steps={} if generate is None else generate.steps_by,
+            static_bytes={} if generate is None else generate.static_bytes,
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),
@@ -314,6 +318,7 @@ class Engine:
             dtype=str(parts.base.dtype).removeprefix("torch."),
             kernel=parts.base.kernel,
             storage=parts.base.storage,
+            weights_digest=parts.base.weights_digest,
         )
 
     def close(self) -> list[Event]:

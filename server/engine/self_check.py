@@ -110,6 +110,7 @@ class _SelfCheck:
         task: Task = "feature-extraction"
         alone = [self._encoded(lane, [one], task, "alone", **options)[0] for one in items[:2]]
         mixed = self._encoded(lane, items, task, "in a batch", **options)[:2]
+        self._exact(mixed, alone, "vectors")
         errors = [_relative(found, wanted) for found, wanted in zip(mixed, alone, strict=True)]
         self._hold(errors, "vectors of a text alone and beside longer and shorter ones")
 
@@ -135,13 +136,15 @@ class _SelfCheck:
         prompts = [one.token_ids[:room] for one in self._items()]
         alone = self._generated(lane, prompts[:1], "alone")
         mixed = self._generated(lane, prompts, "in a batch")
+        told = [[token.logprob for token in one.tokens] for one in (*alone, mixed[0])]
+        self._exact(told[1:], told[:1], "log-probabilities")
         pairs = zip([*prompts[:1], *prompts[:2]], [*alone, *mixed[:2]], strict=True)
         errors = []
         for prompt, found in pairs:
             ids = [*prompt, *(token.id for token in found.tokens)]
             logits = self._plain(ids[:-1]).log_softmax(-1)
-            told = [*found.prompt_logprobs[1:], *(token.logprob for token in found.tokens)]
-            for row, score in enumerate(told):
+            scores = [*found.prompt_logprobs[1:], *(token.logprob for token in found.tokens)]
+            for row, score in enumerate(scores):
                 wanted = float(logits[row, ids[row + 1]])
                 assert score is not None
                 errors.append(abs(score - wanted) / max(1.0, abs(wanted)))
@@ -227,6 +230,15 @@ class _SelfCheck:
         if not (isfinite(worst) and worst <= most):
             raise self._unusable(
                 f"the {what} differ by {worst:.1e}", expected=f"{most:.0e} at most"
+            )
+
+    def _exact(self, mixed: Sequence[Any], alone: Sequence[Any], what: str) -> None:
+        """Raise where answers should not depend on their batch and do, in a single bit."""
+        if self._base.adapted.modulator.fixed is not None and list(mixed) != list(alone):
+            raise self._unusable(
+                f"{what} of a text alone and beside others differ in their last bits",
+                expected="equal in every bit, because of --deterministic",
+                fix="Leave --deterministic out, or set --threads 1.",
             )
 
     def _unusable(self, found: str, fix: str | None = None, **more: str) -> BaseModelError:

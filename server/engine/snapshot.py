@@ -46,6 +46,9 @@ class EngineSnapshot:
             those pinned by name for which pins have no room on the device.
         slots: Places on the device, used and free.
         kv_blocks: Of the generate lane, by state.
+        generate_steps: Of the generate lane since the start, by how they ran; {} where none may be
+            static.
+        static_bytes: Of static steps on the device, by what holds them.
         cuda_bytes: Of the device, by kind; empty on the CPU.
         totals: Counters since the start.
         residency: The tier of each version that is not only on disk.
@@ -53,6 +56,7 @@ class EngineSnapshot:
         device, dtype: Where and in what everything is computed.
         kernel: What computes the linear layers: ``Modulator.kernel``.
         storage: How the base's linear layers are stored, for people.
+        weights_digest: Of the base's linear layers as they are stored; equal on every device.
     """
 
     queue_depth: Mapping[str, int]
@@ -61,6 +65,8 @@ class EngineSnapshot:
     adapters: Mapping[str, int]
     slots: Mapping[str, int]
     kv_blocks: Mapping[str, int]
+    generate_steps: Mapping[str, int]
+    static_bytes: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
     totals: Mapping[str, int]
     residency: Mapping[str, str]
@@ -69,6 +75,7 @@ class EngineSnapshot:
     dtype: str
     kernel: str
     storage: str
+    weights_digest: str
 
 
 class FailureTracker:

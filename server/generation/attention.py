@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cache_allocators import (
-    FULL_ATTENTION,
-    SLIDING_ATTENTION,
-)
+
+from server.generation.kv_cache import READ_PAGE, SLIDING_LAYERS, AttentionKind, KVCache
 
 PAGED_ATTENTION = "hira_paged"
 # Keys (or values) of one group of decoding sequences: within a core's cache on a CPU, one kernel
@@ -56,12 +53,33 @@ class _DecodingGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A piece of one prompt, or one sequence of a sliding-window layer."""
+class _Decoding:
+    """One decoding sequence: the pages that it sees something of, and its tokens in them."""
 
     span: Span
-    keys: slice | torch.Tensor | None  # rows of the gathered keys, or pages; None: the new keys
+    pages: list[int]
+    first: int  # the first token that it sees, counted from its first page
+    tokens: int  # up to its own, counted likewise
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A piece of one prompt."""
+
+    span: Span
+    pages: torch.Tensor | None  # None: the new keys are all there are
+    tokens: int  # in the pages
     mask: torch.Tensor | None  # [rows, keys]; None: causal from the first key on
+
+
+class PagedKeys(Protocol):
+    """What a model's attention layers are given: who attends to what, in pages."""
+
+    cache: KVCache
+    layers_run: int
+
+    def attend(self, layer: int, call: Call) -> None:
+        """Write the new keys and values of a layer, and fill ``call.out``."""
 
 
 class PagedBatch:
@@ -70,52 +88,72 @@ class PagedBatch:
     Args:
         cache: Holds the pages that were reserved for each sequence.
         spans: The sequences in the order of their rows, covering all rows.
+        alone: Each decoding sequence attends by itself: the shapes that it is computed in are its
+            own, whoever else is there.
     """
 
-    def __init__(self, cache: PagedAttentionCache, spans: Sequence[Span]) -> None:
+    def __init__(self, cache: KVCache, spans: Sequence[Span], *, alone: bool = False) -> None:
         self.cache = cache
         self.layers_run = 0
-        like = torch.empty(0, dtype=cache.dtype, device=cache.device)
-        full = cache.cache_allocators.get(FULL_ATTENTION)
-        self.full = _FullPlan(full, spans, like) if full is not None else None
-        sliding = cache.cache_allocators.get(SLIDING_ATTENTION)
-        self.sliding = _SlidingPlan(sliding, spans, like) if sliding is not None else None
+        self._plans = {
+            kind: _KindPlan(cache, kind, spans, alone) for kind in dict.fromkeys(cache.layer_kinds)
+        }
+
+    def attend(self, layer: int, call: Call) -> None:
+        """Write the new keys and values of a layer, and fill ``call.out``."""
+        self._plans[self.cache.layer_kinds[layer]].attend(*self.cache.pages_of(layer), call)
+        self.layers_run += 1
 
 
-class _FullPlan:
-    def __init__(self, allocator: Any, spans: Sequence[Span], like: torch.Tensor) -> None:
-        device = like.device
-        page: int = allocator.tokens_per_page
-        stride: int = allocator.block_physical_stride // page
-        self.page_tokens = page
+class _KindPlan:
+    """All layers of one kind: where rows are written, and who attends to what."""
+
+    def __init__(
+        self, cache: KVCache, kind: AttentionKind, spans: Sequence[Span], alone: bool
+    ) -> None:
+        device = cache.device
+        like = torch.empty(0, dtype=cache.dtype, device=device)
+        page = cache.block_tokens
+        window = cache.window if kind == SLIDING_LAYERS else None
         write: list[int] = []
         fresh: list[int] = []
-        decoding: list[tuple[int, Span, list[int]]] = []
+        decoding: list[_Decoding] = []
         self.chunks: list[_Chunk] = []
         for span in spans:
-            used = -(-span.tokens // page)
-            pages = [block * stride for block in allocator.block_table[span.key][:used]]
+            pages = cache.table(span.key, kind, span.tokens)
             write += [pages[t // page] * page + t % page for t in range(span.past, span.tokens)]
             fresh += pages[-(-span.past // page) :]
+            first = 0 if window is None else max(0, span.past + 1 - window) // page
             if span.rows == 1 and span.past > 0:
-                decoding.append((used, span, pages))
+                least = 0 if window is None else max(0, span.tokens - window)
+                decoding.append(
+                    _Decoding(span, pages[first:], least - first * page, span.tokens - first * page)
+                )
             elif span.past == 0:
-                self.chunks.append(_Chunk(span, None, None))
+                narrow = window is not None and span.rows > window
+                mask = _causal_mask(span.rows, span.rows, 0, like, window) if narrow else None
+                self.chunks.append(_Chunk(span, None, 0, mask))
             else:
-                table = torch.tensor(pages, device=device)
-                mask = _causal_mask(span.rows, span.tokens, span.past, like)
-                self.chunks.append(_Chunk(span, table, mask))
+                past, tokens = span.past - first * page, span.tokens - first * page
+                mask = _causal_mask(span.rows, tokens, past, like, window)
+                table = torch.tensor(pages[first:], device=device)
+                self.chunks.append(_Chunk(span, table, tokens, mask))
         self.write = torch.tensor(write, device=device)
         # A page may still hold what its last owner left. A masked value counts 0 times, but 0 times
         # NaN is NaN: one broken adapter could spoil a later sequence. So a page starts as zeros.
         self.fresh = torch.tensor(fresh, dtype=torch.long, device=device) if fresh else None
-        decoding.sort(key=lambda item: item[0])
-        page_bytes = allocator.bytes_per_page // 2
+        decoding.sort(key=lambda one: len(one.pages))
+        page_bytes = cache.block_bytes // len(cache.layer_kinds) // 2
         room = max(1, GROUP_BYTES.get(device.type, GROUP_BYTES["cuda"]) // page_bytes)
         self.groups: list[_DecodingGroup] = []
         while decoding:
             widest = next(
-                (n for n in range(len(decoding), 1, -1) if n * decoding[n - 1][0] <= room), 1
+                (
+                    n
+                    for n in range(1 if alone else len(decoding), 1, -1)
+                    if n * len(decoding[n - 1].pages) <= room
+                ),
+                1,
             )
             self.groups.append(_group(decoding[:widest], page, like))
             decoding = decoding[widest:]
@@ -128,7 +166,7 @@ class _FullPlan:
         if self._scratch is None:
             most = max(
                 [len(group.pages) for group in self.groups]
-                + [len(c.keys) for c in self.chunks if isinstance(c.keys, torch.Tensor)]
+                + [len(c.pages) for c in self.chunks if c.pages is not None]
             )
             shape = (most, *k_pages.shape[1:])
             self._scratch = (k_pages.new_empty(shape), k_pages.new_empty(shape))
@@ -137,8 +175,7 @@ class _FullPlan:
         torch.index_select(v_pages, 0, pages, out=v)
         return k, v
 
-    def attend(self, allocator: Any, layer: int, call: _Call) -> None:
-        k_pages, v_pages = allocator.get_cache_for_block_table(layer)
+    def attend(self, k_pages: torch.Tensor, v_pages: torch.Tensor, call: Call) -> None:
         for pages, new in ((k_pages, call.key), (v_pages, call.value)):
             if self.fresh is not None:
                 pages.index_fill_(0, self.fresh, 0)
@@ -153,44 +190,17 @@ class _FullPlan:
             attended = call.attend(q, k, v, group.mask, causal=False)
             call.out[group.rows] = attended.reshape(n, -1, attended.shape[-1])
         for chunk in self.chunks:
-            if isinstance(chunk.keys, torch.Tensor):
-                k, v = self.gather(k_pages, v_pages, chunk.keys)
-                k, v = (x.view(-1, *x.shape[2:])[: chunk.span.tokens] for x in (k, v))
+            if chunk.pages is not None:
+                k, v = self.gather(k_pages, v_pages, chunk.pages)
+                k, v = (x.view(-1, *x.shape[2:])[: chunk.tokens] for x in (k, v))
                 call.attend_chunk(chunk.span, k, v, chunk.mask)
             else:
                 own = slice(chunk.span.start, chunk.span.stop)
-                call.attend_chunk(chunk.span, call.key[own], call.value[own], None)
-
-
-class _SlidingPlan:
-    """Sliding-window layers keep a ring of pages; transformers' allocator reads and writes it."""
-
-    def __init__(self, allocator: Any, spans: Sequence[Span], like: torch.Tensor) -> None:
-        device = like.device
-        window: int = allocator.sliding_window
-        read: list[int] = []
-        write: list[int] = []
-        self.chunks: list[_Chunk] = []
-        start = 0
-        for span in spans:
-            read += allocator.get_read_indices(span.key, span.past, span.rows)
-            write += allocator.get_write_indices(span.key, span.past, span.rows)
-            keys = allocator.get_seqlen_k(span.past, span.rows)
-            mask = _causal_mask(span.rows, keys, keys - span.rows, like, window)
-            self.chunks.append(_Chunk(span, slice(start, start + keys), mask))
-            start += keys
-        self.read = torch.tensor(read, device=device)
-        self.write = torch.tensor(write, device=device)
-
-    def attend(self, allocator: Any, layer: int, call: _Call) -> None:
-        k, v = allocator.update(call.key, call.value, layer, self.read, self.write)
-        for chunk in self.chunks:
-            assert isinstance(chunk.keys, slice)
-            call.attend_chunk(chunk.span, k[chunk.keys], v[chunk.keys], chunk.mask)
+                call.attend_chunk(chunk.span, call.key[own], call.value[own], chunk.mask)
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
     """One layer's attention: rows first, [N, heads, dim]; ``out`` is filled row by row."""
 
     query: torch.Tensor
@@ -239,7 +249,7 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    paged: PagedBatch,
+    paged: PagedKeys,
     scaling: float | None = None,
     softcap: float | None = None,
     **others: Any,
@@ -261,33 +271,26 @@ def paged_attention(
         if others.get(name) is not None:
             raise ValueError(f"Paged attention does not support {name!r}, which this base uses.")
     cache = paged.cache
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    allocator = cache.layer_to_allocator[layer]
-    plan = paged.full if allocator.layer_type == FULL_ATTENTION else paged.sliding
-    assert plan is not None
     assert attention_mask is None
     rows = query[0].transpose(0, 1)
     new_key, new_value = (x[0].transpose(0, 1).to(cache.dtype) for x in (key, value))
     out = query.new_empty(rows.shape[0], rows.shape[1], value.shape[-1])
-    plan.attend(allocator, layer, _Call(rows, new_key, new_value, out, scaling, softcap))
-    paged.layers_run += 1
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    paged.attend(layer, Call(rows, new_key, new_value, out, scaling, softcap))
     return out[None], None
 
 
-def _group(
-    members: Sequence[tuple[int, Span, list[int]]],
-    page: int,
-    like: torch.Tensor,
-) -> _DecodingGroup:
-    width = members[-1][0]
-    table = [p for used, _, pages in members for p in pages + [0] * (width - used)]
-    lengths = [span.tokens for _, span, _ in members]
+def _group(members: Sequence[_Decoding], page: int, like: torch.Tensor) -> _DecodingGroup:
+    width = len(members[-1].pages)
+    table = [p for one in members for p in [*one.pages, *[READ_PAGE] * (width - len(one.pages))]]
     mask = None
-    if min(lengths) < width * page:
-        absent = torch.arange(width * page) >= torch.tensor(lengths)[:, None]
-        mask = torch.zeros(absent.shape, dtype=like.dtype).masked_fill_(absent, float("-inf"))
+    if any(one.first or one.tokens < width * page for one in members):
+        place = torch.arange(width * page)
+        hidden = place >= torch.tensor([one.tokens for one in members])[:, None]
+        hidden |= place < torch.tensor([one.first for one in members])[:, None]
+        mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, float("-inf"))
         mask = mask[:, None, None].to(like.device)
-    rows = torch.tensor([span.start for _, span, _ in members], device=like.device)
+    rows = torch.tensor([one.span.start for one in members], device=like.device)
     return _DecodingGroup(rows, torch.tensor(table, device=like.device), mask)
 
 

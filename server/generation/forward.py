@@ -7,10 +7,12 @@ and what happens to the tokens that come out, is left to ``server.generation.lan
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,18 @@ import torch
 from adapters import segments
 from server.base.rope import RopeByLength
 from server.failures import is_lost, split_apart
-from server.generation.attention import PAGED_ATTENTION, PagedBatch, Span
+from server.generation.attention import PAGED_ATTENTION, PagedBatch, PagedKeys, Span
 from server.generation.kv_cache import KVCache
-from server.generation.sampling import Choice, TokenChooser, choose, likeliest_of, logprobs_of
-from server.inputs.detokenize import TextStream
-from server.messages import GeneratedToken, GenerateRequest, Likeliest
+from server.generation.page_attention import (
+    VARLEN_PAGE_TOKENS,
+    VarlenBatch,
+    decode_by_varlen,
+    decode_in_torch,
+)
+from server.generation.sampling import Choice, choose, likeliest_of, logprobs_of
+from server.generation.sequences import ScheduledRows, Sequence
+from server.generation.static_step import StaticStep
+from server.messages import GenerateRequest
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
@@ -31,67 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A running request."""
-
-    request: GenerateRequest
-    slot: int
-    ids: list[int]  # prompt and generated
-    written: int  # tokens whose keys and values are in the cache
-    chooser: TokenChooser
-    text: TextStream
-    admitted: float  # time.monotonic()
-    tokens: list[GeneratedToken] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)  # log-probabilities of ids[1:], if asked for
-    likeliest: list[Likeliest] = field(default_factory=list)  # in the places of those
-
-    @property
-    def pending(self) -> int:
-        """Tokens that the model has not read yet: 1 while decoding."""
-        return len(self.ids) - self.written
-
-    @property
-    def generated(self) -> list[int]:
-        return self.ids[len(self.request.token_ids) :]
-
-    @property
-    def decoding(self) -> bool:
-        return bool(self.tokens)
-
-    @property
-    def reading(self) -> bool:
-        """Whether there is more to read than the latest token: a prompt, or all once more."""
-        return not self.decoding or self.pending > 1
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRows:
-    """What one sequence puts into a batch: its next ``rows`` tokens."""
-
-    sequence: Sequence
-    rows: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the model reads all there is."""
-        return self.rows == self.sequence.pending
-
-    @property
-    def predicts(self) -> bool:
-        """Whether a new token comes out."""
-        return self.completes and self.sequence.request.sampling.max_new_tokens > 0
-
-    @property
-    def scored(self) -> range:
-        """Which tokens of the prompt are told from rows of this part: the one after each."""
-        sequence = self.sequence
-        if not sequence.request.sampling.prompt_logprobs or sequence.decoding:
-            return range(0)
-        first = sequence.written + 1
-        return range(first, min(first + self.rows, len(sequence.request.token_ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +53,26 @@ class Logits:
 
     last: torch.Tensor
     prompt: torch.Tensor
+
+
+def whole_parts(running: Iterable[Sequence], budget_tokens: int) -> list[ScheduledRows]:
+    """As ``next_parts``, but a prompt is always cut in the same places, whoever else reads.
+
+    Pieces have ``budget_tokens`` tokens and are read whole or not at all: the oldest one in every
+    case, others as far as the budget lasts.
+    """
+    sequences = list(running)
+    parts = [ScheduledRows(sequence, 1) for sequence in sequences if not sequence.reading]
+    budget = budget_tokens - len(parts)
+    read = False
+    for sequence in sequences:
+        if sequence.reading:
+            rows = min(sequence.pending, max(budget_tokens, MIN_PREFILL_TOKENS))
+            if rows <= budget or not read:
+                parts.append(ScheduledRows(sequence, rows))
+                budget -= rows
+                read = True
+    return sorted(parts, key=lambda part: part.sequence.slot)
 
 
 def next_parts(running: Iterable[Sequence], budget_tokens: int) -> list[ScheduledRows]:
@@ -181,9 +149,11 @@ class PagedForward:
     Args:
         adapted: Its model must compute attention through transformers' attention interface.
         kv: Where room was reserved for every sequence that comes.
+        deterministic: Sequences attend, and their tokens are chosen, one by one: no bit of an
+            answer depends on the others.
     """
 
-    def __init__(self, adapted: AdaptedModel, kv: KVCache) -> None:
+    def __init__(self, adapted: AdaptedModel, kv: KVCache, *, deterministic: bool = False) -> None:
         self._adapted = adapted
         model: Any = adapted.model
         self._model = model
@@ -192,6 +162,13 @@ class PagedForward:
         self._device: torch.device = model.device
         self._keeps_logits = bool(model._supports_logits_to_keep())
         self._rope = RopeByLength(model)
+        self.static: StaticStep | None = None  # None: every step runs as one with prompts in it
+        self._why_dynamic: str | None = None  # None: static steps were not asked for
+        self._batch: Callable[[KVCache, Items[Span]], PagedKeys] = PagedBatch
+        if deterministic:
+            self._batch = partial(PagedBatch, alone=True)
+        self._deterministic = deterministic
+        self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
         self.steps = 0
         self.last_rows = 0
         self.last_adapters = 0  # the base not counted
@@ -224,12 +201,10 @@ class PagedForward:
                 last.append(len(wanted))
                 wanted.append(len(ids) - 1)
         slots = segments.from_runs((part.sequence.slot, part.rows) for part in parts)
-        self.steps += 1
-        self.last_rows = len(ids)
-        self.last_adapters = len(set(slots.slots) - {segments.BASE_SLOT})
+        self._note(parts)
         kept = wanted or [len(ids) - 1]  # an output layer over no row at all is a case of its own
         keep = torch.tensor(kept, device=self._device)
-        paged = PagedBatch(self._kv.paged, spans)
+        paged = self._batch(self._kv, spans)
         inputs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         with (
             torch.inference_mode(),
@@ -256,6 +231,61 @@ class PagedForward:
             return Logits(logits[: len(last)], logits[:0])
         return Logits(logits[last], logits[scored])
 
+    def make_static(self, slots: int, most: int) -> None:
+        """Run decode steps over fixed buffers from now on; before any adapter is installed.
+
+        Args:
+            slots: How many slots there will ever be, slot 0 included.
+            most: Sequences of a step at most.
+        """
+        if self._rope.kinds:
+            self.leave_static("rope", "the rotary factors of this base depend on the length")
+            return
+        layers = self._adapted.make_static(slots)
+        attention = decode_in_torch
+        if self._kv.block_tokens % VARLEN_PAGE_TOKENS == 0:
+            attention = decode_by_varlen
+            self._batch = VarlenBatch
+        self.static = StaticStep(self._model, layers, self._kv, most, attention)
+
+    def leave_static(self, reason: str, found: str) -> None:
+        """Run no static step from now on, and count every step under ``reason``."""
+        logger.warning("Decode steps stay dynamic: %s", " ".join(found.split())[:300])
+        self.static = None
+        self._why_dynamic = reason
+
+    def capture_static(self) -> Iterator[tuple[int, int]]:
+        """Capture the static steps where the device can; yields how many of how many are done.
+
+        Raises:
+            RuntimeError: The device cannot capture them.
+        """
+        if self.static is not None:
+            with self._own_attention():
+                yield from self.static.capture()
+
+    def by_static(self, parts: Items[ScheduledRows]) -> list[Choice]:
+        """A token for each part, by the static step."""
+        assert self.static is not None
+        with self._own_attention():
+            return self.static(parts)
+
+    def in_every_bucket(self, parts: Items[ScheduledRows]) -> list[list[Choice]]:
+        """The same static step in every bucket that can hold it."""
+        assert self.static is not None
+        with self._own_attention():
+            return list(self.static.in_every_bucket(parts))
+
+    def _choose(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[Choice]:
+        choosers = [sequence.chooser for sequence in sequences]
+        if not self._deterministic:
+            return choose(logits, choosers)
+        return [choose(row[None], [one])[0] for row, one in zip(logits, choosers, strict=True)]
+
+    def dynamic(self, parts: Items[ScheduledRows]) -> list[Choice]:
+        """A token for each part, all of which predict, as a step with prompts in it chooses it."""
+        return choose(self(parts).last, [part.sequence.chooser for part in parts])
+
     def rereads(self, tokens: int) -> bool:
         """Whether the keys of ``tokens`` tokens are others once there is one more."""
         return self._rope.changes(tokens, tokens + 1)
@@ -279,9 +309,12 @@ class PagedForward:
             Exception: The device itself is lost; nothing can run on it any more.
         """
         predicting = [part.sequence for part in parts if part.predicts]
+        chosen = self._static(parts)
+        if chosen is not None:
+            return StepOutcome(list(zip(predicting, chosen, strict=True)), [], [])
         try:
             logits = self(parts)
-            choices = choose(logits.last, [sequence.chooser for sequence in predicting])
+            choices = self._choose(logits.last, predicting)
             not_finite = note_scores(parts, logits.prompt)
         except Exception as error:
             if is_lost(error):
@@ -302,6 +335,40 @@ class PagedForward:
             [one for group in groups for one in group.broken],
             [one for group in groups for one in group.not_finite],
         )
+
+    def _static(self, parts: Items[ScheduledRows]) -> list[Choice] | None:
+        """A token for each part by the static step; None: it cannot, or has failed.
+
+        What fails runs once more as a step with prompts does, which finds out who is at fault.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        if self.static is None:
+            if self._why_dynamic is not None:
+                self.steps_by[self._why_dynamic] += 1
+            return None
+        reason = self.static.obstacle(parts)
+        if reason is None:
+            try:
+                chosen = self.by_static(parts)
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                logger.exception("A static step of %d sequences failed; it is run anew", len(parts))
+                reason = "failed"
+            else:
+                self._note(parts)
+                self.steps_by["static"] += 1
+                return chosen
+        self.steps_by[reason] += 1
+        return None
+
+    def _note(self, parts: Items[ScheduledRows]) -> None:
+        slots = {part.sequence.slot for part in parts}
+        self.steps += 1
+        self.last_rows = sum(part.rows for part in parts)
+        self.last_adapters = len(slots - {segments.BASE_SLOT})
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:

@@ -14,19 +14,28 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters import segments
 from adapters.errors import SlotNotResident
 from server import failures
-from server.failures import NotFinite
+from server.base.plan import PAGE_TOKENS
+from server.failures import NotFinite, is_lost
 from server.generation import failures as refusals
 from server.generation.fair_queue import FairQueue
-from server.generation.forward import PagedForward, ScheduledRows, Sequence, next_parts
+from server.generation.forward import (
+    MIN_PREFILL_TOKENS,
+    PagedForward,
+    next_parts,
+    whole_parts,
+)
 from server.generation.kv_cache import KVCache
+from server.generation.page_attention import VARLEN_PAGE_TOKENS, varlen_obstacle
 from server.generation.sampling import Choice, TokenChooser
+from server.generation.sequences import ScheduledRows, Sequence
+from server.generation.step_probe import step_fault
 from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
 from server.messages import (
     Event,
@@ -67,6 +76,8 @@ class GenerateFigures:
     prefilled_tokens: int
     shared_tokens: int  # of prompts, found in the cache
     generated_tokens: int
+    steps_by: Mapping[str, int]  # that were static, or why they were not; {} where none may be
+    static_bytes: Mapping[str, int]  # of static steps on the device: buffers, graphs
     last_rows: int  # token rows of the latest forward
     last_adapters: int  # distinct adapters in it, the base not counted
 
@@ -104,16 +115,22 @@ class GenerateLane:
         self._context_tokens = adapted.signature.max_length
         self._special_ids = spelling_of(tokenizer).special
         self._eos_ids = _eos_ids(model, tokenizer)
+        text = model.config.get_text_config(decoder=True)
         self._kv = KVCache(
-            model.config.get_text_config(decoder=True),
+            text,
             budget_bytes=options.kv_bytes,
             max_sequences=options.max_sequences,
             context_tokens=self._context_tokens,
             dtype=model.dtype,
             device=model.device,
             share_prefixes=options.allow_prefix_sharing,
+            step_tokens=max(options.prefill_tokens, MIN_PREFILL_TOKENS),
+            page_tokens=page_tokens_of(text, model, options),
         )
-        self._forward = PagedForward(adapted, self._kv)
+        self._forward = PagedForward(adapted, self._kv, deterministic=options.deterministic)
+        self._cut = whole_parts if options.deterministic else next_parts
+        if options.decode_steps == "static":
+            self._forward.make_static(options.slots + 1, options.max_sequences)
         self._queue = FairQueue()
         self._running: dict[str, Sequence] = {}
         self._per_version: Counter[str | None] = Counter()
@@ -121,6 +138,36 @@ class GenerateLane:
         self._arrived: dict[str, float] = {}
         self._outbox: list[Event] = []
         self._counts: Counter[str] = Counter()
+
+    def start_steps(self) -> None:
+        """Try the static decode steps, and capture them on a CUDA device; the lane must be idle.
+
+        Where they differ from the other steps, or cannot be captured, all steps stay dynamic: that
+        is said once in the log, and counted. Without ``decode_steps = "static"`` nothing happens.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        forward = self._forward
+        if forward.static is None:
+            return
+        reason = "differs"
+        try:
+            # Before anything is captured, and then what was captured.
+            fault = step_fault(forward, self._adapted, self._kv, self._begun)
+            if fault is None:
+                reason = "uncapturable"
+                for done, every in forward.capture_static():
+                    if done % 10 == 0 or done == every:
+                        logger.warning("Capturing decode steps: %d of %d", done, every)
+                reason = "differs"
+                fault = step_fault(forward, self._adapted, self._kv, self._begun)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            fault = f"{type(error).__name__}: {error}"
+        if fault is not None:
+            forward.leave_static(reason, fault)
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request. What it can never be given is answered by the next step.
@@ -203,6 +250,8 @@ class GenerateLane:
             prefilled_tokens=self._counts["prefilled"],
             shared_tokens=self._counts["shared"],
             generated_tokens=self._counts["generated"],
+            steps_by=Counter(self._forward.steps_by),
+            static_bytes={} if self._forward.static is None else self._forward.static.held_bytes(),
             last_rows=self._forward.last_rows,
             last_adapters=self._forward.last_adapters,
         )
@@ -212,7 +261,7 @@ class GenerateLane:
         events, self._outbox = self._outbox, []
         self._expire(events)
         self._admit(events)
-        parts = next_parts(self._running.values(), self._options.prefill_tokens)
+        parts = self._cut(self._running.values(), self._options.prefill_tokens)
         if parts:
             self._run(parts, events)
         return events
@@ -306,16 +355,7 @@ class GenerateLane:
                 self._kv.release(request.id)
                 self._residency.prefetch(request.version)
                 return None
-        sampling = request.sampling
-        self._running[request.id] = Sequence(
-            request=request,
-            slot=slot,
-            ids=list(request.token_ids),
-            written=shared,
-            chooser=TokenChooser(sampling, request.token_ids),
-            text=TextStream(self._tokenizer, request.token_ids, sampling.stop),
-            admitted=time.monotonic(),
-        )
+        self._running[request.id] = self._begun(request, slot, shared)
         self._per_version[request.version] += 1
         self._counts["shared"] += shared
         return True
@@ -440,15 +480,7 @@ class GenerateLane:
         )
         if reserved is None:
             return None  # others share what the failed text has left; nothing is known of the base
-        bare = Sequence(
-            request=request,
-            slot=segments.BASE_SLOT,
-            ids=ids,
-            written=0,
-            chooser=TokenChooser(request.sampling, ids),
-            text=TextStream(self._tokenizer, request.token_ids, ()),
-            admitted=time.monotonic(),
-        )
+        bare = self._begun(request, segments.BASE_SLOT)
         try:
             ran = self._forward.apart([ScheduledRows(bare, len(ids))])
         finally:
@@ -456,6 +488,17 @@ class GenerateLane:
         if ran.broken:
             return ran.broken[0][1]
         return None if all(choice.finite for _, choice in ran.chosen) else NotFinite()
+
+    def _begun(self, request: GenerateRequest, slot: int, written: int = 0) -> Sequence:
+        return Sequence(
+            request=request,
+            slot=slot,
+            ids=list(request.token_ids),
+            written=written,
+            chooser=TokenChooser(request.sampling, request.token_ids),
+            text=TextStream(self._tokenizer, request.token_ids, request.sampling.stop),
+            admitted=time.monotonic(),
+        )
 
     def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Free what a running sequence holds: its blocks, its lease and its place."""
@@ -471,6 +514,19 @@ class GenerateLane:
     def _forget(self, request_id: str) -> None:
         self._deadlines.pop(request_id, None)
         self._arrived.pop(request_id, None)
+
+
+def page_tokens_of(text: Any, model: Any, options: EngineOptions) -> int:
+    """Tokens of a page: as many as torch's kernel for static steps takes, where it can be used."""
+    if options.decode_steps == "dynamic" or model.device.type != "cuda":
+        return PAGE_TOKENS
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    reason = varlen_obstacle(int(width), model.dtype, model.device, capped=capped)
+    if reason is None:
+        return VARLEN_PAGE_TOKENS
+    logger.warning("Torch operators attend in decode steps, not FlashAttention: %s", reason)
+    return PAGE_TOKENS
 
 
 def _tells_likeliest(request: GenerateRequest) -> bool:

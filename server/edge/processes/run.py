@@ -95,6 +95,8 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     told += [f"{loaded['kernel']} kernel"] if "kernel" in loaded else []
     yield f"hira-server {package_version()} is ready at {url}"
     yield f"  base       {base.name}" + (f" ({', '.join(told)})" if told else "")
+    if loaded.get("weights_digest"):
+        yield f"  weights    {loaded['weights_digest']}"
     if settings.base is None:
         yield "  demo       a toy of six layers, 256 wide, to try the server; serve yours: --base"
     yield (

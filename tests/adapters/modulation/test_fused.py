@@ -7,6 +7,7 @@ small; the truth is the same 4-bit model in float32 with every linear layer in f
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ from adapters.kernels.triton_operands import pack_weight
 from adapters.layers.adapted import AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation import fused, native_path
+from adapters.modulation.autotune import Autotuner
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
@@ -59,6 +61,15 @@ def kernels() -> Iterator[ModuleType]:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
         patch.setattr(fused, "_ops", lambda: module)
+        patch.setitem(sys.modules, "adapters.kernels.triton_ops", module)
+        spec = importlib.util.spec_from_file_location(
+            "interpreted_scratch_for_models", path.with_name("triton_scratch.py")
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        scratch = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(scratch)
+        patch.setattr(fused, "_scratch_ops", lambda: scratch)
         yield module
 
 
@@ -371,3 +382,64 @@ def test_forcing_the_kernel_where_it_cannot_run_is_refused(
 def test_by_itself_a_cpu_model_does_not_use_it(kernels: ModuleType) -> None:
     adapted = inject(build("llama", quantization="nf4", dtype=torch.float16))
     assert adapted.fused is None
+
+
+# Other forms of the equation, chosen by their times
+
+
+class Clock:
+    """A clock that goes as fast as it is told."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fastest", ["product", "scratch"])
+def test_the_form_that_was_the_fastest_computes(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
+    assert fused.proved_forms(torch.float16, CPU) == {"product", "scratch"}
+    clock, ran = Clock(), []
+    plain = fused.FusedLayers.forms
+
+    def slowed(self: Any, call: LayerCall) -> Any:
+        found = {}
+        for candidate, run in plain(self, call).items():
+
+            def slow(run: Any = run, way: str = candidate[1]) -> torch.Tensor:
+                ran.append(way)
+                clock.now += 1 if way == fastest else 1000
+                y: torch.Tensor = run()
+                return y
+
+            found[candidate] = slow
+        return found
+
+    monkeypatch.setattr(fused.FusedLayers, "forms", slowed)
+    found, truth, paths = both("distilbert", ("q_lin",))
+    install((found, truth), 1, paths, rank=4, seed=1)
+    install((found, truth), 2, paths, rank=3, seed=2)
+    assert found.fused is not None
+    layer = found.layers[paths[0]]
+    assert isinstance(layer, AdaptedLinear)
+    segments = from_runs([(1, 16), (2, 16)])
+    x = torch.randn(32, layer.in_features).half()
+    call = LayerCall(paths[0], x, layer.quantized, layer.slots, segments, None)
+    other = truth.layers[paths[0]]
+    slots: Any = {slot: ("hira", one.a, one.b, 1.0, None) for slot, one in other.slots.items()}
+    wanted = modulated_linear(x, layer.quantized.dequantize(), slots, segments, None)
+    tuner = Autotuner(clock=clock)
+    for _ in range(4):
+        tuner.begin_forward()
+        y, left = found.fused.linear(call, tuner)
+        assert not left
+        assert_close(y, wanted, LAYER_TOLERANCE)
+    assert ran[-1] == fastest
+    assert set(ran) == {"tiles", "product", "scratch"}
+    ran.clear()
+    found.fused.linear(call)  # nothing was timed: the fused kernel
+    assert ran == ["tiles"]

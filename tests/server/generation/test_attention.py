@@ -73,7 +73,7 @@ def run(
         for key, rows in step.items():
             spans.append(Span(key, start, rows, kv.length(key)))
             start += rows
-        batch = PagedBatch(kv.paged, spans)
+        batch = PagedBatch(kv, spans)
         q, k, v = (
             torch.cat([data[s.key][i][s.past : s.tokens] for s in spans]).transpose(0, 1)[None]
             for i in range(3)
@@ -178,7 +178,7 @@ def test_what_it_cannot_do_it_refuses(unsupported: str) -> None:
     row = torch.zeros(1, HEADS, 1, DIM)
     key = torch.zeros(1, KV_HEADS, 1, DIM)
     module: Any = SimpleNamespace(layer_idx=0)
-    batch = PagedBatch(kv.paged, [Span("x", 0, 1, 0)])
+    batch = PagedBatch(kv, [Span("x", 0, 1, 0)])
     more: dict[str, Any] = {unsupported: row}
     with pytest.raises(ValueError, match=unsupported):
         paged_attention(module, row, key, key, None, paged=batch, **more)
@@ -187,7 +187,7 @@ def test_what_it_cannot_do_it_refuses(unsupported: str) -> None:
 def test_the_budget_bounds_the_memory() -> None:
     block = cache().block_bytes
     kv = cache(budget_bytes=10 * block + 5)
-    assert kv.paged.cache_tensor.numel() <= 10 * block + 5
+    assert kv.nbytes <= 10 * block + 5
     assert kv.blocks_total == 8
     assert kv.capacity_tokens == 8 * PAGE_TOKENS
     with pytest.raises(BaseModelError, match="too small"):

@@ -506,9 +506,7 @@ def test_prefix_sharing_changes_no_answer() -> None:
 def test_without_the_version_in_its_root_a_prefix_would_be_shared_wrongly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "server.generation.kv_cache.KVCache._rooted", lambda self, version, ids: list(ids)
-    )
+    monkeypatch.setattr("server.generation.kv_cache.KVCache._root", lambda self, version: "all")
     _, expected = shared_answers(False)
     _, got = shared_answers(True)
     assert got != expected

@@ -1,0 +1,200 @@
+"""The encode lane on a BERT-base shape: vectors of many texts and adapters, and stock models."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from adapters.registry.store import Store
+from adapters.signature import describe
+from loadtests.bench.modulation import random_factors
+from loadtests.bench.timing import Figure, Report
+from server.engine.engine import Engine
+from server.messages import TERMINAL, EncodeRequest, Failure, TokenizedInput
+from server.options import EngineOptions
+
+TARGETS = ("query", "value")
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeCase:
+    """A batch of texts of one length."""
+
+    rows: int
+    tokens: int
+    adapters: int
+    at_least: float | None = None  # of the speed of the bitsandbytes base
+
+
+CASES = (
+    EncodeCase(64, 128, 8, 1.0),
+    EncodeCase(256, 128, 32, 0.9),
+    EncodeCase(64, 512, 8),
+    EncodeCase(1, 16, 1),
+)
+
+
+def measure(
+    report: Report,
+    device: torch.device,
+    cases: tuple[EncodeCase, ...] = CASES,
+    *,
+    hidden: int = 768,
+    layers: int = 12,
+    rounds: int = 5,
+) -> None:
+    """Alternate the engine, the bitsandbytes base and a dense model over every case."""
+    from transformers import (
+        AutoModel,
+        AutoTokenizer,
+        BertConfig,
+        BertForMaskedLM,
+        BitsAndBytesConfig,
+    )
+
+    from server.demo import BASE_DIR
+
+    with TemporaryDirectory(prefix="hira-gpu-") as name:
+        root = Path(name)
+        config = BertConfig(
+            vocab_size=8192,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
+        )
+        torch.manual_seed(0)
+        model: Any = BertForMaskedLM(config)
+        model.save_pretrained(root / "base")
+        tokenizer: Any = AutoTokenizer.from_pretrained(BASE_DIR)
+        tokenizer.add_special_tokens({"pad_token": "<pad>", "mask_token": "<mask>"})
+        tokenizer.save_pretrained(root / "base")
+        signature = describe(model, "base")
+        store = Store(root / "store")
+        versions = [
+            store.add(_adapter(root / f"a{n}", signature, n))
+            for n in range(max(case.adapters for case in cases))
+        ]
+        stock = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        load: Any = AutoModel.from_pretrained
+        # The checkpoint has no pooler, and what is made up for it would not be quantized.
+        where = {
+            "dtype": torch.bfloat16,
+            "device_map": {"": device},
+            "add_pooling_layer": False,
+        }
+        peers = {
+            "bitsandbytes base": load(root / "base", quantization_config=stock, **where).eval(),
+            "dense model": load(root / "base", **where).eval(),
+        }
+        engine = Engine.build(
+            EngineOptions(
+                base=str(root / "base"),
+                store_dir=root / "store",
+                cache_dir=root / "cache",
+                dtype="bf16",
+                device="cuda" if device.type == "cuda" else "cpu",
+                max_batch_tokens=64 * 1024,
+                max_batch_rows=512,
+            )
+        )
+        try:
+            for case in cases:
+                _one(report, case, engine, versions, peers=peers, device=device, rounds=rounds)
+        finally:
+            engine.close()
+
+
+def _one(
+    report: Report,
+    case: EncodeCase,
+    engine: Engine,
+    versions: list[str],
+    *,
+    peers: dict[str, Any],
+    device: torch.device,
+    rounds: int,
+) -> None:
+    times: dict[str, list[float]] = {"engine": [], **{name: [] for name in peers}}
+    for turn in range(rounds + 2):
+        found = {"engine": _engine_seconds(engine, case, versions)}
+        found |= {name: _peer_seconds(one, case, device) for name, one in peers.items()}
+        if turn >= 2:
+            for name, seconds in found.items():
+                times[name].append(seconds)
+    best = {name: min(one) for name, one in times.items()}
+    named = f"encode, {case.rows} x {case.tokens}, {case.adapters} adapters"
+    report.add(Figure("gpu", named, "engine", best["engine"] * 1e3, unit="ms"))
+    for name in peers:
+        goal = case.at_least if name == "bitsandbytes base" else None
+        speed = best[name] / best["engine"]
+        note = f"{best[name] * 1e3:.1f} ms"
+        report.add(Figure("gpu", named, f"speed of {name}", speed, at_least=goal, note=note))
+
+
+def _engine_seconds(engine: Engine, case: EncodeCase, versions: list[str]) -> float:
+    requests = [
+        EncodeRequest(
+            id=f"gpu-encode-{next(_numbers)}",
+            task="feature-extraction",
+            adapter=versions[i % case.adapters],
+            version=versions[i % case.adapters],
+            inputs=(
+                TokenizedInput(tuple((i * 31 + j * 7) % 3000 + 5 for j in range(case.tokens))),
+            ),
+            submitted=time.monotonic(),
+        )
+        for i in range(case.rows)
+    ]
+    began = time.perf_counter()
+    for one in requests:
+        engine.submit(one)
+    left = {one.id for one in requests}
+    while left:
+        if not engine.has_work():
+            engine.wait(1.0)
+        for event in engine.step():
+            if isinstance(event, Failure):
+                raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
+            if isinstance(event, TERMINAL):
+                left.discard(event.id)
+    return time.perf_counter() - began
+
+
+def _peer_seconds(model: Any, case: EncodeCase, device: torch.device) -> float:
+    ids = torch.full((case.rows, case.tokens), 7, device=device)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0].cpu()
+    return time.perf_counter() - began
+
+
+def _adapter(folder: Path, signature: Any, seed: int) -> Path:
+    import json
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path, entry in random_factors(signature, TARGETS, seed).items():
+        tensors[f"base_model.model.{path}.hira_A"] = entry.a
+        tensors[f"base_model.model.{path}.hira_B"] = entry.b
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    described = {
+        "peft_type": "HIRA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": "base",
+        "r": 32,
+        "target_modules": list(TARGETS),
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    return folder

@@ -1,0 +1,297 @@
+"""The decode step over fixed buffers: the same launches on the same memory, whoever is in it.
+
+On a CPU it is an ordinary function. On a CUDA device the same function is captured once for each
+bucket of rows (``server.generation.captured_steps``) and replayed. What it cannot do is named by
+``obstacle``, and ``server.generation.forward`` then runs the step as it runs prompts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from adapters.modulation.static_layers import StaticLayers, StaticRows
+from server.generation import step_sampling
+from server.generation.attention import Call
+from server.generation.captured_steps import CapturedSteps, StepKey
+from server.generation.kv_cache import SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
+from server.generation.page_attention import DecodeAttention, Pages
+from server.generation.sampling import Choice
+from server.generation.step_buffers import RowNumbers, StepBuffers
+
+if TYPE_CHECKING:
+    from server.generation.sequences import ScheduledRows
+    from server.generation.sequences import Sequence as Running
+
+ROW_BUCKETS: Final = (1, 2, 4, 8)
+BUCKET_ROWS: Final = 8  # apart, from there on
+# Ranks that steps are made for, and whether LoRA is in them: few, so that few are captured.
+CLASSES: Final = ((0, False), (32, False), (128, True))
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """The row counts that steps are made for: 1, 2, 4, 8, 16, 24, ... and ``most``."""
+    small = [rows for rows in ROW_BUCKETS if rows < most]
+    return (*small, *range(2 * BUCKET_ROWS, most, BUCKET_ROWS), most)
+
+
+class StaticKeys:
+    """Where the rows of a step write and read keys and values, from the buffers alone.
+
+    Args:
+        cache: The pages.
+        buffers: Positions and tables of the rows.
+        rows: Of the step.
+        attention: What attends.
+    """
+
+    def __init__(
+        self, cache: KVCache, buffers: StepBuffers, rows: int, attention: DecodeAttention
+    ) -> None:
+        self.cache = cache
+        self.layers_run = 0
+        self._attention = attention
+        positions = buffers.positions(rows)
+        self._lengths = (positions + 1).int()
+        page = cache.block_tokens
+        place = (positions // page)[:, None]
+        inside = positions % page
+        self._tables: dict[AttentionKind, torch.Tensor] = {}
+        self._write: dict[AttentionKind, torch.Tensor] = {}
+        self._fresh: dict[AttentionKind, torch.Tensor] = {}
+        for kind in dict.fromkeys(cache.layer_kinds):
+            table = buffers.table(kind, rows)
+            own = table.gather(1, place).squeeze(1).long()
+            self._tables[kind] = table
+            self._write[kind] = own * page + inside
+            # A page that is begun starts as zeros: see ``PagedBatch``.
+            self._fresh[kind] = torch.where(inside == 0, own, WRITE_PAGE)
+
+    def attend(self, layer: int, call: Call) -> None:
+        """Write the new keys and values of a layer, and fill ``call.out``."""
+        kind = self.cache.layer_kinds[layer]
+        k_pages, v_pages = self.cache.pages_of(layer)
+        for pages, new in ((k_pages, call.key), (v_pages, call.value)):
+            pages.index_fill_(0, self._fresh[kind], 0)
+            pages.view(-1, *pages.shape[2:]).index_copy_(0, self._write[kind], new)
+        window = self.cache.window if kind == SLIDING_LAYERS else None
+        self._attention(call, Pages(k_pages, v_pages, self._tables[kind], self._lengths, window))
+        self.layers_run += 1
+
+
+class StaticStep:
+    """Steps of one model in which every sequence takes one token.
+
+    Args:
+        model: transformers' model, with adapted layers that know ``layers``.
+        layers: Its linear layers.
+        cache: Where room was reserved for every sequence that comes.
+        most: Rows of a step at most.
+        attention: What attends to pages.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: StaticLayers,
+        cache: KVCache,
+        most: int,
+        attention: DecodeAttention,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._cache = cache
+        self._attention = attention
+        self._device: torch.device = model.device
+        text = model.config.get_text_config(decoder=True)
+        self._config = text
+        vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        vocabulary = getattr(model.get_output_embeddings(), "out_features", vocabulary)
+        self.buffers = StepBuffers(most, cache, int(vocabulary), self._device)
+        self.rows = StaticRows(most, self._device)
+        self._buckets = buckets(most)
+        self._seats: OrderedDict[str, tuple[int, int]] = OrderedDict()  # seat, tokens noted
+        self.captured = CapturedSteps(self._device)
+
+    def fixed(self) -> list[torch.Tensor]:
+        """The memory that every step reads and writes."""
+        layers = range(len(self._cache.layer_kinds))
+        pages = [one for layer in layers for one in self._cache.pages_of(layer)]
+        return [*self.buffers.all(), self.rows.slots, *pages]
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes on the device, of buffers with tables and of graphs."""
+        buffers = self.buffers.nbytes + self._layers.nbytes
+        return {"buffers": buffers, "graphs": self.captured.nbytes}
+
+    def obstacle(self, parts: Sequence[ScheduledRows]) -> str | None:
+        """Why these parts cannot run as a static step, in one word for a metric; None: they can."""
+        if len(parts) > self.buffers.rows:
+            return "rows"
+        for part in parts:
+            sequence = part.sequence
+            if part.rows != 1 or not part.predicts or not sequence.written:
+                return "prefill"
+            reason = self._layers.obstacle(sequence.slot)
+            if reason is None:
+                reason = step_sampling.option_obstacle(sequence.request.sampling)
+            if reason is not None:
+                return reason
+        return None
+
+    def capture(self) -> Iterator[tuple[int, int]]:
+        """Capture every bucket, the largest first; yields how many of how many are done.
+
+        Where memory ends there are fewer buckets. On a CPU there is nothing to capture.
+        """
+        if self._device.type != "cuda":
+            return
+        keys = [
+            StepKey(rows, rank, has_lora, plain)
+            for rows in reversed(self._buckets)
+            for rank, has_lora in CLASSES
+            for plain in (True, False)
+        ]
+        self._fill([])
+        for done, key in enumerate(keys, start=1):
+            if not self.captured.capture(key, lambda key=key: self.run(key)):  # type: ignore[misc]
+                return
+            yield done, len(keys)
+
+    def __call__(self, parts: Sequence[ScheduledRows]) -> list[Choice]:
+        """Run the step, one token for each part; keys and values are written to the cache.
+
+        Raises:
+            RuntimeError: The model does not use the attention interface in all its layers.
+        """
+        sequences = [part.sequence for part in parts]
+        self._fill(sequences)
+        key = self.key_of(sequences)
+        if not self.captured.replay(key):
+            self.run(key)
+        return self._told(sequences)
+
+    def in_every_bucket(self, parts: Sequence[ScheduledRows]) -> Iterator[list[Choice]]:
+        """The same step in each bucket, and for each class of launches, that can hold the parts.
+
+        Keys and values are written again each time, the same.
+        """
+        sequences = [part.sequence for part in parts]
+        least = self.key_of(sequences)
+        for key in list(self.captured) or [least]:
+            rows, rank, has_lora, plain = key
+            if rows < least.rows or rank < least.rank or plain != least.plain:
+                continue
+            if least.has_lora and not has_lora:
+                continue
+            self._fill(sequences)
+            if not self.captured.replay(key):
+                self.run(key)
+            yield self._told(sequences)
+
+    def key_of(self, sequences: Sequence[Running]) -> StepKey:
+        """Which of the prepared steps serves these sequences."""
+        slots = dict.fromkeys(one.slot for one in sequences)
+        rank = max((self._layers.rank(slot) for slot in slots), default=0)
+        has_lora = any(self._layers.has_lora(slot) for slot in slots)
+        made = next(one for one in CLASSES if one[0] >= rank and (one[1] or not has_lora))
+        rows = next(one for one in self._buckets if one >= len(sequences))
+        plain = all(step_sampling.takes_best(one.request.sampling) for one in sequences)
+        return StepKey(rows, *made, plain)
+
+    def _fill(self, sequences: Sequence[Running]) -> None:
+        """Write what the step reads: the only way from the host to it."""
+        kinds = tuple(dict.fromkeys(self._cache.layer_kinds))
+        numbers: list[RowNumbers] = []
+        for one in sequences:
+            options, chooser = one.request.sampling, one.chooser
+            name, position = one.request.id, one.written
+            numbers.append(
+                RowNumbers(
+                    token_id=one.ids[position],
+                    position=position,
+                    seat=self._seat(one) if chooser.penalized else self.buffers.spare_seat,
+                    tables={k: self._cache.table(name, k, position + 1) for k in kinds},
+                    temperature=options.temperature if chooser.sampled else 1.0,
+                    top_k=min(options.top_k, self.buffers.vocabulary),
+                    top_p=options.top_p,
+                    penalty=options.repetition_penalty,
+                    sampled=chooser.sampled,
+                    point=chooser.draw() if chooser.sampled else 0.0,
+                )
+            )
+        self.buffers.fill(numbers)
+        self.rows.fill([one.slot for one in sequences])
+
+    def _seat(self, sequence: Running) -> int:
+        """Where the tokens of a sequence are noted; those that no step has noted are noted now.
+
+        The step itself notes the token that it reads: it is taken by then, so a step that runs
+        again notes nothing that was not.
+        """
+        name, history = sequence.request.id, sequence.chooser.history
+        found = self._seats.pop(name, None)
+        if found is None:
+            seat = len(self._seats)
+            if seat >= self.buffers.rows:
+                _, (seat, _) = self._seats.popitem(last=False)  # the longest without a step
+            self.buffers.seen[seat] = False
+            found = (seat, 0)
+        seat, noted = found
+        missing = history[noted : len(history) - 1]
+        if len(missing):
+            self.buffers.seen[seat, missing.to(self._device)] = True
+        self._seats[name] = (seat, len(history))
+        return seat
+
+    @torch.inference_mode()
+    def run(self, key: StepKey) -> None:
+        """The step itself: reads buffers, writes buffers, and looks at nothing."""
+        buffers, rows = self.buffers, key.rows
+        self.rows.shape(rows, key.rank, key.has_lora)
+        ids = buffers.ids(rows)
+        if not key.plain:
+            buffers.seen[buffers.seats(rows), ids] = True
+        keys = StaticKeys(self._cache, buffers, rows, self._attention)
+        with self._layers_static():
+            logits: torch.Tensor = self._model(
+                input_ids=ids[None],
+                position_ids=buffers.positions(rows)[None],
+                use_cache=False,
+                paged=keys,
+            ).logits[0]
+        if keys.layers_run != self._config.num_hidden_layers:
+            raise RuntimeError(
+                f"{type(self._model).__name__} ran {keys.layers_run} of "
+                f"{self._config.num_hidden_layers} layers through transformers' attention "
+                "interface, so it cannot generate here."
+            )
+        if key.plain:
+            step_sampling.choose_best(logits, buffers)
+        else:
+            step_sampling.choose_all(logits, buffers)
+
+    @contextmanager
+    def _layers_static(self) -> Iterator[None]:
+        self._layers.rows = self.rows
+        try:
+            yield
+        finally:
+            self._layers.rows = None
+
+    def _told(self, sequences: Sequence[Running]) -> list[Choice]:
+        """What the step has written, on the host: the only way back."""
+        ids = self.buffers.told_ids[:, : len(sequences)].cpu().t().tolist()
+        scores = self.buffers.told_scores[:, : len(sequences)].cpu().t().tolist()
+        choices: list[Choice] = []
+        for one, row, values in zip(sequences, ids, scores, strict=True):
+            options = one.request.sampling
+            told = options.alternatives if options.logprobs else 0
+            likeliest = tuple(zip(row[1 : 1 + told], values[1 : 1 + told], strict=True))
+            logprob = values[0] if options.logprobs else None
+            choices.append(Choice(row[0], logprob, bool(values[-1]), likeliest))
+        return choices

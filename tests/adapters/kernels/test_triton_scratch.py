@@ -1,0 +1,230 @@
+"""Layers by scratch memory, and LoRA by address, against float64; compiled for three GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.kernels import triton_tiles
+from adapters.kernels.nibbles import lookup_assembly
+from adapters.kernels.reference import modulated_linear, modulated_weight
+from adapters.kernels.triton_operands import (
+    FACTOR_COLUMNS,
+    HALF_FEATURES,
+    pack_weight,
+)
+from adapters.kernels.triton_tiles import FewRows, padded_rank, share_tiles
+from adapters.modulation.quant import QuantizedWeight
+from adapters.segments import from_runs
+from tests.stand.compiled import SHARED_BYTES, compile_kernel, nvidia_tool, registers_and_spill
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+CPU = torch.device("cpu")
+SUM_ORDER_TOLERANCE = 1e-5
+KERNELS = Path(triton_tiles.__file__).parent
+Factors = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+def loaded(interpreted: bool, patch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    """Copies of both modules of kernels, apart from the real ones."""
+    if interpreted:
+        patch.setenv("TRITON_INTERPRET", "1")
+    found: list[ModuleType] = []
+    for name in ("triton_ops", "triton_scratch"):
+        spec = importlib.util.spec_from_file_location(f"copy_of_{name}", KERNELS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        patch.setitem(sys.modules, f"adapters.kernels.{name}", module)
+        found.append(module)
+    return found[0], found[1]
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    return loaded(True, monkeypatch)
+
+
+class Layer:
+    """A random layer, its tables of addresses in float32, and the tensors that they name."""
+
+    def __init__(self, shape: tuple[int, int], ranks: dict[int, int], kind: Any = "nf4") -> None:
+        self.shape = shape
+        quantized = QuantizedWeight.from_dense(torch.randn(shape) * 0.3, kind, double_quant=False)
+        self.w0 = quantized.dequantize()
+        assert quantized.scales is not None
+        self.weight = pack_weight(quantized.stored, quantized.scales, kind, shape, quantized.block)
+        self.factors: Factors = {}
+        self.addresses = torch.zeros(max(ranks, default=0) + 1, 2, FACTOR_COLUMNS).long()
+        for slot, rank in ranks.items():
+            a, b_t = torch.randn(rank, shape[1]), torch.randn(rank, shape[0]) / rank**0.5
+            self.factors[slot] = (a, b_t.t())
+            row = torch.tensor([a.data_ptr(), b_t.data_ptr(), rank])
+            self.addresses[slot, 1] = row
+
+    def truth(self, x: torch.Tensor, runs: list[tuple[int, int]], bias: Any) -> torch.Tensor:
+        slots: Any = {s: ("hira", a, b, 1.0, None) for s, (a, b) in self.factors.items()}
+        return modulated_linear(x, self.w0, slots, from_runs(runs), bias)
+
+
+def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)  # what a buffer held must not matter
+
+
+def assert_close(found: torch.Tensor, truth: torch.Tensor) -> None:
+    error = (found.double() - truth).abs().max() / truth.abs().max().clamp(min=0.1)
+    assert error <= SUM_ORDER_TOLERANCE, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("shape", "rank"), [((72, 256), 5), ((40, 96), 16), ((64, 128), 128)])
+def test_a_written_weight_is_the_modulated_one(
+    ops: tuple[ModuleType, ModuleType], shape: tuple[int, int], rank: int, kind: Any
+) -> None:
+    torch.manual_seed(rank)
+    layer = Layer(shape, {1: rank}, kind)
+    out = torch.full(shape, float("nan"))
+    ops[1].write_weight(out, layer.weight, layer.addresses, 1, 0, 0)
+    assert_close(out, layer.w0.double())
+    ops[1].write_weight(out, layer.weight, layer.addresses, 1, 1, padded_rank(rank))
+    a, b = layer.factors[1]
+    assert_close(out, modulated_weight(layer.w0, "hira", a, b, 1.0))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_few_rows_by_one_product(ops: tuple[ModuleType, ModuleType], with_bias: bool) -> None:
+    torch.manual_seed(1)
+    layer = Layer((72, 256), {1: 3, 2: 16, 4: 7})
+    runs = [(1, 2), (0, 3), (2, 1), (4, 4), (3, 1), (1, 9)]  # slot 3 has nothing in this layer
+    slots = [slot for slot, count in runs for _ in range(count)]
+    x = torch.randn(len(slots), 256)
+    bias = torch.randn(72) if with_bias else None
+    rows = torch.tensor(slots, dtype=torch.int32)
+    found = ops[1].product_linear(
+        x, layer.weight, layer.addresses, 1, rows, rank=16, take=take, bias=bias
+    )
+    assert_close(found, layer.truth(x, runs, bias))
+    # A row does not depend on how many there are.
+    alone = ops[1].product_linear(
+        x[5:6], layer.weight, layer.addresses, 1, rows[5:6], rank=16, take=take, bias=bias
+    )
+    assert torch.equal(alone[0], found[5])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_many_rows_by_weights_in_scratch(
+    ops: tuple[ModuleType, ModuleType], with_bias: bool
+) -> None:
+    torch.manual_seed(2)
+    layer = Layer((72, 256), {1: 3, 2: 30})
+    runs = [(1, 20), (0, 17), (2, 33), (1, 5), (0, 2)]
+    pieces, start = [], 0
+    for slot, count in runs:
+        rank = padded_rank(layer.factors[slot][0].shape[0]) if slot else 0
+        pieces.append((slot, rank, start, start + count))
+        start += count
+    x = torch.randn(start, 256)
+    bias = torch.randn(72) if with_bias else None
+    found = ops[1].scratch_linear(x, layer.weight, layer.addresses, 1, pieces, take=take, bias=bias)
+    assert_close(found, layer.truth(x, runs, bias))
+
+
+def test_an_adapter_that_overflows_stays_in_its_rows(ops: tuple[ModuleType, ModuleType]) -> None:
+    torch.manual_seed(3)
+    layer = Layer((72, 256), {1: 16, 2: 4})
+    layer.factors[1][0].fill_(float("inf"))
+    x = torch.randn(4, 256)
+    rows = torch.tensor([1, 2, 0, 1], dtype=torch.int32)
+    found = ops[1].product_linear(
+        x, layer.weight, layer.addresses, 1, rows, rank=16, take=take, bias=None
+    )
+    truth = layer.truth(x[1:3], [(2, 1), (0, 1)], None)
+    assert_close(found[1:3], truth)
+    assert not torch.isfinite(found[0]).any()
+
+
+def test_rows_of_fixed_tiles_are_the_equation(ops: tuple[ModuleType, ModuleType]) -> None:
+    torch.manual_seed(4)
+    layer = Layer((72, 256), {1: 3, 2: 16, 5: 9})
+    rows, most = 20, 24
+    order, entries, bounds = torch.arange(most), torch.zeros(3 * most), torch.zeros(3)
+    order, entries, bounds = (one.int() for one in (order, entries, bounds))
+    for runs in ([(1, 5), (2, 12), (0, 3)], [(5, 1), (1, 1), (0, 18)], [(0, 20)]):
+        flat, ends = share_tiles([*runs, (0, most - rows)], 16)
+        entries[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+        bounds.copy_(torch.tensor(ends, dtype=torch.int32))
+        few = FewRows(16, 16, order[:rows], rows, entries, bounds, 2)
+        x, bias = torch.randn(rows, 256), torch.randn(72)
+        found = ops[0].few_rows_linear(x, layer.weight, layer.addresses, 1, few, bias)
+        assert_close(found, layer.truth(x, runs, bias))
+
+
+def test_lora_finds_its_factors_by_address(ops: tuple[ModuleType, ModuleType]) -> None:
+    torch.manual_seed(5)
+    layer = Layer((72, 200), {1: 3, 2: 40, 3: 128})
+    slots = [1, 1, 0, 2, 3, 2]
+    scales = torch.tensor([[0.0, 0.0], [9.0, 0.5], [9.0, 2.0], [9.0, 0.1]])
+    x, y = torch.randn(6, 200), torch.randn(6, 72)
+    wanted = y.double()
+    for row, slot in enumerate(slots):
+        if slot:
+            a, b = (one.double() for one in layer.factors[slot])
+            wanted[row] += x[row].double() @ a.t() @ b.t() * scales[slot, 1]
+    rows = torch.tensor(slots, dtype=torch.int32)
+    ops[0].add_lora_rows(y, x, rows, layer.addresses, scales, 1)
+    assert_close(y, wanted)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleType, ModuleType]]:
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("TRITON_INTERPRET is set: triton itself was loaded to interpret, not compile")
+    if not nvidia_tool("ptxas").is_file():
+        pytest.skip("this triton carries no assembler for NVIDIA GPUs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield loaded(False, patch)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(
+    "built",
+    [
+        ("scratch_weight_kernel", 8, {"R": 0}),
+        ("scratch_weight_kernel", 8, {"R": 32}),
+        ("scratch_weight_kernel", 8, {"R": 128}),
+        ("expand_rows_kernel", 4, {"EACH": 33, "BLOCK_K": 1024}),
+        ("contract_rows_kernel", 4, {"EACH": 33, "BLOCK_N": 256, "HAS_BIAS": True}),
+        ("lora_down_kernel", 4, {"R": 128, "BLOCK_R": 16, "BLOCK_K": 128, "EXACT": False}),
+        ("lora_up_kernel", 4, {"R": 128, "BLOCK_N": 256}),
+    ],
+)
+def test_kernels_fit_the_gpu(
+    compiled: tuple[ModuleType, ModuleType],
+    tmp_path: Path,
+    capability: int,
+    built: tuple[str, int, dict[str, Any]],
+) -> None:
+    name, warps, constants = built
+    kernel = getattr(compiled[0], name, None) or getattr(compiled[1], name)
+    constants = constants | {"COLUMNS": FACTOR_COLUMNS}
+    if name == "scratch_weight_kernel":
+        constants |= {"BN": compiled[1].WEIGHT_BLOCK, "HALF": HALF_FEATURES, "BLOCK": 64}
+        constants |= {"GROUPED": True, "EXACT": False, "DECODER": lookup_assembly("nf4")}
+    binary = compile_kernel(kernel, capability, warps, constants)
+    assert binary.metadata.shared <= SHARED_BYTES[capability]
+    registers, spill = registers_and_spill(binary.asm["cubin"], tmp_path)
+    assert spill == 0, f"{registers} registers, {spill} bytes spilled"
+    assert registers <= 255
+    if constants.get("R") and name == "scratch_weight_kernel":
+        assert ("wgmma" if capability >= 90 else "mma.sync") in binary.asm["ptx"]

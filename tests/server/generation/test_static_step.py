@@ -1,0 +1,256 @@
+"""The static step: the tokens of the other path, the same launches on the same memory each time."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.layers.inject import AdaptedModel, inject
+from adapters.modulation.slot_factors import SlotFactors
+from server.generation.lane import GenerateLane
+from server.generation.static_step import StaticStep, buckets
+from server.messages import GenerateResult
+from tests.stand.dense import Stage, hira_factors, options, prompts, terminals
+from tests.stand.launches import HostLook, Launches
+
+VERSIONS: list[str | None] = [None, "a", "b", "c"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def factors_of(model: Any, seed: int, method: Any = "hira", **more: Any) -> dict[str, SlotFactors]:
+    pairs = hira_factors(model, seed)
+    return {path: SlotFactors(method, a, b, **more) for path, (a, b) in pairs.items()}
+
+
+def staged(name: str = "llama", *, static: bool = True, **changes: Any) -> tuple[Stage, Any]:
+    """A stage over real adapted layers, and those."""
+    stage = Stage(name)
+    model = copy.deepcopy(stage.adapted.original)
+    adapted = inject(model, name="test")
+    made = options(decode_steps="static" if static else "dynamic", slots=6, **changes)
+    residency: Any = stage.residency
+    stage.lane = GenerateLane(adapted, stage.tokenizer, residency, made)
+    for version, slot in stage.residency.slots.items():
+        method = "lora" if version == "c" else "hira"
+        more = {"scale": 0.5} if version == "c" else {}
+        adapted.install(slot, factors_of(stage.adapted.original, slot, method, **more))
+        stage.residency.prefetch(version)
+    return stage, adapted
+
+
+def wish(chance: random.Random) -> dict[str, Any]:
+    """Random options of a request."""
+    return {
+        "max_new_tokens": chance.randint(1, 14),
+        "do_sample": chance.random() < 0.5,
+        "temperature": chance.choice([0.7, 1.0, 1.6]),
+        "top_k": chance.choice([0, 5, 50]),
+        "top_p": chance.choice([1.0, 0.9]),
+        "repetition_penalty": chance.choice([1.0, 1.0, 1.3]),
+        "seed": chance.randint(0, 99),
+        "logprobs": chance.random() < 0.5,
+        "alternatives": chance.choice([0, 3]),
+        "ignore_eos": True,
+    }
+
+
+def random_run(stage: Stage, adapted: AdaptedModel, seed: int) -> dict[str, GenerateResult]:
+    """Joins, leaves and swaps in an order that depends on the seed alone."""
+    chance = random.Random(seed)
+    asked = prompts(14, 40, seed=seed)
+    results: list[Any] = []
+    swapped = 0
+    while asked or stage.lane.has_work():
+        for _ in range(chance.randint(0, 3)):
+            if asked:
+                stage.submit(chance.choice(VERSIONS), asked.pop(), **wish(chance))
+        for _ in range(chance.randint(1, 4)):
+            results += terminals(stage.lane.step())
+        idle = [v for v in ("a", "b") if not stage.residency.leases[v]]
+        if idle and chance.random() < 0.3:
+            swapped += 1
+            slot = stage.residency.slots[idle[0]]
+            adapted.uninstall(slot)
+            adapted.install(slot, factors_of(stage.adapted.original, 10 * swapped + slot))
+    return {one.id: one for one in results}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_are_those_of_the_other_path(name: str, seed: int) -> None:
+    plain, static = staged(name, static=False), staged(name)
+    wanted, found = random_run(*plain, seed), random_run(*static, seed)
+    assert wanted.keys() == found.keys()
+    for key, one in wanted.items():
+        other = found[key]
+        assert isinstance(other, GenerateResult), other
+        assert [t.id for t in other.tokens] == [t.id for t in one.tokens]
+        for mine, theirs in zip(other.tokens, one.tokens, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [a.text for a in mine.alternatives] == [a.text for a in theirs.alternatives]
+    ran = static[0].lane.figures().steps_by
+    assert ran["static"] > 5
+    assert ran["prefill"] > 0
+    assert set(ran) == {"static", "prefill"}
+    assert not plain[0].lane.figures().steps_by
+
+
+def test_launches_and_addresses_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, adapted = staged()
+    steps: dict[Any, list[list[Any]]] = {}
+    plain_run = StaticStep.run
+
+    def watched(self: StaticStep, key: Any) -> None:
+        static = adapted.modulator.static
+        assert static is not None
+        fixed = [*self.fixed(), static.hira, static.lora, static.scales]
+        with Launches(fixed) as launches:
+            plain_run(self, key)
+        steps.setdefault(key, []).append(launches.found)
+
+    for layer in adapted.layers.values():  # buffers that grow once, for the largest layer
+        assert layer is not None
+    monkeypatch.setattr(StaticStep, "run", watched)
+    random_run(stage, adapted, 1)
+    random_run(stage, adapted, 2)
+    assert max(map(len, steps.values())) > 8
+    for runs in steps.values():
+        assert len(runs[0]) > 20
+        for run in runs[1:]:
+            assert run == runs[0]
+
+
+def test_a_look_at_a_number_is_seen() -> None:
+    x = torch.arange(4.0)
+    for look in (
+        lambda: x.sum().item(),
+        lambda: x[x > 1],
+        x.nonzero,
+        lambda: torch.tensor([1.0, 2.0]) + x[0],
+        lambda: bool((x > 0).all()),
+    ):
+        with pytest.raises(HostLook), Launches([]):
+            look()
+
+
+def test_what_a_step_cannot_do_runs_as_before_and_is_counted() -> None:
+    stage, adapted = staged()
+    original = stage.adapted.original
+    biased = factors_of(original, 1)
+    path = "model.layers.0.mlp.up_proj"
+    biased[path] = replace(biased[path], bias=torch.ones(64))
+    adapted.uninstall(1)
+    adapted.install(1, biased)
+    wide = factors_of(original, 2)
+    wide[path] = SlotFactors("hira", torch.randn(129, 32) * 0.1, torch.randn(64, 129) * 0.1)
+    adapted.uninstall(2)
+    adapted.install(2, wide)
+    for version in ("a", "b"):
+        stage.answer(version, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    ran = stage.lane.figures().steps_by
+    assert (ran["bias"], ran["rank"], ran["static"]) == (3, 3, 0)
+
+
+def test_a_broken_adapter_fails_alone_inside_a_step() -> None:
+    stage, adapted = staged()
+    broken = factors_of(stage.adapted.original, 1)
+    for entry in broken.values():
+        entry.a.mul_(1e30)
+    adapted.uninstall(1)
+    adapted.install(1, broken, checked=True)
+    want = [5, 6, 7]
+    alone = stage.answer("b", want, ignore_eos=True)
+    for version in ("a", "b", None):
+        stage.submit(version, want, ignore_eos=True, id=f"of {version}")
+    ends = {one.id: one for one in terminals(stage.drain())}
+    assert ends["of a"].code == "adapter_failed"
+    assert [t.id for t in ends["of b"].tokens] == [t.id for t in alone.tokens]
+
+
+def test_a_step_that_raises_is_run_again_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, _ = staged()
+    wanted = stage.answer("a", [5, 6, 7], ignore_eos=True)
+
+    def raises(self: StaticStep, key: Any) -> None:
+        raise RuntimeError("no such launch")
+
+    monkeypatch.setattr(StaticStep, "run", raises)
+    found = stage.answer("a", [5, 6, 7], ignore_eos=True)
+    assert [t.id for t in found.tokens] == [t.id for t in wanted.tokens]
+    assert stage.lane.figures().steps_by["failed"] > 3
+
+
+def test_swaps_change_tables_and_no_memory() -> None:
+    stage, adapted = staged()
+    static = adapted.modulator.static
+    assert static is not None
+    addresses = [one.data_ptr() for one in (static.hira, static.lora, static.scales)]
+    for swap in range(40):
+        adapted.uninstall(1)
+        adapted.install(1, factors_of(stage.adapted.original, swap))
+    assert [one.data_ptr() for one in (static.hira, static.lora, static.scales)] == addresses
+    assert len({int(n) for n in static.hira[1, :, 2]} - {0}) == 1
+
+
+def test_buckets_hold_any_number_of_rows() -> None:
+    for most in (1, 2, 7, 8, 9, 16, 17, 64, 100):
+        made = buckets(most)
+        assert list(made) == sorted(set(made))
+        assert made[-1] == most
+        assert made[0] == 1
+
+
+# Before anybody is answered
+
+
+def test_steps_are_compared_before_they_answer() -> None:
+    stage, adapted = staged()
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    stage.lane.start_steps()
+    stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    figures = stage.lane.figures()
+    assert figures.steps_by["static"] == 3
+    assert figures.kv_blocks_used == 0
+    assert figures.static_bytes["buffers"] > 0
+    assert figures.static_bytes["graphs"] == 0
+
+
+def test_steps_that_differ_are_never_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, adapted = staged()
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    plain_run = StaticStep.run
+
+    def wrong(self: StaticStep, key: Any) -> None:
+        plain_run(self, key)
+        self.buffers.told_scores[0] += 0.01
+
+    monkeypatch.setattr(StaticStep, "run", wrong)
+    stage.lane.start_steps()
+    assert "differ" in caplog.text
+    stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    assert dict(stage.lane.figures().steps_by) == {"differs": 4}
+
+
+def test_without_the_setting_nothing_is_prepared() -> None:
+    stage, _ = staged(static=False)
+    stage.lane.start_steps()
+    stage.answer(None, [5, 6, 7], max_new_tokens=2)
+    assert not stage.lane.figures().steps_by
+    assert not stage.lane.figures().static_bytes
