@@ -183,6 +183,8 @@ def service(**changes: Any) -> Iterator[Any]:
     served.dispatcher.end = lambda: served.ended.append(True)
     served.ended = []
     served._reader = None
+    served._templates = None
+    served._trials = Closed()
     served.registry = Closed()
     served.open_pools()
     try:
