@@ -30,7 +30,7 @@ Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-def _alone(one: Any) -> Any:
+def _single_text(one: Any) -> Any:
     """A text that stands alone in a list, as text-embeddings-inference writes batches."""
     return one[0] if isinstance(one, list | tuple) and len(one) == 1 else one
 
@@ -38,7 +38,7 @@ def _alone(one: Any) -> Any:
 # [["first"], ["second"]] is a batch, as ["first", "second"] is.
 TextItem = Annotated[
     str,
-    BeforeValidator(_alone),
+    BeforeValidator(_single_text),
     WithJsonSchema(
         {
             "anyOf": [

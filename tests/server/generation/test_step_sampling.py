@@ -162,3 +162,4 @@ def test_which_options_need_more_than_the_best_token() -> None:
     assert not takes_best(SamplingOptions(repetition_penalty=1.1))
     assert option_obstacle(SamplingOptions(alternatives=20)) is None
     assert option_obstacle(SamplingOptions(alternatives=21)) == "alternatives"
+    assert option_obstacle(SamplingOptions(typical_p=0.9)) == "typical_p"
