@@ -30,12 +30,11 @@ from loadtests.bench.modulation import (
     llama_config,
     random_factors,
 )
-from loadtests.bench.peers import in_bfloat16, prepare_for_peft
+from loadtests.bench.peers import in_bfloat16, nf4_options, prepare_for_peft
+from loadtests.bench.runs import run_to_end
 from loadtests.bench.timing import THREADS, Budget, Figure, Report, ratio_of
 from server.engine.engine import Engine
 from server.messages import (
-    TERMINAL,
-    Failure,
     GenerateRequest,
     GenerateResult,
     SamplingOptions,
@@ -138,7 +137,7 @@ def made() -> Iterator[Made]:
 
 
 @contextmanager
-def built(folders: Made) -> Iterator[Alone]:
+def built(folders: Made, *, deterministic: bool = False) -> Iterator[Alone]:
     """An engine on the base, with all adapters in its store."""
     with tempfile.TemporaryDirectory(prefix="hira-bench-store-") as name:
         root = Path(name)
@@ -155,6 +154,7 @@ def built(folders: Made) -> Iterator[Alone]:
                 dtype="bf16",
                 device="cpu",
                 threads=THREADS,
+                deterministic=deterministic,
             )
         )
         try:
@@ -178,35 +178,25 @@ def generate_all(alone: Alone) -> list[list[int]]:
         )
         for version, prompt in zip(alone.generators, PROMPTS, strict=True)
     ]
+    ended = run_to_end(engine, requests)
+    tokens: list[list[int]] = []
     for request in requests:
-        engine.submit(request)
-    tokens: dict[str, list[int]] = {}
-    while len(tokens) < len(requests):
-        if not engine.has_work():
-            engine.wait(1.0)
-        for event in engine.step():
-            if isinstance(event, Failure):
-                raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
-            if isinstance(event, TERMINAL):
-                assert isinstance(event, GenerateResult)
-                tokens[event.id] = [token.id for token in event.tokens]
-                assert len(tokens[event.id]) == NEW_TOKENS
-    return [tokens[request.id] for request in requests]
+        event = ended[request.id]
+        assert isinstance(event, GenerateResult)
+        tokens.append([token.id for token in event.tokens])
+        assert len(tokens[-1]) == NEW_TOKENS
+    return tokens
 
 
 def _peft(folders: Made) -> tuple[Any, Any]:
     """The same base and adapters in PEFT; adapter n is named "n"."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base: Any = AutoModelForCausalLM.from_pretrained(
         folders.base,
         dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
+        quantization_config=nf4_options(),
         device_map={"": "cpu"},
     )
     prepare_for_peft(base)

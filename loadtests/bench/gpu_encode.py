@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from adapters.registry.store import Store
 from adapters.signature import describe
 from loadtests.bench.modulation import random_factors
+from loadtests.bench.peers import nf4_options
+from loadtests.bench.runs import run_to_end
 from loadtests.bench.timing import Figure, Report
 from server.engine.engine import Engine
-from server.messages import TERMINAL, EncodeRequest, Failure, TokenizedInput
+from server.messages import EncodeRequest, TokenizedInput
 from server.options import EngineOptions
 
 TARGETS = ("query", "value")
@@ -57,7 +59,6 @@ def measure(
         AutoTokenizer,
         BertConfig,
         BertForMaskedLM,
-        BitsAndBytesConfig,
     )
 
     from server.demo import BASE_DIR
@@ -83,9 +84,6 @@ def measure(
             store.add(_adapter(root / f"a{n}", signature, n))
             for n in range(max(case.adapters for case in cases))
         ]
-        stock = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
         load: Any = AutoModel.from_pretrained
         # The checkpoint has no pooler, and what is made up for it would not be quantized.
         where = {
@@ -94,7 +92,9 @@ def measure(
             "add_pooling_layer": False,
         }
         peers = {
-            "bitsandbytes base": load(root / "base", quantization_config=stock, **where).eval(),
+            "bitsandbytes base": load(
+                root / "base", quantization_config=nf4_options(), **where
+            ).eval(),
             "dense model": load(root / "base", **where).eval(),
         }
         engine = Engine.build(
@@ -157,17 +157,7 @@ def _engine_seconds(engine: Engine, case: EncodeCase, versions: list[str]) -> fl
         for i in range(case.rows)
     ]
     began = time.perf_counter()
-    for one in requests:
-        engine.submit(one)
-    left = {one.id for one in requests}
-    while left:
-        if not engine.has_work():
-            engine.wait(1.0)
-        for event in engine.step():
-            if isinstance(event, Failure):
-                raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
-            if isinstance(event, TERMINAL):
-                left.discard(event.id)
+    run_to_end(engine, requests)
     return time.perf_counter() - began
 
 

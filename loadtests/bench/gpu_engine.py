@@ -23,9 +23,11 @@ from adapters.registry.store import Store
 from adapters.signature import describe
 from loadtests.bench.generation import save_base
 from loadtests.bench.modulation import LLAMA_TARGETS, random_factors
+from loadtests.bench.peers import nf4_options
+from loadtests.bench.runs import run_to_end
 from loadtests.bench.timing import Figure, Report
 from server.engine.engine import Engine
-from server.messages import TERMINAL, Failure, GenerateRequest, SamplingOptions
+from server.messages import GenerateRequest, SamplingOptions
 from server.options import DecodeSteps, EngineOptions
 
 RANK_OF_ADAPTERS = 32
@@ -161,17 +163,7 @@ def seconds_of(
         for i, version in enumerate(versions)
     ]
     began = time.perf_counter()
-    for one in requests:
-        engine.submit(one)
-    left = {one.id for one in requests}
-    while left:
-        if not engine.has_work():
-            engine.wait(1.0)
-        for event in engine.step():
-            if isinstance(event, Failure):
-                raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
-            if isinstance(event, TERMINAL):
-                left.discard(event.id)
+    run_to_end(engine, requests)
     return time.perf_counter() - began
 
 
@@ -240,16 +232,12 @@ def _peers(
 ) -> float:
     """Seconds of ``generate`` on the bitsandbytes base for ``batch`` sequences without adapters."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     base: Any = AutoModelForCausalLM.from_pretrained(
         made.base,
         dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
+        quantization_config=nf4_options(),
         device_map={"": device},
     ).eval()
 

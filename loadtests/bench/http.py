@@ -25,8 +25,9 @@ from loadtests.bench.generation import (
     made,
 )
 from loadtests.bench.live import Connection, Server, running
+from loadtests.bench.runs import raise_if_failed
 from loadtests.bench.timing import THREADS, Budget, Figure, Report, percentile, ratio_of
-from server.messages import TERMINAL, EncodeRequest, Failure
+from server.messages import TERMINAL, EncodeRequest
 
 _ZERO_S = 60.0
 _SHORT_ANSWER = 16  # of a request of the flood
@@ -297,8 +298,7 @@ def _encode_all(alone: Alone, count: int) -> tuple[float, float]:
         if not engine.has_work():
             engine.wait(1.0)
         for event in engine.step():
-            if isinstance(event, Failure):
-                raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
+            raise_if_failed(event)
             if isinstance(event, TERMINAL):
                 waiting.discard(event.id)
         if engine.last_step is not None and engine.last_step is not seen:

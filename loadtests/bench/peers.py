@@ -66,6 +66,15 @@ def quantized(dense: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def nf4_options() -> Any:
+    """transformers' setting for a base in NF4 that computes in bfloat16."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
 def output_layer(model: Any) -> nn.Module | None:
     """The language-model head, if there is one."""
     found = model.get_output_embeddings()

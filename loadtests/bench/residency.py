@@ -25,7 +25,8 @@ import torch
 
 from adapters.registry.registry import Registry
 from adapters.registry.store import Store
-from loadtests.bench.stock import Source, Stock, raise_if_failed, request, serve, stocked, zipf
+from loadtests.bench.runs import raise_if_failed
+from loadtests.bench.stock import Source, Stock, request, serve, stocked, zipf
 from loadtests.bench.timing import THREADS, Figure, Report, percentile, ratio_of
 from server.engine.engine import Engine
 from server.messages import Preload

@@ -25,9 +25,10 @@ from adapters.registry.store import Store
 from adapters.signature import BaseSignature, describe
 from loadtests.bench.generation import LABELS, save_base
 from loadtests.bench.modulation import RANK, dense_model, llama_config
+from loadtests.bench.runs import raise_if_failed
 from loadtests.bench.timing import THREADS
 from server.engine.engine import Engine
-from server.messages import TERMINAL, EncodeRequest, Event, Failure, TokenizedInput
+from server.messages import TERMINAL, EncodeRequest, TokenizedInput
 from server.options import EngineOptions
 
 TARGETS = ("q_proj", "v_proj")
@@ -156,12 +157,6 @@ def request(version: str | None, seed: int) -> EncodeRequest:
         inputs=(TokenizedInput(ids),),
         submitted=time.time(),
     )
-
-
-def raise_if_failed(event: Event) -> None:
-    """End the run when a request has failed: its time is no latency."""
-    if isinstance(event, Failure):
-        raise SystemExit(f"the engine failed a request: {event.code}: {event.message}")
 
 
 def serve(engine: Engine, versions: Sequence[str], clients: int) -> list[float]:

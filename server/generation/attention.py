@@ -82,6 +82,24 @@ class PagedKeys(Protocol):
         """Write the new keys and values of a layer, and fill ``call.out``."""
 
 
+def check_all_attended(keys: PagedKeys, model: Any) -> None:
+    """Raise where a forward has left out layers.
+
+    Args:
+        keys: What its layers were given.
+        model: transformers' model that ran.
+
+    Raises:
+        RuntimeError: Some layers do not attend through transformers' attention interface.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if keys.layers_run != layers:
+        raise RuntimeError(
+            f"{type(model).__name__} ran {keys.layers_run} of {layers} layers through "
+            "transformers' attention interface, so it cannot generate here."
+        )
+
+
 class PagedBatch:
     """Where the keys and values of one flattened batch are written and read.
 

@@ -21,7 +21,13 @@ import torch
 from adapters import segments
 from server.base.rope import RopeByLength
 from server.failures import is_lost, split_apart
-from server.generation.attention import PAGED_ATTENTION, PagedBatch, PagedKeys, Span
+from server.generation.attention import (
+    PAGED_ATTENTION,
+    PagedBatch,
+    PagedKeys,
+    Span,
+    check_all_attended,
+)
 from server.generation.kv_cache import KVCache
 from server.generation.page_attention import (
     VARLEN_PAGE_TOKENS,
@@ -219,12 +225,7 @@ class PagedForward:
                 paged=paged,
                 **inputs,
             ).logits[0]
-        if paged.layers_run != self._config.num_hidden_layers:
-            raise RuntimeError(
-                f"{type(self._model).__name__} ran {paged.layers_run} of "
-                f"{self._config.num_hidden_layers} layers through transformers' attention "
-                "interface, so it cannot generate here."
-            )
+        check_all_attended(paged, self._model)
         if not self._keeps_logits:
             logits = logits[keep]
         if not scored:

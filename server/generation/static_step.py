@@ -16,7 +16,7 @@ import torch
 
 from adapters.modulation.static_layers import StaticLayers, StaticRows
 from server.generation import step_sampling
-from server.generation.attention import Call
+from server.generation.attention import Call, check_all_attended
 from server.generation.captured_steps import CapturedSteps, StepKey
 from server.generation.kv_cache import SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
 from server.generation.page_attention import DecodeAttention, Pages
@@ -107,8 +107,6 @@ class StaticStep:
         self._cache = cache
         self._attention = attention
         self._device: torch.device = model.device
-        text = model.config.get_text_config(decoder=True)
-        self._config = text
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         vocabulary = getattr(model.get_output_embeddings(), "out_features", vocabulary)
         self.buffers = StepBuffers(most, cache, int(vocabulary), self._device)
@@ -264,12 +262,7 @@ class StaticStep:
                 use_cache=False,
                 paged=keys,
             ).logits[0]
-        if keys.layers_run != self._config.num_hidden_layers:
-            raise RuntimeError(
-                f"{type(self._model).__name__} ran {keys.layers_run} of "
-                f"{self._config.num_hidden_layers} layers through transformers' attention "
-                "interface, so it cannot generate here."
-            )
+        check_all_attended(keys, self._model)
         if key.plain:
             step_sampling.choose_best(logits, buffers)
         else:
