@@ -126,6 +126,15 @@ def database_faults(database: str) -> Iterator[None]:
         raise RegistryUnusable("registry_url is not a URL as SQLAlchemy has them") from None
     try:
         yield
+    except TypeError as error:
+        # SQLAlchemy reads the version of the server as text, and psycopg gives bytes then.
+        if url.get_backend_name() != "postgresql" or "bytes" not in str(error):
+            raise
+        shown = url.set(query={}).render_as_string(hide_password=True)
+        raise RegistryUnusable(
+            f"the registry {shown} cannot be used: its database sends bytes for text, as one with "
+            "the encoding SQL_ASCII does; use one made with ENCODING 'UTF8'"
+        ) from None
     except (sa.exc.SQLAlchemyError, ImportError, SchemaTooNew, AdapterError, OSError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
         secrets = [url.password, *(one for value in url.query.values() for one in _each(value))]

@@ -73,8 +73,8 @@ class Postgres:
 
 
 @contextmanager
-def postgres() -> Iterator[Postgres]:
-    """A new PostgreSQL, gone after the block.
+def postgres(encoding: str = "UTF8") -> Iterator[Postgres]:
+    """A new PostgreSQL whose databases have texts in ``encoding``, gone after the block.
 
     Not in a test's own folder: pytest closes those to other users, such as the one it runs as.
     """
@@ -82,7 +82,7 @@ def postgres() -> Iterator[Postgres]:
     if os.geteuid() == 0:
         shutil.chown(folder, USER)
     try:
-        options = ("-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
+        options = ("-U", USER, "-A", "trust", "-E", encoding, "--no-sync")
         _run("initdb", "-D", str(folder), *options)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
