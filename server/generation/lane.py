@@ -70,10 +70,7 @@ class GenerateFigures:
     kv_blocks_total: int
     kv_blocks_used: int
     kv_blocks_cached: int  # unused, kept for the prefix that they hold
-    kv_block_bytes: int
-    kv_block_tokens: int
     steps: int
-    prefilled_tokens: int
     shared_tokens: int  # of prompts, found in the cache
     generated_tokens: int
     steps_by: Mapping[str, int]  # that were static, or why they were not; {} where none may be
@@ -244,10 +241,7 @@ class GenerateLane:
             kv_blocks_total=self._kv.blocks_total,
             kv_blocks_used=self._kv.blocks_used,
             kv_blocks_cached=self._kv.blocks_cached,
-            kv_block_bytes=self._kv.block_bytes,
-            kv_block_tokens=self._kv.block_tokens,
             steps=self._forward.steps,
-            prefilled_tokens=self._counts["prefilled"],
             shared_tokens=self._counts["shared"],
             generated_tokens=self._counts["generated"],
             steps_by=Counter(self._forward.steps_by),
@@ -374,8 +368,6 @@ class GenerateLane:
             known = sequence.generated if self._kv.shares_prefixes else ()
             self._kv.written(sequence.request.id, part.rows, known)
             sequence.written += part.rows
-            if not sequence.decoding:
-                self._counts["prefilled"] += part.rows
         events += [self._result(one, "length") for one in done]
         for sequence, choice in ran.chosen:
             if sequence.request.id in failed:
