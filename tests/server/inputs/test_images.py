@@ -103,7 +103,7 @@ def test_a_small_file_of_many_pixels_is_not_decoded_on_the_event_loop(verb: str)
         dispatcher=SimpleNamespace(admission=Admission(SharedLoad(1), Bounds(9, 1000, 9), 1)),
         tokenize=tokenize,
         deadline=lambda began, asked: began + 30,
-        target=lambda *_: Target(None, None, "feature-extraction"),
+        target=lambda *_, **__: Target(None, None, "feature-extraction"),
     )
     call: Any = SimpleNamespace(
         scope={"hira": RequestContext("id", time.monotonic())},

@@ -123,13 +123,13 @@ def test_a_large_body_is_read_and_checked_in_a_thread(
         monkeypatch.setattr(bodies, name, note)
 
     noted("_parse_body")
-    noted("_checked")
+    noted("checked")
     here = threading.get_ident()
     for size, at_once in ((10, True), (AT_ONCE_BYTES, False)):
         seen.clear()
         read = asyncio.run(read_json(sent(json.dumps({"inputs": "x" * size}).encode()), model))
         assert read == model(inputs="x" * size)
-        assert [name for name, _ in seen] == ["_parse_body", "_checked"]
+        assert [name for name, _ in seen] == ["_parse_body", "checked"]
         assert all((thread == here) is at_once for _, thread in seen)
 
 
