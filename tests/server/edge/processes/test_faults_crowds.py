@@ -35,6 +35,7 @@ WALL_CLOCK = frozenset(
     {
         "server/edge/service.py",
         "server/edge/endpoints/openai.py",
+        "server/edge/endpoints/ranking.py",
         "server/edge/litserve/loop.py",
         "server/edge/processes/start.py",
         "server/engine/snapshot.py",
