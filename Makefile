@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+# Processes that share the tests, one thread each; a file stays in one. JOBS=0: this one alone.
+JOBS   ?= 2
 
 .PHONY: setup serve test check format bench loadtest compare clean
 
@@ -20,7 +22,7 @@ serve: setup
 	$(BIN)/hira serve $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
