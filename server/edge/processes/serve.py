@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import util
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,9 @@ from server.settings import Settings
 
 DATA_DIR_LOCK_FILE: Final = "server.lock"
 COLLECT_S: Final = 60.0
+# Of the path of a socket in Linux, and of what multiprocessing puts behind its folder.
+SOCKET_PATH_BYTES: Final = 107
+_SOCKET_NAME: Final = "/listener-4194304-10-abcdefgh"
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ def serve(
     os.umask(0o077)  # keys, adapters and state are nobody else's to read
     with _exclusive(settings.data_dir):
         _check_port(settings.host, settings.port)
+        check_socket_folder(util.get_temp_dir())
         staging = settings.data_dir / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(mode=0o700)
@@ -162,6 +167,23 @@ def _exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def check_socket_folder(folder: str) -> None:
+    """Sockets between the processes lie in it; some versions of Python do not shorten its path.
+
+    Args:
+        folder: That ``multiprocessing`` made below the folder of temporary files.
+
+    Raises:
+        StartFailed: The path of a socket in it would be too long.
+    """
+    if len(os.fsencode(folder + _SOCKET_NAME)) > SOCKET_PATH_BYTES:
+        raise StartFailed(
+            f"the folder of temporary files, {os.path.dirname(folder)}, has too long a path for "
+            f"the sockets in it (at most {SOCKET_PATH_BYTES} bytes with their names); set TMPDIR "
+            "to a shorter one"
+        )
 
 
 def _check_port(host: str, port: int) -> None:

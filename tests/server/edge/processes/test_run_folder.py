@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from server.edge.processes import run_folder as module
 from server.edge.processes.run_folder import OWNER_LOCK_FILE, RUN_DIR_PREFIX, run_folder
+from server.edge.processes.serve import check_socket_folder
+from server.edge.processes.supervise import StartFailed
 from tests.stand.live import Live, hira
 from tests.stand.waits import until
 
@@ -153,3 +156,12 @@ def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_d
         shutil.rmtree(place.resolve())
         live.child.terminate()
         assert live.child.wait(40) == 0
+
+
+def test_a_folder_too_deep_for_sockets_ends_the_start() -> None:
+    check_socket_folder("/tmp/pymp-abcdefgh")
+    deep = "/tmp/" + "x" * 80 + "/pymp-abcdefgh"
+    with pytest.raises(StartFailed, match=r"x, has too long a path .* set TMPDIR"):
+        check_socket_folder(deep)
+    with pytest.raises(OSError, match="too long"), socket.socket(socket.AF_UNIX) as one:
+        one.bind(f"{deep}/listener-1-0-abcdefgh")
