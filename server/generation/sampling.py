@@ -1,9 +1,10 @@
 """From logits to tokens: each request by its own options, all of them in one batch.
 
-The order of the steps is that of transformers' ``generate``: repetition penalty, temperature,
-top-k, top-p, typical-p, draw. Every draw takes one number from the request's own generator, on the
-CPU, so a seed gives the same tokens whatever else is in the batch. Log-probabilities are those of
-the model before any of these steps, as OpenAI and vLLM report them.
+A grammar leaves out what may not come. The order of the other steps is that of transformers'
+``generate``: repetition penalty, temperature, top-k, top-p, typical-p, draw. Every draw takes one
+number from the request's own generator, on the CPU, so a seed gives the same tokens whatever else
+is in the batch. Log-probabilities are those of the model before any of these steps, as OpenAI and
+vLLM report them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.messages import Likeliest, SamplingOptions
@@ -40,6 +42,7 @@ class TokenChooser:
 
     def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
         self.options = options
+        self.allowed: npt.NDArray[np.uint8] | None = None  # a bit for each id; None: all of them
         self.sampled = options.do_sample and options.temperature > 0
         self.penalized = options.repetition_penalty != 1.0
         self._generator: torch.Generator | None = None
@@ -96,8 +99,14 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
     tokens = chosen.tolist()
     penalized = [i for i, c in enumerate(choosers) if c.penalized]
     scores = raw
-    if penalized:
+    held = [i for i, c in enumerate(choosers) if c.allowed is not None]
+    if held:
         scores = raw.clone()
+        scores[held] = only_allowed(raw[held], [c.allowed for c in choosers])
+        for i, token in zip(held, scores[held].argmax(-1).tolist(), strict=True):
+            tokens[i] = token
+    if penalized:
+        scores = raw.clone() if scores is raw else scores
         for i in penalized:
             _penalize(scores[i], choosers[i])
             if not choosers[i].sampled:
@@ -120,6 +129,23 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
         for i, found in zip(asked, likeliest_of(rows, wanted), strict=True):
             likeliest[i] = found
     return [Choice(*row) for row in zip(tokens, logprobs, finite.tolist(), likeliest, strict=True)]
+
+
+def only_allowed(
+    logits: torch.Tensor, allowed: Sequence[npt.NDArray[np.uint8] | None]
+) -> torch.Tensor:
+    """The logits with those of tokens that may not come as -inf.
+
+    Args:
+        logits: [n, vocabulary]; left as they are.
+        allowed: A bit for each id, the lowest of a byte first; ids beyond them may not come. Those
+            that are None are passed over: n others are there, in the order of the rows.
+    """
+    packed = np.stack([one for one in allowed if one is not None])
+    vocabulary = logits.shape[-1]
+    bits = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little")
+    may = torch.from_numpy(bits.view(np.bool_)).to(logits.device)
+    return logits.masked_fill(~may, float("-inf"))
 
 
 def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:

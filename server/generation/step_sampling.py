@@ -14,6 +14,8 @@ from server.messages import SamplingOptions
 
 def option_obstacle(options: SamplingOptions) -> str | None:
     """Why a request's options cannot be kept in a step; None: they can."""
+    if options.grammar is not None:
+        return "grammar"
     if options.typical_p < 1.0:
         return "typical_p"
     return "alternatives" if options.alternatives > 20 else None

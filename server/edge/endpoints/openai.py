@@ -38,6 +38,7 @@ from server.edge.endpoints.schemas_openai import (
     ModelNamed,
     Sampling,
 )
+from server.edge.endpoints.structured import asked_of_openai, settled_grammar
 from server.edge.endpoints.tei_tgi import check_new_tokens
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
@@ -224,11 +225,16 @@ class OpenAI:
         if "temperature" in said:
             said.add("do_sample")
         check_inputs(len(prompts) * copies, self.service, "n")
+        grammar = await settled_grammar(request, self.service, asked_of_openai(body))
         each = [
             (
                 prompt,
                 with_defaults(
-                    self._sampling(body, wanted, copy, shape, scores=scores), target, said
+                    replace(
+                        self._sampling(body, wanted, copy, shape, scores=scores), grammar=grammar
+                    ),
+                    target,
+                    said,
                 ),
             )
             for prompt in prompts

@@ -178,6 +178,15 @@ class EmbedRequest(Truncation):
     adapter: AdapterName | None = None
 
 
+class TgiGrammar(Body):
+    """What an answer is held to, as text-generation-inference has it."""
+
+    type: Literal["json", "regex", "json_schema"]
+    value: str | dict[str, Any] | bool = Field(
+        description="A JSON schema; a pattern with regex; {name, schema} with json_schema."
+    )
+
+
 class GenerateParameters(Body):
     """text-generation-inference's parameters; those without effect here only take their neutral."""
 
@@ -213,7 +222,9 @@ class GenerateParameters(Body):
     top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
     typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
-    grammar: None = None
+    grammar: TgiGrammar | None = Field(
+        default=None, description="What the answer is held to: a JSON schema or a pattern."
+    )
 
     @property
     def samples(self) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import Depends, Query, Request, Response
@@ -32,6 +33,7 @@ from server.edge.endpoints.schemas import (
     PredictRequest,
     Truncation,
 )
+from server.edge.endpoints.structured import asked_of_tgi, settled_grammar
 from server.edge.endpoints.word_limit import check_words
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
@@ -291,7 +293,9 @@ class TeiTgi:
         )
         if parameters.truncate is not None:
             token_ids = token_ids[-parameters.truncate :]
-        sampling = _sampling(parameters, stream=stream)
+        asked = asked_of_tgi(parameters.grammar, "parameters.grammar")
+        grammar = await settled_grammar(request, service, asked)
+        sampling = replace(_sampling(parameters, stream=stream), grammar=grammar)
         prompts = [(token_ids, with_defaults(sampling, target, _said(parameters)))]
         return target, Generations(request, service, target, prompts, stream=stream)
 
