@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from server.edge.admit.bounded_pool import BoundedPool
-from server.inputs.grammars import GrammarLimits, GrammarProcess, GrammarRefused
+from server.inputs.grammars import GrammarLimits, GrammarProcess, GrammarRefused, GrammarTooComplex
 from server.messages import Grammar
 
 CHECKERS: Final = 2
@@ -64,12 +64,11 @@ class Grammars:
         try:
             raw = json.dumps([kind, content]).encode()
         except RecursionError:
-            raise GrammarRefused(
-                "grammar_too_complex", "The grammar is nested too deeply.", expected="less nesting"
+            raise GrammarTooComplex(
+                "The grammar is nested too deeply.", expected="less nesting"
             ) from None
         if len(raw) > self.limits.text_bytes:
-            raise GrammarRefused(
-                "grammar_too_complex",
+            raise GrammarTooComplex(
                 "The grammar is too large.",
                 found=f"{len(raw)} bytes",
                 expected=f"at most {self.limits.text_bytes} bytes",

@@ -29,7 +29,7 @@ from server.messages import Failure, Grammar
 FAST_THREADS: Final = 4
 SLOW_THREADS: Final = 2
 SLOW_S: Final = 0.003  # a constraint that took longer than this is worked out at low priority
-_NICE: Final = 10
+_SLOW_NICE: Final = 10
 # Measured over a thousand public schemas: what a compiled one takes, about.
 KEPT_BYTES_EACH: Final = 64 << 10
 KEPT_BYTES_PER_BYTE: Final = 64
@@ -211,7 +211,7 @@ class Constraints:
         self._pools = (
             ThreadPoolExecutor(FAST_THREADS, thread_name_prefix="grammars"),
             ThreadPoolExecutor(
-                SLOW_THREADS, thread_name_prefix="slow-grammars", initializer=_step_back
+                SLOW_THREADS, thread_name_prefix="slow-grammars", initializer=_give_way
             ),
         )
 
@@ -259,9 +259,9 @@ def constraint_failure(request_id: str, code: str, found: str) -> Failure:
     )
 
 
-def _step_back() -> None:
+def _give_way() -> None:
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SLOW_NICE)
 
 
 def _bit(bits: npt.NDArray[np.uint8], at: int) -> int:

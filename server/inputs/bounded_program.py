@@ -1,4 +1,4 @@
-"""What a program of ``server.inputs.bounded_process`` is made of: its limits, and its pipes.
+"""What a program of ``server.inputs.bounded_child`` is made of: its limits, and its pipes.
 
 It imports nothing but the standard library, so that such a program starts in a fraction of a
 second and holds nothing of the server's.

@@ -24,10 +24,10 @@ from server.inputs.grammar_engine import NO_OPTIONS, Vocabulary, as_lark, engine
 from server.inputs.lark_rules import check_lark
 from server.inputs.schema_rules import SchemaFault, checked_schema
 
-NICE: Final = 5  # whoever is served already comes first
+CHECK_NICE: Final = 5  # whoever is served already comes first
 WALKS: Final = 8  # through a grammar, where a vocabulary does not spell every text
 WALK_TOKENS: Final = 48
-_REASON_CHARACTERS: Final = 200
+_FOUND_CHARACTERS: Final = 200
 # Words by which the engine says that a limit is met.
 LIMITS: Final = ("limit", "too large", "too big", "too complex", "toocomplex", "fuel", "too deep")
 
@@ -57,17 +57,17 @@ class Checker:
             try:
                 content = as_lark(content)
             except ValueError as error:
-                raise _refused(str(error)) from None
+                raise _not_honoured(str(error)) from None
             check_lark(content.removeprefix(NO_OPTIONS))
         try:
             text = engine_text(kind, content)
         except ValueError as error:
-            raise _refused(str(error)) from None
+            raise _not_honoured(str(error)) from None
         matcher = self._vocabulary.matcher(text)
         _check(matcher)
         warnings = matcher.get_grammar_warnings()
         if warnings:
-            raise _refused(str(warnings[0]))
+            raise _not_honoured(str(warnings[0]))
         if not self._allowed(matcher):
             raise _unreachable("not even a first token")
         if not self._vocabulary.spells_everything:
@@ -118,7 +118,7 @@ def _read(content: Any) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _refused(f"no JSON: {error}") from None
+        raise _not_honoured(f"no JSON: {error}") from None
 
 
 def _check(matcher: Any) -> None:
@@ -131,18 +131,18 @@ def _check(matcher: Any) -> None:
         raise SchemaFault(
             "grammar_too_complex",
             "The grammar takes too much.",
-            reason[:_REASON_CHARACTERS],
+            reason[:_FOUND_CHARACTERS],
             "a grammar within the engine's limits",
             "Make it smaller: fewer alternatives, lower counts of repetitions, shorter patterns.",
         )
-    raise _refused(reason)
+    raise _not_honoured(reason)
 
 
-def _refused(reason: str) -> SchemaFault:
+def _not_honoured(reason: str) -> SchemaFault:
     return SchemaFault(
         "unsupported_grammar",
         "The grammar cannot be honoured.",
-        reason[:_REASON_CHARACTERS],
+        reason[:_FOUND_CHARACTERS],
         "what the documentation lists under structured output",
         "Leave out what is named, or reword it.",
     )
@@ -152,7 +152,7 @@ def _unreachable(reason: str) -> SchemaFault:
     return SchemaFault(
         "grammar_unreachable",
         "No text that this base can write fits the grammar.",
-        reason[:_REASON_CHARACTERS],
+        reason[:_FOUND_CHARACTERS],
         "a grammar that some text of the base's vocabulary fits",
         "Look for parts that contradict each other, or characters that the base does not have.",
     )
@@ -160,5 +160,5 @@ def _unreachable(reason: str) -> SchemaFault:
 
 if __name__ == "__main__":
     with suppress(OSError):
-        os.nice(NICE)
+        os.nice(CHECK_NICE)
     answer_requests(Checker(), int(sys.argv[1]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from server.inputs.bounded_process import BoundedProcess
+from server.inputs.bounded_child import BoundedProcess
 from server.inputs.text import TextError
 from server.messages import Grammar
 
@@ -24,15 +24,24 @@ ANSWER_FACTOR: Final = 12  # the most that a character takes in JSON twice over
 
 
 class GrammarRefused(TextError):
-    """A grammar that cannot be honoured, takes too much, or that no text fits.
+    """A grammar that cannot be honoured."""
 
-    Args:
-        code: A row of the table of errors.
-    """
+    code = "unsupported_grammar"
 
-    def __init__(self, code: str, message: str, **parts: str) -> None:
-        super().__init__(message, **parts)
-        self.code = code
+
+class GrammarTooComplex(GrammarRefused):
+    """It takes more than a grammar may, or only an endless text fits it."""
+
+    code = "grammar_too_complex"
+
+
+class GrammarUnreachable(GrammarRefused):
+    """No text that the base can write fits it."""
+
+    code = "grammar_unreachable"
+
+
+REFUSALS: Final = {one.code: one for one in (GrammarRefused, GrammarTooComplex, GrammarUnreachable)}
 
 
 class GrammarTooSlow(TextError):
@@ -110,9 +119,9 @@ class GrammarProcess:
             text = str(answer["text"])
             return Grammar(text, hashlib.sha256(text.encode()).hexdigest())
         if "refused" in answer:
-            raise GrammarRefused(**answer["refused"])
-        raise GrammarRefused(
-            "grammar_too_complex",
+            told = dict(answer["refused"])
+            raise REFUSALS[told.pop("code")](told.pop("message"), **told)
+        raise GrammarTooComplex(
             "The grammar takes too much to compile.",
             found=str(answer["exceeded"])[:200],
             expected=f"one that compiles within {self.limits.cpu_s:g} s of processor time",

@@ -34,11 +34,11 @@ def check_lark(text: str) -> None:
     tokens = _tokens(text)
     rules = _Rules(tokens).read()
     if "start" not in rules:
-        raise _fault("The grammar has no rule called start.", "no start", "a rule start")
+        raise _not_taken("The grammar has no rule called start.", "no start", "a rule start")
     ending: set[str] = set()
     changed = True
     while changed:
-        found = {name for name, body in rules.items() if _ends(body, ending, rules)}
+        found = {name for name, body in rules.items() if _can_end(body, ending, rules)}
         changed = found != ending
         ending = found
     if "start" not in ending:
@@ -51,7 +51,7 @@ def check_lark(text: str) -> None:
         )
 
 
-def _fault(message: str, found: str, expected: str) -> SchemaFault:
+def _not_taken(message: str, found: str, expected: str) -> SchemaFault:
     return SchemaFault(
         "unsupported_grammar", message, found[:120], expected, "Write it in rules and terminals."
     )
@@ -63,7 +63,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         match = _TOKEN.match(text, at)
         if match is None:
             line = text.count("\n", 0, at) + 1
-            raise _fault(
+            raise _not_taken(
                 "The grammar has something that is not taken.",
                 f"{text[at : at + 20]!r} in line {line}",
                 "rules, terminals, texts, patterns, %import and %ignore",
@@ -88,12 +88,12 @@ class _Node:
     optional: bool = False
 
 
-def _ends(node: _Node, ending: set[str], rules: dict[str, _Node]) -> bool:
+def _can_end(node: _Node, ending: set[str], rules: dict[str, _Node]) -> bool:
     if node.optional:
         return True
     if node.name is not None:
         return node.name in ending or node.name not in rules  # imported ones end
-    return any(all(_ends(one, ending, rules) for one in row) for row in node.rows)
+    return any(all(_can_end(one, ending, rules) for one in row) for row in node.rows)
 
 
 class _Rules:
@@ -108,7 +108,7 @@ class _Rules:
         while self._at < len(self._tokens):
             kind, name = self._tokens[self._at]
             if kind != "name" or not self._begins_rule(self._at):
-                raise _fault("A rule is not well-formed.", name, "NAME: and what it is made of")
+                raise _not_taken("A rule is not well-formed.", name, "NAME: and what it is made of")
             self._at += 2
             rules[name.lstrip("?!")] = self._alternatives(0)
         return rules
@@ -144,7 +144,7 @@ class _Rules:
                 inner = self._alternatives(depth + 1)
                 inner = _Node(rows=[[inner]], optional=text == "[")
                 if self._at >= len(self._tokens):
-                    raise _fault("A group is not closed.", text, "its other half")
+                    raise _not_taken("A group is not closed.", text, "its other half")
                 self._at += 1
                 node.rows[-1].append(inner)
             elif text in {"*", "?"} or (kind == "count" and int(text) == 0):
@@ -152,11 +152,13 @@ class _Rules:
             elif text == "+" or kind == "count":
                 self._last(node, text)
             elif text not in {"&", "~", ".."}:
-                raise _fault("The grammar has something that is not taken.", text, "a rule's parts")
+                raise _not_taken(
+                    "The grammar has something that is not taken.", text, "a rule's parts"
+                )
         return node
 
     def _last(self, node: _Node, sign: str) -> _Node:
         if not node.rows[-1]:
-            raise _fault("A repetition follows nothing.", sign, "what is repeated before it")
+            raise _not_taken("A repetition follows nothing.", sign, "what is repeated before it")
         node.rows[-1][-1] = _Node(rows=[[node.rows[-1][-1]]])
         return node.rows[-1][-1]

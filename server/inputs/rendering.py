@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from server.inputs.bounded_process import BoundedProcess
+from server.inputs.bounded_child import BoundedProcess
 from server.inputs.text import InvalidInput, TextError
 
 PROGRAM: Final = Path(__file__).with_name("template_program.py")

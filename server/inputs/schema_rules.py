@@ -45,7 +45,7 @@ NEUTRAL_VALUES: Final[Mapping[str, object]] = {"uniqueItems": False, "nullable":
 OLDER: Final = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 _MAPS: Final = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS: Final = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SINGLE: Final = ("items", "additionalItems", "additionalProperties")
+_ONE_SCHEMA: Final = ("items", "additionalItems", "additionalProperties")
 
 
 class SchemaFault(Exception):
@@ -114,7 +114,7 @@ def _cleaned(schema: Any, draft: str, where: str, depth: int) -> Any:
             kept[name] = [
                 _cleaned(one, draft, f"{at}/{index}", depth + 1) for index, one in enumerate(value)
             ]
-        elif name in _SINGLE:
+        elif name in _ONE_SCHEMA:
             kept[name] = _cleaned(value, draft, at, depth + 1)
         else:
             kept[name] = value
@@ -251,7 +251,7 @@ def _schemas(schema: Any) -> Iterator[Any]:
             below = list(value.values())
         elif (name in _LISTS or name == "items") and isinstance(value, list):
             below = value
-        elif name in _SINGLE:
+        elif name in _ONE_SCHEMA:
             below = [value]
         else:
             continue

@@ -42,7 +42,7 @@ def token_bytes(tokenizer: Any, vocabulary: int) -> tuple[bytes, ...]:
         if at < vocabulary and at not in silent:
             spelled[at] = token
     plain = {at: one.content.encode() for at, one in added.items() if at not in silent}
-    if "ByteLevel" in set(_kinds(backend)):
+    if "ByteLevel" in set(_decoder_kinds(backend)):
         table = byte_table()
         return tuple(
             plain.get(at, b"")
@@ -74,7 +74,7 @@ def token_bytes(tokenizer: Any, vocabulary: int) -> tuple[bytes, ...]:
     return tuple(one or b"" for one in found)
 
 
-def _kinds(backend: Any) -> Iterator[str]:
+def _decoder_kinds(backend: Any) -> Iterator[str]:
     """The kinds of decoders of a tokenizer, nested ones too."""
     if backend.decoder is None:
         return
