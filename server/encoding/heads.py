@@ -220,7 +220,7 @@ class Heads:
         path, _, parameter = name.rpartition(".")
         layer = self._base.model.get_submodule(path)
         if parameter == "weight" and isinstance(layer, AdaptedLinear):
-            own: torch.Tensor = layer.quantized.dequantize(torch.float32)
+            own: torch.Tensor = layer.quantized.dequantize(dtype=torch.float32)
             return own
         tensor: torch.Tensor = getattr(layer, parameter)
         return tensor.detach().to(self._base.device, torch.float32)
