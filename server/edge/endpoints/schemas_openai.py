@@ -397,7 +397,7 @@ class ChatRequest(Sampling):
         if len(names) != len(set(names)):
             twice = next(one for one in names if names.count(one) > 1)
             raise _wrong("tools", "Two tools have one name.", repr(twice), "a name for each")
-        if choice not in (None, "none") and not names:
+        if choice not in (None, "none", "auto") and not names:
             raise _wrong("tool_choice", "There is nothing to choose.", "no tools", "tools")
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             raise _wrong(
