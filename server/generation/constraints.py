@@ -215,19 +215,16 @@ class Constraints:
             ),
         )
 
-    def begin(
-        self, grammar: Grammar, ends: Collection[int], *, ignore_ends: bool = False
-    ) -> Constraint:
+    def begin(self, grammar: Grammar, ends: Collection[int]) -> Constraint:
         """The constraint of a request that is admitted; it is compiled from now on.
 
         Args:
             grammar: That was checked.
             ends: Tokens that end the answer: they may come where the text is complete.
-            ignore_ends: They may never come.
         """
         return Constraint(
             partial(self.kept.matcher, grammar),
-            () if ignore_ends else ends,
+            ends,
             self._vocabulary,
             self._pools,
         )

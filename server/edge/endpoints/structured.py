@@ -92,7 +92,7 @@ def asked_of_openai(body: Sampling) -> AskedGrammar | None:
     """OpenAI's ``response_format``, vLLM's ``structured_outputs`` and ``guided_...``; or None.
 
     Raises:
-        Refusal: invalid_request for more than one; unsupported_grammar for what is none.
+        Refusal: invalid_request for more than one; unsupported_grammar for a format that is none.
     """
     found = [*_of_format(body), *_of_outputs(body), *_of_guided(body)]
     if len(found) > 1:
@@ -140,14 +140,12 @@ def _of_outputs(body: Sampling) -> list[AskedGrammar]:
         found.append(AskedGrammar("json_schema", given.json_, f"{where}.json"))
     if given.regex is not None:
         found.append(AskedGrammar("regex", given.regex, f"{where}.regex"))
-    if given.choice is not None:
+    if given.choice:
         found.append(AskedGrammar("choice", given.choice, f"{where}.choice"))
     if given.grammar is not None:
         found.append(AskedGrammar("lark", given.grammar, f"{where}.grammar"))
     if given.json_object:
         found.append(AskedGrammar("json_schema", ANY_OBJECT, f"{where}.json_object"))
-    if not found:
-        raise _wrong("none of them", "one of json, regex, choice, grammar and json_object", where)
     return found
 
 
@@ -157,7 +155,7 @@ def _of_guided(body: Sampling) -> list[AskedGrammar]:
         found.append(AskedGrammar("json_schema", body.guided_json, "guided_json"))
     if body.guided_regex is not None:
         found.append(AskedGrammar("regex", body.guided_regex, "guided_regex"))
-    if body.guided_choice is not None:
+    if body.guided_choice:
         found.append(AskedGrammar("choice", body.guided_choice, "guided_choice"))
     if body.guided_grammar is not None:
         found.append(AskedGrammar("lark", body.guided_grammar, "guided_grammar"))

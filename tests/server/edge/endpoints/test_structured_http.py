@@ -152,7 +152,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "grammar_unreachable",
         "structured_outputs.json",
     ),
-    ({"structured_outputs": {}}, "unsupported_grammar", "structured_outputs"),
     (
         {"structured_outputs": {"regex": "a", "choice": ["b"]}},
         "invalid_request",
