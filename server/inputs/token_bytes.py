@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from server.inputs.detokenize import UNDECODED, spelling_of
 
-MARK: Final = "\u2581"  # SentencePiece's space
+SPACE_MARK: Final = "\u2581"  # SentencePiece's space
 ANCHORS: Final = ("a", "the", "0")  # a word to put a token behind
 SAMPLED: Final = 64  # tokens by which a reading is held against ``decode``
 
@@ -63,7 +63,7 @@ def token_bytes(tokenizer: Any, vocabulary: int) -> tuple[bytes, ...]:
         if at in bytes_of
         else plain[at]
         if at in plain
-        else token.replace(MARK, " ").encode()
+        else token.replace(SPACE_MARK, " ").encode()
         for at, token in enumerate(spelled)
     ]
     own = [at for at, token in enumerate(spelled) if token and at not in bytes_of]

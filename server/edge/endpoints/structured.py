@@ -80,7 +80,7 @@ def asked_of_tgi(grammar: TgiGrammar | None, field: str) -> AskedGrammar | None:
         value = value.get("schema")
     fits = isinstance(value, str) if kind == "regex" else isinstance(value, dict | str | bool)
     if not fits:
-        raise _wrong(
+        raise _no_grammar(
             f"{grammar.type} with {type(value).__name__}",
             "a pattern with regex, a schema with json, {name, schema} with json_schema",
             f"{field}.value",
@@ -117,7 +117,7 @@ def _of_format(body: Sampling) -> list[AskedGrammar]:
             AskedGrammar("json_schema", wanted.json_schema.schema_, "response_format.json_schema")
         ]
     if wanted.type == "structural_tag" or wanted.value is None:
-        raise _wrong(
+        raise _no_grammar(
             f"type {wanted.type}",
             "text, json_object, json_schema with json_schema.schema, or TGI's json, regex and "
             "json_schema with value",
@@ -162,7 +162,7 @@ def _of_guided(body: Sampling) -> list[AskedGrammar]:
     return found
 
 
-def _wrong(found: str, expected: str, field: str) -> Refusal:
+def _no_grammar(found: str, expected: str, field: str) -> Refusal:
     return Refusal.because(
         "unsupported_grammar",
         "The grammar cannot be honoured.",

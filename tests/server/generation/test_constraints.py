@@ -64,8 +64,9 @@ def test_answers_fit_and_free_ones_are_what_they_are_alone() -> None:
         more = {"do_sample": i % 3 > 0, "seed": i, "temperature": 1.5}
         free[stage.submit(VERSIONS[i % 4], prompt, stream=i % 2 == 0, **more)] = i
         one = grammar("json_schema", SCHEMA)
-        more |= {"grammar": one, "max_new_tokens": 70, "logprobs": True, "alternatives": 2}
-        held[stage.submit(VERSIONS[i % 4], prompt, stream=i % 2 == 0, **more)] = i
+        more |= {"max_new_tokens": 70, "logprobs": True, "alternatives": 2}
+        name = stage.submit(VERSIONS[i % 4], prompt, stream=i % 2 == 0, grammar=one, **more)
+        held[name] = i
     events = stage.drain()
     results = {one.id: one for one in terminals(events)}
     finished = 0
