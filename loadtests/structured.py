@@ -114,7 +114,7 @@ def reason_of(error: dict[str, Any]) -> str:
     """A refusal without what is the schema's own."""
     found = re.search(r"found: ([^;]*)", error["message"])
     text = found.group(1) if found else error["message"]
-    named = re.sub(r" at /.*", "", text)
+    named = re.sub(r" at /.*|^at .*JSON schema: ", "", text)
     return f"{error['code']}: {re.sub(r'[0-9]+', 'N', named)[:60]}"
 
 
