@@ -18,12 +18,12 @@ from server.cli.client import (
     UrlOption,
     ask,
     exit_on_error,
-    fail,
     key_or_local_admin_key,
     print_json,
     reach,
     show_table,
 )
+from server.cli.layout import fail
 
 if TYPE_CHECKING:
     import httpx

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from server.cli.layout import FAILED, fail, print_fault
 
 if TYPE_CHECKING:
     import httpx
@@ -124,11 +126,8 @@ def exit_on_error(answer: httpx.Response) -> None:
     except ValueError:
         fail(f"HTTP {answer.status_code}: {answer.text[:200]}")
     for one in problem.get("problems") or [problem]:
-        print(f"hira: {one.get('code', '')}: {one.get('detail', one)}", file=sys.stderr)
-        for part in ("field", "found", "expected", "fix"):
-            if one.get(part):
-                print(f"  {part:9} {one[part]}", file=sys.stderr)
-    raise SystemExit(1)
+        print_fault(f"{one.get('code', '')}: {one.get('detail', one)}", one)
+    raise SystemExit(FAILED)
 
 
 def key_or_local_admin_key(key: str | None) -> str | None:
@@ -155,11 +154,6 @@ def show_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def fail(text: str) -> NoReturn:
-    print(f"hira: {text}", file=sys.stderr)
-    raise SystemExit(1)
 
 
 def _adapter_query(adapter: str | None) -> dict[str, str]:
