@@ -49,7 +49,7 @@ SERVER = {
         *("version", "messages", "options", "errors", "settings", "metrics", "base", "inputs"),
         *("stages", "demo"),
     ),
-    "server.cli": ("version", "stages", "options", "settings", "base", "edge"),
+    "server.cli": ("version", "stages", "options", "settings", "base", "edge", "training"),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
 }

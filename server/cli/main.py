@@ -12,9 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from server.cli import adapters as cli_adapters
+from server.cli import apply as cli_apply
 from server.cli import client as cli_client
 from server.cli import convert as cli_convert
 from server.cli import inspect as cli_inspect
+from server.cli import status as cli_status
+from server.cli import train as cli_train
 from server.cli.layout import print_fault
 from server.cli.serve import serve_command
 from server.version import package_version
@@ -27,10 +30,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("serve", rich_help_panel="Server")(serve_command())
+cli_status.add_status_command(app)
 cli_client.add_client_commands(app)
 app.add_typer(cli_adapters.adapters_app, name="adapters", rich_help_panel="Adapters")
+cli_apply.add_apply_command(app)
 cli_inspect.add_inspect_command(app)
 cli_convert.add_convert_command(app)
+cli_train.add_train_command(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -144,7 +144,7 @@ def test_a_start_speaks_at_once_and_tells_every_mistake_before_torch_is_loaded(
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             cwd=tmp_path,
-            env=environment(tmp_path / "file" / "data", CUDA_VISIBLE_DEVICES=""),
+            env={**environment(tmp_path / "file" / "data"), "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
             check=False,
