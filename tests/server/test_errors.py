@@ -65,7 +65,7 @@ def test_every_code_in_the_source_has_a_row() -> None:
             found |= {code for code in codes_in(path) if re.fullmatch(r"[a-z_]+", code)}
     assert {"worker_lost", "overloaded", "shape_mismatch", "invalid_request"} <= found
     # Errors that end the start, and so never reach a client.
-    assert found - set(TABLE) <= {"base_unusable", "base_unsupported", "not_enough_memory"}
+    assert found - set(TABLE) <= {"base_unusable", "start_failed"}
 
 
 def test_every_row_is_an_error_status_with_a_title() -> None:

@@ -83,6 +83,7 @@ def test_a_manifest_is_applied_as_a_whole(live: Live, tmp_path: Path) -> None:
     assert versions(live) == after
 
     # One name moves, one pin goes, one name goes.
+    shutil.rmtree(tmp_path / "m5")
     make_adapter(tmp_path / "m5", seed=77, labels=("A", "B"), rank=8)
     named = [*lines[:1], *lines[2:], *(f"  {name}: {{source: '{source}', remote: true}}"
              for name, source in demo_sources(live, before))]  # fmt: skip
