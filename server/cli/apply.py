@@ -133,9 +133,7 @@ def apply_manifest(
     if not count:
         print(f"no change: {len(changes)} adapters are as they shall be")
     elif dry_run:
-        print(
-            f"{count} changes, {len(changes) - count} unchanged. Nothing was applied (--dry-run)."
-        )
+        print(f"{count} changes, {len(changes) - count} unchanged; nothing applied (--dry-run)")
     else:
         ask(client, "POST", "/admin/apply", json={**body, "dry_run": False})
         print(f"{count} changes applied, {len(changes) - count} unchanged")

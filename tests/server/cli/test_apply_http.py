@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def test_a_manifest_is_applied_as_a_whole(live: Live, tmp_path: Path) -> None:
     assert versions(live) == after
 
     # One name moves, one pin goes, one name goes.
+    shutil.rmtree(tmp_path / "m5")
     make_adapter(tmp_path / "m5", seed=77, labels=("A", "B"), rank=8)
     named = [*lines[:1], *lines[2:], *(f"  {name}: {{source: '{source}', remote: true}}"
              for name, source in demo_sources(live, before))]  # fmt: skip
@@ -113,6 +115,7 @@ def test_folders_are_registered_together_under_their_own_names(live: Live, tmp_p
     assert added.returncode == 0, added.stderr
     assert "left out, no adapters: runs/notes.txt" in added.stderr
     assert "3 changes applied" in added.stdout
+    shutil.rmtree(tmp_path / "runs" / "r1")
     make_adapter(tmp_path / "runs" / "r1", seed=9, labels=("A", "B"))
     refused = command(live, "adapters", "add", *paths, cwd=tmp_path)
     assert refused.returncode == 1
