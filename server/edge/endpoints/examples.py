@@ -48,6 +48,10 @@ CALLS: Final[dict[tuple[str, str], tuple[str | None, dict[str, Any] | None]]] = 
             "max_tokens": 64,
         },
     ),
+    ("/v1/responses", "post"): (
+        None,
+        {"model": "my-assistant", "input": "What is a high-rank update?", "max_output_tokens": 64},
+    ),
     ("/v1/embeddings", "post"): (None, {"model": "hira-imdb", "input": [TEXT]}),
     ("/admin/adapters", "post"): (
         None,

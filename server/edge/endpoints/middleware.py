@@ -37,11 +37,7 @@ INFERENCE: Final = frozenset(
     {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank", "/generate", "/generate_stream"}
 )
 UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
-<<<<<<< HEAD
-=======
-PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
 IGNORED_HEADER: Final = b"x-ignored-fields"
->>>>>>> 348fccbf4f553d7152fe2d5d9ddbfe9f954d1f11
 # As ASGI has headers: they go out with every response, so they are not made anew for each.
 SAFE_HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
