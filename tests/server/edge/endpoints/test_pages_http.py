@@ -55,7 +55,6 @@ def test_a_page_names_nothing_but_this_server_and_forbids_the_rest(live: Live, p
 def test_what_was_elsewhere_leads_to_the_reference(live: Live) -> None:
     assert live.client.get("/redoc").headers["location"] == "/docs"
     assert live.client.get("/docs/oauth2-redirect").status_code == 404
-    assert live.client.get("/console/../admin.key").status_code == 404
 
 
 def test_every_call_with_a_body_has_an_example_and_the_demo_answers_it(live: Live) -> None:
