@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from server.stages import tell_stage
 
-PARTS: Final = 100  # a stage is told so often at most
+TOLD_MOST: Final = 100  # a stage is told so often at most
 
 
 class _CountedWeights:
@@ -29,7 +29,7 @@ class _CountedWeights:
 
     def update(self, count: int = 1) -> None:
         self._done += count
-        if self._done % max(1, self._total // PARTS) == 0:
+        if self._done % max(1, self._total // TOLD_MOST) == 0:
             tell_stage(self._name, self._done, self._total)
 
     def __enter__(self) -> _CountedWeights:

@@ -156,7 +156,7 @@ def _stage_all(
     """A record for every entry, and what is wrong with those that have none."""
     staged: dict[str, Any] = {}
     faults: list[tuple[str, dict[str, Any]]] = []
-    with _counted(len(wanted.entries)) as advance:
+    with _adapters_counted(len(wanted.entries)) as advance:
         for one in wanted.entries:
             known = present.get(one.name)
             if known is not None and one.folder is not None and _is_there(one, known["version"]):
@@ -215,7 +215,7 @@ def _show_plan(
 
 
 @contextmanager
-def _counted(total: int) -> Iterator[Callable[[str], None]]:
+def _adapters_counted(total: int) -> Iterator[Callable[[str], None]]:
     """A bar over the adapters on a terminal; elsewhere nothing."""
     if not sys.stderr.isatty() or total < 2:
         yield lambda name: None

@@ -30,8 +30,9 @@ PAGE = 500
 
 
 def add_client_commands(app: typer.Typer) -> None:
-    for command in (predict, generate, embed, chat):
+    for command in (predict, generate, chat):
         app.command(rich_help_panel="Ask a running server")(command)
+    app.command("embed", rich_help_panel="Ask a running server")(embed_texts)
 
 
 def predict(
@@ -105,7 +106,7 @@ def generate(
         print()
 
 
-def embed(
+def embed_texts(
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
     *,
     adapter: AdapterOption = None,

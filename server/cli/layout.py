@@ -14,13 +14,13 @@ from typing import Any, Final, NoReturn
 
 FAILED: Final = 1
 MISUSED: Final = 2
-PARTS: Final = ("field", "found", "expected", "fix")
+FAULT_PARTS: Final = ("field", "found", "expected", "fix")
 
 
 def print_fault(text: str, parts: Mapping[str, Any] | None = None) -> None:
-    """One fault on standard error; of ``parts``, those of ``PARTS`` that say something."""
+    """One fault on standard error; of ``parts``, those of ``FAULT_PARTS`` that say something."""
     print(f"hira: {text}", file=sys.stderr)
-    for part in PARTS:
+    for part in FAULT_PARTS:
         value = (parts or {}).get(part)
         if value:
             print(f"  {part:9} {value}", file=sys.stderr)

@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> Manifest:
     entries = []
     for name, value in told["adapters"].items():
         try:
-            entries.append(_entry(name, value, path.parent))
+            entries.append(_manifest_entry(name, value, path.parent))
         except ManifestFaults as wrong:
             faults += wrong.faults
     if faults:
@@ -100,7 +100,9 @@ def manifest_of(paths: Sequence[Path], pinned: bool | None = None) -> Manifest:
     entries, faults = [], list[tuple[str, str | None]]()
     for path in paths:
         try:
-            entries.append(_entry(name_of_path(path), {"source": str(path), "pinned": pinned}))
+            entries.append(
+                _manifest_entry(name_of_path(path), {"source": str(path), "pinned": pinned})
+            )
         except ManifestFaults as wrong:
             faults += wrong.faults
     names = [one.name for one in entries]
@@ -128,7 +130,7 @@ def is_adapter(path: Path) -> bool:
     )
 
 
-def _entry(name: Any, value: Any, beside: Path = Path()) -> ManifestEntry:
+def _manifest_entry(name: Any, value: Any, beside: Path = Path()) -> ManifestEntry:
     shown = str(name)[:80]
     if not isinstance(value, dict):
         value = {"source": value}

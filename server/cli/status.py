@@ -21,13 +21,13 @@ from server.cli.client import (
     print_json,
     reach,
 )
+from server.options import MIB
 
 if TYPE_CHECKING:
     import httpx
     from rich.console import RenderableType
 
 ROWS_SHOWN: Final = 30
-MIB: Final = 1 << 20
 
 
 def add_status_command(app: typer.Typer) -> None:
@@ -100,7 +100,7 @@ def status(
         with Live(console=Console(), screen=False, auto_refresh=False) as live:
             try:
                 while True:
-                    live.update(drawn(url, now, before), refresh=True)
+                    live.update(status_drawn(url, now, before), refresh=True)
                     time.sleep(every)
                     before, now = now, look(client)
             except KeyboardInterrupt:
@@ -131,7 +131,9 @@ def rows_of(now: Sample, before: Sample | None) -> list[tuple[str, ...]]:
     records = {one["name"]: one for one in now.records}
     names = list(records) or [one for one in now.labels("hira_requests_total") if one]
     rows: list[tuple[str, ...]] = []
-    for name in sorted(names, key=lambda one: -_rate("hira_requests_total", one, now, before)):
+    for name in sorted(
+        names, key=lambda one: -_per_second("hira_requests_total", one, now, before)
+    ):
         record = records.get(name, {})
         where = record.get("residency", "")
         if record.get("quarantined_until"):
@@ -143,8 +145,8 @@ def rows_of(now: Sample, before: Sample | None) -> list[tuple[str, ...]]:
                 name,
                 str(record.get("task", "")),
                 where + (" pinned" if record.get("pinned") else ""),
-                f"{_rate('hira_requests_total', name, now, before):.1f}",
-                f"{_rate('hira_tokens_total', name, now, before):.0f}",
+                f"{_per_second('hira_requests_total', name, now, before):.1f}",
+                f"{_per_second('hira_tokens_total', name, now, before):.0f}",
                 f"{now.of('hira_requests_total', name):.0f}",
                 f"{now.of('errors', name) + now.of('hira_failures_total', name):.0f}",
             )
@@ -152,7 +154,7 @@ def rows_of(now: Sample, before: Sample | None) -> list[tuple[str, ...]]:
     return rows
 
 
-COLUMNS: Final = ("adapter", "task", "where", "req/s", "tok/s", "requests", "errors")
+STATUS_COLUMNS: Final = ("adapter", "task", "where", "req/s", "tok/s", "requests", "errors")
 
 
 def facts_of(now: Sample, before: Sample | None) -> list[tuple[str, str]]:
@@ -189,12 +191,12 @@ def as_values(now: Sample) -> dict[str, Any]:
 def print_plainly(now: Sample, before: Sample | None) -> None:
     for name, value in facts_of(now, before):
         print(f"{name}\t{value}")
-    print("\t".join(COLUMNS))
+    print("\t".join(STATUS_COLUMNS))
     for row in rows_of(now, before):
         print("\t".join(row))
 
 
-def drawn(url: str, now: Sample, before: Sample | None) -> RenderableType:
+def status_drawn(url: str, now: Sample, before: Sample | None) -> RenderableType:
     """What a terminal shows."""
     from rich.console import Group
     from rich.table import Table
@@ -205,7 +207,7 @@ def drawn(url: str, now: Sample, before: Sample | None) -> RenderableType:
         good = "green" if now.ready == "ready" else "red"
         facts.add_row(Text(name, "bold"), Text(value, good if name == "state" else ""))
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for place, column in enumerate(COLUMNS):
+    for place, column in enumerate(STATUS_COLUMNS):
         table.add_column(column, justify="right" if place > 2 else "left")
     rows = rows_of(now, before)
     for row in rows[:ROWS_SHOWN]:
@@ -220,7 +222,7 @@ def _gain(name: str, label: str, now: Sample, before: Sample | None) -> float:
     return max(0.0, now.of(name, label) - earlier)
 
 
-def _rate(name: str, label: str, now: Sample, before: Sample | None) -> float:
+def _per_second(name: str, label: str, now: Sample, before: Sample | None) -> float:
     if before is None or now.at <= before.at:
         return 0.0
     return _gain(name, label, now, before) / (now.at - before.at)

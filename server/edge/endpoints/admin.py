@@ -52,7 +52,7 @@ PAGE_MAX: Final = 1000
 ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 429, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
-FLAGS: Final = ("replace", "pinned", "preload", "stage")
+REGISTRATION_FLAGS: Final = ("replace", "pinned", "preload", "stage")
 APPLY_BODY: Any = Depends(sent_json(ApplyRequest))
 PATCH_BODY: Any = Depends(sent_json(PatchRequest))
 NamePath = PathParameter(max_length=128, description="The adapter's name.")
@@ -359,7 +359,7 @@ def _registration(upload: Upload) -> Registration:
     """
     fields = dict(upload.fields)
     name = fields.pop("name", None)
-    flags = {one: _parse_flag(one, fields.pop(one, "")) for one in FLAGS}
+    flags = {one: _parse_flag(one, fields.pop(one, "")) for one in REGISTRATION_FLAGS}
     faults = [
         Fault("invalid_request", "There is no such field.", field=unknown) for unknown in fields
     ]

@@ -42,7 +42,7 @@ def check_before_loading(settings: Settings) -> None:
     checks: tuple[Callable[[], None], ...] = (
         lambda: _check_data_dir(settings.data_dir),
         lambda: check_port(settings.host, settings.port),
-        lambda: _check_base(settings.base),
+        lambda: _look_at_base(settings.base),
         lambda: _check_template(settings.chat_template),
         lambda: _check_device(settings.device),
         *((lambda one=one: _check_source(*one)) for one in settings.adapters),
@@ -120,7 +120,7 @@ def _check_data_dir(folder: Path) -> None:
         folder.rmdir()
 
 
-def _check_base(base: str | None) -> None:
+def _look_at_base(base: str | None) -> None:
     """A folder is looked into; what may be a hub id is asked for later."""
     if base is None:
         return
