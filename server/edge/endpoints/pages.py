@@ -19,7 +19,7 @@ from starlette.responses import RedirectResponse
 from server.edge.endpoints.routes import Endpoint
 from server.errors import Refusal
 
-EDGE: Final = Path(__file__).resolve().parents[1]
+EDGE_DIR: Final = Path(__file__).resolve().parents[1]
 CARRIER: Final = "fastapi_offline"
 KINDS: Final = {
     ".html": "text/html; charset=utf-8",
@@ -57,12 +57,12 @@ class PageFile:
             )
         kind = KINDS[self.file.suffix]
         headers = {"Content-Security-Policy": self.policy, "Content-Type": kind}
-        return Response(_content(self.file), headers=headers)
+        return Response(_bytes_of(self.file), headers=headers)
 
 
 def page_routes() -> list[Endpoint]:
     """The routes of the pages; none of them is in the OpenAPI document."""
-    reference, console = EDGE / "reference", EDGE / "console"
+    reference, console = EDGE_DIR / "reference", EDGE_DIR / "console"
     files = {
         "/docs": PageFile(reference / "index.html", REFERENCE_POLICY),
         "/docs/start.js": PageFile(reference / "start.js"),
@@ -87,7 +87,7 @@ async def _to_reference(request: Request) -> Response:
 
 
 @cache
-def _content(file: Path) -> bytes:
+def _bytes_of(file: Path) -> bytes:
     return file.read_bytes()
 
 
