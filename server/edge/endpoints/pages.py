@@ -57,7 +57,7 @@ class PageFile:
             )
         kind = KINDS[self.file.suffix]
         headers = {"Content-Security-Policy": self.policy, "Content-Type": kind}
-        return Response(_bytes_of(self.file), headers=headers)
+        return Response(_page_content(self.file), headers=headers)
 
 
 def page_routes() -> list[Endpoint]:
@@ -87,7 +87,7 @@ async def _to_reference(request: Request) -> Response:
 
 
 @cache
-def _bytes_of(file: Path) -> bytes:
+def _page_content(file: Path) -> bytes:
     return file.read_bytes()
 
 
