@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.errors import UnsupportedOption
+from adapters.layers.adapted import AdaptedLinear
 from adapters.tasks import BY_NAME
 from server.base.load import LoadedBase
 from server.base.plan import name_is_headed
-from server.base.skeletons import Skeletons, Stub
+from server.base.skeletons import Skeletons, Stub, beside_backbone
 
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
@@ -146,6 +147,7 @@ class Heads:
             base.config,
             base.adapted.signature.vocab_size,
             has_pooler=getattr(base.backbone, "pooler", None) is not None,
+            beside=beside_backbone(base.model, base.adapted.signature.prefix),
         )
         self._own: LanguageModelHead | None = None
 
@@ -225,6 +227,7 @@ class Heads:
             name: tensor.detach().to(self._base.device, torch.float32)
             for name, tensor in weights.head.items()
         }
+        tensors |= {name: self._of_base(name) for name in self._skeletons.from_base(weights)}
         module.load_state_dict(tensors, strict=True, assign=True)
         row = BY_NAME[weights.task]
         named = weights.labels is not None and row.output_names is None
@@ -236,3 +239,13 @@ class Heads:
         own = tuple((name, str(value)) for name, value in sorted(weights.head_config.items()))
         alike = (type(module), shapes, own, pad_id)
         return TaskHead(module, stub, pad_id, labels, problem, alike=alike)
+
+    def _of_base(self, name: str) -> torch.Tensor:
+        """A tensor beside the base's backbone, in float32."""
+        path, _, parameter = name.rpartition(".")
+        layer = self._base.model.get_submodule(path)
+        if parameter == "weight" and isinstance(layer, AdaptedLinear):
+            own: torch.Tensor = layer.quantized.dequantize(dtype=torch.float32)
+            return own
+        tensor: torch.Tensor = getattr(layer, parameter)
+        return tensor.detach().to(self._base.device, torch.float32)
