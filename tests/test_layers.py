@@ -52,13 +52,14 @@ SERVER = {
     "server.training": ("base", "options", "inputs", "demo"),
 }
 EDGE = {
+    "server.edge.target": (),
     "server.edge.admit": (),
     "server.edge.link": ("admit",),
     "server.edge.templates": ("admit",),
-    "server.edge.service": ("admit", "link", "templates"),
-    "server.edge.endpoints": ("admit", "link", "service"),
-    "server.edge.litserve": ("admit", "link", "service", "endpoints"),
-    "server.edge.processes": ("admit", "link", "service", "endpoints", "litserve"),
+    "server.edge.service": ("target", "admit", "link", "templates"),
+    "server.edge.endpoints": ("target", "admit", "link", "service"),
+    "server.edge.litserve": ("target", "admit", "link", "service", "endpoints"),
+    "server.edge.processes": ("target", "admit", "link", "service", "endpoints", "litserve"),
 }
 # Places of `adapters` that few may know of, and who they are.
 ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
@@ -263,7 +264,6 @@ PRIVATE_READS = {
     "adapters/residency/test_packing.py": 3,
     "loadtests/test_residency_window.py": 1,
     "server/base/test_rope.py": 2,
-    "server/edge/admit/test_bounded_pool.py": 3,
     "server/edge/endpoints/test_answers.py": 2,
     "server/edge/endpoints/test_uploads.py": 1,
     "server/edge/link/test_dispatcher.py": 3,
