@@ -89,6 +89,7 @@ TORCH_FREE = (
 )
 
 
+@cache
 def sources() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -103,26 +104,30 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
+@cache
+def imports(path: Path, *, at_load: bool = False) -> tuple[str, ...]:
     """Full names of what a file imports; with ``at_load`` only what runs when it is imported."""
+    found: list[str] = []
     for node in nodes(tree_of(path), at_load=at_load):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    return tuple(found)
 
 
 def nodes(tree: ast.AST, *, at_load: bool) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
+    waiting = list(ast.iter_child_nodes(tree))
+    while waiting:
+        node = waiting.pop()
         if at_load and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         if at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         yield node
-        yield from nodes(node, at_load=at_load)
+        waiting += ast.iter_child_nodes(node)
 
 
 def place_in(name: str, depth: int) -> str:
@@ -142,6 +147,7 @@ def strays(path: Path, plan: dict[str, tuple[str, ...]], depth: int) -> Iterator
                 yield f"{name_of(path)} imports {name}"
 
 
+@cache
 def module_of(name: str) -> str | None:
     """The module of this project that an imported name is, or is in."""
     found = module_file(name) or module_file(name.rpartition(".")[0])
@@ -214,6 +220,7 @@ def test_torch_is_not_reached(place: str) -> None:
                 waiting.append(module)
 
 
+@cache
 def module_file(name: str) -> Path | None:
     if name.split(".", maxsplit=1)[0] not in PACKAGES:
         return None
