@@ -30,24 +30,26 @@ ADAPTERS = {
 }
 SERVER = {
     "server.version": (),
+    "server.stages": (),
     "server.messages": (),
     "server.options": (),
     "server.errors": ("messages",),
     "server.settings": ("options",),
     "server.metrics": (),
-    "server.base": ("options",),
+    "server.base": ("options", "stages"),
     "server.inputs": ("messages", "options", "base"),
     "server.failures": ("messages", "inputs"),
     "server.encoding": ("messages", "options", "base", "inputs", "failures"),
-    "server.generation": ("messages", "options", "base", "inputs", "failures"),
+    "server.generation": ("messages", "options", "stages", "base", "inputs", "failures"),
     "server.engine": (
-        *("messages", "options", "base", "inputs", "failures", "encoding", "generation"),
+        *("messages", "options", "stages", "base", "inputs", "failures", "encoding"),
+        "generation",
     ),
     "server.edge": (
         *("version", "messages", "options", "errors", "settings", "metrics", "base", "inputs"),
-        "demo",
+        *("stages", "demo"),
     ),
-    "server.cli": ("version", "options", "settings", "base", "edge"),
+    "server.cli": ("version", "stages", "options", "settings", "base", "edge", "training"),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
 }
@@ -86,6 +88,7 @@ TORCH_FREE = (
     "server/options.py",
     "server/encoding/fair_batches.py",
     "server/settings.py",
+    "server/edge/processes/preflight.py",
     "server/edge/endpoints/schemas.py",
     "server/errors.py",
 )

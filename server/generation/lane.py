@@ -62,6 +62,7 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
+from server.stages import tell_stage
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
@@ -179,6 +180,7 @@ class GenerateLane:
             if fault is None:
                 reason = "uncapturable"
                 for done, every in forward.capture_static():
+                    tell_stage("capturing decode steps", done, every)
                     if done % 10 == 0 or done == every:
                         logger.warning("Capturing decode steps: %d of %d", done, every)
                 reason = "differs"
