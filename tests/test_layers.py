@@ -65,7 +65,9 @@ EDGE = {
     "server.edge.processes": ("target", "admit", "link", "service", "endpoints", "litserve"),
 }
 # Places of `adapters` that few may know of, and who they are.
-ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
+ONLY_FOR = {
+    "adapters.inspection": ("server.cli", "server.training", "server.edge.endpoints.admin"),
+}
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
     "llguidance": ("server/inputs/grammar_engine.py",),

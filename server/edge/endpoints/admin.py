@@ -20,6 +20,9 @@ from fastapi import Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 
 from adapters.errors import AdapterError, full_disk_refused
+from adapters.inspection.audit import audit
+from adapters.inspection.proofs import prove, rank_of
+from adapters.intake.file_names import CARD_FILE
 from adapters.registry.records import NameChange, WantedName
 from adapters.registry.registry import AdapterRecord, check_name
 from server.edge.admit.slow_work import Pool
@@ -32,6 +35,7 @@ from server.edge.endpoints.schemas import (
     AdapterList,
     ApplyAnswer,
     ApplyRequest,
+    AuditAnswer,
     NameChangeAnswer,
     PatchRequest,
     RegisterRequest,
@@ -118,6 +122,27 @@ class Admin:
         """Show one adapter."""
         record = self.service.targets.record(name, "name")
         return Json(self._answer(record, await self._known()))
+
+    async def audit(self, request: Request, name: str = NamePath) -> Response:
+        """Compare what an adapter claims of itself with what its tensors prove."""
+        record = self.service.targets.record(name, "name")
+        found = await self._in_thread(lambda: self._audit(record.version), "records")
+        return Json(found)
+
+    def _audit(self, version: str) -> dict[str, Any]:
+        folder = self.service.registry.store.path(version)
+        card = folder / CARD_FILE
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        report = audit(folder, None, text)
+        told = report.to_json_dict()
+        pairs = prove(folder)[1].pairs
+        return AuditAnswer(
+            method=None if report.tensors is None else report.tensors.method,
+            parameters=0 if report.tensors is None else report.tensors.parameters,
+            ranks={path: rank_of(pair) or 0 for path, pair in pairs.items()},
+            findings=[{key: str(value) for key, value in one.items()} for one in told["findings"]],
+            contradictions=told["contradictions"],
+        ).model_dump()
 
     async def change(
         self, request: Request, body: PatchRequest = PATCH_BODY, name: str = NamePath
@@ -391,6 +416,7 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
         route("POST", "/admin/adapters", admin.register, AdapterAnswer, 201),
         route("GET", "/admin/adapters", admin.list, AdapterList),
         route("GET", one, admin.show, AdapterAnswer),
+        route("GET", f"{one}/audit", admin.audit, AuditAnswer),
         route("PATCH", one, admin.change, AdapterAnswer),
         route("DELETE", one, admin.remove, None, 204),
         route("POST", "/admin/apply", admin.apply, ApplyAnswer),

@@ -109,6 +109,7 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     if kept:
         yield f"  not served {len(kept)}, made for another base: {_first_adapters(kept)}"
     yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
+    yield f"  console    {url}/console"
     yield f"  docs       {url}/docs"
     yield "  try"
     yield f"    {first_call(service, fitting, url)}"
