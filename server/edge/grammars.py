@@ -50,7 +50,7 @@ class Grammars:
         """A grammar as the worker takes it.
 
         Args:
-            kind: ``json_schema``, ``regex``, ``choice`` or ``lark``.
+            kind: ``json_schema``, ``regex``, ``choice``, ``lark`` or ``tool_calls``.
             content: As ``GrammarProcess.check`` takes it.
             deadline: As ``time.monotonic()`` counts.
             most: How many grammars may wait.

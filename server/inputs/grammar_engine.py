@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import llguidance
 
-GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
+GrammarKind = Literal["json_schema", "regex", "choice", "lark", "tool_calls"]
 # Between the marks of JSON: a space, or a new line that is indented. Without a bound an answer may
 # be spaces for ever, and small models like that.
 WHITESPACE: Final = r"( |\r?\n[ \t]{0,24})"
@@ -46,6 +46,7 @@ class Vocabulary:
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self.size = len(tokens)
         self.end = self.size  # stands for every token that ends an answer
+        self.silent = frozenset(at for at, one in enumerate(tokens) if not one)
         wrapped = llguidance.TokenizerWrapper(_Tokens(tokens))
         self.engine = llguidance.LLTokenizer(wrapped, n_vocab=self.size + 1)
         singles = {one[0] for one in tokens if len(one) == 1}
@@ -78,19 +79,14 @@ def engine_text(kind: GrammarKind, content: Any) -> str:
 
     Args:
         kind: Which content it is.
-        content: A schema as values, a list of texts, or a text.
+        content: A schema as values, a list of texts, or a text; of calls of tools it is made by
+            ``server.inputs.tool_grammars``.
 
     Raises:
         ValueError: It is not what the kind says, or in no notation that is known.
     """
     if kind == "json_schema":
-        schema = {"allOf": [content]} if isinstance(content, bool) else dict(content)
-        schema["x-guidance"] = {
-            "whitespace_pattern": WHITESPACE,
-            "lenient": False,  # what is not known is refused
-            "coerce_one_of": False,
-        }
-        lark = f"start: %json {json.dumps(schema)}"
+        lark = f"start: {json_lark(content)}"
     elif kind == "regex":
         made = json.loads(llguidance.LLMatcher.grammar_from_regex(content))
         lark = str(made["grammars"][0]["lark_grammar"])
@@ -100,6 +96,17 @@ def engine_text(kind: GrammarKind, content: Any) -> str:
     else:
         lark = content.removeprefix(NO_OPTIONS)
     return str(llguidance.grammar_from("lark", f"{_OPTIONS}\n{lark}"))
+
+
+def json_lark(schema: Any) -> str:
+    """What a schema allows, as a part of a rule in Lark."""
+    kept = {"allOf": [schema]} if isinstance(schema, bool) else dict(schema)
+    kept["x-guidance"] = {
+        "whitespace_pattern": WHITESPACE,
+        "lenient": False,  # what is not known is refused
+        "coerce_one_of": False,
+    }
+    return f"%json {json.dumps(kept)}"
 
 
 def as_lark(text: str) -> str:

@@ -20,9 +20,17 @@ from contextlib import suppress
 from typing import Any, Final
 
 from server.inputs.bounded_program import answer_requests
-from server.inputs.grammar_engine import NO_OPTIONS, Vocabulary, as_lark, engine_text
+from server.inputs.grammar_engine import (
+    NO_OPTIONS,
+    GrammarKind,
+    Vocabulary,
+    as_lark,
+    engine_text,
+    json_lark,
+)
 from server.inputs.lark_rules import check_lark
 from server.inputs.schema_rules import SchemaFault, checked_schema
+from server.inputs.tool_grammars import arguments_schema, of_tool, tool_lark
 
 CHECK_NICE: Final = 5  # whoever is served already comes first
 WALKS: Final = 8  # through a grammar, where a vocabulary does not spell every text
@@ -49,6 +57,8 @@ class Checker:
 
     def _checked(self, kind: Any, content: Any) -> str:
         assert self._vocabulary is not None
+        if kind == "tool_calls":
+            return self._checked_calls(content)
         if kind == "json_schema":
             content = checked_schema(_read(content))
         elif kind == "choice":
@@ -59,6 +69,32 @@ class Checker:
             except ValueError as error:
                 raise _not_honoured(str(error)) from None
             check_lark(content.removeprefix(NO_OPTIONS))
+        return self._compiled(kind, content)
+
+    def _checked_calls(self, content: Mapping[str, Any]) -> str:
+        assert self._vocabulary is not None
+        calls = [
+            {**one, "schema": arguments_schema(one["name"], one["schema"])}
+            for one in content["calls"]
+        ]
+        lark = tool_lark({**content, "calls": calls}, self._vocabulary.silent, json_lark)
+        try:
+            return self._compiled("lark", lark)
+        except SchemaFault:
+            for one in calls:  # whose fault it is
+                try:
+                    self._compiled("json_schema", one["schema"])
+                except SchemaFault as fault:
+                    raise of_tool(one["name"], fault) from None
+            raise
+
+    def _compiled(self, kind: GrammarKind, content: Any) -> str:
+        """The text of a grammar that the engine takes and the vocabulary can write.
+
+        Raises:
+            SchemaFault: It is none.
+        """
+        assert self._vocabulary is not None
         try:
             text = engine_text(kind, content)
         except ValueError as error:

@@ -97,8 +97,9 @@ class GrammarProcess:
         """A grammar as the worker takes it.
 
         Args:
-            kind: ``json_schema``, ``regex``, ``choice`` or ``lark``.
-            content: A schema as values or as JSON, a pattern, a list of texts, or Lark or GBNF.
+            kind: ``json_schema``, ``regex``, ``choice``, ``lark`` or ``tool_calls``.
+            content: A schema as values or as JSON, a pattern, a list of texts, or Lark or GBNF; of
+                calls of tools what ``server.inputs.tool_grammars.tool_lark`` takes.
             deadline: As ``time.monotonic()`` counts.
 
         Raises:

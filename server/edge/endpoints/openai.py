@@ -54,7 +54,8 @@ from server.edge.endpoints.schemas_openai import (
 )
 from server.edge.endpoints.structured import asked_of_openai, settled_grammar
 from server.edge.endpoints.tei_tgi import check_new_tokens
-from server.edge.endpoints.tool_calls import FORMS, MARKERS, form_of
+from server.edge.endpoints.tool_calls import CALL_MARKS, FORMS, MARKERS, form_of
+from server.edge.endpoints.tool_grammar import asked_of_tools
 from server.edge.service import Service
 from server.edge.target import Target
 from server.errors import Refusal
@@ -233,7 +234,8 @@ class OpenAI:
                 field="tools",
             )
         names = tuple(one["function"]["name"] for one in tools)
-        return ToolReading(form, names, several=body.parallel_tool_calls is not False)
+        marks = tuple(one for one in CALL_MARKS if form == "mistral" and one in template.text)
+        return ToolReading(form, names, body.parallel_tool_calls is not False, marks)
 
     async def embeddings(
         self, request: Request, body: EmbeddingRequest = EMBEDDING_BODY
@@ -309,7 +311,10 @@ class OpenAI:
         check_options(body, wanted, self.service.base.texts.vocab_size)
         bad_words = await bad_words_of(request, self.service, body.bad_words)
         shown = self._shown(shape)
-        grammar = await settled_grammar(request, self.service, asked_of_openai(body))
+        asked = asked_of_openai(body)
+        if isinstance(body, ChatRequest) and isinstance(shape, ChatFormat):
+            asked = asked_of_tools(body, shape.tools, self.service.base.texts.id_of, asked)
+        grammar = await settled_grammar(request, self.service, asked)
         each = [
             (
                 prompt,
@@ -381,7 +386,8 @@ class OpenAI:
         if not isinstance(shape, ChatFormat) or shape.tools is None:
             return ()
         text = self.service.base.texts
-        ids = (text.id_of(marker) for marker in MARKERS[shape.tools.form] if marker)
+        marks = (*MARKERS[shape.tools.form], *shape.tools.marks)
+        ids = (text.id_of(mark) for mark in marks if mark)
         return tuple(one for one in ids if one is not None)
 
     async def _told(

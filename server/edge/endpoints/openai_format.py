@@ -170,11 +170,13 @@ class ToolReading:
         form: How they are written.
         names: Of the functions.
         several: Whether more than the first call of an answer is given.
+        marks: Which ``CALL_MARKS`` the template shows between a name and its arguments.
     """
 
     form: ToolForm
     names: tuple[str, ...]
     several: bool = True
+    marks: tuple[str, ...] = ()
 
     def reader(self) -> ToolCallReader:
         return ToolCallReader(self.form, self.names)

@@ -26,6 +26,7 @@ from server.edge.endpoints.body import sent_json
 from server.edge.endpoints.chat import with_defaults
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.schemas_responses import ResponseRequest
+from server.edge.endpoints.structured import ANY_OBJECT, AskedGrammar, settled_grammar
 from server.errors import Refusal
 from server.messages import Event, Failure, GenerateResult, SamplingOptions, TokenEvent
 
@@ -61,6 +62,7 @@ class Responses:
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
             top_p=body.top_p or 1.0,
+            grammar=await settled_grammar(request, service, _asked(body)),
         )
         said = {name for name in body.model_fields_set if getattr(body, name) is not None}
         if "temperature" in said:
@@ -197,9 +199,20 @@ class WrittenResponse:
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": body.format.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": "none",
             "tools": [],
             "top_p": body.top_p,
             "truncation": "disabled",
         }
+
+
+def _asked(body: ResponseRequest) -> AskedGrammar | None:
+    """What the answer is held to; None for any text."""
+    match body.format.type:
+        case "json_schema":
+            return AskedGrammar("json_schema", body.format.schema_, "text.format.schema")
+        case "json_object":
+            return AskedGrammar("json_schema", ANY_OBJECT, "text.format")
+        case _:
+            return None

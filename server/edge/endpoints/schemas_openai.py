@@ -353,6 +353,9 @@ class FunctionSpec(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(
+        default=None, description="True: arguments are held to the schema where any call may come."
+    )
 
 
 class Tool(BaseModel):
@@ -381,9 +384,7 @@ class ChatRequest(Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(
-        default=True, description="False: the first call of an answer is given alone."
-    )
+    parallel_tool_calls: bool | None = Field(default=True, description="False: one call alone.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="What the chat template reads beside the messages."
     )
@@ -442,15 +443,6 @@ class ChatRequest(Sampling):
                 "The tool that is named is not among the tools.",
                 repr(choice.function.name[:80]),
                 ", ".join(names)[:200],
-            )
-        if choice == "required" or isinstance(choice, NamedTool):
-            raise Refusal.because(
-                "unsupported_parameter",
-                "A call of a tool cannot be forced by this server.",
-                found="required" if choice == "required" else "a named function",
-                expected='"auto" or "none"',
-                fix="Ask for the call in a message.",
-                field="tool_choice",
             )
         if any((one.model_extra or {}).get("function_call") for one in self.messages):
             raise Refusal.because(

@@ -32,7 +32,6 @@ NEUTRAL_HERE: dict[str, tuple[object, ...]] = {
     "include": ([], None),
     "truncation": ("disabled", None),
     "context_management": (None, []),
-    "text": (None, {}, {"format": {"type": "text"}}),
 }
 _FIXES = {
     "previous_response_id": "No response is kept here: send the whole conversation as input.",
@@ -98,6 +97,25 @@ class InputResult(BaseModel):
 InputItem = InputCall | InputResult | InputMessage
 
 
+class TextFormat(BaseModel):
+    """What an answer is held to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = Field(default=None, description="The schema is kept in either case.")
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
 class ResponseRequest(ModelNamed):
     input: (
         str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
@@ -107,6 +125,7 @@ class ResponseRequest(ModelNamed):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     stream: bool | None = False
+    text: TextOptions | None = None
     store: bool | None = Field(default=False, description="Nothing is kept in either case.")
     metadata: dict[str, str] | None = Field(default=None, description="Given back in the answer.")
 
@@ -124,6 +143,15 @@ class ResponseRequest(ModelNamed):
             messages += [item.message() for item in given]
         return [one.plain() for one in messages]
 
+    @property
+    def format(self) -> TextFormat:
+        """What the answer is held to; a text, where nothing is asked for."""
+        return (self.text and self.text.format) or TextFormat()
+
+    def ignored_within(self) -> list[str]:
+        extra = {} if self.text is None else self.text.model_extra or {}
+        return [f"text.{name}" for name, value in extra.items() if value is not None]
+
     def ignored(self) -> tuple[str, ...]:
         named = [name for name in super().ignored() if name not in NEUTRAL_HERE]
         return (*named, *(["store"] if self.store else []))
@@ -140,6 +168,14 @@ class ResponseRequest(ModelNamed):
                     field=name,
                 )
         super().check_supported()
+        if self.format.type == "json_schema" and self.format.schema_ is None:
+            raise Refusal.because(
+                "unsupported_grammar",
+                "The grammar cannot be honoured.",
+                found="type json_schema without schema",
+                expected="format with type, name and schema",
+                field="text.format",
+            )
 
 
 class OutputText(BaseModel):

@@ -4,7 +4,7 @@ Models write calls in the form that their chat template shows. Three are read: `
 (``<tool_call>{"name", "arguments"}</tool_call>``; Qwen, too), ``mistral`` (``[TOOL_CALLS]`` and a
 list of such objects, or a name and its arguments) and ``llama3_json`` (an answer that is such an
 object, with ``parameters``). What looks like a call and is none stays text: nothing is lost.
-Nothing here checks arguments against the schema of a tool.
+Nothing here checks arguments against the schema of a tool; ``tool_grammar.py`` has what holds them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ MARKERS: Final[dict[ToolForm, tuple[str, str]]] = {
     "mistral": ("[TOOL_CALLS]", ""),
     "llama3_json": ("<|python_tag|>", ""),
 }
+# What Mistral's newer templates write between a name and its arguments.
+CALL_MARKS: Final = ("[CALL_ID]", "[ARGS]")
 _ARGUMENTS: Final = ("arguments", "parameters")
 _NAME_CHARACTERS: Final = 256  # of what stands between a marker and the arguments
 
@@ -330,7 +332,10 @@ class ToolCallReader:
                 return False
             self._give_back(found, "")
             return True
-        name = self._held[:at].partition("[CALL_ID]")[0].partition("[ARGS]")[0].strip()
+        name = self._held[:at]
+        for mark in CALL_MARKS:
+            name = name.partition(mark)[0]
+        name = name.strip()
         self._raw += self._held[:at]
         self._held = self._held[at:]
         self._begin(CallObject(name))

@@ -150,7 +150,8 @@ def test_a_process_has_nothing_of_the_server_and_one_that_was_killed_is_replaced
 def test_tools_and_variables_reach_a_template_that_reads_them_and_no_other() -> None:
     text = (
         "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}"
-        "{% for t in tools %}{{ t.name }}{% endfor %}{{ bos }}{{ mood }}{{ messages[0].content }}"
+        "{% for t in tools or [] %}{{ t.name }}{% endfor %}"
+        "{{ bos }}{{ mood }}{{ messages[0].content }}"
     )
     template = ChatTemplate(text, {"bos": "<s>"})
     said = [{"role": "user", "content": "hi"}]

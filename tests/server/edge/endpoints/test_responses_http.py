@@ -122,9 +122,15 @@ def test_an_answer_that_is_cut_is_incomplete(live: Live) -> None:
         ({"tools": [{"type": "web_search"}]}, ("unsupported_parameter", "tools")),
         ({"reasoning": {"effort": "low"}}, ("unsupported_parameter", "reasoning")),
         (
-            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}},
-            ("unsupported_parameter", "text"),
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
+            ("unsupported_grammar", "text.format.schema"),
         ),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x"}}},
+            ("unsupported_grammar", "text.format"),
+        ),
+        ({"text": {"format": {"type": "grammar"}}}, ("invalid_request", "text.format.type")),
+        ({"text": {"verbosity": "low"}}, ("invalid_request", "text.verbosity")),
         ({"top_logprobs": 3}, ("unsupported_parameter", "top_logprobs")),
         ({"truncation": "auto"}, ("unsupported_parameter", "truncation")),
         ({"max_output_tokens": 9999}, ("invalid_request", "max_output_tokens")),
