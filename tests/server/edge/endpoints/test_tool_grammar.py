@@ -89,7 +89,7 @@ FORCED: list[tuple[str, tuple[str, ...], dict[str, Any], list[str], list[str]]] 
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize(("form", "marks", "fields", "good", "bad"), FORCED)
-def test_a_forced_answer_is_calls_that_keep_their_schemas(
+def test_a_forced_answer_is_calls_that_fit(
     form: str,
     marks: tuple[str, ...],
     fields: dict[str, Any],
