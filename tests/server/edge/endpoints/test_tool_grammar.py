@@ -88,15 +88,11 @@ FORCED: list[tuple[str, tuple[str, ...], dict[str, Any], list[str], list[str]]] 
 
 
 @pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize(("form", "marks", "fields", "good", "bad"), FORCED)
-def test_a_forced_answer_is_calls_that_fit(
-    form: str,
-    marks: tuple[str, ...],
-    fields: dict[str, Any],
-    good: list[str],
-    bad: list[str],
-    special: bool,
+@pytest.mark.parametrize("row", FORCED)
+def test_a_forced_answer_is_calls_in_the_templates_form_that_keep_schemas(
+    row: Any, special: bool
 ) -> None:
+    form, marks, fields, good, bad = row
     body = request(tool("add", KEPT), tool("noted", None), **{"tool_choice": "required", **fields})
     grammar = checked(body, form, marks, special=special)["text"]
     assert [fits(grammar, one, special=special) for one in good] == [True] * len(good)
