@@ -15,7 +15,7 @@ from adapters.modulation.strategy import Strategy
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
-DecodeSteps = Literal["dynamic", "static"]
+DecodeSteps = Literal["dynamic", "static", "ahead"]
 TokenizerSource = Literal["file", "class"]
 
 MIB = 1 << 20
@@ -47,8 +47,9 @@ class EngineOptions:
     max_batch_tokens: int = 8192  # padded tokens in one forward of the encode lane
     max_batch_rows: int = 64
     max_sequences: int = 64  # sequences decoding together
-    prefill_tokens: int = 1024  # tokens of one generate step
+    prefill_tokens: int | None = None  # tokens of one generate step; None: by the device
     kv_bytes: int = 256 * MIB
+    grammar_bytes: int = 64 * MIB  # grammars kept compiled
     max_input_tokens: int | None = None  # None: the context of the base
     max_image_pixels: int = 1 << 24  # of an image as it arrives
     max_request_pixels: int = 1 << 26  # of all images of one request

@@ -30,40 +30,47 @@ ADAPTERS = {
 }
 SERVER = {
     "server.version": (),
+    "server.stages": (),
     "server.messages": (),
     "server.options": (),
     "server.errors": ("messages",),
     "server.settings": ("options",),
     "server.metrics": (),
-    "server.base": ("options",),
+    "server.base": ("options", "stages"),
     "server.inputs": ("messages", "options", "base"),
     "server.failures": ("messages", "inputs"),
     "server.encoding": ("messages", "options", "base", "inputs", "failures"),
-    "server.generation": ("messages", "options", "base", "inputs", "failures"),
+    "server.generation": ("messages", "options", "stages", "base", "inputs", "failures"),
     "server.engine": (
-        *("messages", "options", "base", "inputs", "failures", "encoding", "generation"),
+        *("messages", "options", "stages", "base", "inputs", "failures", "encoding"),
+        "generation",
     ),
     "server.edge": (
         *("version", "messages", "options", "errors", "settings", "metrics", "base", "inputs"),
-        "demo",
+        *("stages", "demo"),
     ),
-    "server.cli": ("version", "options", "settings", "base", "edge"),
+    "server.cli": ("version", "stages", "options", "settings", "base", "edge", "training"),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
 }
 EDGE = {
+    "server.edge.target": (),
     "server.edge.admit": (),
     "server.edge.link": ("admit",),
     "server.edge.templates": ("admit",),
-    "server.edge.service": ("admit", "link", "templates"),
-    "server.edge.endpoints": ("admit", "link", "service"),
-    "server.edge.litserve": ("admit", "link", "service", "endpoints"),
-    "server.edge.processes": ("admit", "link", "service", "endpoints", "litserve"),
+    "server.edge.grammars": ("admit",),
+    "server.edge.service": ("target", "admit", "grammars", "link", "templates"),
+    "server.edge.endpoints": ("target", "admit", "link", "service"),
+    "server.edge.litserve": ("target", "admit", "link", "service", "endpoints"),
+    "server.edge.processes": ("target", "admit", "link", "service", "endpoints", "litserve"),
 }
 # Places of `adapters` that few may know of, and who they are.
-ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
+ONLY_FOR = {
+    "adapters.inspection": ("server.cli", "server.training", "server.edge.endpoints.admin"),
+}
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
+    "llguidance": ("server/inputs/grammar_engine.py",),
     "triton": ("adapters/kernels/triton_ops.py", "adapters/kernels/triton_scratch.py"),
     "litserve": ("server/edge/litserve/",),
     "fastapi": ("server/edge/",),
@@ -83,11 +90,13 @@ TORCH_FREE = (
     "server/options.py",
     "server/encoding/fair_batches.py",
     "server/settings.py",
+    "server/edge/processes/preflight.py",
     "server/edge/endpoints/schemas.py",
     "server/errors.py",
 )
 
 
+@cache
 def sources() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -102,26 +111,30 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
+@cache
+def imports(path: Path, *, at_load: bool = False) -> tuple[str, ...]:
     """Full names of what a file imports; with ``at_load`` only what runs when it is imported."""
+    found: list[str] = []
     for node in nodes(tree_of(path), at_load=at_load):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    return tuple(found)
 
 
 def nodes(tree: ast.AST, *, at_load: bool) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
+    waiting = list(ast.iter_child_nodes(tree))
+    while waiting:
+        node = waiting.pop()
         if at_load and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         if at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         yield node
-        yield from nodes(node, at_load=at_load)
+        waiting += ast.iter_child_nodes(node)
 
 
 def place_in(name: str, depth: int) -> str:
@@ -141,6 +154,7 @@ def strays(path: Path, plan: dict[str, tuple[str, ...]], depth: int) -> Iterator
                 yield f"{name_of(path)} imports {name}"
 
 
+@cache
 def module_of(name: str) -> str | None:
     """The module of this project that an imported name is, or is in."""
     found = module_file(name) or module_file(name.rpartition(".")[0])
@@ -213,6 +227,7 @@ def test_torch_is_not_reached(place: str) -> None:
                 waiting.append(module)
 
 
+@cache
 def module_file(name: str) -> Path | None:
     if name.split(".", maxsplit=1)[0] not in PACKAGES:
         return None
@@ -263,8 +278,7 @@ PRIVATE_READS = {
     "adapters/residency/test_packing.py": 3,
     "loadtests/test_residency_window.py": 1,
     "server/base/test_rope.py": 2,
-    "server/edge/admit/test_bounded_pool.py": 3,
-    "server/edge/endpoints/test_answers.py": 2,
+    "server/edge/endpoints/test_answers.py": 1,
     "server/edge/endpoints/test_uploads.py": 1,
     "server/edge/link/test_dispatcher.py": 3,
     "server/edge/link/test_thread_deaths.py": 3,

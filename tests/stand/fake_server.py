@@ -72,13 +72,25 @@ class Characters(Text):
 
     @property
     def chat_template(self) -> str | None:
+        return self.template
+
+    @property
+    def tool_template(self) -> str | None:
+        return self.template
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        return {"eos_token": "</s>"}
+
+    def id_of(self, token: str) -> int | None:
         return None
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, template: str | None = None) -> None:
+        self.template = template
         self.max_tokens = max_tokens
         self.vocab_size = None
 
-    def encode(
+    def tokenize(
         self,
         texts: Sequence[TextInput],
         task: Task,
@@ -95,7 +107,7 @@ class Characters(Text):
             raise InputTooLong("An input is too long.")
         return tuple(TokenizedInput(ids[: self.max_tokens]) for ids in found)
 
-    def encode_prompt(
+    def tokenize_prompt(
         self,
         prompt: str,
         *,
@@ -135,14 +147,16 @@ def main(engine: str) -> None:
     settings.run_dir.mkdir(parents=True)
     metrics.prepare(settings.metrics_dir)
     from server.edge.litserve import logs
+    from server.edge.processes.failed_start import StartFailed
     from server.edge.processes.run import run_service
-    from server.edge.processes.supervise import StartFailed
-    from server.edge.service import Base, Service
+    from server.edge.service import Service
+    from server.edge.target import Base
 
     logs.configure(settings.log_level, access=settings.access_log)
     nothing: Any = None
     signature: Any = SimpleNamespace(digest="")
-    text = Characters(256)
+    file = settings.chat_template
+    text = Characters(256) if file is None else Characters(8192, file.read_text(encoding="utf-8"))
     base = Base(
         name="fake-base",
         task="text-generation",

@@ -58,6 +58,8 @@ MAX_TARGETS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = (1 << 63) - 1
+MAX_COPIES = 16  # answers to one prompt
+MAX_ALTERNATIVES = 20  # likeliest tokens told beside each
 MAX_UNKNOWN = 32  # fields that are told to be unknown
 
 
@@ -178,6 +180,15 @@ class EmbedRequest(Truncation):
     adapter: AdapterName | None = None
 
 
+class TgiGrammar(Body):
+    """What an answer is held to, as text-generation-inference has it."""
+
+    type: Literal["json", "regex", "json_schema"]
+    value: str | dict[str, Any] | bool = Field(
+        description="A JSON schema; a pattern with regex; {name, schema} with json_schema."
+    )
+
+
 class GenerateParameters(Body):
     """text-generation-inference's parameters; those without effect here only take their neutral."""
 
@@ -204,16 +215,26 @@ class GenerateParameters(Body):
     adapter_id: AdapterName | None = Field(
         default=None, description="Another place for the adapter."
     )
-    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=MAX_COPIES)] | None = Field(
+        default=None,
+        description="Sample so many answers and give the one with the greatest mean "
+        "log-probability; the others are in the details. Not streamed.",
+    )
     watermark: Literal[False] = False
     decoder_input_details: Flag = Field(
         default=False,
         description="Details with the prompt's tokens and their log-probabilities; not streamed.",
     )
-    top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
+    top_n_tokens: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
+        default=None, description="Of details and streams: so many of the likeliest at each place."
+    )
     typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
-    grammar: None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = Field(
+        default=None, description="Times the number of times that a token was generated, as OpenAI."
+    )
+    grammar: TgiGrammar | None = Field(
+        default=None, description="What the answer is held to: a JSON schema or a pattern."
+    )
 
     @property
     def samples(self) -> bool:
@@ -261,12 +282,28 @@ class Token(Answer):
     special: bool
 
 
+class BestOfSequence(Answer):
+    """One of the other answers of ``best_of``."""
+
+    generated_text: str
+    finish_reason: Finish
+    generated_tokens: int
+    seed: int | None
+    prefill: list[Token] = []
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | None = None
+
+
 class GenerateDetails(Answer):
     finish_reason: Finish
     generated_tokens: int
     seed: int | None
     prefill: list[Token] = []
     tokens: list[Token]
+    top_tokens: list[list[Token]] | None = Field(
+        default=None, description="With top_n_tokens: the likeliest at the place of each token."
+    )
+    best_of_sequences: list[BestOfSequence] | None = None
 
 
 class GenerateAnswer(Answer):
@@ -286,6 +323,7 @@ class StreamEvent(Answer):
 
     index: int
     token: Token
+    top_tokens: list[Token] | None = None
     generated_text: str | None
     details: StreamDetails | None
 
@@ -296,6 +334,28 @@ class RegisterRequest(Body):
     replace: Flag = False
     pinned: Flag = False
     preload: Flag = False
+
+    stage: Flag = Field(
+        False,
+        description="Check it and store its bytes without putting the name on them; POST "
+        "/admin/apply names the version that is answered. Bytes without a name are deleted "
+        "after a while.",
+    )
+
+
+class AppliedAdapter(Body):
+    name: str
+    version: str = Field(description="As a registration with stage has answered it.")
+    source: str = Field("", description="For the record.", max_length=4096)
+    pinned: Flag | None = Field(None, description="Left out: as it is.")
+
+
+class ApplyRequest(Body):
+    """Names and their versions, applied as a whole."""
+
+    adapters: list[AppliedAdapter] = Field(default_factory=list, max_length=10_000)
+    remove: list[str] = Field(default_factory=list, max_length=10_000, description="Names that go.")
+    dry_run: Flag = Field(False, description="Say what would change, and change nothing.")
 
 
 class PatchRequest(Body):
@@ -337,6 +397,33 @@ class AdapterAnswer(Answer):
         description="Its own end tokens (end_ids) and defaults for what a request leaves out."
     )
     notes: list[str]
+
+
+class AuditAnswer(Answer):
+    """What the tensors of an adapter prove, against what its files claim."""
+
+    method: str | None
+    parameters: int
+    ranks: dict[str, int] = Field(description="By the path of the layer.")
+    findings: list[dict[str, str]] = Field(
+        description="Each with its severity, subject, claim and proof."
+    )
+    contradictions: int
+
+
+class NameChangeAnswer(Answer):
+    """What applying does to one name."""
+
+    name: str
+    change: Literal["created", "replaced", "pinned", "unpinned", "removed", "unchanged"]
+    version: str
+    before: str | None = Field(description="The version that the name was on.")
+    pinned: bool
+
+
+class ApplyAnswer(Answer):
+    applied: bool = Field(description="False: it was a dry run.")
+    changes: list[NameChangeAnswer]
 
 
 class AdapterList(Answer):

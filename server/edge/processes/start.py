@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Final
 from adapters.errors import AdapterError
 from adapters.registry.registry import Registry
 from server.edge.endpoints.allowed_sources import sources_of
-from server.edge.processes.supervise import StartFailed
-from server.edge.service import Base, base_task, settle_on
+from server.edge.processes.failed_start import StartFailed
+from server.edge.service import settle_on
+from server.edge.target import Base, base_task
 from server.inputs.rendering import RenderLimits, RenderProcess
 from server.metrics import BASE_LABEL
 from server.settings import AdapterSource, Settings
+from server.stages import tell_stage
 
 if TYPE_CHECKING:
     from server.inputs.images import Images
@@ -68,7 +70,7 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
     from server.base.digest import checkpoint_digest
     from server.base.load import BaseModelError, signature_of
     from server.base.plan import plan_base
-    from server.base.skeletons import Skeletons
+    from server.base.skeletons import Skeletons, beside_backbone
     from server.inputs.images import ImageProcessorError, Images
     from server.inputs.text import Text, TokenizerError
 
@@ -99,7 +101,7 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
         if isinstance(inputs, Text):
             prompts = inputs.limited(signature.max_length)
     except (BaseModelError, TokenizerError, ImageProcessorError) as error:
-        raise StartFailed(" ".join(str(error).split())) from None
+        raise StartFailed.of(error) from None
     return Base(
         name=name,
         task=base_task(signature.architecture),
@@ -108,6 +110,7 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
             plan.config,
             signature.vocab_size,
             has_pooler=any("pooler" in path.split(".") for path in signature.layers),
+            beside=beside_backbone(plan.skeleton(), signature.prefix),
         ).check,
         inputs=inputs,
         prompts=prompts,
@@ -158,7 +161,8 @@ def register(
     """
     sources = sources_of(settings)
     process = render_process(settings)
-    for one in adapters:
+    for place, one in enumerate(adapters):
+        tell_stage("registering adapters", place, len(adapters))
         if one.name in {base.name, BASE_LABEL}:
             raise StartFailed(
                 f"adapter {one.name}: this name means the base model; choose another, "
@@ -176,7 +180,7 @@ def register(
                     settle=lambda one: settle_on(base, one, process),
                 )
         except AdapterError as error:
-            raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None
+            raise StartFailed.of(error, f"adapter {one.name}: {error.code}: ") from None
 
 
 def check_base(registry: Registry, base: Base) -> None:

@@ -19,6 +19,8 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from adapters.registry.faults import RegistryUnusable, database_faults
+from adapters.registry.registry import Registry
+from adapters.registry.store import Store
 from adapters.registry.tables import SchemaTooNew
 from server.cli.main import app
 from server.settings import Settings
@@ -96,23 +98,76 @@ def test_every_setting_but_keys_is_a_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "settings", "said"),
     [
-        (["--port", "80"], {}, "hira: --port: "),
-        (["--quantization", "nf5"], {}, "hira: --quantization: "),
-        ([], {"slotz": 3}, "hira: HIRA_SLOTZ: no such setting; did you mean slots?"),
-        (["--config", "missing.toml"], {}, "hira: missing.toml: cannot be read"),
-        (["--source-root", "/a", "--source-root", "/b", "--port", "x"], {}, "hira: --port"),
+        (["--port", "80"], {}, ["hira: --port: LitServe listens", "  found     '80'"]),
+        (["--quantization", "nf5"], {}, ["hira: --quantization: ", "  found     'nf5'"]),
+        (
+            [],
+            {"slotz": 3},
+            ["hira: HIRA_SLOTZ: no such", "  fix       did you mean slots?"],
+        ),
+        (["--config", "missing.toml"], {}, ["hira: missing.toml: cannot be read"]),
+        (
+            ["--source-root", "/a", "--source-root", "/b", "--port", "x"],
+            {},
+            ["hira: --port", "  f"],
+        ),
+        (["--prot", "1"], {}, ["hira: no such option", "  fix       did you mean --port?"]),
     ],
 )
-def test_misuse_of_serve_is_one_line_and_status_2(
-    arguments: list[str], settings: dict[str, object], said: str, tmp_path: Path
+def test_misuse_of_serve_is_told_with_its_fix_and_status_2(
+    arguments: list[str], settings: dict[str, object], said: list[str], tmp_path: Path
 ) -> None:
     done = hira("serve", *arguments, cwd=tmp_path, **settings)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(said)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(one) for line, one in zip(lines, said, strict=True))
 
 
-def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_a_start_speaks_at_once_and_tells_every_mistake_before_torch_is_loaded(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "file").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code = (
+            "import sys\nfrom server.cli.main import main\n"
+            "try:\n    main()\n"
+            "finally:\n    print('heavy', {'torch', 'fastapi', 'sqlalchemy'} & set(sys.modules))"
+        )
+        arguments = [
+            *("serve", "--port", str(port), "--base", "./modell", "--device", "cuda"),
+            *("--chat-template", "no.jinja", "--adapter", "a=half", "--adapter", "b=nowhere"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            env={**environment(tmp_path / "file" / "data"), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0].endswith(" starts")
+    assert done.stdout.splitlines()[-1] == "heavy set()"
+    told = [line for line in done.stderr.splitlines() if line.startswith("hira: ")]
+    assert told == [
+        f"hira: data_dir {tmp_path / 'file' / 'data'} cannot be used",
+        f"hira: port {port} on 127.0.0.1 cannot be used",
+        "hira: the base model's folder does not exist",
+        "hira: the file of the chat template is not there",
+        "hira: there is no CUDA device",
+        "hira: adapter a: its folder holds no adapter_config.json",
+        "hira: adapter b: its folder does not exist",
+    ]
+    assert "  fix       did you mean model?" in done.stderr
+
+
+def test_port_in_use_is_told_with_its_fix_and_status_1(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -120,16 +175,18 @@ def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
         done = hira("serve", "--port", str(port), cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"hira: port {port} on 127.0.0.1 cannot be used: Address already in use; "
-        "choose another with --port"
+        f"hira: port {port} on 127.0.0.1 cannot be used",
+        "  found     Address already in use",
+        "  expected  a port that nobody listens on",
+        "  fix       choose another with --port, or stop the other server",
     ]
 
 
-def test_base_that_is_not_there_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_base_that_is_not_there_is_told_with_its_path(tmp_path: Path) -> None:
     done = hira("serve", "--base", str(tmp_path / "nowhere"), cwd=tmp_path, port=18765)
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "nowhere" in line
+    assert done.stderr.startswith("hira: the base model's folder does not exist\n")
+    assert "nowhere" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -141,8 +198,20 @@ def test_base_that_is_not_there_is_one_line_and_status_1(tmp_path: Path) -> None
         ("sqlite:///broken.sqlite", "sqlite:///broken.sqlite cannot be used: "),
     ],
 )
-def test_registry_that_cannot_be_used_is_one_line(url: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "broken.sqlite").write_bytes(b"no database at all" * 100)
+def test_registry_that_cannot_be_used_is_told_without_its_password(
+    url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(RegistryUnusable) as caught, database_faults(url):
+        Registry(url, Store(tmp_path / "store")).check()
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_start_without_a_usable_registry_ends_with_one_line(tmp_path: Path) -> None:
+    url, said = "nonsense://me:hunter2@host/db", "nonsense://me:***@host/db cannot be used: "
     done = hira("serve", cwd=tmp_path, port=free_port(), registry_url=url)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
