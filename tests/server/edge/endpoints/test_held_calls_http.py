@@ -107,9 +107,9 @@ def test_a_call_that_must_come_comes_whole_and_streamed(
 
 def test_several_calls_are_each_held_and_a_cut_one_ends_for_the_length(live: Live) -> None:
     body: dict[str, Any] = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"}
-    for seed in range(3):
+    for seed in range(2):
         (choice,) = live.client.post(
-            "/v1/chat/completions", json={**body, "max_tokens": 250, "seed": seed}
+            "/v1/chat/completions", json={**body, "max_tokens": 120, "seed": seed}
         ).json()["choices"]
         calls = choice["message"]["tool_calls"]
         done = calls if choice["finish_reason"] == "tool_calls" else calls[:-1]
