@@ -458,9 +458,11 @@ class Service:
             Refusal: adapter_conflict, adapter_required, or as ``adapter_target``.
         """
         name = self._one_name(names, field)
-        if name is None:
-            return self._bare_base(path, field, call or path)
-        return self.adapter_target(name, path, field)
+        if name is not None:
+            return self.adapter_target(name, path, field)
+        if all(one is None for one in names) and (default := self._default_target(path)):
+            return default
+        return self._bare_base(path, field, call or path)
 
     def _one_name(self, names: Sequence[str | None], field: str) -> str | None:
         """The adapter that is named, None for the bare base.
@@ -481,17 +483,25 @@ class Service:
             )
         return None if not distinct or self.is_base(distinct[0]) else distinct[0]
 
+    def named_record(
+        self, names: Sequence[str | None], field: str = "adapter"
+    ) -> AdapterRecord | None:
+        """The record of the one adapter that is named, None for the bare base.
+
+        Raises:
+            Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
+        """
+        name = self._one_name(names, field)
+        return None if name is None else self.served_record(name, field)
+
     def own_path(self, names: Sequence[str | None]) -> str:
         """The native call for what the one adapter that is named is for, or else the base.
 
         Raises:
             Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
         """
-        name = self._one_name(names, "adapter")
-        task: str = self.base.task
-        if name is not None:
-            task = self.served_record(name, "adapter").task
-        row = BY_NAME.get(task)
+        record = self.named_record(names)
+        row = BY_NAME.get(self.base.task if record is None else record.task)
         return "/predict" if row is None else row.path
 
     def adapter_target(self, name: str, path: str, field: str = "adapter") -> Target:
@@ -540,6 +550,15 @@ class Service:
                     field="X-Timeout-Seconds",
                 )
         return began + seconds
+
+    def _default_target(self, path: str) -> Target | None:
+        """The adapter that the operator named, for a call that the bare base cannot answer."""
+        name = self.settings.default_adapter
+        if name is None or asked_at(self.base.task, path) is not None:
+            return None
+        record = self.served_record(name)
+        task = asked_at(cast(Task, record.task), path) if record.task in BY_NAME else None
+        return None if task is None else self.adapter_target(name, path)
 
     def _bare_base(self, path: str, field: str, call: str) -> Target:
         task = asked_at(self.base.task, path)

@@ -61,6 +61,7 @@ class CompletionFormat:
     logprobs: bool
     alternatives: int = 0
     spelled: Sequence[Sequence[Piece]] | None = None  # the tokens of each prompt that is scored
+    fingerprint: str = ""  # of the base, as ``system_fingerprint``
 
     def head(self) -> dict[str, Any]:
         return {
@@ -68,6 +69,7 @@ class CompletionFormat:
             "object": "text_completion",
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
         }
 
     def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]:
@@ -158,6 +160,7 @@ class ChatFormat:
     model: str
     logprobs: bool
     alternatives: int = 0
+    fingerprint: str = ""  # of the base, as ``system_fingerprint``
 
     def head(self) -> dict[str, Any]:
         return {
@@ -165,6 +168,7 @@ class ChatFormat:
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
         }
 
     def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]:

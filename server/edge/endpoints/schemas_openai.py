@@ -237,6 +237,7 @@ class Completion(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str = Field(description="Of the base's checkpoint.")
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -273,6 +274,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str = Field(description="Of the base's checkpoint.")
     choices: list[ChatChoice]
     usage: Usage
 

@@ -30,6 +30,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from litserve import LitServer
 from litserve.server import response_queue_to_buffer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
@@ -44,6 +45,7 @@ from server.edge.litserve.spec import HiraSpec
 from server.edge.service import Service
 from server.errors import Fault, Refusal
 from server.metrics import count_as
+from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,11 @@ CLOSE_CONNECTIONS_S: Final = (
 CHORE_S: Final = 1.0
 JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
 BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
+CORS_METHODS: Final = ("GET", "POST", "PATCH", "DELETE", "OPTIONS")
+CORS_EXPOSED: Final = (  # headers of answers that a page may read
+    *("X-Request-Id", "X-Adapter", "X-Adapter-Version", "X-Queue-Ms", "X-Compute-Ms"),
+    "Retry-After",
+)
 # What a fault shows of a value: repr() of all of a large one would take its time.
 SHORT_REPR: Final = Repr()
 SHORT_REPR.maxlevel = 2
@@ -109,7 +116,7 @@ class HiraServer(LitServer):
             devices=1,
             timeout=False,  # deadlines are the dispatcher's
             restart_workers=True,
-            middlewares=[(RequestMiddleware, {"service": service})],
+            middlewares=[(RequestMiddleware, {"service": service}), *_cors(service.settings)],
         )
         self.uvicorn_graceful_timeout = service.settings.drain_s + JOIN_S
         self.app.title, self.app.version, self.app.description = TITLE, version, DESCRIPTION
@@ -283,6 +290,21 @@ class HiraServer(LitServer):
     ) -> None:
         self.service.keys.admit_admin(request.headers.get("authorization"))
         await self.service.catch_up()
+
+
+def _cors(settings: Settings) -> list[tuple[type[CORSMiddleware], dict[str, Any]]]:
+    """Outside of everything else, so that errors and streams have its headers too; none unless
+    the operator names origins. Keys travel in a header, so no browser is asked for credentials.
+    """
+    if not settings.cors_origins:
+        return []
+    options = {
+        "allow_origins": settings.cors_origins,
+        "allow_methods": CORS_METHODS,
+        "allow_headers": ("*",),
+        "expose_headers": CORS_EXPOSED,
+    }
+    return [(CORSMiddleware, options)]
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[str], None], name: str) -> None:
