@@ -1,7 +1,8 @@
 """Runs the clients and writes the table of docs/clients.md: ``python -m tests.clients``.
 
-``--install`` makes the environments that are missing first; ``--check`` writes nothing. The status
-is 1 where a call failed, and where a client could not be run.
+``--install`` makes the environments that are missing first; ``--check`` writes nothing;
+``--served`` takes two servers that run already. The status is 1 where a call failed, or a client
+could not be run.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from tests.stand.client_calls import Served
 from tests.stand.client_environments import ENVIRONMENTS, ROOT, Outcome
 from tests.stand.client_servers import client_servers
 
@@ -34,13 +37,19 @@ def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
     arguments.add_argument("--install", action="store_true", help="make missing environments")
     arguments.add_argument("--check", action="store_true", help="write nothing")
+    arguments.add_argument("--served", nargs=2, metavar=("ENCODER", "DECODER"), help="their URLs")
     given = arguments.parse_args()
     if given.install:
         for one in ENVIRONMENTS:
             one.install()
     lacking = {one.name: why for one in ENVIRONMENTS if (why := one.lacking()) is not None}
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as folder, client_servers(Path(folder)) as served:
+    with ExitStack() as stack:
+        if given.served:
+            served = Served(*given.served)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            served = stack.enter_context(client_servers(Path(folder)))
         for one in ENVIRONMENTS:
             if one.name not in lacking:
                 outcomes += one.run(served)

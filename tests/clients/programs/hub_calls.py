@@ -38,10 +38,11 @@ def text_generation(served: Served) -> None:
 
 @CLIENT.call("text_generation, stream")
 def text_generation_stream(served: Served) -> None:
-    whole: Any = story(served).text_generation(TEXT, max_new_tokens=6)
-    pieces: Any = story(served).text_generation(TEXT, max_new_tokens=6, stream=True)
+    calls = story(served)  # kept: a client that is let go of closes its streams
+    whole: Any = calls.text_generation(TEXT, max_new_tokens=6)
+    pieces: Any = calls.text_generation(TEXT, max_new_tokens=6, stream=True)
     assert "".join(pieces).strip() == whole.strip()
-    events: Any = story(served).text_generation(TEXT, max_new_tokens=6, stream=True, details=True)
+    events: Any = calls.text_generation(TEXT, max_new_tokens=6, stream=True, details=True)
     assert list(events)[-1].generated_text == whole
 
 

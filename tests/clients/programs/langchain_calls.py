@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from langchain_huggingface import (
-    ChatHuggingFace,
-    HuggingFaceEndpoint,
-    HuggingFaceEndpointEmbeddings,
-)
+from langchain_huggingface import ChatHuggingFace, HuggingFaceEndpoint
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
 from tests.stand.client_calls import Calls, Served, run_all
@@ -71,14 +67,6 @@ def hub_chat(served: Served) -> None:
         model_id="story",
     )
     assert isinstance(model.invoke(PROMPT).content, str)
-
-
-@HUB.call("HuggingFaceEndpointEmbeddings")
-def endpoint_vectors(served: Served) -> None:
-    model = HuggingFaceEndpointEmbeddings(model=f"{served.encoder}/?adapter=vectors")
-    many = model.embed_documents([PROMPT, "dull"])
-    assert len(many) == 2
-    assert max(abs(a - b) for a, b in zip(model.embed_query(PROMPT), many[0])) < 1e-5  # noqa: B905
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 // openai for JavaScript: a line of JSON for each call, as tests/stand/client_calls.py prints them.
 // node openai_js_calls.mjs ENCODER DECODER, with CLIENT_HOME naming the folder of node_modules.
 import { createRequire } from "node:module";
+import { readFileSync } from "node:fs";
 import assert from "node:assert";
 
-const load = createRequire(`${process.env.CLIENT_HOME}/package.json`);
-const OpenAI = load("openai");
-const { version } = load("openai/package.json");
+const home = process.env.CLIENT_HOME;
+const OpenAI = createRequire(`${home}/package.json`)("openai");
+const { version } = JSON.parse(readFileSync(`${home}/node_modules/openai/package.json`));
 const [encoder, decoder] = process.argv.slice(2);
 const of = (url) => new OpenAI({ baseURL: `${url}/v1`, apiKey: "unused-here", maxRetries: 0 });
 const messages = [{ role: "user", content: "a fine film" }];

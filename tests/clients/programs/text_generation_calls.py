@@ -11,10 +11,11 @@ from tests.stand.client_calls import Calls, Served, raises, run_all
 
 CLIENT = Calls("text-generation")
 PROMPT = "a fine"
+PATIENCE_S = 60
 
 
 def client(served: Served, adapter: str = "story") -> text_generation.Client:
-    return text_generation.Client(f"{served.decoder}/?adapter={adapter}")
+    return text_generation.Client(f"{served.decoder}/?adapter={adapter}", timeout=PATIENCE_S)
 
 
 @CLIENT.call("generate")
@@ -32,7 +33,9 @@ def generate(served: Served) -> None:
 
 @CLIENT.call("generate, at the server's root")
 def generate_by_the_base(served: Served) -> None:
-    whole = text_generation.Client(served.decoder).generate(PROMPT, max_new_tokens=5)
+    whole = text_generation.Client(served.decoder, timeout=PATIENCE_S).generate(
+        PROMPT, max_new_tokens=5
+    )
     assert whole.details.generated_tokens <= 5
 
 
@@ -47,7 +50,7 @@ def generate_stream(served: Served) -> None:
 @CLIENT.call("AsyncClient.generate, generate_stream")
 def generate_async(served: Served) -> None:
     async def both() -> tuple[str, str]:
-        calls = text_generation.AsyncClient(f"{served.decoder}/?adapter=story")
+        calls = text_generation.AsyncClient(f"{served.decoder}/?adapter=story", timeout=PATIENCE_S)
         whole = await calls.generate(PROMPT, max_new_tokens=5)
         last = [one async for one in calls.generate_stream(PROMPT, max_new_tokens=5)][-1]
         return whole.generated_text, last.generated_text
@@ -58,7 +61,7 @@ def generate_async(served: Served) -> None:
 
 @CLIENT.call("chat")
 def chat(served: Served) -> None:
-    calls = text_generation.Client(served.decoder)
+    calls = text_generation.Client(served.decoder, timeout=PATIENCE_S)
     told = calls.chat([{"role": "user", "content": PROMPT}], max_tokens=4, seed=1)
     assert told.model == "story", "the placeholder tgi means the default adapter"
     assert told.choices[0].message.role == "assistant"
