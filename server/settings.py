@@ -151,6 +151,9 @@ class Settings(BaseSettings):
         "Whose ids, where tokenizer.json and the class that the configuration names differ.",
         "Base",
     )
+    tool_format: Literal["auto", "hermes", "mistral", "llama3_json"] = setting(
+        "auto", "How answers write calls of tools; auto: as the chat template shows.", "Base"
+    )
     chat_template: Path | None = setting(
         None, "File with a chat template for the base, in place of its own.", "Base"
     )
@@ -160,7 +163,9 @@ class Settings(BaseSettings):
     modulation: Strategy = setting("auto", "Strategy of the adapted layers.", "Base")
 
     decode_steps: DecodeSteps = setting(
-        "dynamic", "How a step of decoding runs: over fixed buffers (static) or not.", "Base"
+        "dynamic",
+        "How a step of decoding runs: over fixed buffers or not, and launched ahead or not.",
+        "Base",
     )
 
     deterministic: bool = setting(
@@ -289,9 +294,9 @@ class Settings(BaseSettings):
                 f"host: LitServe listens on {', '.join(HOSTS)} only, not {self.host!r}; "
                 "choose 0.0.0.0 and filter by a firewall or a proxy"
             )
-        if self.deterministic and (self.prefix_sharing or self.decode_steps == "static"):
+        if self.deterministic and (self.prefix_sharing or self.decode_steps != "dynamic"):
             raise ValueError(
-                "deterministic: not together with prefix_sharing or static decode_steps, by which "
+                "deterministic: not together with prefix_sharing or other decode_steps, by which "
                 "bits depend on what is beside or was before; leave them off"
             )
         if self.timeout_s > self.max_timeout_s:

@@ -36,6 +36,10 @@ Side = Literal["left", "right"]
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
 
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
+# More than these, and than so many for each token, no text has that anybody wrote: megabytes
+# without a space keep a tokenizer busy for a minute, and the lists of its tokens hold up everybody.
+UNCUT_CHARACTERS: Final = 1 << 17
+CHARACTERS_A_TOKEN: Final = 64
 
 
 class TextError(ExplainedError):
@@ -179,9 +183,18 @@ class Text:
     @property
     def chat_template(self) -> str | None:
         """The base's own template for conversations without tools."""
+        return self._template("default")
+
+    @property
+    def tool_template(self) -> str | None:
+        """The base's own template for conversations with tools, or else for all."""
+        return self._template("tool_use") or self.chat_template
+
+    def _template(self, name: str) -> str | None:
         given = self.tokenizer.chat_template
-        found: str | None = given.get("default") if isinstance(given, Mapping) else given
-        return found or None
+        if not isinstance(given, Mapping):
+            return given or None if name == "default" else None
+        return given.get(name) or None
 
     @property
     def special_tokens(self) -> dict[str, Any]:
@@ -282,6 +295,7 @@ class Text:
                 raise _no_room(f"more than {room} prompt tokens", max_new_tokens, self.max_tokens)
         elif room >= 1 and not (start_text and prompt.lstrip().startswith(start_text)):
             prompt = self._bound.tail(prompt, room + 1)
+        _check_characters(prompt, 0, self.max_tokens)
         with self._lock:
             ids: list[int] = self.tokenizer(
                 prompt, add_special_tokens=special_tokens, truncation=False, verbose=False
@@ -378,6 +392,33 @@ class Text:
             found[ids[0]] = None
         return tuple(found)
 
+    def word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of words as a text has them: at its start, and behind a space; each once.
+
+        Args:
+            words: Any texts; one may be several tokens.
+
+        Raises:
+            InvalidInput: A word that the vocabulary cannot spell.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        unknown = self.tokenizer.unk_token_id
+        for word in words:
+            _check_unicode(word, 0)
+            for text in (word, " " + word.lstrip()):
+                with self._lock:
+                    ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                ids = tuple(self._without_final_eos(text, ids))
+                if not ids or (unknown is not None and unknown in ids):
+                    raise InvalidInput(
+                        "The vocabulary cannot spell a word.",
+                        found=repr(word[:60]),
+                        expected="words in the script of the base",
+                        fix="Leave it out: the base cannot say it either.",
+                    )
+                found[ids] = None
+        return tuple(found)
+
     def _ids_of_word(self, word: str) -> list[int]:
         _check_unicode(word, 0)
         with self._lock:
@@ -429,6 +470,8 @@ class Text:
             for text in (first, second)
         ):
             raise _input_too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
+        _check_characters(first, index, self.max_tokens)
+        _check_characters(second or "", index, self.max_tokens)
         strategy: str | bool = cuts is not None
         if cuts == "second" and second is not None:
             # A limit that leaves no room for a token of the second text falls on the longer one.
@@ -476,7 +519,7 @@ class Text:
         a count that makes no list of them. False for a short text says nothing."""
         if self._bound.exceeds(text, tokens):
             return True
-        if len(text) <= COUNTED_CHARACTERS:
+        if len(text) <= COUNTED_CHARACTERS or len(text) > _most_characters(self.max_tokens):
             return False
         backend = self.tokenizer.backend_tokenizer
         with self._lock:
@@ -523,6 +566,22 @@ def _check_unicode(text: str, index: int) -> None:
             expected="text that can be written as UTF-8",
             fix="Decode the bytes properly before sending them.",
         ) from error
+
+
+def _check_characters(text: str, index: int, tokens: int) -> None:
+    """Refuse what is left of a text, where it was cut, if it cannot be tokenized in time."""
+    most = _most_characters(tokens)
+    if len(text) > most:
+        raise InputTooLong(
+            f"Input {index} is too long.",
+            found=f"{len(text)} characters, most of them without a space or an end of line",
+            expected=f"at most {most} characters in which there is no place to cut",
+            fix="Cut it before it is sent.",
+        )
+
+
+def _most_characters(tokens: int) -> int:
+    return max(UNCUT_CHARACTERS, CHARACTERS_A_TOKEN * tokens)
 
 
 def _no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:

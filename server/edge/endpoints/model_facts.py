@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from adapters.tasks import BY_NAME
 from server.edge.endpoints.answers import context_of
 from server.edge.endpoints.middleware import Json
-from server.edge.endpoints.schemas import MAX_STOPS
+from server.edge.endpoints.schemas import MAX_COPIES, MAX_STOPS
 from server.edge.endpoints.tei_tgi import Named, adapter_names
 from server.edge.link.envelopes import read_state
 from server.edge.service import Service
@@ -95,7 +95,7 @@ class ServedModelEndpoint:
                 "max_input_length": facts.context,
                 "max_input_tokens": None if prompt is None else prompt - 1,
                 "max_total_tokens": prompt,
-                "max_best_of": 1,
+                "max_best_of": MAX_COPIES,
                 "max_stop_sequences": MAX_STOPS,
                 "auto_truncate": False,
                 "tokenization_workers": settings.api_processes,
