@@ -577,6 +577,7 @@ def _check_characters(text: str, index: int, tokens: int) -> None:
             found=f"{len(text)} characters, most of them without a space or an end of line",
             expected=f"at most {most} characters in which there is no place to cut",
             fix="Cut it before it is sent.",
+            limit_tokens=tokens,
         )
 
 
