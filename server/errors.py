@@ -8,7 +8,7 @@ built here from the same fault, so they never disagree.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
 from adapters.errors import AdapterFaults, ExplainedError
@@ -35,6 +35,9 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "unsupported_parameter": ErrorCode(400, "A parameter that cannot be honoured"),
     "chat_template_missing": ErrorCode(400, "The base has no chat template"),
     "chat_template_failed": ErrorCode(422, "The chat template could not be run"),
+    "unsupported_grammar": ErrorCode(422, "The grammar cannot be honoured"),
+    "grammar_too_complex": ErrorCode(422, "The grammar takes too much"),
+    "grammar_unreachable": ErrorCode(422, "No text of this base fits the grammar"),
     "invalid_request": ErrorCode(422, "The request is not valid"),
     "invalid_input": ErrorCode(422, "An input cannot be given to the model"),
     "input_too_long": ErrorCode(413, "The input is too long"),
@@ -152,6 +155,12 @@ class Refusal(Exception):
         if isinstance(error, Failure) and error.retry_after_s is not None:
             headers["Retry-After"] = str(error.retry_after_s)
         return cls((Fault.of(error, field),), headers)
+
+    def faults_of(self, name: str, field: str) -> list[Fault]:
+        """Its faults as those of one adapter of several; ``field`` is where that one is named."""
+        return [
+            replace(fault, message=f"{name}: {fault.message}", field=field) for fault in self.faults
+        ]
 
     def __str__(self) -> str:
         return "; ".join(f"{fault.code}: {fault.message}" for fault in self.faults)

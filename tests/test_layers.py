@@ -30,24 +30,26 @@ ADAPTERS = {
 }
 SERVER = {
     "server.version": (),
+    "server.stages": (),
     "server.messages": (),
     "server.options": (),
     "server.errors": ("messages",),
     "server.settings": ("options",),
     "server.metrics": (),
-    "server.base": ("options",),
+    "server.base": ("options", "stages"),
     "server.inputs": ("messages", "options", "base"),
     "server.failures": ("messages", "inputs"),
     "server.encoding": ("messages", "options", "base", "inputs", "failures"),
-    "server.generation": ("messages", "options", "base", "inputs", "failures"),
+    "server.generation": ("messages", "options", "stages", "base", "inputs", "failures"),
     "server.engine": (
-        *("messages", "options", "base", "inputs", "failures", "encoding", "generation"),
+        *("messages", "options", "stages", "base", "inputs", "failures", "encoding"),
+        "generation",
     ),
     "server.edge": (
         *("version", "messages", "options", "errors", "settings", "metrics", "base", "inputs"),
-        "demo",
+        *("stages", "demo"),
     ),
-    "server.cli": ("version", "options", "settings", "base", "edge"),
+    "server.cli": ("version", "stages", "options", "settings", "base", "edge", "training"),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
 }
@@ -55,7 +57,8 @@ EDGE = {
     "server.edge.admit": (),
     "server.edge.link": ("admit",),
     "server.edge.templates": ("admit",),
-    "server.edge.service": ("admit", "link", "templates"),
+    "server.edge.grammars": ("admit",),
+    "server.edge.service": ("admit", "grammars", "link", "templates"),
     "server.edge.endpoints": ("admit", "link", "service"),
     "server.edge.litserve": ("admit", "link", "service", "endpoints"),
     "server.edge.processes": ("admit", "link", "service", "endpoints", "litserve"),
@@ -64,6 +67,7 @@ EDGE = {
 ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
+    "llguidance": ("server/inputs/grammar_engine.py",),
     "triton": ("adapters/kernels/triton_ops.py", "adapters/kernels/triton_scratch.py"),
     "litserve": ("server/edge/litserve/",),
     "fastapi": ("server/edge/",),
@@ -83,6 +87,7 @@ TORCH_FREE = (
     "server/options.py",
     "server/encoding/fair_batches.py",
     "server/settings.py",
+    "server/edge/processes/preflight.py",
     "server/edge/endpoints/schemas.py",
     "server/errors.py",
 )

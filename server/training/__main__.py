@@ -22,9 +22,11 @@ from server.training.train import Classified, Examples, Windows, fit
 _DEFAULTS = Recipe(base="", base_name="", method="hira", task_type="SEQ_CLS")
 
 
-def main(arguments: Sequence[str] | None = None) -> Report:
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m server.training"
+) -> Report:
     """Run one command; `arguments` defaults to those of the process."""
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = Recipe(
@@ -119,9 +121,9 @@ _OWN_NAMES = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m server.training",
+        prog=program,
         description="Train one adapter with PEFT and write its folder, card included.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

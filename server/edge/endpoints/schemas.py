@@ -214,6 +214,15 @@ class EmbedRequest(Truncation):
     adapter: AdapterName | None = None
 
 
+class TgiGrammar(Body):
+    """What an answer is held to, as text-generation-inference has it."""
+
+    type: Literal["json", "regex", "json_schema"]
+    value: str | dict[str, Any] | bool = Field(
+        description="A JSON schema; a pattern with regex; {name, schema} with json_schema."
+    )
+
+
 class GenerateParameters(Body):
     """text-generation-inference's parameters; those without effect here only take their neutral."""
 
@@ -257,7 +266,9 @@ class GenerateParameters(Body):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = Field(
         default=None, description="Times the number of times that a token was generated, as OpenAI."
     )
-    grammar: None = None
+    grammar: TgiGrammar | None = Field(
+        default=None, description="What the answer is held to: a JSON schema or a pattern."
+    )
 
     @property
     def samples(self) -> bool:
@@ -358,6 +369,28 @@ class RegisterRequest(Body):
     pinned: Flag = False
     preload: Flag = False
 
+    stage: Flag = Field(
+        False,
+        description="Check it and store its bytes without putting the name on them; POST "
+        "/admin/apply names the version that is answered. Bytes without a name are deleted "
+        "after a while.",
+    )
+
+
+class AppliedAdapter(Body):
+    name: str
+    version: str = Field(description="As a registration with stage has answered it.")
+    source: str = Field("", description="For the record.", max_length=4096)
+    pinned: Flag | None = Field(None, description="Left out: as it is.")
+
+
+class ApplyRequest(Body):
+    """Names and their versions, applied as a whole."""
+
+    adapters: list[AppliedAdapter] = Field(default_factory=list, max_length=10_000)
+    remove: list[str] = Field(default_factory=list, max_length=10_000, description="Names that go.")
+    dry_run: Flag = Field(False, description="Say what would change, and change nothing.")
+
 
 class PatchRequest(Body):
     pinned: Flag | None = None
@@ -398,6 +431,21 @@ class AdapterAnswer(Answer):
         description="Its own end tokens (end_ids) and defaults for what a request leaves out."
     )
     notes: list[str]
+
+
+class NameChangeAnswer(Answer):
+    """What applying does to one name."""
+
+    name: str
+    change: Literal["created", "replaced", "pinned", "unpinned", "removed", "unchanged"]
+    version: str
+    before: str | None = Field(description="The version that the name was on.")
+    pinned: bool
+
+
+class ApplyAnswer(Answer):
+    applied: bool = Field(description="False: it was a dry run.")
+    changes: list[NameChangeAnswer]
 
 
 class AdapterList(Answer):

@@ -18,12 +18,13 @@ from litserve import LitAPI
 from litserve.loops import LitLoop
 from litserve.specs.base import LitSpec
 
-from server.edge.link.envelopes import fault_path, replace_text
+from server.edge.link.envelopes import fault_path, replace_text, write_stage
 from server.edge.link.thread_deaths import watch_threads
 from server.edge.litserve import logs
 from server.edge.litserve.parent_death import die_with_parent
 from server.messages import Event, Message
 from server.options import EngineOptions
+from server.stages import listen_to_stages, tell_stage
 
 ENGINE: Final = "server.engine.engine:Engine.build"
 SETUP_FAILED: Final = 3  # exit status of a worker whose engine could not be built
@@ -115,6 +116,8 @@ class HiraAPI(LitAPI):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         logs.configure(self.log_level, access=False)
         watch_threads(abandon)  # before the engine makes its own
+        listen_to_stages(lambda stage: write_stage(self.run_dir, stage))
+        tell_stage("loading torch in the worker")
         module, _, attribute = self.engine_path.partition(":")
         try:
             build: Any = importlib.import_module(module)
@@ -127,6 +130,8 @@ class HiraAPI(LitAPI):
                 line = f"{type(error).__name__}: {line}"
             replace_text(fault_path(self.run_dir, 0), line[:2000])
             sys.exit(SETUP_FAILED)
+        finally:
+            listen_to_stages(None)
 
     def decode_request(self, request: Any) -> Any:
         """Unused: the spec's endpoints decode."""
