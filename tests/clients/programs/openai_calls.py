@@ -58,9 +58,8 @@ def completions_stream(served: Served) -> None:
 def chat(served: Served) -> None:
     with client(served.decoder) as calls:
         for model, answering in (("story", "story"), ("dummy", "story"), ("", "story")):
-            told = calls.chat.completions.create(
-                model=model, messages=MESSAGES, max_completion_tokens=4
-            )  # type: ignore[call-overload]
+            asked = {"model": model, "messages": MESSAGES, "max_completion_tokens": 4}
+            told = calls.chat.completions.create(**asked)  # type: ignore[call-overload]
             assert told.model == answering
             assert told.choices[0].message.role == "assistant"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ LONG = " ".join(["very"] * 90)
 TEXTS = ["a fine film, not dull", "by ann in paris", "", "unheard-of [MASK] ÄÖ film"]
 
 
-def served(root: Path, kind: str, adapters: dict[str, tuple[str, tuple[str, ...]]]) -> list[str]:
+def served(root: Path, kind: str, adapters: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[str]:
     base = tiny_bases.base_folder(root, kind)
     arguments = ["--base", str(base), "--quantization=none", "--dtype=fp32"]
     for name, (task, labels) in adapters.items():
@@ -40,8 +40,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         "mood": ("text-classification", ("bad", "fine", "great")),
         "relevance": ("text-ranking", ("LABEL_0",)),
     }
-    keys = {"api_keys": "reader=secret-key"}
-    with hira(root / "data", *served(root, "bert", adapters), **keys) as server:
+    keys = "reader=secret-key"
+    with hira(root / "data", *served(root, "bert", adapters), api_keys=keys) as server:
         server.client.headers["Authorization"] = "Bearer secret-key"
         yield server
 
