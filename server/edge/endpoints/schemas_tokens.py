@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, RootModel, Tag
 
 from server.edge.endpoints.schemas import AdapterName, Answer, Body, Flag, TextBatch
-from server.edge.endpoints.schemas_openai import ChatMessage, IdLists, Ids, OpenAIBody
+from server.edge.endpoints.schemas_openai import ConversationBody, IdLists, Ids, OpenAIBody
 
 
 class TokenizeRequest(Body):
@@ -30,9 +30,7 @@ class TokenizePromptRequest(OpenAIBody):
     return_token_strs: bool = Field(default=False, description="Also as the vocabulary has them.")
 
 
-class TokenizeChatRequest(OpenAIBody):
-    model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+class TokenizeChatRequest(ConversationBody):
     add_special_tokens: bool = False
     add_generation_prompt: Literal[True] = Field(
         default=True, description="As a chat has it: what is counted is what would be sent."

@@ -45,8 +45,6 @@ TOKENIZE_BODY: Any = Depends(sent_json(AnyTokenizeRequest))
 DETOKENIZE_BODY: Any = Depends(sent_json(AnyDetokenizeRequest))
 DECODE_BODY: Any = Depends(sent_json(DecodeRequest))
 TOKEN_CHARACTERS: Final = 8  # of text that take as long as a token that is decoded
-# Of a conversation, what would change its tokens and is not done here.
-CHANGING: Final = ("tools", "documents", "chat_template", "chat_template_kwargs")
 
 
 class TokenEndpoints:
@@ -125,7 +123,7 @@ class TokenEndpoints:
         texts: list[str] = [body.inputs] if isinstance(body.inputs, str) else list(body.inputs)
         check_inputs(len(texts), self.service)
         flat = alone and self.service.base.task == "text-generation"
-        most = self.service.dispatcher.bounds.adapter_tokens
+        most = self.service.settings.max_adapter_tokens
 
         def work(text: Text) -> bytes:
             # Written at once: as values they would take fifty times the memory of the texts.
@@ -173,21 +171,18 @@ class TokenEndpoints:
     ) -> tuple[tuple[int, ...], dict[str, str]]:
         """The ids of a conversation as the adapter's chat template, or the base's, writes it."""
         body.check_supported()
-        given = body.model_extra or {}
-        for name in CHANGING:
-            if given.get(name):
-                raise Refusal.because(
-                    "unsupported_parameter",
-                    f"Tokens of a conversation with {name} are not counted.",
-                    found=repr(given[name])[:80],
-                    expected=f"no {name}",
-                    field=name,
-                )
         record = self._named(request, adapter, body.model, "model")
         names = (None if record is None else record.name,)
         target = self.service.target(names, "/generate", "model", call="/tokenize")
         messages = [message.plain() for message in body.messages]
-        prompt = await chat_prompt(request, self.service, target, messages)
+        prompt = await chat_prompt(
+            request,
+            self.service,
+            target,
+            messages,
+            tools=body.used_tools(),
+            variables=body.variables,
+        )
         ids = await self._prompt(request, prompt, "messages", body.add_special_tokens)
         return ids, self._headers(record)
 

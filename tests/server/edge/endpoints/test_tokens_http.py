@@ -16,7 +16,12 @@ from tests.stand.live import Live, hira
 
 pytestmark = pytest.mark.http
 
-TEMPLATE = "{{ eos_token }}{% for one in messages %} {{ one['content'] }}{% endfor %} good"
+TEMPLATE = (
+    "{{ eos_token }}{% for one in tools or [] %} {{ one.function.name }}{% endfor %}"
+    "{% if mood %} {{ mood }}{% endif %}{% if reasoning_effort %} {{ reasoning_effort }}{% endif %}"
+    "{% for one in messages %} {{ one['content'] }}{% endfor %} good"
+)
+TOOL = {"type": "function", "function": {"name": "film"}}
 LONG = " ".join(["very"] * 90)
 TEXTS = ["a fine film, not dull", "by ann in paris", "", "unheard-of [MASK] ÄÖ film"]
 
@@ -50,7 +55,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("decoder")
     adapters = {"talk": ("text-generation", ("no", "yes")), "mute": ("text-generation", ("a", "b"))}
-    with hira(root / "data", *served(root, "llama", adapters)) as server:
+    with hira(root / "data", *served(root, "llama", adapters), tool_format="hermes") as server:
         yield server
 
 
@@ -137,7 +142,7 @@ def test_a_conversation_is_counted_by_the_adapters_own_template(decoder: Live) -
         ("/tokenize", {"inputs": "very " * 500_000}, (413, "input_too_long", "inputs")),
         ("/tokenize", {"inputs": ["a"] * 300}, (422, "invalid_request", "inputs")),
         ("/tokenize", {"inputs": []}, (422, "invalid_request", "inputs")),
-        ("/tokenize", {"inputs": "\ud800"}, (422, "invalid_input", "inputs")),
+        ("/tokenize", {"inputs": "\ud800"}, (422, "invalid_request", "inputs")),
         ("/tokenize", {"inputs": "a", "truncate": 3}, (422, "invalid_request", "truncate")),
         ("/tokenize", {"inputs": "a", "prompt_name": "query"},
          (400, "unsupported_parameter", "prompt_name")),
@@ -161,12 +166,35 @@ def test_what_cannot_be_tokenized_is_refused(
     assert (answer.status_code, told["code"], told.get("field")) == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({"tools": [TOOL]}, "[SEP] film a good"),
+        ({"tools": [TOOL], "tool_choice": "none"}, "[SEP] a good"),
+        ({"chat_template_kwargs": {"mood": "dull"}}, "[SEP] dull a good"),
+        ({"reasoning_effort": "very"}, "[SEP] very a good"),
+    ],
+)
+def test_tools_and_variables_of_a_template_count_as_in_a_chat(
+    decoder: Live, fields: dict[str, Any], prompt: str
+) -> None:
+    body = {"model": "talk", "messages": [{"role": "user", "content": "a"}], **fields}
+    counted = post(decoder, "/tokenize", body).json()
+    own = reference(decoder, "llama")
+    assert counted["tokens"] == own(prompt, add_special_tokens=False)["input_ids"]
+    chat = post(decoder, "/v1/chat/completions", {**body, "max_tokens": 1}).json()
+    assert chat["usage"]["prompt_tokens"] == counted["count"]
+
+
 def test_what_changes_a_conversation_is_refused(decoder: Live) -> None:
     body = {"model": "talk", "messages": [{"role": "user", "content": "a"}]}
     for name, value in (
-        ("tools", [{"type": "function", "function": {"name": "x"}}]),
+        ("tools", [{"type": "function", "function": {"name": "no name"}}]),
+        ("tool_choice", "required"),
+        ("documents", [{"text": "a"}]),
         ("chat_template", "{{ 1 }}"),
-        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("chat_template_kwargs", {"messages": []}),
+        ("chat_template_kwargs", {"never_read": True}),
         ("add_generation_prompt", False),
         ("continue_final_message", True),
     ):
@@ -178,7 +206,7 @@ def test_what_changes_a_conversation_is_refused(decoder: Live) -> None:
 def test_the_served_model_is_described(encoder: Live, decoder: Live) -> None:
     base = encoder.client.get("/info").json()
     assert base["model_type"] == {"fill-mask": {}}
-    assert (base["model_dtype"], base["model_device_type"]) == ("fp32", "cpu")
+    assert (base["model_dtype"], base["model_device_type"]) == ("float32", "cpu")
     assert (base["max_input_length"], base["max_client_batch_size"]) == (48, 256)
     assert len(base["checkpoint_digest"]) == 32
     assert base["weights_digest"] in encoder.client.get("/metrics").text
