@@ -233,7 +233,7 @@ class Settings(BaseSettings):
     max_batch_tokens: Positive = setting(8192, "Padded tokens of an encode batch.", "Budgets")
     max_batch_rows: Positive = setting(64, "Inputs of an encode batch.", "Budgets")
     max_sequences: Positive = setting(64, "Sequences decoding together.", "Budgets")
-    prefill_tokens: Positive = setting(1024, "Tokens of one generate step.", "Budgets")
+    prefill_tokens: Positive | None = setting(None, "Tokens of one generate step.", "Budgets")
     max_input_tokens: Positive | None = setting(
         None, "Tokens of one input (default: the context of the base).", "Budgets"
     )

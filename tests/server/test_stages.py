@@ -8,7 +8,7 @@ import pytest
 
 from server.base.weight_progress import weights_told_as
 from server.cli.start_progress import StartProgress
-from server.edge.link.envelopes import read_stage, stage_path, write_stage
+from server.edge.link.worker_state import read_stage, stage_path, write_stage
 from server.stages import Stage, listen_to_stages, tell_stage
 
 

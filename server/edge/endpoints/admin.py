@@ -20,8 +20,12 @@ from fastapi import Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 
 from adapters.errors import AdapterError, full_disk_refused
+from adapters.inspection.audit import audit
+from adapters.inspection.proofs import prove, rank_of
+from adapters.intake.file_names import CARD_FILE
 from adapters.registry.records import NameChange, WantedName
 from adapters.registry.registry import AdapterRecord, check_name
+from server.edge.admit.slow_work import Pool
 from server.edge.endpoints.allowed_sources import fetched, unpacked
 from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
@@ -31,13 +35,14 @@ from server.edge.endpoints.schemas import (
     AdapterList,
     ApplyAnswer,
     ApplyRequest,
+    AuditAnswer,
     NameChangeAnswer,
     PatchRequest,
     RegisterRequest,
 )
 from server.edge.endpoints.uploads import Upload, received
-from server.edge.link.envelopes import read_state
-from server.edge.service import Pool, Service
+from server.edge.link.worker_state import read_state
+from server.edge.service import Service
 from server.errors import Fault, Refusal
 from server.messages import Preload, ReleaseQuarantine
 from server.metrics import BASE_LABEL, adapter_usage
@@ -115,15 +120,36 @@ class Admin:
 
     async def show(self, request: Request, name: str = NamePath) -> Response:
         """Show one adapter."""
-        record = self.service.record(name, "name")
+        record = self.service.targets.record(name, "name")
         return Json(self._answer(record, await self._known()))
+
+    async def audit(self, request: Request, name: str = NamePath) -> Response:
+        """Compare what an adapter claims of itself with what its tensors prove."""
+        record = self.service.targets.record(name, "name")
+        found = await self._in_thread(lambda: self._audit(record.version), "records")
+        return Json(found)
+
+    def _audit(self, version: str) -> dict[str, Any]:
+        folder = self.service.registry.store.path(version)
+        card = folder / CARD_FILE
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        report = audit(folder, None, text)
+        told = report.to_json_dict()
+        pairs = prove(folder)[1].pairs
+        return AuditAnswer(
+            method=None if report.tensors is None else report.tensors.method,
+            parameters=0 if report.tensors is None else report.tensors.parameters,
+            ranks={path: rank_of(pair) or 0 for path, pair in pairs.items()},
+            findings=[{key: str(value) for key, value in one.items()} for one in told["findings"]],
+            contradictions=told["contradictions"],
+        ).model_dump()
 
     async def change(
         self, request: Request, body: PatchRequest = PATCH_BODY, name: str = NamePath
     ) -> Response:
         """Pin or unpin an adapter, or bring it to the device; any change lifts a quarantine."""
         asks_device = body.preload or body.pinned
-        found = self.service.served_record if asks_device else self.service.record
+        found = self.service.targets.served_record if asks_device else self.service.targets.record
         record = found(name, "name")
         pinned = body.pinned
         if pinned is not None:
@@ -263,7 +289,7 @@ class Admin:
     async def _in_thread(self, work: Any, pool: Pool) -> Any:
         """Run something slow off the event loop, its errors as refusals."""
         with _refused():
-            return await self.service.in_thread(work, pool)
+            return await self.service.slow_work.run(work, pool)
 
     async def _change(self, work: Any, pool: Pool) -> Any:
         """Change the registry off the event loop, its errors as refusals."""
@@ -278,7 +304,7 @@ class Admin:
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
         return AdapterStatus(
-            residency, quarantined, await self.service.in_thread(adapter_usage, "metrics")
+            residency, quarantined, await self.service.slow_work.run(adapter_usage, "metrics")
         )
 
 
@@ -390,6 +416,7 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
         route("POST", "/admin/adapters", admin.register, AdapterAnswer, 201),
         route("GET", "/admin/adapters", admin.list, AdapterList),
         route("GET", one, admin.show, AdapterAnswer),
+        route("GET", f"{one}/audit", admin.audit, AuditAnswer),
         route("PATCH", one, admin.change, AdapterAnswer),
         route("DELETE", one, admin.remove, None, 204),
         route("POST", "/admin/apply", admin.apply, ApplyAnswer),

@@ -11,7 +11,7 @@ from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import Health
 from server.edge.endpoints.schemas_tokens import Version
 from server.edge.link.dispatcher import STALE_S, WHY_NOT
-from server.edge.link.envelopes import WorkerState, read_state
+from server.edge.link.worker_state import WorkerState, read_state
 from server.edge.service import Service
 from server.metrics import Live, exposition
 
@@ -36,6 +36,7 @@ class HealthEndpoints:
                 "version": self.version,
                 "base": base.name,
                 "documentation": "/docs",
+                "console": "/console",
                 "models": "/v1/models",
                 "health": "/health/ready",
                 "metrics": "/metrics",
@@ -72,7 +73,7 @@ class HealthEndpoints:
     async def metrics(self, request: Request) -> Response:
         """Prometheus's text format, summed over all processes."""
         live = self._live()
-        body, content_type = await self.service.in_thread(
+        body, content_type = await self.service.slow_work.run(
             lambda: exposition(live, request.headers.get("accept", "")), "metrics"
         )
         return Response(body, headers={"Content-Type": content_type})

@@ -12,7 +12,7 @@ from server.edge.endpoints.answers import context_of
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.schemas import MAX_COPIES, MAX_STOPS
 from server.edge.endpoints.tei_tgi import Named, adapter_names
-from server.edge.link.envelopes import read_state
+from server.edge.link.worker_state import read_state
 from server.edge.service import Service
 from server.inputs.text import Text
 
@@ -73,7 +73,7 @@ class ServedModelEndpoint:
         """The base as it is served, and what an adapter of it is for."""
         service = self.service
         base, settings = service.base, service.settings
-        record = service.named_record(adapter_names(request, adapter))
+        record = service.targets.named_record(adapter_names(request, adapter))
         context_of(request).adapter = name = None if record is None else record.name
         facts = ModelFacts.of(service, record)
         state = read_state(settings.run_dir)

@@ -433,6 +433,18 @@ class AdapterAnswer(Answer):
     notes: list[str]
 
 
+class AuditAnswer(Answer):
+    """What the tensors of an adapter prove, against what its files claim."""
+
+    method: str | None
+    parameters: int
+    ranks: dict[str, int] = Field(description="By the path of the layer.")
+    findings: list[dict[str, str]] = Field(
+        description="Each with its severity, subject, claim and proof."
+    )
+    contradictions: int
+
+
 class NameChangeAnswer(Answer):
     """What applying does to one name."""
 

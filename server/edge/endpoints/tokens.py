@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import Depends, Request, Response
 
+from server.edge.admit.slow_work import INPUT_CHARACTERS
 from server.edge.endpoints.answers import (
     BASE_VERSION,
     check_inputs,
@@ -33,7 +34,7 @@ from server.edge.endpoints.schemas_tokens import (
     TokenizeRequest,
 )
 from server.edge.endpoints.tei_tgi import Named, adapter_names, check_prompt_name
-from server.edge.service import INPUT_CHARACTERS, Service
+from server.edge.service import Service
 from server.errors import Refusal
 from server.inputs.text import Text
 from server.metrics import BASE_LABEL
@@ -154,7 +155,7 @@ class TokenEndpoints:
 
         def work(text: Text) -> tuple[int, ...]:
             if generates:
-                return text.encode_prompt(prompt, special_tokens=special_tokens)
+                return text.tokenize_prompt(prompt, special_tokens=special_tokens)
             return tuple(one.id for one in text.tokens(prompt, special_tokens=special_tokens))
 
         return await tokenize(
@@ -173,7 +174,7 @@ class TokenEndpoints:
         body.check_supported()
         record = self._named(request, adapter, body.model, "model")
         names = (None if record is None else record.name,)
-        target = self.service.target(names, "/generate", "model", call="/tokenize")
+        target = self.service.targets.resolve(names, "/generate", "model", call="/tokenize")
         messages = [message.plain() for message in body.messages]
         prompt = await chat_prompt(
             request,
@@ -239,7 +240,8 @@ class TokenEndpoints:
     def _named(
         self, request: Request, adapter: str | None, own: str | None, field: str
     ) -> AdapterRecord | None:
-        record = self.service.named_record((*adapter_names(request, adapter), own or None), field)
+        names = (*adapter_names(request, adapter), own or None)
+        record = self.service.targets.named_record(names, field)
         context_of(request).adapter = None if record is None else record.name
         return record
 

@@ -134,6 +134,10 @@ class HiraServer(LitServer):
 
     def register_endpoints(self) -> None:
         """Our pages only, with what the OpenAPI document needs."""
+        theirs = {"/docs", "/redoc", "/docs/oauth2-redirect"}  # they ask other machines for scripts
+        self.app.router.routes[:] = [
+            one for one in self.app.router.routes if getattr(one, "path", "") not in theirs
+        ]
         inference = [Depends(self._admit_inference), Depends(check_query)]
         for route in self.spec.routes:
             self.app.add_api_route(
@@ -256,7 +260,7 @@ class HiraServer(LitServer):
             await asyncio.sleep(CHORE_S)
             self.service.refresh()  # perhaps no request does
             try:
-                await self.service.in_thread(self.chore, "collecting", owed=True)
+                await self.service.slow_work.run(self.chore, "collecting", owed=True)
             except Exception:
                 logger.exception("A chore failed and is tried again")
 

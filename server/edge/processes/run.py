@@ -14,7 +14,7 @@ from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.tei_tgi import TeiTgi
-from server.edge.link.envelopes import read_state
+from server.edge.link.worker_state import read_state
 from server.edge.litserve.api import HiraAPI
 from server.edge.litserve.loop import EngineLoop
 from server.edge.litserve.parent_death import bind_forked_children
@@ -109,6 +109,7 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     if kept:
         yield f"  not served {len(kept)}, made for another base: {_first_adapters(kept)}"
     yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
+    yield f"  console    {url}/console"
     yield f"  docs       {url}/docs"
     yield "  try"
     yield f"    {first_call(service, fitting, url)}"

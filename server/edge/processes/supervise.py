@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Final
 
 from server.edge.admit.shared_load import Phase
-from server.edge.link.envelopes import (
+from server.edge.link.worker_state import (
     fault_path,
     read_stage,
     read_state,

@@ -18,11 +18,12 @@ from server.edge.endpoints.middleware import _stated_bytes
 from server.edge.endpoints.sampling_options import openai_options
 from server.edge.endpoints.schemas_openai import CompletionRequest
 from server.edge.endpoints.tei_tgi import check_contexts
-from server.edge.link.envelopes import WorkerState, write_state
+from server.edge.link.worker_state import WorkerState, write_state
 from server.edge.processes import start as prepare
 from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.run import banner
-from server.edge.service import Base, Service
+from server.edge.service import Service
+from server.edge.target import Base
 from server.errors import Refusal
 from server.settings import AdapterSource, Settings, load_settings
 from tests.stand.fake_server import FakeRegistry
