@@ -25,7 +25,7 @@ from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
 from server.edge.endpoints.uploads import Upload, received
-from server.edge.link.envelopes import read_state
+from server.edge.link.worker_state import read_state
 from server.edge.service import Pool, Service
 from server.errors import Fault, Refusal
 from server.messages import Preload, ReleaseQuarantine

@@ -10,7 +10,7 @@ from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import Health
 from server.edge.link.dispatcher import STALE_S, WHY_NOT
-from server.edge.link.envelopes import WorkerState, read_state
+from server.edge.link.worker_state import WorkerState, read_state
 from server.edge.service import Service
 from server.metrics import Live, exposition
 

@@ -25,16 +25,10 @@ from typing import Any, Final
 from server.edge.admit.admission import Admission
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
-from server.edge.link.envelopes import (
-    Events,
-    Requests,
-    WorkerReady,
-    WorkerState,
-    read_state,
-    request_id,
-)
+from server.edge.link.envelopes import Events, Requests, WorkerReady, request_id
 from server.edge.link.thread_deaths import watched
 from server.edge.link.ticket import RequestQueue, Ticket
+from server.edge.link.worker_state import WorkerState, read_state
 from server.errors import Refusal
 from server.messages import (
     Cancel,

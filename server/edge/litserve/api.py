@@ -18,8 +18,8 @@ from litserve import LitAPI
 from litserve.loops import LitLoop
 from litserve.specs.base import LitSpec
 
-from server.edge.link.envelopes import fault_path, replace_text
 from server.edge.link.thread_deaths import watch_threads
+from server.edge.link.worker_state import fault_path, replace_text
 from server.edge.litserve import logs
 from server.edge.litserve.parent_death import die_with_parent
 from server.messages import Event, Message

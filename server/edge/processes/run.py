@@ -12,7 +12,7 @@ from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.tei_tgi import TeiTgi
-from server.edge.link.envelopes import read_state
+from server.edge.link.worker_state import read_state
 from server.edge.litserve.api import HiraAPI
 from server.edge.litserve.loop import EngineLoop
 from server.edge.litserve.parent_death import bind_forked_children

@@ -22,7 +22,7 @@ from adapters.registry.store import Store
 from server import metrics
 from server.edge.admit.keys import resolve_admin_key
 from server.edge.endpoints.admin import Admin, admin_routes
-from server.edge.link.envelopes import read_state
+from server.edge.link.worker_state import read_state
 from server.edge.litserve import logs
 from server.edge.litserve.api import ENGINE
 from server.edge.processes import start as prepare

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Final
 
 from server.edge.admit.shared_load import Phase
-from server.edge.link.envelopes import fault_path, read_state, state_path, stopping_path
+from server.edge.link.worker_state import fault_path, read_state, state_path, stopping_path
 from server.edge.litserve.server import HiraServer
 from server.settings import SettingsFault
 

@@ -19,7 +19,7 @@ from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.openai_format import ChatFormat
 from server.edge.endpoints.schemas_openai import CompletionRequest
 from server.edge.endpoints.tei_tgi import check_contexts
-from server.edge.link.envelopes import WorkerState, write_state
+from server.edge.link.worker_state import WorkerState, write_state
 from server.edge.processes import start as prepare
 from server.edge.processes.run import banner
 from server.edge.processes.supervise import StartFailed

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.edge.endpoints.health import HealthEndpoints
-from server.edge.link.envelopes import WorkerState, write_state
+from server.edge.link.worker_state import WorkerState, write_state
 
 
 @pytest.mark.parametrize(

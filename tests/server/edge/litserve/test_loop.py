@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.edge.link.envelopes import Events, Requests, read_state
+from server.edge.link.envelopes import Events, Requests
 from server.edge.link.http_processes import HttpProcesses, RunningRequests
 from server.edge.link.thread_deaths import watch_threads
+from server.edge.link.worker_state import read_state
 from server.edge.litserve import loop
 from server.edge.litserve.loop import EngineLoop, _Pump
 from server.messages import Cancel, GenerateRequest, SamplingOptions, TokenEvent

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.link.envelopes import WorkerState, fault_path, state_path, write_state
+from server.edge.link.worker_state import WorkerState, fault_path, state_path, write_state
 from server.edge.processes.supervise import StartFailed, Supervisor
 from tests.stand.clock import FakeClock
 

@@ -1,0 +1,75 @@
+"""What the worker says about itself, in files of the run folder that any process may read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What a worker says about itself, in a file that it replaces every second."""
+
+    worker: int
+    epoch: str
+    pid: int
+    started: float  # time.time()
+    beat: float  # time.monotonic() of the last writing: one clock for all processes
+    busy_s: float  # how long the present step has taken; 0 between steps
+    snapshot: Mapping[str, Any] = field(default_factory=dict)
+    queue_silent_s: float = 0.0  # how long the queues' process has not answered
+
+
+def state_path(run_dir: Path, worker: int) -> Path:
+    return run_dir / f"worker-{worker}.json"
+
+
+def fault_path(run_dir: Path, worker: int) -> Path:
+    """Where a worker that cannot start says why, in one line."""
+    return run_dir / f"worker-{worker}.fault"
+
+
+def stopping_path(run_dir: Path) -> Path:
+    """There once running requests have been ended: a worker told to end leaves the rest undone."""
+    return run_dir / "stopping"
+
+
+def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Write a whole file so that readers see the old one or the new one, never a half."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_state(run_dir: Path, state: WorkerState) -> None:
+    told = {field.name: getattr(state, field.name) for field in fields(state)}
+    replace_text(state_path(run_dir, state.worker), json.dumps(told))
+
+
+def read_state(run_dir: Path, worker: int = 0) -> WorkerState | None:
+    """The worker's last word, or None when it has not spoken, or cannot be understood.
+
+    A word that cannot be read is none: whoever waits for it sees a silent worker and does what is
+    due then, rather than end himself.
+    """
+    try:
+        return WorkerState(**json.loads(state_path(run_dir, worker).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        logger.error("The worker's state cannot be read: %s", error)
+        return None
