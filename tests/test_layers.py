@@ -47,7 +47,10 @@ SERVER = {
         *("version", "messages", "options", "errors", "settings", "metrics", "base", "inputs"),
         "demo",
     ),
-    "server.cli": ("version", "options", "settings", "base", "edge"),
+    "server.cluster": (
+        *("version", "messages", "options", "errors", "settings", "metrics", "edge"),
+    ),
+    "server.cli": ("version", "options", "settings", "base", "edge", "cluster"),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
 }
@@ -66,8 +69,9 @@ ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
 CONFINED = {
     "triton": ("adapters/kernels/triton_ops.py", "adapters/kernels/triton_scratch.py"),
     "litserve": ("server/edge/litserve/",),
-    "fastapi": ("server/edge/",),
-    "starlette": ("server/edge/",),
+    "ray": ("server/cluster/",),
+    "fastapi": ("server/edge/", "server/cluster/"),
+    "starlette": ("server/edge/", "server/cluster/"),
     "uvicorn": ("server/edge/",),
     "locust": ("loadtests/",),
     "peft": ("server/training/", "loadtests/bench/"),
@@ -85,6 +89,7 @@ TORCH_FREE = (
     "server/settings.py",
     "server/edge/endpoints/schemas.py",
     "server/errors.py",
+    "server/cluster/routing.py",
 )
 
 

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from server.cli import adapters as cli_adapters
 from server.cli import client as cli_client
+from server.cli import cluster as cli_cluster
 from server.cli import convert as cli_convert
 from server.cli import inspect as cli_inspect
 from server.settings import SettingsFault, describe_fields, load_settings
@@ -126,7 +127,8 @@ def _is_repeatable(field: FieldInfo) -> bool:
     return get_origin(field.annotation) in {tuple, dict}
 
 
-def _command() -> Callable[..., None]:
+def _setting_parameters() -> list[inspect.Parameter]:
+    """What every command that serves takes: the file of the settings, and all of them."""
     config = inspect.Parameter(
         "config",
         inspect.Parameter.KEYWORD_ONLY,
@@ -137,6 +139,10 @@ def _command() -> Callable[..., None]:
         ],
     )
 
+    return [config, *_flags()]
+
+
+def _command() -> Callable[..., None]:
     def serve(**flags: Any) -> None:
         _serve_settings(**{name: value for name, value in flags.items() if value is not None})
 
@@ -144,13 +150,14 @@ def _command() -> Callable[..., None]:
 
     Every option is also HIRA_... in the environment and a key in hira.toml.
     """
-    parameters = [config, *_flags()]
+    parameters = _setting_parameters()
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     serve.__annotations__ = {one.name: one.annotation for one in parameters}
     return serve
 
 
 app.command("serve")(_command())
+cli_cluster.add_cluster_commands(app, _setting_parameters())
 
 
 def main() -> None:

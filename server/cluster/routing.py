@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
+SPILL_REQUESTS: Final = 8
+SPILL_FACTOR: Final = 1.25
 ORDERS_KEPT: Final = 1 << 16  # ranks that are remembered, of a version in a replica
 
 Reason = Literal["resident", "placed", "spilled", "base"]
@@ -47,8 +49,8 @@ class SpillPolicy:
         factor: Of the mean of all replicas.
     """
 
-    requests: int = 8
-    factor: float = 1.25
+    requests: int = SPILL_REQUESTS
+    factor: float = SPILL_FACTOR
 
     def bound(self, replicas: Sequence[ReplicaLoad]) -> float:
         """How many requests a replica may have and still not be busy."""
@@ -91,7 +93,7 @@ def route(
     if version is None:
         return Route(tuple(one.name for one in by_load), "base")
     bound = (policy or SpillPolicy()).bound(replicas)
-    own = sorted(replicas, key=lambda one: _rank(version, one.name))
+    own = sorted(replicas, key=lambda one: _place_in_order(version, one.name))
     free = [one for one in own if one.queued < bound]
     chosen = next((one for one in free if version in one.resident), None)
     if chosen is None:
@@ -109,5 +111,5 @@ def route(
 
 
 @lru_cache(maxsize=ORDERS_KEPT)
-def _rank(version: str, replica: str) -> bytes:
+def _place_in_order(version: str, replica: str) -> bytes:
     return hashlib.blake2b(f"{version}\0{replica}".encode(), digest_size=8).digest()

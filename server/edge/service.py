@@ -25,6 +25,7 @@ from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.link.dispatcher import Dispatcher
+from server.edge.link.link import Link
 from server.edge.templates import Templates
 from server.errors import Refusal
 from server.inputs.conversation import settle
@@ -167,6 +168,7 @@ class Service:
         base: What is served.
         registry: Opened anew in every process.
         reload: Reads the settings again, for the part that may change while the server runs.
+        link: Makes the way to the engines; without it, the one to the worker of this machine.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class Service:
         base: Base,
         registry: Registry,
         reload: Callable[[], Settings],
+        link: Callable[[SharedLoad, Bounds], Link] | None = None,
     ) -> None:
         self.settings = settings
         self.base = base
@@ -185,8 +188,10 @@ class Service:
         self._number = 0
         self._changing = threading.Lock()
         self._reading: asyncio.Future[bool] | None = None
-        self.dispatcher = Dispatcher(
-            self.load, bounds_of(settings), settings.api_processes, settings.run_dir
+        self.dispatcher: Link = (
+            Dispatcher(self.load, bounds_of(settings), settings.api_processes, settings.run_dir)
+            if link is None
+            else link(self.load, bounds_of(settings))
         )
         self.bodies = BodyBudget()
         self.metrics: HttpMetrics | None = None

@@ -25,7 +25,6 @@ from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
 from server.edge.endpoints.uploads import Upload, received
-from server.edge.link.worker_state import read_state
 from server.edge.service import Pool, Service
 from server.errors import Fault, Refusal
 from server.messages import Preload, ReleaseQuarantine
@@ -171,7 +170,7 @@ class Admin:
         return _answer(record, known, served=record.fits(self.service.names.base_digest))
 
     async def _known(self) -> AdapterStatus:
-        state = read_state(self.service.settings.run_dir)
+        state = self.service.dispatcher.state()
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
         return AdapterStatus(

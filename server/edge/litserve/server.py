@@ -192,7 +192,8 @@ class HiraServer(LitServer):
         count_as(f"http-{number}")
         service.open(number)
         self.spec.attach(self.response_buffer)
-        dispatcher, loop = service.dispatcher, asyncio.get_running_loop()
+        dispatcher, loop = self.spec.dispatcher, asyncio.get_running_loop()
+        assert dispatcher is not None
         watch_threads(lambda name: _tell(loop, dispatcher.give_up, name))
         await dispatcher.start(number, self._get_request_queue(self.spec.api_path))
         ending = asyncio.Event()

@@ -22,9 +22,8 @@ from adapters.registry.store import Store
 from server import metrics
 from server.edge.admit.keys import resolve_admin_key
 from server.edge.endpoints.admin import Admin, admin_routes
-from server.edge.link.worker_state import read_state
+from server.edge.link.engine_like import ENGINE
 from server.edge.litserve import logs
-from server.edge.litserve.api import ENGINE
 from server.edge.processes import start as prepare
 from server.edge.processes.run import banner, run_service
 from server.edge.processes.run_folder import RunFolder, run_folder
@@ -60,8 +59,8 @@ def serve(
         StartFailed: One line that says why the server cannot run.
     """
     os.umask(0o077)  # keys, adapters and state are nobody else's to read
-    with _exclusive(settings.data_dir):
-        _check_port(settings.host, settings.port)
+    with exclusive(settings.data_dir):
+        check_port(settings.host, settings.port)
         check_socket_folder(util.get_temp_dir())
         staging = settings.data_dir / "staging"
         shutil.rmtree(staging, ignore_errors=True)
@@ -141,7 +140,7 @@ class Collector:
         # No request lives longer than max_timeout_s, so none can still need what is older. One
         # that was admitted before the limit was lowered has the longer one still.
         self._grace_s = max(self._grace_s, settings.max_timeout_s + 60.0)
-        state = read_state(settings.run_dir)
+        state = self._service.dispatcher.state()
         resident = set() if state is None else set(state.snapshot.get("residency", {}))
         try:
             self._service.registry.collect_garbage(resident, grace_s=self._grace_s)
@@ -150,7 +149,7 @@ class Collector:
 
 
 @contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """One server per data folder: two would clear each other's running state."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +185,7 @@ def check_socket_folder(folder: str) -> None:
         )
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
