@@ -25,6 +25,7 @@ ENVIRONMENT: Final = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_worker_niceness": "0",  # of 15, as Ray has it, anything else on the machine goes first
 }
 OBJECT_STORE_BYTES: Final = 80 << 20  # the least that Ray takes: nothing of ours goes through it
 SPARE_CPUS: Final = 2  # of Ray's own count, for what it starts itself
