@@ -15,7 +15,7 @@ from adapters.modulation.strategy import Strategy
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
-DecodeSteps = Literal["dynamic", "static"]
+DecodeSteps = Literal["dynamic", "static", "ahead"]
 TokenizerSource = Literal["file", "class"]
 
 MIB = 1 << 20

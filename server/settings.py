@@ -149,7 +149,9 @@ class Settings(BaseSettings):
     modulation: Strategy = setting("auto", "Strategy of the adapted layers.", "Base")
 
     decode_steps: DecodeSteps = setting(
-        "dynamic", "How a step of decoding runs: over fixed buffers (static) or not.", "Base"
+        "dynamic",
+        "How a step of decoding runs: over fixed buffers or not, and launched ahead or not.",
+        "Base",
     )
 
     deterministic: bool = setting(
@@ -275,9 +277,9 @@ class Settings(BaseSettings):
                 f"host: LitServe listens on {', '.join(HOSTS)} only, not {self.host!r}; "
                 "choose 0.0.0.0 and filter by a firewall or a proxy"
             )
-        if self.deterministic and (self.prefix_sharing or self.decode_steps == "static"):
+        if self.deterministic and (self.prefix_sharing or self.decode_steps != "dynamic"):
             raise ValueError(
-                "deterministic: not together with prefix_sharing or static decode_steps, by which "
+                "deterministic: not together with prefix_sharing or other decode_steps, by which "
                 "bits depend on what is beside or was before; leave them off"
             )
         if self.timeout_s > self.max_timeout_s:

@@ -43,9 +43,10 @@ class StaticRows:
     def __init__(self, most: int, device: torch.device) -> None:
         tiles = -(-most // TILE_ROWS)
         self._sizes = [most, 3 * most, tiles + 1]
-        self._host = torch.zeros(sum(self._sizes), dtype=torch.int32)
+        # A copy to the device may still be under way when the next step is written: two alternate.
+        self._host = [torch.zeros(sum(self._sizes), dtype=torch.int32) for _ in range(2)]
         if device.type == "cuda":
-            self._host = self._host.pin_memory()
+            self._host = [one.pin_memory() for one in self._host]
         self._all = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
         self._slots, self._entries, self._bounds = torch.split(self._all, self._sizes)
         self._order = torch.arange(most, dtype=torch.int32, device=device)
@@ -87,8 +88,9 @@ class StaticRows:
                 runs.append((slot, 1))
         entries, bounds = share_tiles(runs, TILE_ROWS)
         entries += [0] * (3 * most - len(entries))
-        self._host.copy_(torch.tensor([*padded, *entries, *bounds], dtype=torch.int32))
-        self._all.copy_(self._host, non_blocking=True)
+        self._host.reverse()
+        self._host[0].copy_(torch.tensor([*padded, *entries, *bounds], dtype=torch.int32))
+        self._all.copy_(self._host[0], non_blocking=True)
 
 
 class StaticLayers:

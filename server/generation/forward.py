@@ -37,7 +37,7 @@ from server.generation.page_attention import (
 )
 from server.generation.sampling import Choice, choose, likeliest_of, logprobs_of
 from server.generation.sequences import ScheduledRows, Sequence
-from server.generation.static_step import StaticStep
+from server.generation.static_step import LaunchedStep, StaticStep
 from server.messages import GenerateRequest
 
 if TYPE_CHECKING:
@@ -270,6 +270,36 @@ class PagedForward:
         assert self.static is not None
         with self._own_attention():
             return self.static(parts)
+
+    def launch(self, sequences: Items[Sequence], after: LaunchedStep | None) -> LaunchedStep | None:
+        """Launch a static step and wait for nothing; None: it cannot run so, or was not launched.
+
+        Args:
+            sequences: All decoding, those of one slot side by side.
+            after: The step before, if what it chose is not taken in yet.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        parts = [ScheduledRows(sequence, 1) for sequence in sequences]
+        if self.static is None or self.static.obstacle(parts) is not None:
+            return None
+        try:
+            launched = self.launch_static(sequences, after)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            logger.exception("A step of %d sequences was not launched", len(parts))
+            return None
+        self._note(parts)
+        self.steps_by["static" if after is None else "ahead"] += 1
+        return launched
+
+    def launch_static(self, sequences: Items[Sequence], after: LaunchedStep | None) -> LaunchedStep:
+        """As ``launch``, with nothing checked and nothing counted."""
+        assert self.static is not None
+        with self._own_attention():
+            return self.static.launch(sequences, after)
 
     def in_every_bucket(self, parts: Items[ScheduledRows]) -> list[list[Choice]]:
         """The same static step in every bucket that can hold it."""

@@ -7,6 +7,11 @@ sequence's
 whole life when it is admitted, so want of room means waiting and never failure. Choosing tokens and
 making text of them are in ``server.generation.sampling`` and ``server.inputs.detokenize``. One
 thread owns a lane.
+
+With ``decode_steps = "ahead"`` a step is launched before what the one before it chose is taken
+in: each row reads its token on the device; detokenizing, stop strings and streaming go on
+meanwhile. What has ended in between has one row too many: its answer is dropped, and its pages and
+its lease are held until that step is done.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from server.generation.kv_cache import KVCache
 from server.generation.page_attention import VARLEN_PAGE_TOKENS, varlen_obstacle
 from server.generation.sampling import Choice, TokenChooser
 from server.generation.sequences import ScheduledRows, Sequence
+from server.generation.static_step import LaunchedStep
 from server.generation.step_probe import step_fault
 from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
 from server.messages import (
@@ -126,10 +132,14 @@ class GenerateLane:
         )
         self._forward = PagedForward(adapted, self._kv, deterministic=options.deterministic)
         self._cut = whole_parts if options.deterministic else next_parts
-        if options.decode_steps == "static":
+        self._runs_ahead = options.decode_steps == "ahead"
+        if options.decode_steps != "dynamic":
             self._forward.make_static(options.slots + 1, options.max_sequences)
         self._queue = FairQueue()
         self._running: dict[str, Sequence] = {}
+        self._launched: LaunchedStep | None = None  # what it chose is not taken in
+        # Ended while a launched step has a row of theirs; and whether their prefix is forgotten.
+        self._leaving: list[tuple[Sequence, bool]] = []
         self._per_version: Counter[str | None] = Counter()
         self._deadlines: dict[str, float] = {}
         self._arrived: dict[str, float] = {}
@@ -140,7 +150,7 @@ class GenerateLane:
         """Try the static decode steps, and capture them on a CUDA device; the lane must be idle.
 
         Where they differ from the other steps, or cannot be captured, all steps stay dynamic: that
-        is said once in the log, and counted. Without ``decode_steps = "static"`` nothing happens.
+        is said once in the log, and counted. With ``decode_steps = "dynamic"`` nothing happens.
 
         Raises:
             Exception: The device itself is lost.
@@ -208,6 +218,7 @@ class GenerateLane:
         return bool(
             self._outbox
             or self._running
+            or self._launched is not None
             or (self._deadlines and min(self._deadlines.values()) <= time.monotonic())
             or any(
                 version is None or self._residency.state(version) != "loading"
@@ -251,18 +262,25 @@ class GenerateLane:
         )
 
     def step(self) -> list[Event]:
-        """Expire, admit, run one forward; returns what happened, in order."""
+        """Expire, admit, run or launch one forward; returns what happened, in order."""
         events, self._outbox = self._outbox, []
         self._expire(events)
         self._admit(events)
-        parts = self._cut(self._running.values(), self._options.prefill_tokens)
-        if parts:
-            self._run(parts, events)
+        before = self._launched
+        self._launched = self._launch_after(before)
+        if before is not None:
+            self._take_in(before, events)
+        if self._launched is None:
+            parts = self._cut(self._running.values(), self._options.prefill_tokens)
+            if parts:
+                self._run(parts, events)
         return events
 
     def close(self) -> list[Event]:
         """End every request that is still here with a failure and free what they hold."""
         events, self._outbox = self._outbox, []
+        self._launched = None
+        self._let_go()
         ids = [*self._running, *(r.id for v in self._queue.versions for r in self._drop(v))]
         for request_id in ids:
             events.append(failures.stopping(request_id))
@@ -330,6 +348,8 @@ class GenerateLane:
 
     def _start(self, request: GenerateRequest) -> bool | None:
         """Admit a request: False when there is no room, None when its adapter is not there."""
+        if any(one.request.id == request.id for one, _ in self._leaving):
+            return False  # the pages under this name are not free yet
         own = (request.version, self._forward.keys_of(len(request.token_ids)))
         shared = self._kv.reserve(
             request.id,
@@ -364,23 +384,81 @@ class GenerateLane:
         parts = [part for part in parts if part.sequence.request.id not in failed]
         done = [part.sequence for part in parts if part.completes and not part.predicts]
         for part in parts:
-            sequence = part.sequence
-            known = sequence.generated if self._kv.shares_prefixes else ()
-            self._kv.written(sequence.request.id, part.rows, known)
-            sequence.written += part.rows
+            self._note_written(part.sequence, part.rows)
         events += [self._result(one, "length") for one in done]
         for sequence, choice in ran.chosen:
-            if sequence.request.id in failed:
-                continue
-            if not choice.finite:
-                faults.append((sequence, failures.not_finite(sequence.request)))
-                continue
-            try:
-                events += self._advance(sequence, choice)
-            except Exception as error:
-                logger.exception("Request %s failed", sequence.request.id)
-                faults.append((sequence, failures.broken(sequence.request, error)))
+            if sequence.request.id not in failed:
+                self._take(sequence, choice, faults, events)
         events += self._settled(faults)
+
+    def _launch_after(self, before: LaunchedStep | None) -> LaunchedStep | None:
+        """The next decode step, launched from the tokens that ``before`` is choosing; None: there
+        is none, or it needs what only the other path does.
+
+        Sequences that ``before`` ends by their length are not in it.
+        """
+        if not self._runs_ahead:
+            return None
+        under_way = frozenset(() if before is None else before.sequences)
+        sequences: list[Sequence] = []
+        for one in sorted(self._running.values(), key=lambda one: one.slot):
+            if one.reading:
+                return None
+            if len(one.tokens) + (one in under_way) < one.request.sampling.max_new_tokens:
+                sequences.append(one)
+        return self._forward.launch(sequences, before) if sequences else None
+
+    def _take_in(self, step: LaunchedStep, events: list[Event]) -> None:
+        """What a launched step chose, but for sequences that have ended since.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        try:
+            choices = step.choices()
+        except Exception as error:
+            if is_lost(error):
+                raise
+            # Nothing was taken in: the same tokens are chosen again, the other way.
+            logger.exception("A step of %d sequences failed; it is run anew", len(step.sequences))
+            self._launched = None
+            self._let_go()
+            return
+        faults: list[tuple[Sequence, Failure]] = []
+        for sequence, choice in zip(step.sequences, choices, strict=True):
+            if self._running.get(sequence.request.id) is sequence:
+                self._note_written(sequence, 1)
+                self._take(sequence, choice, faults, events)
+        self._let_go()
+        events += self._settled(faults)
+
+    def _let_go(self) -> None:
+        """Free what ended sequences hold, but for those that a launched step still writes for."""
+        leaving, self._leaving = self._leaving, []
+        for sequence, forget in leaving:
+            self._free(sequence, forget=forget)
+
+    def _note_written(self, sequence: Sequence, rows: int) -> None:
+        known = sequence.generated if self._kv.shares_prefixes else ()
+        self._kv.written(sequence.request.id, rows, known)
+        sequence.written += rows
+
+    def _take(
+        self,
+        sequence: Sequence,
+        choice: Choice,
+        faults: list[tuple[Sequence, Failure]],
+        events: list[Event],
+    ) -> None:
+        """Take in a choice; what is wrong with it, or goes wrong, is added to ``faults``."""
+        if not choice.finite:
+            faults.append((sequence, failures.not_finite(sequence.request)))
+            return
+        try:
+            events += self._advance(sequence, choice)
+        except Exception as error:
+            logger.exception("Request %s failed", sequence.request.id)
+            faults.append((sequence, failures.broken(sequence.request, error)))
 
     def _advance(self, sequence: Sequence, choice: Choice) -> list[Event]:
         """Take in a token; the events are the token's, if streamed, and the end, if it is one."""
@@ -439,23 +517,29 @@ class GenerateLane:
             prompt_likeliest=((), *sequence.likeliest) if _tells_likeliest(request) else (),
         )
 
-    def _settled(self, faults: list[tuple[Sequence, Failure]]) -> list[Failure]:
+    def _settled(self, faults: list[tuple[Sequence, Failure]]) -> list[Event]:
         """End what has failed, as the adapter's fault only where the bare base does not fail, too.
 
-        The base is tried once for each adapter, on the shortest of its texts.
+        The base is tried once for each adapter, on the shortest of its texts, and when no step is
+        under way: it needs the room of what has failed.
         """
+        events: list[Event] = []
         for sequence, _ in faults:
             self._leave(sequence, forget=True)
+        if faults and self._launched is not None:
+            launched, self._launched = self._launched, None
+            self._take_in(launched, events)
         shortest: dict[str | None, Sequence] = {}
         for sequence, _ in sorted(faults, key=lambda fault: -len(fault[0].ids)):
             shortest[sequence.request.version] = sequence
         found = {version: self._fault_of_base(one) for version, one in shortest.items()}
-        return [
+        events += [
             failure
             if (cause := found[sequence.request.version]) is None
             else failures.of_base(sequence.request.id, cause)
             for sequence, failure in faults
         ]
+        return events
 
     def _fault_of_base(self, failed: Sequence) -> Exception | None:
         """What the bare base raises at the end of a text, as much of it as one step reads.
@@ -497,11 +581,18 @@ class GenerateLane:
         request = sequence.request
         if self._running.pop(request.id, None) is None:
             return
-        self._kv.release(sequence.request.id, forget=forget)
         self._per_version -= Counter({request.version: 1})
         self._forget(request.id)
-        if request.version is not None:
-            self._residency.release([request.version])
+        self._free(sequence, forget=forget)
+
+    def _free(self, sequence: Sequence, *, forget: bool) -> None:
+        """Free the pages and the lease of a sequence that has ended, once no step uses them."""
+        if self._launched is not None and sequence in self._launched.sequences:
+            self._leaving.append((sequence, forget))
+            return
+        self._kv.release(sequence.request.id, forget=forget)
+        if sequence.request.version is not None:
+            self._residency.release([sequence.request.version])
 
     def _forget(self, request_id: str) -> None:
         self._deadlines.pop(request_id, None)

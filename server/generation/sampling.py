@@ -8,6 +8,7 @@ the model before any of these steps, as OpenAI and vLLM report them.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class TokenChooser:
         self.sampled = options.do_sample and options.temperature > 0
         self.penalized = options.repetition_penalty != 1.0
         self._generator: torch.Generator | None = None
-        self._drawn: float | None = None  # for the token that is not noted yet
+        self._drawn: deque[float] = deque()  # for tokens that are not noted yet, in order
         self._length = len(prompt)
         self._history = torch.empty(0, dtype=torch.long)
         if self.penalized:
@@ -57,27 +58,33 @@ class TokenChooser:
 
     def note(self, token_id: int) -> None:
         """Remember a token that was chosen, and taken: the next one has a number of its own."""
-        self._drawn = None
+        if self._drawn:
+            self._drawn.popleft()
         if self.penalized and self._length < len(self._history):
             self._history[self._length] = token_id
             self._length += 1
 
-    def draw(self) -> float:
+    def draw(self, ahead: int = 0) -> float:
         """The number of the next token, in the request's own sequence, in [0, 1).
 
         The same until the token is noted: a step that fails after this, for whatever is in it, is
         run again and must choose the same.
+
+        Args:
+            ahead: How many tokens before that one are chosen and not noted yet.
         """
-        if self._drawn is not None:
-            return self._drawn
+        while len(self._drawn) <= ahead:
+            self._drawn.append(self._next_number())
+        return self._drawn[ahead]
+
+    def _next_number(self) -> float:
         if self._generator is None:
             self._generator = torch.Generator()
             if self.options.seed is None:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(self.options.seed % (1 << 63))
-        self._drawn = float(torch.rand((), generator=self._generator, dtype=torch.float64))
-        return self._drawn
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
 def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choice]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -21,7 +22,7 @@ from server.generation.captured_steps import CapturedSteps, StepKey
 from server.generation.kv_cache import SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
 from server.generation.page_attention import DecodeAttention, Pages
 from server.generation.sampling import Choice
-from server.generation.step_buffers import RowNumbers, StepBuffers
+from server.generation.step_buffers import HOST_TOKEN, RowNumbers, StepBuffers, ToldNumbers
 
 if TYPE_CHECKING:
     from server.generation.sequences import ScheduledRows
@@ -37,6 +38,31 @@ def buckets(most: int) -> tuple[int, ...]:
     """The row counts that steps are made for: 1, 2, 4, 8, 16, 24, ... and ``most``."""
     small = [rows for rows in ROW_BUCKETS if rows < most]
     return (*small, *range(2 * BUCKET_ROWS, most, BUCKET_ROWS), most)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that was launched and perhaps is not done.
+
+    Args:
+        sequences: Of its rows, in order.
+        told: What it tells.
+    """
+
+    sequences: tuple[Running, ...]
+    told: ToldNumbers
+
+    def choices(self) -> list[Choice]:
+        """What was chosen for each row, on the host: the only way back. Waits for the step."""
+        ids, scores = self.told.read(len(self.sequences))
+        choices: list[Choice] = []
+        for one, row, values in zip(self.sequences, ids, scores, strict=True):
+            options = one.request.sampling
+            told = options.alternatives if options.logprobs else 0
+            likeliest = tuple(zip(row[1 : 1 + told], values[1 : 1 + told], strict=True))
+            logprob = values[0] if options.logprobs else None
+            choices.append(Choice(row[0], logprob, bool(values[-1]), likeliest))
+        return choices
 
 
 class StaticKeys:
@@ -112,7 +138,8 @@ class StaticStep:
         self.buffers = StepBuffers(most, cache, int(vocabulary), self._device)
         self.rows = StaticRows(most, self._device)
         self._buckets = buckets(most)
-        self._seats: OrderedDict[str, tuple[int, int]] = OrderedDict()  # seat, tokens noted
+        # Seat, and how many tokens are noted there or will be by steps that were launched.
+        self._seats: OrderedDict[Running, tuple[int, int]] = OrderedDict()
         self.captured = CapturedSteps(self._device)
 
     def fixed(self) -> list[torch.Tensor]:
@@ -154,7 +181,7 @@ class StaticStep:
             for rank, has_lora in CLASSES
             for plain in (True, False)
         ]
-        self._fill([])
+        self._fill([], None)
         for done, key in enumerate(keys, start=1):
             if not self.captured.capture(key, lambda key=key: self.run(key)):  # type: ignore[misc]
                 return
@@ -166,12 +193,24 @@ class StaticStep:
         Raises:
             RuntimeError: The model does not use the attention interface in all its layers.
         """
-        sequences = [part.sequence for part in parts]
-        self._fill(sequences)
+        return self.launch([part.sequence for part in parts], None).choices()
+
+    def launch(self, sequences: Sequence[Running], after: LaunchedStep | None) -> LaunchedStep:
+        """Launch a step and wait for nothing.
+
+        Args:
+            sequences: As ``obstacle`` allows them.
+            after: The step before, if its choices are not taken in yet: sequences that it holds
+                read from the device what it chose for them, one position further.
+
+        Raises:
+            RuntimeError: The model does not use the attention interface in all its layers.
+        """
+        self._fill(sequences, after)
         key = self.key_of(sequences)
         if not self.captured.replay(key):
             self.run(key)
-        return self._told(sequences)
+        return LaunchedStep(tuple(sequences), self.buffers.told())
 
     def in_every_bucket(self, parts: Sequence[ScheduledRows]) -> Iterator[list[Choice]]:
         """The same step in each bucket, and for each class of launches, that can hold the parts.
@@ -186,10 +225,10 @@ class StaticStep:
                 continue
             if least.has_lora and not has_lora:
                 continue
-            self._fill(sequences)
+            self._fill(sequences, None)
             if not self.captured.replay(key):
                 self.run(key)
-            yield self._told(sequences)
+            yield LaunchedStep(tuple(sequences), self.buffers.told()).choices()
 
     def key_of(self, sequences: Sequence[Running]) -> StepKey:
         """Which of the prepared steps serves these sequences."""
@@ -201,38 +240,48 @@ class StaticStep:
         plain = all(step_sampling.takes_best(one.request.sampling) for one in sequences)
         return StepKey(rows, *made, plain)
 
-    def _fill(self, sequences: Sequence[Running]) -> None:
+    def _fill(self, sequences: Sequence[Running], after: LaunchedStep | None) -> None:
         """Write what the step reads: the only way from the host to it."""
         kinds = tuple(dict.fromkeys(self._cache.layer_kinds))
+        rows = {} if after is None else {one: row for row, one in enumerate(after.sequences)}
         numbers: list[RowNumbers] = []
         for one in sequences:
             options, chooser = one.request.sampling, one.chooser
-            name, position = one.request.id, one.written
+            source = rows.get(one, HOST_TOKEN)
+            ahead = int(source != HOST_TOKEN)
+            name, position = one.request.id, one.written + ahead
+            seat = self._seat(one, ahead) if chooser.penalized else self.buffers.spare_seat
             numbers.append(
                 RowNumbers(
-                    token_id=one.ids[position],
+                    token_id=0 if ahead else one.ids[position],
                     position=position,
-                    seat=self._seat(one) if chooser.penalized else self.buffers.spare_seat,
+                    seat=seat,
                     tables={k: self._cache.table(name, k, position + 1) for k in kinds},
                     temperature=options.temperature if chooser.sampled else 1.0,
                     top_k=min(options.top_k, self.buffers.vocabulary),
                     top_p=options.top_p,
                     penalty=options.repetition_penalty,
                     sampled=chooser.sampled,
-                    point=chooser.draw() if chooser.sampled else 0.0,
+                    point=chooser.draw(ahead) if chooser.sampled else 0.0,
+                    source=source,
                 )
             )
         self.buffers.fill(numbers)
         self.rows.fill([one.slot for one in sequences])
 
-    def _seat(self, sequence: Running) -> int:
+    def _seat(self, sequence: Running, ahead: int) -> int:
         """Where the tokens of a sequence are noted; those that no step has noted are noted now.
 
         The step itself notes the token that it reads: it is taken by then, so a step that runs
         again notes nothing that was not.
+
+        Args:
+            sequence: With a repetition penalty.
+            ahead: Tokens that are chosen and that the host has not taken in.
         """
-        name, history = sequence.request.id, sequence.chooser.history
-        found = self._seats.pop(name, None)
+        history = sequence.chooser.history
+        known = len(history) + ahead
+        found = self._seats.pop(sequence, None)
         if found is None:
             seat = len(self._seats)
             if seat >= self.buffers.rows:
@@ -240,10 +289,10 @@ class StaticStep:
             self.buffers.seen[seat] = False
             found = (seat, 0)
         seat, noted = found
-        missing = history[noted : len(history) - 1]
+        missing = history[noted : known - 1]
         if len(missing):
             self.buffers.seen[seat, missing.to(self._device)] = True
-        self._seats[name] = (seat, len(history))
+        self._seats[sequence] = (seat, known)
         return seat
 
     @torch.inference_mode()
@@ -251,7 +300,7 @@ class StaticStep:
         """The step itself: reads buffers, writes buffers, and looks at nothing."""
         buffers, rows = self.buffers, key.rows
         self.rows.shape(rows, key.rank, key.has_lora)
-        ids = buffers.ids(rows)
+        ids = buffers.read_ids(rows)
         if not key.plain:
             buffers.seen[buffers.seats(rows), ids] = True
         keys = StaticKeys(self._cache, buffers, rows, self._attention)
@@ -275,16 +324,3 @@ class StaticStep:
             yield
         finally:
             self._layers.rows = None
-
-    def _told(self, sequences: Sequence[Running]) -> list[Choice]:
-        """What the step has written, on the host: the only way back."""
-        ids = self.buffers.told_ids[:, : len(sequences)].cpu().t().tolist()
-        scores = self.buffers.told_scores[:, : len(sequences)].cpu().t().tolist()
-        choices: list[Choice] = []
-        for one, row, values in zip(sequences, ids, scores, strict=True):
-            options = one.request.sampling
-            told = options.alternatives if options.logprobs else 0
-            likeliest = tuple(zip(row[1 : 1 + told], values[1 : 1 + told], strict=True))
-            logprob = values[0] if options.logprobs else None
-            choices.append(Choice(row[0], logprob, bool(values[-1]), likeliest))
-        return choices

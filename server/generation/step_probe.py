@@ -81,18 +81,31 @@ def _fault_of_steps(
                 sequences.append(begin(request, slot if _PROBED[slot][1] else BASE_SLOT))
             parts = [ScheduledRows(one, one.pending) for one in sequences]
             _advance(kv, parts, forward.dynamic(parts))
-            for _ in range(_STEPS):
+            for step in range(_STEPS):
                 parts = [ScheduledRows(one, 1) for one in sequences]
                 wanted = forward.dynamic(parts)
                 for found in (*forward.in_every_bucket(parts), *_alone(forward, parts)):
                     for mine, theirs in zip(found, wanted, strict=True):
                         worst = max(worst, _difference(mine, theirs))
+                ahead = _launched_ahead(forward, sequences) if step < _STEPS - 1 else []
                 _advance(kv, parts, wanted)
+                if ahead:
+                    parts = [ScheduledRows(one, 1) for one in sequences]
+                    for mine, theirs in zip(ahead, forward.dynamic(parts), strict=True):
+                        worst = max(worst, _difference(mine, theirs))
         finally:
             for one in sequences:
                 kv.release(one.request.id, forget=True)
     most = _TOLERANCE.get(kv.dtype, _HALF_TOLERANCE)
     return None if worst <= most else f"log-probabilities differ by {worst:.1e}, not {most:.0e}"
+
+
+def _launched_ahead(forward: PagedForward, sequences: list[Sequence]) -> list[Choice]:
+    """What two steps choose, the second launched before the first is read; of the second."""
+    first = forward.launch_static(sequences, None)
+    second = forward.launch_static(sequences, first)
+    first.choices()
+    return second.choices()
 
 
 def _alone(forward: PagedForward, parts: list[ScheduledRows]) -> list[list[Choice]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation.slot_factors import SlotFactors
-from server.generation.lane import GenerateLane
 from server.generation.static_step import StaticStep, buckets
 from server.messages import GenerateResult
-from tests.stand.dense import Stage, hira_factors, options, prompts, terminals
+from tests.stand.dense import terminals
 from tests.stand.launches import HostLook, Launches
-
-VERSIONS: list[str | None] = [None, "a", "b", "c"]
+from tests.stand.static_steps import factors_of, random_run, staged
 
 
 @pytest.fixture(autouse=True)
@@ -30,68 +25,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def factors_of(model: Any, seed: int, method: Any = "hira", **more: Any) -> dict[str, SlotFactors]:
-    pairs = hira_factors(model, seed)
-    return {path: SlotFactors(method, a, b, **more) for path, (a, b) in pairs.items()}
-
-
-def staged(name: str = "llama", *, static: bool = True, **changes: Any) -> tuple[Stage, Any]:
-    """A stage over real adapted layers, and those."""
-    stage = Stage(name)
-    model = copy.deepcopy(stage.adapted.original)
-    adapted = inject(model, name="test")
-    made = options(decode_steps="static" if static else "dynamic", slots=6, **changes)
-    residency: Any = stage.residency
-    stage.lane = GenerateLane(adapted, stage.tokenizer, residency, made)
-    for version, slot in stage.residency.slots.items():
-        method = "lora" if version == "c" else "hira"
-        more = {"scale": 0.5} if version == "c" else {}
-        adapted.install(slot, factors_of(stage.adapted.original, slot, method, **more))
-        stage.residency.prefetch(version)
-    return stage, adapted
-
-
-def wish(chance: random.Random) -> dict[str, Any]:
-    """Random options of a request."""
-    return {
-        "max_new_tokens": chance.randint(1, 14),
-        "do_sample": chance.random() < 0.5,
-        "temperature": chance.choice([0.7, 1.0, 1.6]),
-        "top_k": chance.choice([0, 5, 50]),
-        "top_p": chance.choice([1.0, 0.9]),
-        "repetition_penalty": chance.choice([1.0, 1.0, 1.3]),
-        "seed": chance.randint(0, 99),
-        "logprobs": chance.random() < 0.5,
-        "alternatives": chance.choice([0, 3]),
-        "ignore_eos": True,
-    }
-
-
-def random_run(stage: Stage, adapted: AdaptedModel, seed: int) -> dict[str, GenerateResult]:
-    """Joins, leaves and swaps in an order that depends on the seed alone."""
-    chance = random.Random(seed)
-    asked = prompts(14, 40, seed=seed)
-    results: list[Any] = []
-    swapped = 0
-    while asked or stage.lane.has_work():
-        for _ in range(chance.randint(0, 3)):
-            if asked:
-                stage.submit(chance.choice(VERSIONS), asked.pop(), **wish(chance))
-        for _ in range(chance.randint(1, 4)):
-            results += terminals(stage.lane.step())
-        idle = [v for v in ("a", "b") if not stage.residency.leases[v]]
-        if idle and chance.random() < 0.3:
-            swapped += 1
-            slot = stage.residency.slots[idle[0]]
-            adapted.uninstall(slot)
-            adapted.install(slot, factors_of(stage.adapted.original, 10 * swapped + slot))
-    return {one.id: one for one in results}
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_are_those_of_the_other_path(name: str, seed: int) -> None:
-    plain, static = staged(name, static=False), staged(name)
+    plain, static = staged(name, "dynamic"), staged(name)
     wanted, found = random_run(*plain, seed), random_run(*static, seed)
     assert wanted.keys() == found.keys()
     for key, one in wanted.items():
@@ -249,7 +186,7 @@ def test_steps_that_differ_are_never_used(
 
 
 def test_without_the_setting_nothing_is_prepared() -> None:
-    stage, _ = staged(static=False)
+    stage, _ = staged(steps="dynamic")
     stage.lane.start_steps()
     stage.answer(None, [5, 6, 7], max_new_tokens=2)
     assert not stage.lane.figures().steps_by
