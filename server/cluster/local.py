@@ -24,7 +24,8 @@ ENVIRONMENT: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # messages go past Ray's object store
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # On a busy machine a start takes its time.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",
     "RAY_worker_niceness": "0",  # of 15, as Ray has it, anything else on the machine goes first
 }
 OBJECT_STORE_BYTES: Final = 80 << 20  # the least that Ray takes: nothing of ours goes through it
