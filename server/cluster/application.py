@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from adapters.registry.faults import database_faults
 from adapters.registry.registry import Registry
@@ -31,6 +32,7 @@ HTTP: Final = "http"
 # Bounds of Ray Serve on what one replica is asked at once: our own admission comes first.
 ONGOING_MAX: Final = 100_000
 ROUTING_STATS_S: Final = 0.5
+HEALTH_EVERY_S: Final = 2.0
 DRAIN_SPARE_S: Final = 5.0  # beyond drain_s, until Ray Serve kills a replica that does not end
 
 
@@ -98,6 +100,8 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
     registry.close()
     environment = {FOLDER_VARIABLE: str(settings.metrics_dir), "TOKENIZERS_PARALLELISM": "false"}
     kept = {name: os.environ[name] for name in ("OMP_WAIT_POLICY",) if name in os.environ}
+    # A line for each call would cost more than many a call, and the HTTP replicas have one.
+    quiet = LoggingConfig(enable_access_log=False, log_level=settings.log_level.upper())
     plan = ReplicaPlan(
         engine=options.engine,
         options=settings.engine_options(place),
@@ -112,7 +116,8 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         name=ENGINES,
         max_ongoing_requests=ONGOING_MAX,
         graceful_shutdown_timeout_s=settings.drain_s + DRAIN_SPARE_S,
-        health_check_period_s=2.0,
+        health_check_period_s=HEALTH_EVERY_S,
+        logging_config=quiet,
         health_check_timeout_s=settings.hang_s,
         ray_actor_options={
             "num_cpus": options.cpus,
@@ -133,7 +138,8 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         num_replicas=options.http_replicas,
         max_ongoing_requests=ONGOING_MAX,
         graceful_shutdown_timeout_s=settings.drain_s + DRAIN_SPARE_S,
-        health_check_period_s=2.0,
+        health_check_period_s=HEALTH_EVERY_S,
+        logging_config=quiet,
         health_check_timeout_s=settings.hang_s,
         ray_actor_options={
             "num_cpus": options.http_cpus,

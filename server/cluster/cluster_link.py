@@ -20,8 +20,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from server.cluster.merged_state import merged
-from server.cluster.replica import replica_lost
-from server.cluster.router import ROUTERS
+from server.cluster.process_routers import ROUTERS
+from server.cluster.replica import Addressed, replica_lost
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.link import STALE_S, Link
@@ -131,9 +131,9 @@ class ClusterLink(Link):
         if isinstance(message, Pin):
             return
         if isinstance(message, Preload):
-            self._aside(self._engines.hear.remote(message))
+            self._aside(self._engines.hear.remote(Addressed(None, message.version), message))
         else:
-            self._aside(self._broadcast("hear", message))
+            self._aside(self._everywhere("hear", message))
 
     def _next_id(self) -> str:
         return f"{self._name}.{next(self._ids)}"
@@ -215,25 +215,34 @@ class ClusterLink(Link):
                 self.fail_all("draining", "The server stopped before the answer was there.")
 
     async def _follow(self) -> None:
-        """Ask every replica how it is, for ever."""
+        """Ask every replica how it is, for ever; one that is slow holds up no other."""
         while True:
-            for one in await self._broadcast("state"):
+            for one in await self._everywhere("state"):
                 self._said[one["name"]] = (time.monotonic(), one)
             heard = self._heard()
             if heard:  # what is old says nothing, but that something was there
                 self._said = heard
             await asyncio.sleep(ASK_EVERY_S)
 
-    async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
+    async def _everywhere(self, method: str, *arguments: Any) -> list[Any]:
         """Call every replica; the answers of those that gave one in time."""
-        try:
-            found = await self._engines.broadcast(method, *arguments).results_async(
-                timeout_s=ASK_WITHIN_S, return_exceptions=True
-            )
-        except Exception as error:  # noqa: BLE001  # none is there, or all are slow
-            logger.debug("No replica answers %s: %s", method, error)
-            return []
-        return [one for one in found if not isinstance(one, BaseException)]
+        router = ROUTERS.get(self._deployment)
+        # Before the first call there is no router, and any replica will do.
+        names = [one.unique_id for one in router.curr_replicas] if router is not None else [None]
+
+        async def call(name: str | None) -> Any:
+            response = getattr(self._engines, method).remote(Addressed(name), *arguments)
+            try:
+                return await asyncio.wait_for(response, ASK_WITHIN_S)
+            except BaseException as error:
+                response.cancel()
+                if not isinstance(error, Exception):
+                    raise
+                logger.debug("Replica %s does not answer %s: %r", name, method, error)
+                return None
+
+        found = await asyncio.gather(*(call(one) for one in names))
+        return [one for one in found if one is not None]
 
     def _aside(self, awaitable: Any) -> None:
         """Wait for something that nobody waits for."""

@@ -55,6 +55,19 @@ class ReplicaPlan:
     log_level: str
 
 
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """Whom a call is for: the first argument of calls that are no requests; the router reads it.
+
+    Args:
+        replica: That one; None for any.
+        version: Where requests for this adapter version would go.
+    """
+
+    replica: str | None = None
+    version: str | None = None
+
+
 class EngineReplica:
     """See the module. A Ray Serve deployment makes it; nothing here knows Ray.
 
@@ -123,11 +136,12 @@ class EngineReplica:
             if not ended:
                 self._thread.submit(Cancel(request.id))
 
-    async def hear(self, message: Message) -> None:
-        """Take a message that has no answer."""
+    async def hear(self, to: Addressed, message: Message) -> bool:
+        """Take a message that has no answer, and say that it came."""
         self._thread.submit(message)
+        return True
 
-    async def state(self) -> dict[str, Any]:
+    async def state(self, to: Addressed) -> dict[str, Any]:
         """How it is, for readiness, metrics and the administration."""
         return {
             "name": self.name,

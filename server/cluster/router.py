@@ -12,10 +12,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from server.cluster.replica import short
+from server.cluster.replica import Addressed, short
 from server.cluster.routing import ReplicaLoad, SpillPolicy, route
-
-ROUTERS: dict[str, AffinityRouter] = {}  # of this process, by the name of the deployment
 
 
 class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
@@ -25,6 +23,9 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
         """Called by Ray Serve with ``request_router_kwargs``: the fields of ``SpillPolicy``."""
         self.policy = SpillPolicy(**policy)
         self.routed: Counter[str] = Counter()  # requests by reason
+        # Imported here: Ray sends this class with a copy of what its module holds.
+        from server.cluster.process_routers import ROUTERS
+
         ROUTERS[self._deployment_id.name] = self
 
     async def choose_replicas(
@@ -43,6 +44,11 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
             pending_request.routing_context.should_backoff = True
             message = pending_request.args[0] if pending_request.args else None
             version = getattr(message, "version", None)
+            if isinstance(message, Addressed):
+                again = True  # no request: not counted
+                if message.replica is not None:
+                    only = by_name.get(message.replica)
+                    return [] if only is None else [[only]]
         loads = [
             ReplicaLoad(
                 name,

@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="the extra cluster is not installed: no ray")
 from ray.exceptions import ActorUnavailableError
 
 from server.cluster.cluster_link import ClusterLink
-from server.cluster.router import ROUTERS
+from server.cluster.process_routers import ROUTERS
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
 from server.errors import Refusal
@@ -82,16 +82,14 @@ class Engines:
         self.answers = list(answers)
         self.asked: list[tuple[Request, float, float | None]] = []
         self.responses: list[Response] = []
-        self.answer = self.stream = self.hear = SimpleNamespace(remote=self._remote)
+        self.answer = self.stream = SimpleNamespace(remote=self._remote)
+        self.state = SimpleNamespace(remote=lambda to: Response(self._said()))
+
+    async def _said(self) -> dict[str, Any]:
+        return {"name": "r0", "pid": 1, "busy_s": 0.0, "snapshot": {"residency": {}}}
 
     def options(self, **_: Any) -> Engines:
         return self
-
-    def broadcast(self, method: str, *arguments: Any) -> Any:
-        async def results(**_: Any) -> list[Any]:
-            return [{"name": "r0", "pid": 1, "busy_s": 0.0, "snapshot": {"residency": {}}}]
-
-        return SimpleNamespace(results_async=results)
 
     def _remote(self, request: Request, waited_s: float, left_s: float | None) -> Response:
         self.asked.append((request, waited_s, left_s))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from server.cluster.engine_thread import EngineThread
-from server.cluster.replica import EngineReplica, ReplicaPlan
+from server.cluster.replica import Addressed, EngineReplica, ReplicaPlan
 from server.messages import (
     TERMINAL,
     EncodeRequest,
@@ -92,7 +92,7 @@ def test_who_leaves_before_the_end_has_the_work_cancelled(replica: EngineReplica
         async with aclosing(replica.stream(generate_request(10_000), 0.0, None)) as batches:
             await anext(batches)
         for _ in range(100):
-            if (await replica.state())["snapshot"]["adapters"] == {"cancelled": 1}:
+            if (await replica.state(Addressed()))["snapshot"]["adapters"] == {"cancelled": 1}:
                 return
             await asyncio.sleep(0.05)
         raise AssertionError("the work goes on")
