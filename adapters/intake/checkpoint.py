@@ -40,7 +40,7 @@ from adapters.intake.safetensors_header import (
     read_tensor,
 )
 from adapters.intake.strict_json import MAX_JSON_BYTES
-from adapters.intake.task_of import task_of
+from adapters.intake.task_of import said_task, task_of
 from adapters.signature import BaseSignature
 from adapters.tasks import BY_NAME, Task
 
@@ -254,7 +254,8 @@ def _plan(
             fix="Register it on a server of its own base.",
         )
     pooling = read_pooling(pooling_json, base.max_length)
-    layout = Layout(config, base)
+    said = said_task(config, task_config)
+    layout = Layout(config, base, said is not None and BY_NAME[said].head == "adapter")
     for entry in entries.values():
         layout.take(entry)
     shapes = {key.name: tuple(entry.shape) for key, entry in layout.saved}

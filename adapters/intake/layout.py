@@ -25,16 +25,20 @@ from adapters.intake.factor_shapes import bias_faults, first_names, pair_faults
 from adapters.intake.keys import BiasKey, FactorKey, SavedKey, parse_key, wrappers
 from adapters.intake.mismatches import odd_part, other_base
 from adapters.intake.safetensors_header import TensorEntry
-from adapters.signature import BaseSignature, Method
+from adapters.signature import BaseSignature, LayerSignature, Method
 from adapters.tasks import BY_NAME, Task
 
 
 @dataclass
 class Layout:
-    """The entries of a file, sorted to the layers of a base; collects what does not fit."""
+    """The entries of a file, sorted to the layers of a base; collects what does not fit.
+
+    ``brings_head``: The configurations say that the adapter's own head answers.
+    """
 
     config: AdapterConfig
     base: BaseSignature
+    brings_head: bool = False
     pairs: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
     biases: dict[str, TensorEntry] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)  # base path → path in the file
@@ -45,6 +49,7 @@ class Layout:
     _adapters: dict[str | None, str] = field(default_factory=dict)  # name → a tensor that has it
     _unmatched: list[str] = field(default_factory=list)
     _other_method: list[str] = field(default_factory=list)
+    _of_head: list[str] = field(default_factory=list)  # factors
     _faults: list[AdapterError] = field(default_factory=list)
 
     def take(self, entry: TensorEntry) -> None:
@@ -67,6 +72,9 @@ class Layout:
         layer = self.base.resolve(key.path)
         if layer is None or key.embedding != (layer.kind == "embedding"):
             self._unmatched.append(entry.name)
+            return
+        if self._in_own_head(layer):
+            self._of_head.append(entry.name)
             return
         pair = self.pairs.setdefault(layer.path, {})
         if key.side in pair:
@@ -99,7 +107,8 @@ class Layout:
         path = self.base.own_path(key.path.removesuffix(".base_layer"))
         layer = self.base.resolve(path)
         inside = self.base.prefix and path.startswith(f"{self.base.prefix}.")
-        if inside or layer is not None:
+        is_copy = key.path.endswith(".base_layer") or not self._in_own_head(layer)
+        if inside or (layer is not None and is_copy):
             own = path if layer is None else layer.path
             self.copies.append((f"{own}.{key.parameter}", entry))
         elif not self.config.saves(key.path):
@@ -112,6 +121,19 @@ class Layout:
             )
         else:
             self.saved.append((key, entry))
+
+    def _in_own_head(self, layer: LayerSignature | None) -> bool:
+        """Whether a path that the base's language-model head has is one of the adapter's head.
+
+        ModernBERT's classifiers begin as its language-model head does, with a ``head.dense``.
+        """
+        prefix = self.base.prefix
+        return bool(
+            self.brings_head
+            and prefix
+            and layer is not None
+            and not layer.path.startswith(f"{prefix}.")
+        )
 
     def faults(self, task: Task) -> list[AdapterError]:
         """Everything that is wrong with names and shapes."""
@@ -200,6 +222,15 @@ class Layout:
                     found=f"{len(missing)} without: {first_names(missing)}",
                     expected="A and B for every target",
                     fix="Save the adapter again, or correct target_modules.",
+                )
+            )
+        if self._of_head:
+            found.append(
+                UnsupportedOption(
+                    "Layers of the task head have factors, and heads are served as they are saved.",
+                    found=first_names(self._of_head),
+                    expected="factors of the backbone's layers",
+                    fix="Leave the head out of target_modules and name it in modules_to_save.",
                 )
             )
         if BY_NAME[task].head != "adapter" and self.saved:

@@ -9,6 +9,14 @@ from adapters.signature import BaseSignature
 from adapters.tasks import BY_NAME, IMAGE_MODELS, Task, narrowed, of_class, of_task_type
 
 
+def said_task(config: AdapterConfig, task_config: TaskConfig) -> Task | None:
+    """The task that the configurations alone tell, before it is narrowed; None: they do not."""
+    task = of_task_type(config.task_type)
+    for name in (config.model_class, task_config.architecture):
+        task = task or of_class(name)
+    return task
+
+
 def task_of(
     config: AdapterConfig,
     base: BaseSignature,
@@ -27,9 +35,7 @@ def task_of(
         BaseMismatch: The task needs a language-model head that this base does not have.
     """
     own = of_class(base.architecture)
-    task = of_task_type(config.task_type)
-    for name in (config.model_class, task_config.architecture):
-        task = task or of_class(name)
+    task = said_task(config, task_config)
     if task is None:
         task = "text-classification" if has_head else own or "feature-extraction"
     task = narrowed(task, "images" if base.model_type in IMAGE_MODELS else "texts", outputs)

@@ -24,6 +24,7 @@ from adapters.errors import (
 )
 from adapters.intake.recent_results import RecentResults
 from adapters.intake.strict_json import show
+from adapters.layers.adapted import AdaptedLinear
 from adapters.tasks import BY_NAME, Task
 
 if TYPE_CHECKING:
@@ -40,12 +41,22 @@ class Skeletons:
         config: The base's config.
         vocab_size: Of the base.
         has_pooler: Whether the base's checkpoint holds a pooler.
+        beside: Tensors of the base beside its backbone, name → shape. transformers fills those of a
+            task class that have the same name, as ModernBERT's ``head``, from the base.
     """
 
-    def __init__(self, config: Any, vocab_size: int, *, has_pooler: bool) -> None:
+    def __init__(
+        self,
+        config: Any,
+        vocab_size: int,
+        *,
+        has_pooler: bool,
+        beside: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self._config = config
         self._vocab_size = vocab_size
         self._has_pooler = has_pooler
+        self._beside = beside or {}
         self._made: RecentResults[Any] = RecentResults(_MADE_KEPT)
 
     def check(self, weights: AdapterWeights) -> None:
@@ -71,7 +82,7 @@ class Skeletons:
                     expected=", ".join(sorted(wanted)[:6]),
                 )
             )
-        missing = sorted(set(wanted) - set(weights.head))
+        missing = sorted(set(wanted) - set(weights.head) - set(self.from_base(weights)))
         if missing:
             faults.append(
                 MissingTensors(
@@ -94,6 +105,15 @@ class Skeletons:
             raise faults[0]
         if faults:
             raise AdapterFaults(faults)
+
+    def from_base(self, weights: AdapterWeights) -> tuple[str, ...]:
+        """Tensors of an adapter's head that it does not bring, because the base has them."""
+        wanted = self.of(weights).state_dict()
+        return tuple(
+            name
+            for name, tensor in wanted.items()
+            if name not in weights.head and self._beside.get(name) == tuple(tensor.shape)
+        )
 
     def of(self, weights: AdapterWeights) -> Any:
         """The task class for an adapter, on the meta device, a ``Stub`` for its backbone.
@@ -147,6 +167,22 @@ class Skeletons:
         made.requires_grad_(False)
         made.eval()
         return made
+
+
+def beside_backbone(model: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a base's tensors outside of its backbone; the meta device is enough.
+
+    Args:
+        model: Plain, or with adapted layers; of quantized ones, the shapes of what they stand for.
+        prefix: Where the backbone is; empty where it is the model itself.
+    """
+    if not prefix:
+        return {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.quantized.kind != "dense":
+            shapes[f"{path}.weight"] = (module.out_features, module.in_features)
+    return {name: shape for name, shape in shapes.items() if not name.startswith(f"{prefix}.")}
 
 
 class Stub(nn.Module):

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.errors import UnsupportedOption
+from adapters.layers.adapted import AdaptedLinear
 from adapters.tasks import BY_NAME
 from server.base.load import LoadedBase
 from server.base.plan import name_is_headed
-from server.base.skeletons import Skeletons, Stub
+from server.base.skeletons import Skeletons, Stub, beside_backbone
 
 if TYPE_CHECKING:
     from adapters.intake.checkpoint import AdapterWeights
@@ -124,6 +125,7 @@ class Heads:
             base.config,
             base.adapted.signature.vocab_size,
             has_pooler=getattr(base.backbone, "pooler", None) is not None,
+            beside=beside_backbone(base.model, base.adapted.signature.prefix),
         )
         self._own: LanguageModelHead | None = None
 
@@ -203,6 +205,7 @@ class Heads:
             name: tensor.detach().to(self._base.device, torch.float32)
             for name, tensor in weights.head.items()
         }
+        tensors |= {name: self._of_base(name) for name in self._skeletons.from_base(weights)}
         module.load_state_dict(tensors, strict=True, assign=True)
         row = BY_NAME[weights.task]
         named = weights.labels is not None and row.output_names is None
@@ -211,3 +214,13 @@ class Heads:
         stub: Stub = getattr(module, module.base_model_prefix)
         pad_id = int(module.config.pad_token_id) if "texts" in row.takes else None
         return TaskHead(module, stub, pad_id, labels, problem)
+
+    def _of_base(self, name: str) -> torch.Tensor:
+        """A tensor beside the base's backbone, in float32."""
+        path, _, parameter = name.rpartition(".")
+        layer = self._base.model.get_submodule(path)
+        packed = isinstance(layer, AdaptedLinear) and layer.quantized.kind != "dense"
+        if packed and parameter == "weight":
+            return layer.quantized.dequantize(torch.float32)
+        tensor: torch.Tensor = getattr(layer, parameter)
+        return tensor.detach().to(self._base.device, torch.float32)

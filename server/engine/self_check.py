@@ -45,7 +45,9 @@ NEW_TOKENS = 2
 # a rounding may send a token to another expert; what is wrong by its kind is off by more.
 RELATIVE_ERROR = {torch.float32: 1e-3}
 RELATIVE_ERROR_HALF = 0.1
-# Families whose answers differ only beyond a window, which no short text fills.
+# Families whose answers differ only beyond a window. That is thousands of tokens in real models,
+# and a step that fills it would take minutes of every start; so they are named here, after such a
+# step of a tiny one (tests.stand.families) went wrong.
 _OTHER_WINDOW = frozenset({"moshi"})
 _COMPARED_WORDS = 8  # words that masks are compared by
 

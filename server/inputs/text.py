@@ -35,6 +35,10 @@ Side = Literal["left", "right"]
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
 
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
+# More than these, and than so many for each token, no text has that anybody wrote: megabytes
+# without a space keep a tokenizer busy for a minute, and the lists of its tokens hold up everybody.
+UNCUT_CHARACTERS: Final = 1 << 17
+CHARACTERS_A_TOKEN: Final = 64
 
 
 class TextError(ExplainedError):
@@ -252,6 +256,7 @@ class Text:
                 raise _no_room(f"more than {room} prompt tokens", max_new_tokens, self.max_tokens)
         elif room >= 1 and not (start_text and prompt.lstrip().startswith(start_text)):
             prompt = self._bound.tail(prompt, room + 1)
+        _check_characters(prompt, 0, self.max_tokens)
         with self._lock:
             ids: list[int] = self.tokenizer(
                 prompt, add_special_tokens=special_tokens, truncation=False, verbose=False
@@ -352,6 +357,8 @@ class Text:
             for text in (first, second)
         ):
             raise _input_too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
+        _check_characters(first, index, self.max_tokens)
+        _check_characters(second or "", index, self.max_tokens)
         strategy: str | bool = cuts is not None
         if cuts == "second" and second is not None:
             # A limit that leaves no room for a token of the second text falls on the longer one.
@@ -399,7 +406,7 @@ class Text:
         a count that makes no list of them. False for a short text says nothing."""
         if self._bound.exceeds(text, tokens):
             return True
-        if len(text) <= COUNTED_CHARACTERS:
+        if len(text) <= COUNTED_CHARACTERS or len(text) > _most_characters(self.max_tokens):
             return False
         backend = self.tokenizer.backend_tokenizer
         with self._lock:
@@ -446,6 +453,22 @@ def _check_unicode(text: str, index: int) -> None:
             expected="text that can be written as UTF-8",
             fix="Decode the bytes properly before sending them.",
         ) from error
+
+
+def _check_characters(text: str, index: int, tokens: int) -> None:
+    """Refuse what is left of a text, where it was cut, if it cannot be tokenized in time."""
+    most = _most_characters(tokens)
+    if len(text) > most:
+        raise InputTooLong(
+            f"Input {index} is too long.",
+            found=f"{len(text)} characters, most of them without a space or an end of line",
+            expected=f"at most {most} characters in which there is no place to cut",
+            fix="Cut it before it is sent.",
+        )
+
+
+def _most_characters(tokens: int) -> int:
+    return max(UNCUT_CHARACTERS, CHARACTERS_A_TOKEN * tokens)
 
 
 def _no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:

@@ -13,7 +13,7 @@ import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any, Final, Self
 
 # Characters of a text that may become one in each normal form that composes them (U+1F82, for one).
@@ -21,6 +21,12 @@ COMPOSED_CHARACTERS: Final = 4
 BOUND_SLICE_CHARACTERS: Final = 1 << 16
 _SPACES: Final = " \u0120\u2581"  # as texts, byte-level vocabularies and sentencepiece write it
 _WORD: Final = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
+# Also where a line ends, and before a mark that ends a clause where words have no spaces; letters
+# of those scripts, of Cyrillic and of Hangul count as well.
+_LETTER: Final = "A-Za-z0-9\u0410-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+_MARK: Final = "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
+# What is cut at stands first, for which the whole text is searched fast.
+_PLACE: Final = re.compile(f"[ \\n{_MARK}](?<=[{_LETTER}].)(?:(?<! )|(?=[{_LETTER}]))", re.DOTALL)
 _KEEPS_CHARACTERS: Final = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"}
 _KEEPS_WORDS: Final = {*_KEEPS_CHARACTERS, "BertNormalizer", "Strip", "StripAccents"}
 _SPLITS_WORDS: Final = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
@@ -76,12 +82,14 @@ class TokenBound:
         characters: The most characters of a text that one token can stand for; None: any number.
         words: The most words, each begun behind a space, that one token can reach into; None: any.
         cuts: Whether the text before a word, and the text from it, are tokenized on their own.
+        everywhere: Whether it may also be cut at ends of lines and marks, in more scripts.
         greedy: Added tokens that take any number of spaces beside them along.
     """
 
     characters: int | None = None
     words: int | None = None
     cuts: bool = False
+    everywhere: bool = False
     greedy: tuple[str, ...] = ()
 
     @classmethod
@@ -106,6 +114,7 @@ class TokenBound:
         added = declared.get("added_tokens") or []
         contents = [str(one["content"]) for one in added]
         greedy = tuple(str(one["content"]) for one in added if one["lstrip"] or one["rstrip"])
+        added_marks = any(_PLACE.search(content) for content in contents) or bool(greedy)
         spaced = max((_words_in(content) for content in contents), default=1)
         # Of these a space behind a word, or before it, may be a part.
         sticky = any(one[0].isalnum() or one[-1].isalnum() for one in greedy if one)
@@ -115,10 +124,16 @@ class TokenBound:
             apart = bool(splitters) and splitters[0]["type"] in _SPLITS_WORDS
             if not apart or not all(_keeps(one, _KEEPS_WORDS) for one in normalizers):
                 return cls()
-            return cls(words=spaced, cuts=spaced == 1 and not sticky)
+            cuts = spaced == 1 and not sticky
+            marks = splitters[0]["type"] != "WhitespaceSplit"
+            return cls(words=spaced, cuts=cuts, everywhere=cuts and marks and not added_marks)
         if kind not in {"BPE", "Unigram"} or not _keeps_all(model, normalizers, splitters):
             return cls()
         vocabulary = _vocabulary(model)
+        by_pattern = any(
+            (one["type"] == "ByteLevel" and one.get("use_regex", True)) or one["type"] == "Split"
+            for one in splitters
+        )
         composes = any(one["type"] in {"NFC", "NFKC"} for one in normalizers)
         longest = max(len(token) for token in (*vocabulary, *contents))
         words = max(spaced, *(_words_in(token) for token in vocabulary))
@@ -129,15 +144,23 @@ class TokenBound:
         written = any(one["type"] in _WRITES_SPACES for one in normalizers) or any(
             one["type"] in _WRITES_SPACES for one in splitters[: max(patterns, default=0)]
         )
-        return cls(
-            characters=None if loose else longest * (COMPOSED_CHARACTERS if composes else 1),
-            words=words,
-            cuts=words == 1
+        cuts = (
+            words == 1
             and apart
             and not (patterns and written)
             and not sticky
             and not model.get("dropout")
-            and all(map(_splits_by_place, splitters)),
+            and all(map(_splits_by_place, splitters))
+        )
+        return cls(
+            characters=None if loose else longest * (COMPOSED_CHARACTERS if composes else 1),
+            words=words,
+            cuts=cuts,
+            everywhere=cuts
+            and by_pattern
+            and _split_at_words(splitters)
+            and not written
+            and not added_marks,
             greedy=greedy,
         )
 
@@ -159,6 +182,10 @@ class TokenBound:
                 return True
         return False
 
+    @property
+    def _places(self) -> re.Pattern[str]:
+        return _PLACE if self.everywhere else _WORD
+
     def head(self, text: str, tokens: int) -> str:
         """The start of a text, with more than ``tokens`` tokens, or the whole of it.
 
@@ -166,8 +193,13 @@ class TokenBound:
         """
         if not self.cuts or len(text) <= 2 * tokens:
             return text
-        found = next(islice(_WORD.finditer(text), tokens + 1, None), None)
-        return text if found is None else text[: found.start()]
+        left = tokens + 2
+        for start in range(0, len(text), BOUND_SLICE_CHARACTERS):  # others run between two slices
+            for one in self._places.finditer(text, start, start + BOUND_SLICE_CHARACTERS):
+                left -= 1
+                if not left:
+                    return text[: one.start()]
+        return text
 
     def tail(self, text: str, tokens: int) -> str:
         """The end of a text, with more than ``tokens`` tokens, or the whole of it.
@@ -179,7 +211,7 @@ class TokenBound:
         left, end = tokens + 2, len(text)
         while end > 0:
             begin = max(0, end - BOUND_SLICE_CHARACTERS)
-            places = [one.start() for one in _WORD.finditer(text, begin, end)]
+            places = [one.start() for one in self._places.finditer(text, begin, end)]
             if len(places) >= left:
                 return text[places[-left] :]
             left, end = left - len(places), begin

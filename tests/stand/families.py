@@ -26,6 +26,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging as transformers_logging
 
+from adapters.errors import AdapterError
+from adapters.intake.checkpoint import load_adapter
 from adapters.tasks import Task
 from server.base.load import BaseModelError
 from server.engine.engine import Engine, EngineFailure
@@ -282,14 +284,71 @@ def judge(family: str, architecture: str, folder: Path) -> Row:
     except BaseModelError as error:
         line = f"{error.message} {error.found or ''}"
         return Row(family, architecture, "refused", one_line(line))
+    told = ""
     try:
         lanes, worst = compare(engine, made)
+        told, error = classify(engine, family, place, folder)
+        worst = max(worst, error)
     except EngineFailure as failed:
         return Row(family, architecture, "wrong", one_line(f"{failed.failure.found}"))
     finally:
         engine.close()
     outcome = "served" if worst < BOUND else "wrong"
-    return Row(family, architecture, outcome, f"{', '.join(lanes)}: {worst:.0e}")
+    return Row(family, architecture, outcome, f"{', '.join(lanes)}{told}: {worst:.0e}")
+
+
+def classify(engine: Engine, family: str, place: Path, folder: Path) -> tuple[str, float]:
+    """What becomes of the family's own sequence classifier, saved by PEFT with all of its head, and
+    the largest error of its logits in a mixed batch against PEFT on each text alone."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    name = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(family)
+    if name is None:
+        return "", 0.0
+    factory: Any = getattr(transformers, name)
+    try:
+        whole = factory.from_pretrained(place, num_labels=3, dtype=torch.float32)
+        backbone = whole.base_model_prefix
+        heads = [name for name, _ in whole.named_children() if name != backbone]
+        layers = engine.base.adapted.signature.layers.values()
+        target = next(
+            one.path.rpartition(".")[2]
+            for one in layers
+            if one.kind in ("linear", "conv1d_transposed") and one.path.startswith(backbone)
+        )
+        config = LoraConfig(
+            target_modules=rf"{backbone}\..*\.{target}",
+            modules_to_save=heads,
+            task_type="SEQ_CLS",
+            init_lora_weights=False,
+        )
+        adapter: Any = get_peft_model(whole, config).eval()
+        adapter.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        whole.config.save_pretrained(folder / "adapter")
+        texts = sequences(tiny_bases.VOCABULARY)
+        wanted = [plain(adapter, ids).logits[0] for ids in texts]
+    except Exception as error:  # noqa: BLE001  # PEFT's or transformers' own
+        return one_line(
+            f" (its classifier cannot be made: {type(error).__name__}: {error})", 90
+        ), 0.0
+    try:
+        version = tiny_bases.stored(folder / "store", folder / "adapter")
+        load_adapter(folder / "adapter", engine.base.adapted.signature)
+        items = tuple(TokenizedInput(ids) for ids in texts)
+        task: Task = "text-classification"
+        options = {"function_to_apply": "none"}
+        found: Any = engine.run(EncodeRequest("c", task, version, version, items, None, options))
+    except AdapterError as error:
+        return one_line(f" (its classifier is refused: {error.message} {error.found})", 160), 0.0
+    except EngineFailure as failed:
+        said = f"{failed.failure.message} {failed.failure.found}"
+        return one_line(f" (its classifier is refused: {said})", 160), 0.0
+    errors = []
+    for outputs, logits in zip(found.outputs, wanted, strict=True):
+        scores = {one["label"]: one["score"] for one in outputs}
+        errors.append(relative([scores[f"LABEL_{at}"] for at in range(3)], logits))
+    return ", classify", max(errors)
 
 
 def build_or_reason(family: str, architecture: str) -> Any:
@@ -374,8 +433,10 @@ def table(rows: Iterable[Row]) -> str:
         "know, as a tiny random base of each of its language models (else of its backbone), in",
         "float32, not quantized. *Served*: the lanes that answer, and the largest relative error",
         "of a batch of mixed lengths (vectors, words for a mask, log-probabilities of prompts and",
-        "of new tokens) against the model's own forward over each text alone. *Refused*: what the",
-        "start ends with. *Not makeable*: why no tiny random model of it can be asked.",
+        "of new tokens) against the model's own forward over each text alone; *classify*: the",
+        "family's own sequence classifier on that base, saved by PEFT with all of its head,",
+        "against PEFT, or in brackets why it has none. *Refused*: what the start ends with.",
+        "*Not makeable*: why no tiny random model of it can be asked.",
         "",
         "Counts: " + ", ".join(f"{kind} {count}" for kind, count in counts.items()) + ".",
         "",

@@ -68,7 +68,7 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
     from server.base.digest import checkpoint_digest
     from server.base.load import BaseModelError, signature_of
     from server.base.plan import plan_base
-    from server.base.skeletons import Skeletons
+    from server.base.skeletons import Skeletons, beside_backbone
     from server.inputs.images import ImageProcessorError, Images
     from server.inputs.text import Text, TokenizerError
 
@@ -108,6 +108,7 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
             plan.config,
             signature.vocab_size,
             has_pooler=any("pooler" in path.split(".") for path in signature.layers),
+            beside=beside_backbone(plan.skeleton(), signature.prefix),
         ).check,
         inputs=inputs,
         prompts=prompts,

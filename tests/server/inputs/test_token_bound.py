@@ -216,8 +216,58 @@ def test_no_character_is_composed_of_more_than_the_bound_allows() -> None:
 
 def test_word_of_any_length_that_is_one_unknown_token_is_not_refused() -> None:
     text = Text(tiny_bases.tokenizer("bert"), max_tokens=8, vocab_size=tiny_bases.VOCABULARY)
-    (item,) = text.encode(["x" * 200_000], "text-classification")
+    (item,) = text.encode(["x" * 100_000], "text-classification")
     assert len(item.token_ids) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "long", ["x" * 2_000_000, "中" * 2_000_000, "😀" * 500_000, " " * 2_000_000]
+)
+def test_megabytes_without_a_place_to_cut_are_refused_without_being_tokenized(
+    kind: str, long: str
+) -> None:
+    text = Text(KINDS[kind](), max_tokens=512)
+    text.tokenizer = Untouched(text.tokenizer)
+    for cut in (False, True):
+        with pytest.raises(InputTooLong):
+            text.encode([long], "text-classification", truncation=cut)
+        with pytest.raises(InputTooLong):
+            text.encode([("a", long)], "question-answering", truncation=cut)
+        with pytest.raises(InputTooLong):
+            text.encode_prompt(long, max_new_tokens=4, truncation=cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_without_spaces_are_cut_at_marks_and_ends_of_lines(kind: str) -> None:
+    tokenizer, choose = KINDS[kind](), random.Random(10)
+    bound = TokenBound.of(tokenizer.backend_tokenizer)
+    pieces = (
+        "中文",
+        "漢",
+        "。",
+        "，",
+        "\n",
+        "\n\n",
+        "film",
+        "12",
+        " ",
+        "'s",
+        "！",
+        "か",
+        "фи",
+        "ﬁ",
+    )
+    shorter = 0
+    for _ in range(300):
+        text = "".join(choose.choices(pieces, k=200))
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        most = choose.randint(1, 12)
+        head, tail = bound.head(text, most), bound.tail(text, most)
+        assert tokenizer(head, add_special_tokens=False)["input_ids"][:most] == whole[:most]
+        assert tokenizer(tail, add_special_tokens=False)["input_ids"][-most:] == whole[-most:]
+        shorter += (len(head) < len(text)) + (len(tail) < len(text))
+    assert shorter > 400
 
 
 @pytest.mark.parametrize("spaces", ["Removed", None])
