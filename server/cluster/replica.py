@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -169,7 +169,8 @@ class EngineReplica:
     def _arrived(self, events: list[Event]) -> None:
         """On the engine's thread: one call of the event loop for all that a step brought."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._sort, events)
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                self._loop.call_soon_threadsafe(self._sort, events)
 
     def _sort(self, events: list[Event]) -> None:
         for event in events:
