@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +109,7 @@ class EngineReplica:
 
     async def stream(
         self, request: Request, waited_s: float, left_s: float | None
-    ) -> AsyncIterator[list[Event]]:
+    ) -> AsyncGenerator[list[Event], None]:
         """Run a request and yield its events as they come, the last one terminal.
 
         Leaving before the end cancels its work.

@@ -16,7 +16,7 @@ from server.cluster.replica import Addressed, short
 from server.cluster.routing import ReplicaLoad, SpillPolicy, route
 
 
-class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
+class AffinityRouter(RequestRouter):
     """See the module."""
 
     def initialize_state(self, **policy: Any) -> None:

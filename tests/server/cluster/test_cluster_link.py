@@ -129,9 +129,11 @@ def outcome(engines: Engines, request: Request) -> list[Event]:
     async def scenario() -> list[Event]:
         async with linked(engines) as link:
             with link.admit(request) as ticket:
-                events = [await ticket.next()]
-                while not ticket.ended or (more := ticket.next_if_there()) is not None:
-                    events.append(more if ticket.ended else await ticket.next())
+                events: list[Event] = []
+                while not ticket.ended:
+                    events.append(await ticket.next())
+                while (more := ticket.next_if_there()) is not None:
+                    events.append(more)
                 return events
 
     return asyncio.run(asyncio.wait_for(scenario(), 20))
