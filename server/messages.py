@@ -78,20 +78,32 @@ class EncodeRequest:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How to choose tokens: greedily unless ``do_sample``; penalty 1.0 and top_p 1.0 are off."""
+    """How to choose tokens: greedily unless ``do_sample``; penalty 1.0 and top_p 1.0 are off.
+
+    Token ids that the base does not have are refused by the generation lane.
+    """
 
     max_new_tokens: int = 20
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
+    min_p: float = 0.0  # 0: off
     typical_p: float = 1.0  # 1: off
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # once for each token that was generated
+    frequency_penalty: float = 0.0  # as often as it was generated
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logit of an id; each id once
+    bad_words: tuple[tuple[int, ...], ...] = ()  # tokens that must not follow each other; none ()
+    allowed_ids: tuple[int, ...] | None = None  # no other token comes; None: every one may
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = False
     ignore_eos: bool = False
     end_ids: tuple[int, ...] | None = None  # tokens that end the answer; None: the base's
+    stop_ids: tuple[int, ...] = ()  # more of them, which ``ignore_eos`` does not concern
+    shown_ids: tuple[int, ...] = ()  # special tokens that are part of the text
+    min_tokens: int = 0  # before so many nothing ends the answer: no end token, no stop string
     alternatives: int = 0  # likeliest tokens told beside each, where log-probabilities are
     prompt_logprobs: bool = False  # of the prompt's own tokens; then max_new_tokens may be 0
 
@@ -183,6 +195,7 @@ class Alternative:
     id: int
     text: str
     logprob: float
+    special: bool = False
 
 
 Likeliest = tuple[tuple[int, float], ...]  # ids and log-probabilities, the likeliest first

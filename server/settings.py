@@ -140,6 +140,9 @@ class Settings(BaseSettings):
         "Whose ids, where tokenizer.json and the class that the configuration names differ.",
         "Base",
     )
+    tool_format: Literal["auto", "hermes", "mistral", "llama3_json"] = setting(
+        "auto", "How answers write calls of tools; auto: as the chat template shows.", "Base"
+    )
     chat_template: Path | None = setting(
         None, "File with a chat template for the base, in place of its own.", "Base"
     )

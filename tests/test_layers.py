@@ -269,7 +269,7 @@ PRIVATE_READS = {
     "loadtests/test_residency_window.py": 1,
     "server/base/test_rope.py": 2,
     "server/edge/admit/test_bounded_pool.py": 3,
-    "server/edge/endpoints/test_answers.py": 2,
+    "server/edge/endpoints/test_answers.py": 1,
     "server/edge/endpoints/test_uploads.py": 1,
     "server/edge/link/test_dispatcher.py": 3,
     "server/edge/link/test_thread_deaths.py": 3,

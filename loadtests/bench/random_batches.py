@@ -233,7 +233,7 @@ class LogitsSeen:
                 seen[one.request.id, len(one.ids)] = hashlib.blake2b(raw, digest_size=16).digest()
             return logits
 
-        PagedForward.__call__ = watched  # type: ignore[method-assign]
+        PagedForward.__call__ = watched  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 from adapters.intake.conversation import Conversation
@@ -70,6 +71,8 @@ class Templates:
         *,
         deadline: float,
         most: int,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """One conversation as a prompt.
 
@@ -80,6 +83,7 @@ class Templates:
             characters: How long they are in all, about.
             deadline: As ``time.monotonic()`` counts.
             most: How many conversations may wait.
+            tools, variables: As ``RenderProcess.render`` takes them.
 
         Raises:
             PoolFull: Come back later.
@@ -98,7 +102,8 @@ class Templates:
         try:
             await self._take(lock, deadline)
             running = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._work, template, messages, deadline
+                self._threads,
+                partial(self._work, template, messages, deadline, tools, variables),
             )
 
             def done(future: asyncio.Future[str]) -> None:
@@ -143,10 +148,17 @@ class Templates:
             del self._turns[turn]
 
     def _work(
-        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], deadline: float
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Mapping[str, Any]],
+        deadline: float,
+        tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None,
     ) -> str:
         process = self._free.pop()  # there is one for each thread
         try:
-            return process.render(template, messages, deadline=deadline)
+            return process.render(
+                template, messages, tools=tools, variables=variables, deadline=deadline
+            )
         finally:
             self._free.append(process)

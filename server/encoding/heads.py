@@ -219,8 +219,8 @@ class Heads:
         """A tensor beside the base's backbone, in float32."""
         path, _, parameter = name.rpartition(".")
         layer = self._base.model.get_submodule(path)
-        packed = isinstance(layer, AdaptedLinear) and layer.quantized.kind != "dense"
-        if packed and parameter == "weight":
-            return layer.quantized.dequantize(torch.float32)
+        if parameter == "weight" and isinstance(layer, AdaptedLinear):
+            own: torch.Tensor = layer.quantized.dequantize(dtype=torch.float32)
+            return own
         tensor: torch.Tensor = getattr(layer, parameter)
         return tensor.detach().to(self._base.device, torch.float32)

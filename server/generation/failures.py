@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from server.messages import Failure, GenerateRequest
 
 
@@ -40,6 +42,15 @@ def refusal(
             found=f"token ids from {least} to {greatest}",
             expected=f"0 to {vocabulary - 1}",
         )
+    unknown = next((one for one in _option_ids(request) if not 0 <= one < vocabulary), None)
+    if unknown is not None:
+        return Failure(
+            request.id,
+            "invalid_input",
+            "The sampling options name a token that the base does not have.",
+            found=f"token id {unknown}",
+            expected=f"0 to {vocabulary - 1}",
+        )
     if max_input_tokens is not None and prompt > max_input_tokens:
         return _too_long(request, f"{prompt} prompt tokens", f"at most {max_input_tokens}")
     if request.tokens > context_tokens or request.kept_tokens > capacity_tokens:
@@ -47,6 +58,28 @@ def refusal(
         most = min(context_tokens, capacity_tokens + request.tokens - request.kept_tokens)
         return _too_long(request, found, f"at most {most} in all")
     return None
+
+
+def _option_ids(request: GenerateRequest) -> Iterator[int]:
+    """Token ids in the options of a request."""
+    options = request.sampling
+    yield from (one for one, _ in options.logit_bias)
+    yield from options.stop_ids
+    yield from options.allowed_ids or ()
+    for word in options.bad_words:
+        yield from word
+
+
+def nothing_left(request: GenerateRequest) -> Failure:
+    """The request excludes every token that could come next."""
+    return Failure(
+        request.id,
+        "invalid_input",
+        "The sampling options leave no token that could come next.",
+        found="every token of the vocabulary is excluded",
+        expected="at least one that may come",
+        fix="Allow more tokens, forbid fewer words, or lower min_tokens.",
+    )
 
 
 def cannot_generate(request_id: str, architecture: str) -> Failure:

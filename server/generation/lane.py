@@ -454,6 +454,10 @@ class GenerateLane:
         if not choice.finite:
             faults.append((sequence, failures.not_finite(sequence.request)))
             return
+        if not choice.possible:
+            self._leave(sequence)
+            events.append(refusals.nothing_left(sequence.request))
+            return
         try:
             events += self._advance(sequence, choice)
         except Exception as error:
@@ -477,9 +481,9 @@ class GenerateLane:
         if request.stream:
             events.append(TokenEvent(request.id, token, shown, *known))
         reason: FinishReason | None = None
-        if sequence.text.stopped:
+        if sequence.text.stopped or token in request.sampling.stop_ids:
             reason = "stop_sequence"
-        elif token in self._ends_of(request) and not request.sampling.ignore_eos:
+        elif token in self._ends_of(request):
             reason = "eos_token"
         elif len(sequence.tokens) >= request.sampling.max_new_tokens:
             reason = "length"
@@ -492,7 +496,7 @@ class GenerateLane:
 
     def _ends_of(self, request: GenerateRequest) -> Collection[int]:
         """Tokens that end the answer: the request's own, which are its adapter's, or the base's."""
-        own = request.sampling.end_ids
+        own = () if request.sampling.ignore_eos else request.sampling.end_ids
         return self._eos_ids if own is None else own
 
     def _result(self, sequence: Sequence, reason: FinishReason) -> GenerateResult:
@@ -571,8 +575,18 @@ class GenerateLane:
             slot=slot,
             ids=list(request.token_ids),
             written=written,
-            chooser=TokenChooser(request.sampling, request.token_ids),
-            text=TextStream(self._tokenizer, request.token_ids, request.sampling.stop),
+            chooser=TokenChooser(
+                request.sampling,
+                request.token_ids,
+                {*self._ends_of(request), *request.sampling.stop_ids},
+            ),
+            text=TextStream(
+                self._tokenizer,
+                request.token_ids,
+                request.sampling.stop,
+                free_tokens=max(0, request.sampling.min_tokens - 1),
+                shown=request.sampling.shown_ids,
+            ),
             admitted=time.monotonic(),
         )
 

@@ -1,20 +1,22 @@
 """From logits to tokens: each request by its own options, all of them in one batch.
 
-The order of the steps is that of transformers' ``generate``: repetition penalty, temperature,
-top-k, top-p, typical-p, draw. Every draw takes one number from the request's own generator, on the
-CPU, so a seed gives the same tokens whatever else is in the batch. Log-probabilities are those of
-the model before any of these steps, as OpenAI and vLLM report them.
+The order of the steps is that of transformers' ``generate``: what a request changes in its logits
+(``server.generation.score_changes``), temperature, top-k, top-p, min-p, typical-p, draw. Every draw
+takes one number from the request's own generator, on the CPU, so a seed gives the same tokens
+whatever else is in the batch. Log-probabilities are those of the model before any of these steps,
+as OpenAI and vLLM report them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from server.generation.score_changes import ScoreChanges
 from server.messages import Likeliest, SamplingOptions
 
 # Of logits that are float32 at one time: a prompt may be long and a vocabulary large.
@@ -23,12 +25,17 @@ _SCORED_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A chosen token; ``finite`` is False when the logits were not, and then it means nothing."""
+    """A chosen token.
+
+    ``finite`` is False when the logits were not, and ``possible`` when the request excludes every
+    token; then the token means nothing.
+    """
 
     token_id: int
     logprob: float | None
     finite: bool
     likeliest: Likeliest = ()
+    possible: bool = True
 
 
 class TokenChooser:
@@ -37,32 +44,30 @@ class TokenChooser:
     Args:
         options: As the request asked.
         prompt: Its tokens; the repetition penalty counts them.
+        ends: Tokens that would end its answer, for the least number of them.
     """
 
-    def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, options: SamplingOptions, prompt: Sequence[int], ends: Collection[int] = ()
+    ) -> None:
         self.options = options
         self.sampled = options.do_sample and options.temperature > 0
         self.penalized = options.repetition_penalty != 1.0
+        self.changes = ScoreChanges(options, prompt, ends) if ScoreChanges.wanted(options) else None
         self._generator: torch.Generator | None = None
         self._drawn: deque[float] = deque()  # for tokens that are not noted yet, in order
-        self._length = len(prompt)
-        self._history = torch.empty(0, dtype=torch.long)
-        if self.penalized:
-            self._history = torch.zeros(self._length + options.max_new_tokens, dtype=torch.long)
-            self._history[: self._length] = torch.tensor(prompt, dtype=torch.long)
 
     @property
     def history(self) -> torch.Tensor:
-        """Prompt and generated tokens, [n]; kept only for a repetition penalty."""
-        return self._history[: self._length]
+        """Prompt and generated tokens, [n]; kept only for penalties."""
+        return torch.empty(0, dtype=torch.long) if self.changes is None else self.changes.history
 
     def note(self, token_id: int) -> None:
         """Remember a token that was chosen, and taken: the next one has a number of its own."""
         if self._drawn:
             self._drawn.popleft()
-        if self.penalized and self._length < len(self._history):
-            self._history[self._length] = token_id
-            self._length += 1
+        if self.changes is not None:
+            self.changes.note(token_id)
 
     def draw(self, ahead: int = 0) -> float:
         """The number of the next token, in the request's own sequence, in [0, 1).
@@ -101,14 +106,15 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
     best, chosen = raw.max(dim=-1)
     finite = torch.isfinite(best)
     tokens = chosen.tolist()
-    penalized = [i for i, c in enumerate(choosers) if c.penalized]
+    possible = [True] * len(tokens)
     scores = raw
-    if penalized:
+    changed = [(i, c.changes) for i, c in enumerate(choosers) if c.changes is not None]
+    if changed:
         scores = raw.clone()
-        for i in penalized:
-            _penalize(scores[i], choosers[i])
-            if not choosers[i].sampled:
-                tokens[i] = int(scores[i].argmax())
+        for i, changes in changed:
+            changes.apply(scores[i])
+            most, likely = scores[i].max(dim=-1)
+            tokens[i], possible[i] = int(likely), bool(most != float("-inf"))
     sampled = [i for i, c in enumerate(choosers) if c.sampled]
     if sampled:
         rows = scores if len(sampled) == len(choosers) else scores[sampled]
@@ -126,7 +132,8 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
         wanted = [choosers[i].options.alternatives for i in asked]
         for i, found in zip(asked, likeliest_of(rows, wanted), strict=True):
             likeliest[i] = found
-    return [Choice(*row) for row in zip(tokens, logprobs, finite.tolist(), likeliest, strict=True)]
+    told = zip(tokens, logprobs, finite.tolist(), likeliest, possible, strict=True)
+    return [Choice(*row) for row in told]
 
 
 def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
@@ -170,14 +177,6 @@ def likeliest_of(logits: torch.Tensor, wanted: Sequence[int]) -> list[Likeliest]
     return found
 
 
-def _penalize(scores: torch.Tensor, chooser: TokenChooser) -> None:
-    """score / p where positive, score * p where negative, once for every token seen."""
-    seen = chooser.history.to(scores.device)
-    penalty = chooser.options.repetition_penalty
-    found = scores[seen]
-    scores[seen] = torch.where(found < 0, found * penalty, found / penalty)
-
-
 def _sample(scores: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
     """Draw one token per row of ``scores`` ([n, vocabulary], penalized already)."""
     temperature = torch.tensor([c.options.temperature for c in choosers], device=scores.device)
@@ -190,18 +189,25 @@ def _sample(scores: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]
     shares = probabilities.double().cumsum(-1)
     points = torch.tensor([[c.draw()] for c in choosers], dtype=torch.float64).to(shares.device)
     drawn = torch.searchsorted(shares, points * shares[:, -1:], right=True)
-    return [int(token) for token in drawn.squeeze(1).clamp_(max=shares.shape[-1] - 1).tolist()]
+    # Where the product is rounded up to the sum: the last token that has a share.
+    last = torch.searchsorted(shares, shares[:, -1:].contiguous())
+    return [int(token) for token in torch.minimum(drawn, last).squeeze(1).tolist()]
 
 
 def _truncates(options: SamplingOptions, vocabulary: int) -> bool:
-    return 0 < options.top_k < vocabulary or options.top_p < 1.0 or options.typical_p < 1.0
+    return (
+        0 < options.top_k < vocabulary
+        or options.top_p < 1.0
+        or options.min_p > 0.0
+        or options.typical_p < 1.0
+    )
 
 
 def truncate(scores: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.Tensor:
-    """Apply top-k, then top-p, then typical-p.
+    """Apply top-k, then top-p, then min-p, then typical-p.
 
     Args:
-        scores: [n, vocabulary] after penalty and temperature.
+        scores: [n, vocabulary] after penalties and temperature.
         options: One per row.
 
     Returns:
@@ -220,11 +226,26 @@ def truncate(scores: torch.Tensor, options: Sequence[SamplingOptions]) -> torch.
     gone = ((mass <= 1 - top_p) & (top_p < 1.0)).sum(-1, keepdim=True)
     least = torch.maximum(least, ascending.gather(1, gone.clamp_(max=vocabulary - 1)))
     kept_scores = scores.masked_fill(scores < least, float("-inf"))
+    if any(o.min_p for o in options):
+        min_p = torch.tensor([[o.min_p] for o in options], device=device)
+        kept_scores.masked_fill_(far_below(kept_scores, min_p), float("-inf"))
     typical = [i for i, o in enumerate(options) if o.typical_p < 1.0]
     if typical:
         mass_kept = [options[i].typical_p for i in typical]
         kept_scores[typical] = _typical(kept_scores[typical], mass_kept)
     return kept_scores.softmax(-1)
+
+
+def far_below(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Which tokens are less likely than ``min_p`` times the likeliest of their row.
+
+    As transformers' MinPLogitsWarper: the shares' common divisor makes no difference.
+
+    Args:
+        scores: float32 [n, vocabulary]; -inf for tokens that are cut off already.
+        min_p: [n, 1], from 0, which none is below, to 1.
+    """
+    return (scores - scores.amax(-1, keepdim=True)).exp() < min_p
 
 
 def _typical(scores: torch.Tensor, mass: Sequence[float]) -> torch.Tensor:

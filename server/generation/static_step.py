@@ -163,7 +163,9 @@ class StaticStep:
                 return "prefill"
             reason = self._layers.obstacle(sequence.slot)
             if reason is None:
-                reason = step_sampling.option_obstacle(sequence.request.sampling)
+                reason = step_sampling.option_obstacle(
+                    sequence.request.sampling, len(sequence.tokens)
+                )
             if reason is not None:
                 return reason
         return None
@@ -260,6 +262,7 @@ class StaticStep:
                     temperature=options.temperature if chooser.sampled else 1.0,
                     top_k=min(options.top_k, self.buffers.vocabulary),
                     top_p=options.top_p,
+                    min_p=options.min_p,
                     penalty=options.repetition_penalty,
                     sampled=chooser.sampled,
                     point=chooser.draw(ahead) if chooser.sampled else 0.0,

@@ -41,6 +41,7 @@ class RowNumbers:
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     penalty: float
     sampled: bool
     point: float
@@ -65,7 +66,7 @@ class StepBuffers:
         self._kinds = tuple(dict.fromkeys(cache.layer_kinds))
         pages = cache.table_pages
         self._whole = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        self._choice = torch.zeros(6, rows, dtype=torch.float64, device=device)
+        self._choice = torch.zeros(7, rows, dtype=torch.float64, device=device)
         self._tables = torch.zeros(len(self._kinds), rows, pages, dtype=torch.int32, device=device)
         self._cuda = device.type == "cuda"
         # A copy to the device may still be under way when the next step is written: they alternate.
@@ -123,7 +124,7 @@ class StepBuffers:
         return self._whole[2, :rows]
 
     def choice(self, rows: int) -> torch.Tensor:
-        """float64 ``[6, rows]``: temperature, top_k, top_p, penalty, sampled, point."""
+        """float64 ``[7, rows]``: temperature, top_k, top_p, min_p, penalty, sampled, point."""
         return self._choice[:, :rows]
 
     def table(self, kind: AttentionKind, rows: int) -> torch.Tensor:
@@ -138,12 +139,20 @@ class StepBuffers:
         whole[2] = self.spare_seat
         whole[3] = HOST_TOKEN
         choice.zero_()
-        choice[[0, 2, 3]] = 1.0
+        choice[[0, 2, 4]] = 1.0
         tables.fill_(WRITE_PAGE)
         columns = [(one.token_id, one.position, one.seat, one.source) for one in numbers]
         whole[:, : len(numbers)] = torch.tensor(columns, dtype=torch.int64).t()
         wishes = [
-            (one.temperature, one.top_k, one.top_p, one.penalty, one.sampled, one.point)
+            (
+                one.temperature,
+                one.top_k,
+                one.top_p,
+                one.min_p,
+                one.penalty,
+                one.sampled,
+                one.point,
+            )
             for one in numbers
         ]
         choice[:, : len(numbers)] = torch.tensor(wishes, dtype=torch.float64).t()

@@ -1,21 +1,34 @@
 """From logits to tokens inside a step: tensors in, tensors out, and no look at any of them.
 
 The same choice as ``server.generation.sampling`` makes, row by row, with every option a number in a
-buffer: repetition penalty, temperature, top-k, top-p, then a draw at the request's own point.
+buffer: repetition penalty, temperature, top-k, top-p, min-p, then a draw at the request's own
+point. What needs more than a number of a row is left to the other sampler, by ``option_obstacle``.
 """
 
 from __future__ import annotations
 
 import torch
 
+from server.generation.sampling import far_below
 from server.generation.step_buffers import StepBuffers
 from server.messages import SamplingOptions
 
 
-def option_obstacle(options: SamplingOptions) -> str | None:
-    """Why a request's options cannot be kept in a step; None: they can."""
+def option_obstacle(options: SamplingOptions, generated: int = 0) -> str | None:
+    """Why a request's options cannot be kept in a step; None: they can.
+
+    Args:
+        options: Of the request.
+        generated: Tokens that its answer has so far.
+    """
     if options.typical_p < 1.0:
         return "typical_p"
+    if options.presence_penalty or options.frequency_penalty:
+        return "penalties"
+    if options.logit_bias:
+        return "logit_bias"
+    if options.bad_words or options.allowed_ids is not None or generated < options.min_tokens:
+        return "excluded_tokens"
     return "alternatives" if options.alternatives > 20 else None
 
 
@@ -47,14 +60,14 @@ def choose_all(logits: torch.Tensor, buffers: StepBuffers) -> None:
     """
     rows, vocabulary = logits.shape
     raw = logits.float()
-    temperature, top_k, top_p, penalty, sampled, point = buffers.choice(rows)
+    temperature, top_k, top_p, min_p, penalty, sampled, point = buffers.choice(rows)
     best, tokens = raw.max(dim=-1)
     seen = buffers.seen.index_select(0, buffers.seats(rows))
     penalty = penalty.float()[:, None]
     punished = torch.where(raw < 0, raw * penalty, raw / penalty)
     scores = torch.where(seen & (penalty != 1), punished, raw)
     tokens = torch.where(penalty[:, 0] != 1, scores.argmax(dim=-1), tokens)
-    drawn = _drawn(scores, temperature.float(), top_k.long(), top_p, point)
+    drawn = _drawn(scores, temperature.float(), top_k.long(), top_p, min_p.float(), point)
     tokens = torch.where(sampled != 0, drawn, tokens)
     total = raw.logsumexp(-1, keepdim=True)
     likeliest = len(buffers.told_ids) - 1
@@ -67,14 +80,15 @@ def choose_all(logits: torch.Tensor, buffers: StepBuffers) -> None:
     assert vocabulary == buffers.vocabulary
 
 
-def _drawn(
+def _drawn(  # noqa: PLR0917  # the rows of the buffer, in its order
     scores: torch.Tensor,
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
+    min_p: torch.Tensor,
     point: torch.Tensor,
 ) -> torch.Tensor:
-    """One token of each row, int64 ``[rows]``, at its point of what top-k and top-p leave."""
+    """One token of each row, int64 ``[rows]``, at its point of what the cuts leave."""
     vocabulary = scores.shape[-1]
     scores = torch.nan_to_num(scores / temperature[:, None])
     ascending = scores.sort(dim=-1).values
@@ -85,6 +99,9 @@ def _drawn(
     bound = top_p[:, None]
     gone = ((mass <= 1 - bound) & (bound < 1.0)).sum(-1, keepdim=True)
     least = torch.maximum(least, ascending.gather(1, gone.clamp(max=vocabulary - 1)))
-    shares = scores.masked_fill(scores < least, float("-inf")).softmax(-1).double().cumsum(-1)
+    scores = scores.masked_fill(scores < least, float("-inf"))
+    scores = scores.masked_fill(far_below(scores, min_p[:, None]), float("-inf"))
+    shares = scores.softmax(-1).double().cumsum(-1)
     found = torch.searchsorted(shares, point[:, None] * shares[:, -1:], right=True)
-    return found.squeeze(1).clamp(max=vocabulary - 1)
+    last = torch.searchsorted(shares, shares[:, -1:].contiguous())
+    return torch.minimum(found, last).squeeze(1)

@@ -16,7 +16,7 @@ from adapters.intake.conversation import (
     Conversation,
     UsedConversation,
 )
-from server.inputs.rendering import ChatTemplate, RenderProcess
+from server.inputs.rendering import ChatTemplate, ChatTemplateFailed, RenderProcess
 from server.inputs.text import Text, TextError
 
 # A short conversation that every template should take; the words are looked for in its prompt.
@@ -60,19 +60,47 @@ def settle(conversation: Conversation, text: Text, process: RenderProcess) -> Us
     return UsedConversation(not reasons, generation, tuple(notes))
 
 
-def template_of(conversation: Conversation, text: Text, owner: str) -> ChatTemplate:
-    """An adapter's own template, with its special tokens in the place of the base's."""
+def template_of(
+    conversation: Conversation, text: Text, owner: str, *, with_tools: bool = False
+) -> ChatTemplate:
+    """An adapter's own template, with its special tokens in the place of the base's.
+
+    Args:
+        conversation: What it brings.
+        text: The base's tokenizer.
+        owner: The adapter's name.
+        with_tools: Take the one for tools, where there is one.
+
+    Raises:
+        ChatTemplateFailed: The one for tools writes tokens that the base has not.
+    """
+    template = conversation.templates["default"]
+    own = conversation.templates.get("tool_use") if with_tools else None
+    if own is not None:
+        reasons = "; ".join(_disagreements(own, conversation, text))
+        if reasons:
+            raise ChatTemplateFailed(
+                f"The template for tools of {owner} does not fit the base.",
+                found=reasons[:200],
+                expected="tokens that the base has under the same ids",
+                fix="Ask without tools.",
+            )
+        template = own
     variables = {**text.special_tokens, **conversation.special_tokens}
-    return ChatTemplate(conversation.templates["default"], variables, owner)
+    return ChatTemplate(template, variables, owner)
 
 
-def base_template(text: Text) -> ChatTemplate:
+def base_template(text: Text, *, with_tools: bool = False) -> ChatTemplate:
     """The base's template.
+
+    Args:
+        text: The base's tokenizer.
+        with_tools: Take the one for tools, where there is one.
 
     Raises:
         ChatTemplateMissing: It has none.
     """
-    own = text.chat_template
+    own = text.tool_template if with_tools else text.chat_template
     if own is None:
         raise ChatTemplateMissing(
             "The base's tokenizer has no chat template.",

@@ -236,10 +236,26 @@ class TextStream:
     Args:
         tokenizer, prompt: As for ``Detokenizer``.
         stops: The request's stop strings. None of them appears in ``text``.
+        free_tokens: So many tokens at the start may spell them: no stop string begins there.
+        shown: Special tokens that are text, too, as the vocabulary spells them.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stops: Sequence[str] = (),
+        *,
+        free_tokens: int = 0,
+        shown: Sequence[int] = (),
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._shown = {
+            one: str(tokenizer.convert_ids_to_tokens(one))
+            for one in shown
+            if one in spelling_of(tokenizer).special
+        }
+        self._free_tokens = free_tokens
         self._stops = StopStrings(stops)
         self._parts: list[str] = []
 
@@ -260,10 +276,17 @@ class TextStream:
             without what could still become one.
         """
         added = self._detokenizer.push(token_id)
+        if token_id in self._shown:
+            added = self._detokenizer.settle() + self._shown[token_id]
+        if self._free_tokens > 0:
+            self._free_tokens -= 1
+            return added, self._release(added)
         return added, self._release(self._stops.push(added))
 
     def peek(self, token_id: int) -> str:
         """What a token would add to the text as such; changes nothing."""
+        if token_id in self._shown:
+            return self._shown[token_id]
         return self._detokenizer.peek(token_id)
 
     def finish(self) -> str:
@@ -299,15 +322,15 @@ def spelled_apart(
         others: Ids and texts of the alternatives; the token itself may be among them.
         likeliest: Their log-probabilities, in the same order.
     """
-    found, taken = [], {token[1], ""}
+    found, taken, special = [], {token[1], ""}, spelling_of(tokenizer).special
     for (other, text), (_, logprob) in zip(others, likeliest, strict=True):
         if other == token[0]:
-            found.append(Alternative(other, token[1], logprob))
+            found.append(Alternative(other, token[1], logprob, other in special))
             continue
         spellings = (text, str(tokenizer.convert_ids_to_tokens(other)), f"token_id:{other}")
         own = next(one for one in (*spellings, text) if one not in taken or one == spellings[-1])
         taken.add(own)
-        found.append(Alternative(other, own, logprob))
+        found.append(Alternative(other, own, logprob, other in special))
     return tuple(found)
 
 

@@ -37,6 +37,26 @@ class ChatTemplateFailed(TextError):
     code = "chat_template_failed"
 
 
+class ChatTemplateUnread(TextError):
+    """Something was given to a template that never reads it.
+
+    Args:
+        name: Of the variable.
+        owner: Whose template it is.
+    """
+
+    code = "unsupported_parameter"
+
+    def __init__(self, name: str, owner: str) -> None:
+        self.name = name
+        super().__init__(
+            f"The chat template of {owner} does not know {name}.",
+            found=name[:80],
+            expected="what the template reads",
+            fix="Leave it out, or use a template that has it, by --chat-template or of an adapter.",
+        )
+
+
 class ChatTemplateTooSlow(ChatTemplateFailed):
     """The request's own deadline passed while its template was rendered."""
 
@@ -101,6 +121,8 @@ class RenderProcess:
         template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
         deadline: float | None = None,
     ) -> str:
         """The prompt of a conversation, ready for the assistant's turn.
@@ -108,9 +130,12 @@ class RenderProcess:
         Args:
             template: Whose text is the same from call to call: it is compiled once.
             messages: As templates take them.
+            tools: The same.
+            variables: That the client gives beside those of the template, and not in their place.
             deadline: As ``time.monotonic()`` counts.
 
         Raises:
+            ChatTemplateUnread: Of tools or variables.
             InvalidInput: The template refuses the conversation.
             ChatTemplateFailed: It took too much, or is no template.
             ChatTemplateTooSlow: The deadline passed.
@@ -119,7 +144,9 @@ class RenderProcess:
         request = {
             "template": template.text,
             "messages": messages,
-            "variables": dict(template.variables),
+            "tools": list(tools) or None,
+            "variables": {**(variables or {}), **template.variables},
+            "asked": ["tools"] * bool(tools) + list(variables or ()),
             "cpu_s": limits.cpu_s,
             "characters": limits.characters,
         }
@@ -134,6 +161,8 @@ class RenderProcess:
             answer = self._answer(raw, deadline)
         if "text" in answer:
             return answer["text"]
+        if "unread" in answer:
+            raise ChatTemplateUnread(answer["unread"], template.owner)
         if "refused" in answer:
             raise InvalidInput(
                 "The chat template refused the messages.",

@@ -7,8 +7,10 @@ a limit for each conversation, no files to write, nothing of the server's memory
 imports nothing of this project, so that it starts in a fraction of a second.
 
     request, answer    4 bytes, the length, big-endian; then so much JSON
-    request            {"template", "messages", "variables", "cpu_s", "characters"}
-    answer             {"text"} or {"refused"} or {"broken"} or {"exceeded"}: why there is none
+    request            {"template", "messages", "tools", "variables", "asked", "cpu_s",
+                       "characters"}
+    answer             {"text"} or {"refused"} or {"broken"} or {"exceeded"}: why there is none;
+                       {"unread"}: the first of the names ``asked`` that the template never reads
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, Final
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -95,9 +98,7 @@ def _to_json(
     )
 
 
-@lru_cache(COMPILED)
-def compiled(template: str) -> jinja2.Template:
-    """A template in an environment of its own: nothing passes from one model's to another's."""
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -108,20 +109,36 @@ def compiled(template: str) -> jinja2.Template:
         dict=Dictionary(),
         namespace=Namespace,
     )
-    return environment.from_string(template)
+    return environment
+
+
+@lru_cache(COMPILED)
+def compiled(template: str) -> jinja2.Template:
+    """A template in an environment of its own: nothing passes from one model's to another's."""
+    return _environment().from_string(template)
+
+
+@lru_cache(COMPILED)
+def names_of(template: str) -> frozenset[str]:
+    """The names that a template reads from outside."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
 
 
 def render(request: Mapping[str, Any]) -> dict[str, str]:
     """The answer to one request: a text, or why there is none."""
     try:
         template = compiled(request["template"])
+        known = names_of(request["template"]) if request["asked"] else frozenset()
     except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
         return {"broken": _reason(error)}
+    unread = [name for name in request["asked"] if name not in known]
+    if unread:
+        return {"unread": unread[0]}
     most, pieces, count = int(request["characters"]), [], 0
     try:
         for piece in template.generate(
             messages=[_with_reasoning(one) for one in request["messages"]],
-            tools=None,
+            tools=request["tools"],
             documents=None,
             add_generation_prompt=True,
             **request["variables"],

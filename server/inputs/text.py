@@ -153,9 +153,18 @@ class Text:
     @property
     def chat_template(self) -> str | None:
         """The base's own template for conversations without tools."""
+        return self._template("default")
+
+    @property
+    def tool_template(self) -> str | None:
+        """The base's own template for conversations with tools, or else for all."""
+        return self._template("tool_use") or self.chat_template
+
+    def _template(self, name: str) -> str | None:
         given = self.tokenizer.chat_template
-        found: str | None = given.get("default") if isinstance(given, Mapping) else given
-        return found or None
+        if not isinstance(given, Mapping):
+            return given or None if name == "default" else None
+        return given.get(name) or None
 
     @property
     def special_tokens(self) -> dict[str, Any]:
@@ -304,6 +313,33 @@ class Text:
                     fix="Leave it out, or mask and score its tokens one by one.",
                 )
             found[ids[0]] = None
+        return tuple(found)
+
+    def word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of words as a text has them: at its start, and behind a space; each once.
+
+        Args:
+            words: Any texts; one may be several tokens.
+
+        Raises:
+            InvalidInput: A word that the vocabulary cannot spell.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        unknown = self.tokenizer.unk_token_id
+        for word in words:
+            _check_unicode(word, 0)
+            for text in (word, " " + word.lstrip()):
+                with self._lock:
+                    ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                ids = tuple(self._without_final_eos(text, ids))
+                if not ids or (unknown is not None and unknown in ids):
+                    raise InvalidInput(
+                        "The vocabulary cannot spell a word.",
+                        found=repr(word[:60]),
+                        expected="words in the script of the base",
+                        fix="Leave it out: the base cannot say it either.",
+                    )
+                found[ids] = None
         return tuple(found)
 
     def _ids_of_word(self, word: str) -> list[int]:

@@ -20,6 +20,7 @@ from server.messages import (
     EncodeResult,
     Event,
     Failure,
+    FinishReason,
     GeneratedToken,
     GenerateRequest,
     GenerateResult,
@@ -30,6 +31,8 @@ from server.options import EngineOptions
 from tests.stand import shifted_clock
 
 SLOW_S = 0.02  # a generated token
+# In a prompt: what stands between these is said, a character a token, and then comes the end.
+SCRIPT = ("«", "»")
 SLOW_SEED = 600  # generations with it are six times as slow
 
 
@@ -114,6 +117,9 @@ class FakeEngine:
         return EncodeResult(request.id, outputs, request.version, request.tokens, 0.5, 1.5)
 
     def _generate(self, request: GenerateRequest, tokens: list[GeneratedToken]) -> list[Event]:
+        script = script_of(request)
+        if script is not None:
+            return self._say(script, request, tokens)
         text = f" {request.adapter or 'base'}{len(tokens)}"
         tokens.append(GeneratedToken(len(tokens), text, -0.5, special=False))
         events: list[Event] = []
@@ -136,6 +142,38 @@ class FakeEngine:
                 )
             )
         return events
+
+    def _say(
+        self, script: str, request: GenerateRequest, tokens: list[GeneratedToken]
+    ) -> list[Event]:
+        """Five characters of a script, one a token, and the end."""
+        events: list[Event] = []
+        reason: FinishReason | None = None
+        for _ in range(5):
+            text = script[len(tokens) : len(tokens) + 1]
+            tokens.append(GeneratedToken(len(tokens), text, -0.5, special=not text))
+            if request.stream:
+                events.append(TokenEvent(request.id, 0, text, -0.5, special=not text))
+            if not text:
+                reason = "eos_token"
+            elif len(tokens) >= request.sampling.max_new_tokens:
+                reason = "length"
+            if reason is not None:
+                del self.running[request.id]
+                whole, many = "".join(token.text for token in tokens), len(request.token_ids)
+                tail = "" if request.stream else whole
+                result = GenerateResult(
+                    request.id, whole, tail, tuple(tokens), reason, request.version, many, 0.5, 1.5
+                )
+                return [*events, result]
+        return events
+
+
+def script_of(request: GenerateRequest) -> str | None:
+    """What a prompt asks to be said; None: nothing of its own."""
+    prompt = "".join(map(chr, request.token_ids))
+    start, end = (prompt.rfind(one) for one in SCRIPT)
+    return prompt[start + 1 : end] if 0 <= start < end else None
 
 
 class DeafEngine(FakeEngine):

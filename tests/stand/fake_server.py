@@ -72,9 +72,21 @@ class Characters(Text):
 
     @property
     def chat_template(self) -> str | None:
+        return self.template
+
+    @property
+    def tool_template(self) -> str | None:
+        return self.template
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        return {"eos_token": "</s>"}
+
+    def id_of(self, token: str) -> int | None:
         return None
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, template: str | None = None) -> None:
+        self.template = template
         self.max_tokens = max_tokens
         self.vocab_size = None
 
@@ -142,7 +154,8 @@ def main(engine: str) -> None:
     logs.configure(settings.log_level, access=settings.access_log)
     nothing: Any = None
     signature: Any = SimpleNamespace(digest="")
-    text = Characters(256)
+    file = settings.chat_template
+    text = Characters(256) if file is None else Characters(8192, file.read_text(encoding="utf-8"))
     base = Base(
         name="fake-base",
         task="text-generation",

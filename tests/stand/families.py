@@ -287,8 +287,8 @@ def judge(family: str, architecture: str, folder: Path) -> Row:
     told = ""
     try:
         lanes, worst = compare(engine, made)
-        told, error = classify(engine, family, place, folder)
-        worst = max(worst, error)
+        told, head_error = classify(engine, family, place, folder)
+        worst = max(worst, head_error)
     except EngineFailure as failed:
         return Row(family, architecture, "wrong", one_line(f"{failed.failure.found}"))
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from adapters.tasks import Task
 from server.edge.endpoints.json_text import AT_ONCE_VALUES, weight, written
 from server.edge.endpoints.middleware import Json, RequestContext
+from server.edge.endpoints.schemas_openai import OpenAIBody
 from server.edge.link.link import Link
 from server.edge.link.ticket import Ticket
 from server.edge.service import (
@@ -42,6 +44,8 @@ from server.messages import (
     SamplingOptions,
 )
 
+logger = logging.getLogger(__name__)
+
 BASE_VERSION: Final = "base"
 SSE: Final = "text/event-stream"
 VALUE_BYTES: Final = 64  # what a value of an answer takes in memory, and again as text
@@ -52,6 +56,21 @@ def context_of(request: HttpRequest) -> RequestContext:
     context = request.scope["hira"]
     assert isinstance(context, RequestContext)
     return context
+
+
+def check_fields(request: HttpRequest, body: OpenAIBody) -> None:
+    """Refuse fields that would change the answer and cannot be honoured; note those that are
+    ignored, for a header and the log.
+
+    Raises:
+        Refusal: unsupported_parameter.
+    """
+    body.check_supported()
+    ignored = body.ignored()
+    if ignored:
+        context = context_of(request)
+        context.ignored = ignored
+        logger.debug("request %s: ignored fields %s", context.request_id, ", ".join(ignored))
 
 
 def answer_headers(target: Target, queue_ms: float, compute_ms: float) -> dict[str, str]:

@@ -13,7 +13,8 @@ from server.edge.admit.bounded_pool import PoolFull, PoolLate
 from server.edge.endpoints.answers import deadline_of
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
-from server.inputs.conversation import ChatTemplateMissing, base_template, template_of
+from server.inputs.conversation import base_template, template_of
+from server.inputs.rendering import ChatTemplate, ChatTemplateUnread
 from server.inputs.text import TextError
 from server.messages import SamplingOptions
 
@@ -21,33 +22,72 @@ from server.messages import SamplingOptions
 ADAPTER_DEFAULTS: Final = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
+async def template_for(
+    service: Service, target: Target, *, with_tools: bool = False
+) -> tuple[str, ChatTemplate]:
+    """Whose turn it is to render, and the template: the adapter's own or the base's.
+
+    Raises:
+        Refusal: chat_template_missing, chat_template_failed; what the store says.
+    """
+    text, version = service.base.texts, target.version
+    try:
+        if target.own_template and version is not None:
+            found = await service.templates.conversation(version)
+            template = template_of(found, text, target.shown, with_tools=with_tools)
+            return version, template
+        return "", base_template(text, with_tools=with_tools)
+    except TextError as error:
+        raise Refusal.of(error, "model") from None
+    except AdapterError as error:
+        raise Refusal.of(error) from None
+
+
 async def chat_prompt(
-    request: HttpRequest, service: Service, target: Target, messages: Sequence[Mapping[str, Any]]
+    request: HttpRequest,
+    service: Service,
+    target: Target,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
+    field: str = "messages",
 ) -> str:
     """The prompt of a conversation, by the adapter's own chat template or by the base's.
 
+    Args:
+        request: The call.
+        service: Of this process.
+        target: Whom it is for.
+        messages, tools: As templates take them.
+        variables: What the client gives the template beside them.
+        field: Where the body has the messages, for an error.
+
     Raises:
         Refusal: chat_template_missing, chat_template_failed, invalid_request for a conversation
-            that the template refuses; overloaded or deadline_exceeded; what the store says.
+            that the template refuses, unsupported_parameter for tools or variables that it never
+            reads; overloaded or deadline_exceeded; what the store says.
     """
     templates = service.templates
-    text, version = service.base.texts, target.version
+    key, template = await template_for(service, target, with_tools=bool(tools))
     deadline = deadline_of(request, service)
     most = max(1, service.settings.max_queue_requests // service.settings.api_processes)
     try:
-        if target.own_template and version is not None:
-            found = await templates.conversation(version)
-            template, key = template_of(found, text, target.shown), version
-        else:
-            template, key = base_template(text), ""
         return await templates.render(
-            key, template, messages, characters(messages), deadline=deadline, most=most
+            key,
+            template,
+            messages,
+            characters(messages) + characters(tools),
+            deadline=deadline,
+            most=most,
+            tools=tools,
+            variables=variables,
         )
+    except ChatTemplateUnread as error:
+        place = "tools" if error.name == "tools" else f"chat_template_kwargs.{error.name}"
+        raise Refusal.of(error, place) from None
     except TextError as error:
-        field = "model" if isinstance(error, ChatTemplateMissing) else "messages"
         raise Refusal.of(error, field) from None
-    except AdapterError as error:
-        raise Refusal.of(error) from None
     except PoolFull as full:
         raise service.dispatcher.admission.overloaded(full.found, full.expected) from None
     except PoolLate:

@@ -11,6 +11,7 @@ from server.edge.endpoints.body import described_json, form_schema
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.openapi import SSE_TYPE
 from server.edge.endpoints.ranking import Ranking
+from server.edge.endpoints.responses import Responses
 from server.edge.endpoints.root import AnyBody, RootEndpoint
 from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
 from server.edge.endpoints.schemas import (
@@ -41,6 +42,7 @@ from server.edge.endpoints.schemas_ranking import (
     ScoreRequest,
     SimilarityRequest,
 )
+from server.edge.endpoints.schemas_responses import ResponseAnswer, ResponseRequest
 from server.edge.endpoints.tei_tgi import TeiTgi
 
 
@@ -100,6 +102,13 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
             openai.chat_completions,
             ChatCompletion,
             ChatRequest,
+            streams=True,
+        ),
+        v1(
+            "/v1/responses",
+            Responses(openai).create,
+            ResponseAnswer,
+            ResponseRequest,
             streams=True,
         ),
         v1("/v1/rerank", ranking.rerank_documents, Reranked, DocumentsRequest),

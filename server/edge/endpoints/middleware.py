@@ -38,6 +38,7 @@ INFERENCE: Final = frozenset(
 )
 UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
 PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
+IGNORED_HEADER: Final = b"x-ignored-fields"
 # As ASGI has headers: they go out with every response, so they are not made anew for each.
 SAFE_HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -60,6 +61,7 @@ class RequestContext:
     status: int = 0
     adapter: str | None = ""  # "": none resolved, None: the base
     refused: str | None = None  # the code of an error response
+    ignored: tuple[str, ...] = ()  # fields of the body without effect, in ASCII
 
 
 class BodyRefused(HTTPException):
@@ -238,6 +240,8 @@ class RequestMiddleware:
         headers = list(message.get("headers", ()))
         there = {name.lower() for name, _ in headers}
         headers.append((b"x-request-id", context.request_id.encode("ascii")))
+        if context.ignored:
+            headers.append((IGNORED_HEADER, ", ".join(context.ignored).encode("ascii")))
         headers += [one for one in SAFE_HEADERS if one[0] not in there]
         if CONTENT_POLICY[0] not in there and scope["path"] not in PAGES:
             headers.append(CONTENT_POLICY)

@@ -6,7 +6,7 @@ import base64
 import struct
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from server.edge.endpoints.answers import (
     EventStream,
     Generations,
     answer_headers,
+    check_fields,
     check_inputs,
     context_of,
     encode,
@@ -27,10 +28,22 @@ from server.edge.endpoints.answers import (
     tokenize,
 )
 from server.edge.endpoints.body import sent_json
-from server.edge.endpoints.chat import chat_prompt, with_defaults
+from server.edge.endpoints.chat import chat_prompt, template_for, with_defaults
 from server.edge.endpoints.json_text import AT_ONCE_VALUES
 from server.edge.endpoints.middleware import Json
-from server.edge.endpoints.openai_format import ChatFormat, CompletionFormat, Format, stream_chunks
+from server.edge.endpoints.openai_format import (
+    ChatFormat,
+    CompletionFormat,
+    Format,
+    ToolReading,
+    stream_chunks,
+)
+from server.edge.endpoints.sampling_options import (
+    bad_words_of,
+    check_options,
+    likeliest_first,
+    openai_options,
+)
 from server.edge.endpoints.schemas_openai import (
     ChatRequest,
     CompletionRequest,
@@ -39,10 +52,11 @@ from server.edge.endpoints.schemas_openai import (
     Sampling,
 )
 from server.edge.endpoints.tei_tgi import check_new_tokens
+from server.edge.endpoints.tool_calls import FORMS, MARKERS, form_of
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.text import Text
-from server.messages import GenerateResult, SamplingOptions, TokenizedInput
+from server.messages import GenerateResult, TokenizedInput
 
 if TYPE_CHECKING:
     from adapters.registry.records import AdapterRecord
@@ -50,7 +64,6 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 16
 DEFAULT_CHAT_TOKENS = 256
 MAX_MODELS = 10_000
-SEEDS = 1 << 63
 # What clients that have no model to name write in its place.
 PLACEHOLDERS = frozenset({"tgi", "tei", "dummy", "default", "none", "-", "_"})
 COMPLETION_BODY: Any = Depends(sent_json(CompletionRequest))
@@ -84,7 +97,7 @@ class OpenAI:
         self, request: Request, body: CompletionRequest = COMPLETION_BODY
     ) -> Response:
         """Continue one or more prompts."""
-        target = self._target(request, body, "/v1/completions")
+        target = self.target(request, body, "/v1/completions")
         wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
         check_new_tokens(wanted, self.service, "max_tokens")
         scores = bool(body.echo) and (body.logprobs is not None or wanted == 0)
@@ -94,7 +107,7 @@ class OpenAI:
         shape = CompletionFormat(
             f"cmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            self._answering(body, target),
+            self.answering(body, target),
             await self._echoed(request, body, prompts) if body.echo else None,
             body.logprobs is not None,
             alternatives := body.logprobs or 0,
@@ -122,44 +135,106 @@ class OpenAI:
 
     async def chat_completions(self, request: Request, body: ChatRequest = CHAT_BODY) -> Response:
         """Continue a conversation, written out with the adapter's chat template or the base's."""
-        target = self._target(request, body, "/v1/chat/completions")
-        text = self.service.base.texts
-        messages = [message.plain() for message in body.messages]
-        asked = body.max_completion_tokens or body.max_tokens
-        if asked is not None:
-            limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-            check_new_tokens(asked, self.service, limit)
-        # Without a limit: what is left of the context, so that a long conversation is not refused.
-        written = await chat_prompt(request, self.service, target, messages)
-        prompt = await tokenize(
+        target = self.target(request, body, "/v1/chat/completions")
+        reading = await self._reading(body, target)
+        limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        prompt, wanted = await self.conversation(
             request,
-            self.service,
-            text,
-            len(written) + INPUT_CHARACTERS,
-            lambda one: one.encode_prompt(written, max_new_tokens=asked or 1, special_tokens=False),
-            "messages",
-        )
-        wanted = asked or min(
-            target.generation.get("max_new_tokens", DEFAULT_CHAT_TOKENS),
-            self.service.settings.max_new_tokens,
-            text.max_tokens - len(prompt),
+            target,
+            [message.plain() for message in body.messages],
+            asked=body.max_completion_tokens or body.max_tokens,
+            limit=limit,
+            tools=body.used_tools(),
+            variables=body.variables,
         )
         shape = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}",
             int(time.time()),
-            self._answering(body, target),
+            self.answering(body, target),
             bool(body.logprobs),
             body.top_logprobs or 0,
+            reading,
         )
         return await self._generate(
             request, body, target, prompts=[prompt], wanted=wanted, shape=shape, field="messages"
         )
 
+    async def conversation(
+        self,
+        request: Request,
+        target: Target,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        asked: int | None,
+        limit: str,
+        field: str = "messages",
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[tuple[int, ...], int]:
+        """The prompt of a conversation as token ids, and how many tokens are to be generated.
+
+        Args:
+            request: The call.
+            target: Whom it is for.
+            messages, tools, variables: As ``chat_prompt`` takes them.
+            asked: Tokens to generate at most; None for what is left of the context, so that a long
+                conversation is not refused, up to a usual number.
+            limit, field: Where the body has those, and the messages.
+
+        Raises:
+            Refusal: As ``chat_prompt``; too many tokens, or in the tokenizer's words.
+        """
+        service = self.service
+        text = service.base.texts
+        if asked is not None:
+            check_new_tokens(asked, service, limit)
+        written = await chat_prompt(
+            request, service, target, messages, tools=tools, variables=variables, field=field
+        )
+        prompt = await tokenize(
+            request,
+            service,
+            text,
+            len(written) + INPUT_CHARACTERS,
+            lambda one: one.encode_prompt(written, max_new_tokens=asked or 1, special_tokens=False),
+            field,
+        )
+        wanted = asked or min(
+            target.generation.get("max_new_tokens", DEFAULT_CHAT_TOKENS),
+            service.settings.max_new_tokens,
+            text.max_tokens - len(prompt),
+        )
+        return prompt, wanted
+
+    async def _reading(self, body: ChatRequest, target: Target) -> ToolReading | None:
+        """How calls of tools are read from the answers; None: there are none.
+
+        Raises:
+            Refusal: unsupported_parameter where it is not known how this model writes them.
+        """
+        tools = body.used_tools()
+        if not tools:
+            return None
+        setting = self.service.settings.tool_format
+        _, template = await template_for(self.service, target, with_tools=True)
+        form = form_of(template.text) if setting == "auto" else setting
+        if form is None:
+            raise Refusal.because(
+                "unsupported_parameter",
+                f"How the model of {target.shown} writes calls of tools is not known.",
+                found="a chat template that shows no form that is read here",
+                expected=", ".join(FORMS),
+                fix="Start the server with --tool-format, or use a template with tools.",
+                field="tools",
+            )
+        names = tuple(one["function"]["name"] for one in tools)
+        return ToolReading(form, names, several=body.parallel_tool_calls is not False)
+
     async def embeddings(
         self, request: Request, body: EmbeddingRequest = EMBEDDING_BODY
     ) -> Response:
         """Turn texts into vectors of length 1."""
-        target = self._target(request, body, "/v1/embeddings")
+        target = self.target(request, body, "/v1/embeddings")
         given = body.input
         service = self.service
         truncation = bool(body.truncation)
@@ -200,7 +275,7 @@ class OpenAI:
                 }
                 for index, vector in enumerate(vectors)
             ],
-            "model": self._answering(body, target),
+            "model": self.answering(body, target),
             "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
         }
         return await json_response(
@@ -220,26 +295,47 @@ class OpenAI:
         scores: bool = False,
     ) -> Response:
         copies = body.n or 1
+        tries = _tries(body, copies)
+        stream = bool(body.stream)
         said = {name for name in body.model_fields_set if getattr(body, name) is not None}
         if "temperature" in said:
             said.add("do_sample")
-        check_inputs(len(prompts) * copies, self.service, "n")
+        check_inputs(len(prompts) * tries, self.service, "best_of" if tries > copies else "n")
+        check_options(body, wanted, self.service.base.texts.vocab_size)
+        bad_words = await bad_words_of(request, self.service, body.bad_words)
+        shown = self._shown(shape)
         each = [
             (
                 prompt,
                 with_defaults(
-                    self._sampling(body, wanted, copy, shape, scores=scores), target, said
+                    openai_options(
+                        body,
+                        wanted,
+                        bad_words=bad_words,
+                        shown=shown,
+                        copy=copy,
+                        logprobs=shape.logprobs or tries > copies,
+                        alternatives=shape.alternatives,
+                        prompt_logprobs=scores,
+                    ),
+                    target,
+                    said,
                 ),
             )
             for prompt in prompts
-            for copy in range(copies)
+            for copy in range(tries)
         ]
-        stream = bool(body.stream)
         # What asks for too much: the prompts, or the answers to each.
-        asks = "n" if copies > 1 else field
+        asks = "best_of" if tries > copies else "n" if copies > 1 else field
         generations = Generations(request, self.service, target, each, stream=stream, field=asks)
         if not stream:
-            results = await generations.results()
+            results = made = await generations.results()
+            if tries > copies:
+                results = [
+                    one
+                    for start in range(0, len(made), tries)
+                    for one in likeliest_first(made[start : start + tries])[:copies]
+                ]
             if scores and shape.alternatives and isinstance(shape, CompletionFormat):
                 likeliest = [one.prompt_likeliest for one in results[::copies]]
                 count = sum(map(len, prompts)) * (1 + shape.alternatives)
@@ -258,11 +354,11 @@ class OpenAI:
             told = await self._told(shape, results, copies)
             return await json_response(
                 self.service,
-                {**told, "usage": usage(results, copies)},
+                {**told, "usage": usage(made, tries)},
                 answer_headers(
                     target,
-                    max(one.queue_ms for one in results),
-                    max(one.compute_ms for one in results),
+                    max(one.queue_ms for one in made),
+                    max(one.compute_ms for one in made),
                 ),
             )
         events = generations.events()
@@ -272,6 +368,14 @@ class OpenAI:
             shape, first, events, choices=len(each), copies=copies, with_usage=with_usage
         )
         return EventStream(chunks, generations, target_headers(target))
+
+    def _shown(self, shape: Format) -> tuple[int, ...]:
+        """Special tokens that must be seen in an answer: those around calls of tools."""
+        if not isinstance(shape, ChatFormat) or shape.tools is None:
+            return ()
+        text = self.service.base.texts
+        ids = (text.id_of(marker) for marker in MARKERS[shape.tools.form] if marker)
+        return tuple(one for one in ids if one is not None)
 
     async def _told(
         self, shape: Format, results: Sequence[GenerateResult], copies: int
@@ -285,9 +389,9 @@ class OpenAI:
             lambda: shape.answer(results, copies), "answers", size_bytes=values * VALUE_BYTES
         )
 
-    def _target(self, request: Request, body: ModelNamed, verb: str) -> Target:
+    def target(self, request: Request, body: ModelNamed, verb: str) -> Target:
         """Whom ``model`` means; refuses what would change the answer and is not there."""
-        body.check_supported()
+        check_fields(request, body)
         path = "/embed" if isinstance(body, EmbeddingRequest) else "/generate"
         named = request.query_params.getlist("adapter")
         model = body.model
@@ -298,7 +402,7 @@ class OpenAI:
         context_of(request).adapter = target.adapter
         return target
 
-    def _answering(self, body: ModelNamed, target: Target) -> str:
+    def answering(self, body: ModelNamed, target: Target) -> str:
         """Who answers, for the answer: as the request has it, if it names anybody."""
         model = body.model
         if model is None or self._names_nobody(model):
@@ -410,26 +514,32 @@ class OpenAI:
             "prompt",
         )
 
-    def _sampling(
-        self, body: Sampling, wanted: int, copy: int, shape: Format, *, scores: bool
-    ) -> SamplingOptions:
-        temperature = 1.0 if body.temperature is None else body.temperature
-        stop = body.stop or ()
-        return SamplingOptions(
-            max_new_tokens=wanted,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_p=body.top_p or 1.0,
-            top_k=max(0, body.top_k or 0),
-            repetition_penalty=body.repetition_penalty or 1.0,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            # Copies of one prompt must differ, and do so in the same way every time.
-            seed=None if body.seed is None else (body.seed % SEEDS + copy) % SEEDS,
-            logprobs=shape.logprobs,
-            alternatives=shape.alternatives,
-            ignore_eos=body.ignore_eos,
-            prompt_logprobs=scores,
+
+def _tries(body: Sampling, copies: int) -> int:
+    """How many answers to each prompt are generated, of which ``copies`` are given.
+
+    Raises:
+        Refusal: Fewer than are to be given, or more on a stream.
+    """
+    asked = body.best_of if isinstance(body, CompletionRequest) else None
+    tries = copies if asked is None else asked
+    if tries < copies:
+        raise Refusal.because(
+            "invalid_request",
+            "Fewer answers are to be generated than given.",
+            found=f"best_of {tries}, n {copies}",
+            expected=f"best_of of at least {copies}",
+            field="best_of",
         )
+    if tries > copies and body.stream:
+        raise Refusal.because(
+            "unsupported_parameter",
+            "The best of several answers cannot be streamed: it is known when all have ended.",
+            found=f"best_of {tries} with n {copies} on a stream",
+            expected="no stream, or best_of equal to n",
+            field="best_of",
+        )
+    return tries
 
 
 def _check_scoring(body: CompletionRequest, wanted: int, *, scores: bool) -> None:

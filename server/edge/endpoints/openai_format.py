@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from server.edge.endpoints.answers import sse
+from server.edge.endpoints.tool_calls import (
+    AnswerPart,
+    CallBegun,
+    MoreArguments,
+    ToolCallReader,
+    ToolForm,
+    Words,
+)
 from server.errors import Refusal
 from server.inputs.detokenize import Piece
 from server.messages import (
@@ -36,9 +45,11 @@ class Format(Protocol):
     def opening(self, choice: int, copies: int) -> dict[str, Any] | None:
         """A choice's first chunk, before any token."""
 
-    def token(self, choice: int, event: TokenEvent) -> dict[str, Any]: ...
+    def tokens(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
+        """The chunks of a token that has a text."""
 
-    def end(self, choice: int, result: GenerateResult) -> dict[str, Any]: ...
+    def ends(self, choice: int, result: GenerateResult) -> list[dict[str, Any]]:
+        """A choice's last chunks."""
 
 
 def generated(event: TokenEvent) -> GeneratedToken:
@@ -89,12 +100,12 @@ class CompletionFormat:
             return None
         return self._choice(choice, self.echoed[choice // copies], None, None)
 
-    def token(self, choice: int, event: TokenEvent) -> dict[str, Any]:
+    def tokens(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
         token = generated(event)
-        return self._choice(choice, event.text, self._logprobs((token,), 0), None)
+        return [self._choice(choice, event.text, self._logprobs((token,), 0), None)]
 
-    def end(self, choice: int, result: GenerateResult) -> dict[str, Any]:
-        return self._choice(choice, result.tail, None, finish_reason(result))
+    def ends(self, choice: int, result: GenerateResult) -> list[dict[str, Any]]:
+        return [self._choice(choice, result.tail, None, finish_reason(result))]
 
     def _choice(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -151,6 +162,33 @@ class CompletionFormat:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class ToolReading:
+    """How calls of tools are read from answers.
+
+    Args:
+        form: How they are written.
+        names: Of the functions.
+        several: Whether more than the first call of an answer is given.
+    """
+
+    form: ToolForm
+    names: tuple[str, ...]
+    several: bool = True
+
+    def reader(self) -> ToolCallReader:
+        return ToolCallReader(self.form, self.names)
+
+    def new_id(self) -> str:
+        """An id for a call. Templates of Mistral's take no others than these nine characters."""
+        made = uuid.uuid4().hex
+        return made[:9] if self.form == "mistral" else f"call_{made[:24]}"
+
+    def given(self, parts: Sequence[AnswerPart]) -> list[AnswerPart]:
+        """Without the calls that were not asked for."""
+        return [one for one in parts if self.several or isinstance(one, Words) or not one.index]
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     id: str
@@ -158,6 +196,8 @@ class ChatFormat:
     model: str
     logprobs: bool
     alternatives: int = 0
+    tools: ToolReading | None = None
+    readers: dict[int, ToolCallReader] = field(default_factory=dict)  # of the choices of a stream
 
     def head(self) -> dict[str, Any]:
         return {
@@ -171,9 +211,9 @@ class ChatFormat:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "message": (message := self._message(result.text)),
                 "logprobs": self._logprobs([one for one in result.tokens if not one.special]),
-                "finish_reason": finish_reason(result),
+                "finish_reason": _finish(result, called="tool_calls" in message),
             }
             for index, result in enumerate(results)
         ]
@@ -182,16 +222,72 @@ class ChatFormat:
     def opening(self, choice: int, copies: int) -> dict[str, Any] | None:
         return self._choice(choice, {"role": "assistant", "content": ""}, None, None)
 
-    def token(self, choice: int, event: TokenEvent) -> dict[str, Any]:
+    def tokens(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
         logprobs = None if event.special else self._logprobs([generated(event)])
-        return self._choice(choice, {"content": event.text}, logprobs, None)
+        if self.tools is None:
+            return [self._choice(choice, {"content": event.text}, logprobs, None)]
+        reader = self.readers.setdefault(choice, self.tools.reader())
+        deltas = self._deltas(self.tools, reader.push(event.text))
+        if logprobs is not None and not deltas:
+            deltas = [{}]
+        told = [logprobs, *[None] * len(deltas)]
+        return [
+            self._choice(choice, delta, its, None) for delta, its in zip(deltas, told, strict=False)
+        ]
 
-    def end(self, choice: int, result: GenerateResult) -> dict[str, Any]:
-        delta = {"content": result.tail} if result.tail else {}
-        return self._choice(choice, delta, None, finish_reason(result))
+    def ends(self, choice: int, result: GenerateResult) -> list[dict[str, Any]]:
+        if self.tools is None:
+            delta = {"content": result.tail} if result.tail else {}
+            return [self._choice(choice, delta, None, finish_reason(result))]
+        reader = self.readers.setdefault(choice, self.tools.reader())
+        deltas = self._deltas(self.tools, reader.push(result.tail) + reader.finish())
+        finish = _finish(result, called=reader.calls > 0)
+        return [
+            *(self._choice(choice, delta, None, None) for delta in deltas),
+            self._choice(choice, {}, None, finish),
+        ]
+
+    def _message(self, text: str) -> dict[str, Any]:
+        """The answer of the assistant, with the calls that are in its text."""
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.tools is None:
+            return message
+        reader = self.tools.reader()
+        words: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for part in self.tools.given(reader.push(text) + reader.finish()):
+            match part:
+                case Words(more):
+                    words.append(more)
+                case CallBegun(_, name):
+                    function = {"name": name, "arguments": ""}
+                    calls.append(
+                        {"id": self.tools.new_id(), "type": "function", "function": function}
+                    )
+                case MoreArguments(index, more):
+                    calls[index]["function"]["arguments"] += more
+        if calls:
+            message |= {"content": "".join(words) or None, "tool_calls": calls}
+        return message
+
+    def _deltas(self, tools: ToolReading, parts: Sequence[AnswerPart]) -> list[dict[str, Any]]:
+        """Parts of an answer as OpenAI streams them."""
+        found: list[dict[str, Any]] = []
+        for part in tools.given(parts):
+            match part:
+                case Words(text):
+                    found.append({"content": text})
+                case CallBegun(index, name):
+                    call = {"index": index, "id": tools.new_id(), "type": "function"}
+                    function = {"name": name, "arguments": ""}
+                    found.append({"tool_calls": [{**call, "function": function}]})
+                case MoreArguments(index, text):
+                    more = {"index": index, "function": {"arguments": text}}
+                    found.append({"tool_calls": [more]})
+        return found
 
     def _choice(
-        self, index: int, delta: dict[str, str], logprobs: Any, finish: str | None
+        self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
@@ -206,6 +302,12 @@ class ChatFormat:
             for token in tokens
         ]
         return {"content": content}
+
+
+def _finish(result: GenerateResult, *, called: bool) -> str:
+    """A call that was cut ends for the length, as OpenAI's does."""
+    reason = finish_reason(result)
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def _told(text: str, logprob: float | None) -> dict[str, Any]:
@@ -238,9 +340,11 @@ async def stream_chunks(
         for index, event in batch:
             if isinstance(event, TokenEvent):
                 if event.text:
-                    yield chunk(shape.token(index, event))
+                    for piece in shape.tokens(index, event):
+                        yield chunk(piece)
             elif isinstance(event, GenerateResult):
-                yield chunk(shape.end(index, event))
+                for piece in shape.ends(index, event):
+                    yield chunk(piece)
                 completion += len(event.tokens)
                 prompt += event.prompt_tokens if index % copies == 0 else 0
             elif isinstance(event, Failure):

@@ -11,6 +11,7 @@ from fastapi import Depends, Request, Response
 
 from server.edge.endpoints.answers import (
     answer_headers,
+    check_fields,
     check_inputs,
     context_of,
     encode,
@@ -166,7 +167,7 @@ class Ranking:
         return target
 
     def _openai_target(self, request: Request, body: DocumentsRequest | ScoreRequest) -> Target:
-        body.check_supported()
+        check_fields(request, body)
         return self._target(request, (body.model, *adapter_names(request, None)), "model")
 
     async def _scores(

@@ -58,6 +58,8 @@ MAX_TARGETS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = (1 << 63) - 1
+MAX_COPIES = 16  # answers to one prompt
+MAX_ALTERNATIVES = 20  # likeliest tokens told beside each
 MAX_UNKNOWN = 32  # fields that are told to be unknown
 
 
@@ -204,15 +206,23 @@ class GenerateParameters(Body):
     adapter_id: AdapterName | None = Field(
         default=None, description="Another place for the adapter."
     )
-    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=MAX_COPIES)] | None = Field(
+        default=None,
+        description="Sample so many answers and give the one with the greatest mean "
+        "log-probability; the others are in the details. Not streamed.",
+    )
     watermark: Literal[False] = False
     decoder_input_details: Flag = Field(
         default=False,
         description="Details with the prompt's tokens and their log-probabilities; not streamed.",
     )
-    top_n_tokens: Annotated[Whole, Field(ge=0, le=0)] | None = None
+    top_n_tokens: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
+        default=None, description="Of details and streams: so many of the likeliest at each place."
+    )
     typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = Field(
+        default=None, description="Times the number of times that a token was generated, as OpenAI."
+    )
     grammar: None = None
 
     @property
@@ -261,12 +271,28 @@ class Token(Answer):
     special: bool
 
 
+class BestOfSequence(Answer):
+    """One of the other answers of ``best_of``."""
+
+    generated_text: str
+    finish_reason: Finish
+    generated_tokens: int
+    seed: int | None
+    prefill: list[Token] = []
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | None = None
+
+
 class GenerateDetails(Answer):
     finish_reason: Finish
     generated_tokens: int
     seed: int | None
     prefill: list[Token] = []
     tokens: list[Token]
+    top_tokens: list[list[Token]] | None = Field(
+        default=None, description="With top_n_tokens: the likeliest at the place of each token."
+    )
+    best_of_sequences: list[BestOfSequence] | None = None
 
 
 class GenerateAnswer(Answer):
@@ -286,6 +312,7 @@ class StreamEvent(Answer):
 
     index: int
     token: Token
+    top_tokens: list[Token] | None = None
     generated_text: str | None
     details: StreamDetails | None
 

@@ -24,6 +24,7 @@ from server.edge.endpoints.answers import (
 )
 from server.edge.endpoints.body import ValidatedBody, posted, sent_json
 from server.edge.endpoints.chat import with_defaults
+from server.edge.endpoints.sampling_options import likeliest_first, native_options
 from server.edge.endpoints.schemas import (
     EmbedRequest,
     GenerateParameters,
@@ -37,7 +38,15 @@ from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
 from server.inputs.text import Side
-from server.messages import Event, Failure, GenerateResult, ModelInput, SamplingOptions, TokenEvent
+from server.messages import (
+    Alternative,
+    Event,
+    Failure,
+    GeneratedToken,
+    GenerateResult,
+    ModelInput,
+    TokenEvent,
+)
 
 # Parameters of /predict that some tasks have no use for, and those that have.
 TASK_PARAMETERS: Final[dict[str, tuple[Task, ...]]] = {
@@ -160,24 +169,23 @@ class TeiTgi:
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The continued text, with details where they were asked for, and the headers."""
         target, generations = await self._begin(request, body, adapter, stream=False)
-        (result,) = await generations.results()
+        result, *others = likeliest_first(await generations.results())
         parameters = body.parameters
         prefill: list[dict[str, Any]] = []
         if parameters.decoder_input_details:
             prefill = await self._prefill(request, generations.prompts[0], result.prompt_logprobs)
-        text = (body.inputs if parameters.return_full_text else "") + result.text
-        answer: dict[str, Any] = {"generated_text": text}
+        prefix = body.inputs if parameters.return_full_text else ""
+        answer: dict[str, Any] = {"generated_text": prefix + result.text}
         if parameters.details or parameters.decoder_input_details:
-            answer["details"] = {
-                "finish_reason": result.finish_reason,
-                "generated_tokens": len(result.tokens),
-                "seed": parameters.seed,
-                "prefill": prefill,
-                "tokens": [
-                    {"id": one.id, "text": one.text, "logprob": one.logprob, "special": one.special}
-                    for one in result.tokens
-                ],
-            }
+            answer["details"] = _details(result, parameters, prefill)
+            if others:
+                answer["details"]["best_of_sequences"] = [
+                    {
+                        "generated_text": prefix + one.text,
+                        **_details(one, parameters, prefill),
+                    }
+                    for one in others
+                ]
         return answer, answer_headers(target, result.queue_ms, result.compute_ms)
 
     async def generate_stream(
@@ -195,11 +203,19 @@ class TeiTgi:
                 expected="decoder_input_details on /generate without stream",
                 field="parameters.decoder_input_details",
             )
+        if (body.parameters.best_of or 1) > 1:
+            raise Refusal.because(
+                "unsupported_parameter",
+                "The best of several answers cannot be streamed: it is known when all have ended.",
+                found=f"best_of={body.parameters.best_of} on a stream",
+                expected="best_of on /generate without stream",
+                field="parameters.best_of",
+            )
         target, generations = await self._begin(request, body, adapter, stream=True)
         events = generations.events()
         first = await generations.first(events)
         prefix = body.inputs if body.parameters.return_full_text else ""
-        chunks = _stream(first, events, prefix, body.parameters.seed)
+        chunks = _stream(first, events, prefix, body.parameters)
         return EventStream(chunks, generations, target_headers(target))
 
     async def _encoded(
@@ -291,8 +307,23 @@ class TeiTgi:
         )
         if parameters.truncate is not None:
             token_ids = token_ids[-parameters.truncate :]
-        sampling = _sampling(parameters, stream=stream)
-        prompts = [(token_ids, with_defaults(sampling, target, _said(parameters)))]
+        said, copies = _said(parameters), parameters.best_of or 1
+        check_inputs(copies, service, "parameters.best_of")
+        prompts = [
+            (
+                token_ids,
+                with_defaults(native_options(parameters, stream=stream, copy=copy), target, said),
+            )
+            for copy in range(copies)
+        ]
+        if copies > 1 and not prompts[0][1].do_sample:
+            raise Refusal.because(
+                "invalid_request",
+                "The best of several answers needs sampling: without it all are the same.",
+                found=f"best_of={copies} without sampling",
+                expected="do_sample, or a sampling parameter such as temperature",
+                field="parameters.best_of",
+            )
         return target, Generations(request, service, target, prompts, stream=stream)
 
     async def _prefill(
@@ -405,31 +436,41 @@ def _said(parameters: GenerateParameters) -> set[str]:
     return said | ({"do_sample"} if parameters.samples else set())
 
 
-def _sampling(parameters: GenerateParameters, *, stream: bool) -> SamplingOptions:
-    return SamplingOptions(
-        max_new_tokens=parameters.max_new_tokens,
-        do_sample=parameters.samples,
-        temperature=parameters.temperature or 1.0,
-        top_p=parameters.top_p or 1.0,
-        top_k=parameters.top_k or 0,
-        typical_p=parameters.typical_p or 1.0,
-        repetition_penalty=parameters.repetition_penalty or 1.0,
-        stop=tuple(parameters.stop),
-        seed=parameters.seed,
-        logprobs=parameters.details or parameters.decoder_input_details or stream,
-        ignore_eos=parameters.ignore_eos_token,
-        prompt_logprobs=parameters.decoder_input_details,
-    )
+def _details(
+    result: GenerateResult, parameters: GenerateParameters, prefill: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """TGI's account of one answer."""
+    details: dict[str, Any] = {
+        "finish_reason": result.finish_reason,
+        "generated_tokens": len(result.tokens),
+        "seed": parameters.seed,
+        "prefill": prefill,
+        "tokens": [_as_token(one) for one in result.tokens],
+    }
+    if parameters.top_n_tokens:
+        details["top_tokens"] = [
+            [_as_token(it) for it in one.alternatives] for one in result.tokens
+        ]
+    return details
+
+
+def _as_token(token: GeneratedToken | Alternative) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "special": token.special,
+    }
 
 
 async def _stream(
     first: list[tuple[int, Event]],
     rest: AsyncIterator[list[tuple[int, Event]]],
     prefix: str,
-    seed: int | None,
+    parameters: GenerateParameters,
 ) -> AsyncIterator[bytes]:
     """TGI's events. The last token waits for the end that came with it, and carries it."""
-    index = 0
+    index, tops = 0, bool(parameters.top_n_tokens)
     batch: list[tuple[int, Event]] | None = first
     last: TokenEvent | None = None
     while batch is not None:
@@ -437,25 +478,36 @@ async def _stream(
         for _, event in batch:
             if isinstance(event, TokenEvent):
                 if held is not None:
-                    yield _token(index, held)
+                    yield _token(index, held, tops=tops)
                 index, held, last = index + 1, event, event
             elif isinstance(event, GenerateResult):
                 yield _end(
-                    index, held or last, event, new=held is not None, prefix=prefix, seed=seed
+                    index,
+                    held or last,
+                    event,
+                    new=held is not None,
+                    prefix=prefix,
+                    seed=parameters.seed,
+                    tops=tops,
                 )
                 return
             elif isinstance(event, Failure):
                 if held is not None:
-                    yield _token(index, held)
+                    yield _token(index, held, tops=tops)
                 problem = Refusal.of(event).problem()
                 yield sse(problem)
                 return
         if held is not None:
-            yield _token(index, held)
+            yield _token(index, held, tops=tops)
         batch = await anext(rest, None)
 
 
-def _token(index: int, event: TokenEvent) -> bytes:
+def _tops(event: TokenEvent | None, *, tops: bool) -> dict[str, Any]:
+    """The likeliest tokens in a token's place, where they were asked for."""
+    return {"top_tokens": [_as_token(one) for one in event.alternatives]} if tops and event else {}
+
+
+def _token(index: int, event: TokenEvent, *, tops: bool) -> bytes:
     return sse(
         {
             "index": index,
@@ -465,6 +517,7 @@ def _token(index: int, event: TokenEvent) -> bytes:
                 "logprob": event.logprob,
                 "special": event.special,
             },
+            **_tops(event, tops=tops),
             "generated_text": None,
             "details": None,
         }
@@ -479,6 +532,7 @@ def _end(
     new: bool,
     prefix: str,
     seed: int | None,
+    tops: bool,
 ) -> bytes:
     """The last event: the last token, unless it went out before, with the whole text."""
     text = shown.text if shown is not None and new else ""
@@ -491,6 +545,7 @@ def _end(
                 "logprob": shown.logprob if shown else 0.0,
                 "special": bool(shown and shown.special and not result.tail),
             },
+            **_tops(shown, tops=tops),
             "generated_text": prefix + result.text,
             "details": {
                 "finish_reason": result.finish_reason,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import (
     LlamaConfig,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -32,6 +33,7 @@ options_of = st.builds(
     temperature=st.sampled_from([0.3, 0.7, 1.0, 1.9]),
     top_p=st.sampled_from([0.0, 0.2, 0.9, 0.999, 1.0]),
     top_k=st.sampled_from([0, 1, 5, 40, 500, VOCABULARY, 10**6]),
+    min_p=st.sampled_from([0.0, 0.0, 0.03, 0.4]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
     seed=st.integers(-5, 2**64),
     logprobs=st.just(True),
@@ -72,6 +74,7 @@ def told(
                 temperature=wish.temperature if one.sampled else 1.0,
                 top_k=min(wish.top_k, VOCABULARY),
                 top_p=wish.top_p,
+                min_p=wish.min_p,
                 penalty=wish.repetition_penalty,
                 sampled=one.sampled,
                 point=one.draw() if one.sampled else 0.0,
@@ -123,6 +126,8 @@ def test_what_may_be_drawn_is_what_transformers_leaves(wish: SamplingOptions, se
         made.append(TopKLogitsWarper(wish.top_k))
     if wish.top_p < 1.0:
         made.append(TopPLogitsWarper(wish.top_p))
+    if wish.min_p > 0.0:
+        made.append(MinPLogitsWarper(wish.min_p))
     shares = made(torch.tensor([ids]), logits.double()).softmax(-1)[0]
     before = float(shares[:token].sum())
     # The point lies within the token's share, to what top-p's border may move by rounding.
@@ -163,3 +168,15 @@ def test_which_options_need_more_than_the_best_token() -> None:
     assert option_obstacle(SamplingOptions(alternatives=20)) is None
     assert option_obstacle(SamplingOptions(alternatives=21)) == "alternatives"
     assert option_obstacle(SamplingOptions(typical_p=0.9)) == "typical_p"
+    for wish, reason in (
+        (SamplingOptions(presence_penalty=0.1), "penalties"),
+        (SamplingOptions(frequency_penalty=-0.1), "penalties"),
+        (SamplingOptions(logit_bias=((3, 1.0),)), "logit_bias"),
+        (SamplingOptions(bad_words=((3,),)), "excluded_tokens"),
+        (SamplingOptions(allowed_ids=(3,)), "excluded_tokens"),
+        (SamplingOptions(min_tokens=3), "excluded_tokens"),
+    ):
+        assert option_obstacle(wish) == reason
+    assert option_obstacle(SamplingOptions(min_tokens=3), 2) == "excluded_tokens"
+    assert option_obstacle(SamplingOptions(min_tokens=3), 3) is None
+    assert option_obstacle(SamplingOptions(stop_ids=(3,), ignore_eos=True, min_p=0.1)) is None

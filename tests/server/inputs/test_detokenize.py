@@ -258,3 +258,39 @@ def test_what_was_held_back_comes_at_the_end() -> None:
     assert shown == "to be "
     assert stream.finish() == "not"
     assert stream.text == "to be not"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_are_text_where_they_are_wanted(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    start, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    words = encode(tokenizer, "to be") if name == "bytes" else spaced_ids("to be")
+    ids = [start, *words, start, *words, end]
+    stream = TextStream(tokenizer, words, shown=(start, words[0]))
+    shown = ""
+    for token in ids:
+        peeked = stream.peek(token)
+        added, more = stream.push(token)
+        assert peeked == added
+        shown += more
+    assert shown + stream.finish() == stream.text
+    parts = stream.text.split("<s>")
+    assert [one.strip() for one in parts] == ["", "to be", "to be"]
+    stopped = TextStream(tokenizer, words, ["<s>"], shown=(start,))
+    for token in [*words, start, *words]:
+        stopped.push(token)
+    assert (stopped.stopped, stopped.text.strip()) == (True, "to be")
+
+
+def test_no_stop_string_begins_in_the_tokens_that_are_free() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    ids = encode(tokenizer, "to be or not to be")
+    for free in range(len(ids) + 1):
+        stream = TextStream(tokenizer, [], ["be"], free_tokens=free)
+        for token in ids:
+            stream.push(token)
+            if stream.stopped:
+                break
+        before = "".join(tokenizer.decode([one]) for one in ids[:free])
+        after = "".join(tokenizer.decode([one]) for one in ids[free:])
+        assert stream.text + stream.finish() == before + after.partition("be")[0]

@@ -15,6 +15,7 @@ from server.inputs.rendering import (
     ChatTemplate,
     ChatTemplateFailed,
     ChatTemplateTooSlow,
+    ChatTemplateUnread,
     RenderLimits,
     RenderProcess,
 )
@@ -144,3 +145,25 @@ def test_a_process_has_nothing_of_the_server_and_one_that_was_killed_is_replaced
         child.wait()
         assert process.render(ChatTemplate("y"), []) == "y"
     assert {one.pid for one in own.children()} == before
+
+
+def test_tools_and_variables_reach_a_template_that_reads_them_and_no_other() -> None:
+    text = (
+        "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}"
+        "{% for t in tools %}{{ t.name }}{% endfor %}{{ bos }}{{ mood }}{{ messages[0].content }}"
+    )
+    template = ChatTemplate(text, {"bos": "<s>"})
+    said = [{"role": "user", "content": "hi"}]
+    with RenderProcess() as process:
+        found = process.render(template, said, tools=[{"name": "f"}], variables={"mood": "glad"})
+        assert found == "f<s>gladhi"
+        assert process.render(template, said) == "<s>hi"
+        kept = process.render(template, said, variables={"bos": "mine"})
+        assert kept == "<s>hi", "a client's variable never takes the place of the template's own"
+        for unread in ("tool", "messages2", "namespace"):
+            with pytest.raises(ChatTemplateUnread) as caught:
+                process.render(template, said, variables={"mood": 1, unread: 2})
+            assert caught.value.name == unread
+        bare = ChatTemplate("{{ messages[0].content }} tools {# tools #}", owner="mine")
+        with pytest.raises(ChatTemplateUnread, match="of mine does not know tools"):
+            process.render(bare, said, tools=[{"name": "f"}])

@@ -15,8 +15,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from server.edge.endpoints.middleware import _stated_bytes
-from server.edge.endpoints.openai import OpenAI
-from server.edge.endpoints.openai_format import ChatFormat
+from server.edge.endpoints.sampling_options import openai_options
 from server.edge.endpoints.schemas_openai import CompletionRequest
 from server.edge.endpoints.tei_tgi import check_contexts
 from server.edge.link.worker_state import WorkerState, write_state
@@ -290,12 +289,7 @@ def test_the_banner_tells_what_the_worker_has_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [-(1 << 63) + 1, -3, -1, 0, 7, (1 << 63) - 1])
 def test_copies_of_a_prompt_have_seeds_of_their_own(seed: int) -> None:
-    nothing: Any = None
     body = CompletionRequest(model="m", prompt="x", seed=seed, n=16)
-    calls = OpenAI(nothing)
-    seeds = [
-        calls._sampling(body, 1, copy, ChatFormat("", 0, "", False), scores=False).seed
-        for copy in range(16)
-    ]
+    seeds = [openai_options(body, 1, copy=copy).seed for copy in range(16)]
     assert len(set(seeds)) == 16
     assert all(one is not None and 0 <= one < 1 << 63 for one in seeds)

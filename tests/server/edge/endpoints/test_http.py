@@ -170,8 +170,8 @@ def test_openai_client(live: Live) -> None:
             client.completions.create(model="nobody", prompt="x")
         assert unknown.value.code == "adapter_not_found"
         with pytest.raises(openai.BadRequestError) as unsupported:
-            client.completions.create(model="teller", prompt="x", presence_penalty=1)
-        assert unsupported.value.param == "presence_penalty"
+            client.completions.create(model="teller", prompt="x", suffix="!")
+        assert unsupported.value.param == "suffix"
 
 
 def test_huggingface_client(live: Live) -> None:
