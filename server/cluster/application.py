@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from adapters.registry.faults import database_faults
+from adapters.registry.faults import RegistryUnusable, database_faults
 from adapters.registry.registry import Registry
 from adapters.registry.store import Store
 from server.cluster.ingress import Ingress, IngressPlan
@@ -23,6 +23,7 @@ from server.cluster.router import AffinityRouter
 from server.cluster.routing import SPILL_FACTOR, SPILL_REQUESTS, SpillPolicy
 from server.edge.link.engine_like import ENGINE
 from server.edge.processes import start as prepare
+from server.edge.processes.supervise import StartFailed
 from server.metrics import FOLDER_VARIABLE
 from server.settings import Settings, SettingsFault, load_settings
 
@@ -87,13 +88,30 @@ def build_application(args: Mapping[str, Any]) -> serve.Application:
     return application_of(settings, options)
 
 
+def open_registry(settings: Settings, *, check: bool = False) -> Registry:
+    """The registry of a cluster.
+
+    Args:
+        check: Repair what a crash left; only while nothing else uses the store.
+
+    Raises:
+        StartFailed: It cannot be used; the line says why.
+    """
+    try:
+        with database_faults(settings.database):
+            registry = Registry(settings.database, Store(settings.store_dir))
+            if check:
+                registry.check()
+    except RegistryUnusable as error:
+        raise StartFailed(str(error)) from None
+    return registry
+
+
 def application_of(settings: Settings, options: ClusterOptions) -> serve.Application:
     """The application of settings that were read."""
     place, name, adapters = prepare.base_and_adapters(settings)
     base = prepare.describe_base(settings, place, name)
-    store = Store(settings.store_dir)
-    with database_faults(settings.database):
-        registry = Registry(settings.database, store)
+    registry = open_registry(settings)
     prepare.register(registry, base, adapters, settings)
     prepare.check_base(registry, base)
     prepare.check_default(registry, settings)

@@ -20,8 +20,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from server.cluster.merged_state import merged
-from server.cluster.process_routers import ROUTERS
 from server.cluster.replica import Addressed, replica_lost
+from server.cluster.router_table import ROUTERS
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.link import STALE_S, Link

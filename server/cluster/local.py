@@ -54,16 +54,11 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
     import ray
     from ray import serve
 
-    from adapters.registry.registry import Registry
-    from adapters.registry.store import Store
-    from server.cluster.application import APPLICATION, application_of
+    from server.cluster.application import APPLICATION, application_of, open_registry
     from server.edge.processes.run_folder import run_folder
     from server.edge.processes.serve import check_port, exclusive
 
     os.umask(0o077)
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     processes = (options.max_replicas or options.replicas) + options.http_replicas
     need = metrics.most_bytes(processes)
     with exclusive(settings.data_dir):
@@ -74,9 +69,7 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
         note = settings.data_dir / "cluster.json"
         with run_folder(settings.run_dir, need):
             settings.metrics_dir.mkdir(parents=True, exist_ok=True)
-            registry = Registry(settings.database, Store(settings.store_dir))
-            registry.check()
-            registry.close()
+            open_registry(settings, check=True).close()
             application = application_of(settings, options)
             cpus = processes * max(1.0, options.cpus) + SPARE_CPUS
             here = ray.init(
@@ -86,6 +79,10 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
                 log_to_driver=settings.log_level in {"info", "debug"},
                 logging_level=settings.log_level.upper(),
             )
+            ended = threading.Event()
+            # Now: Ray has just put handlers of its own in place, which end this process at once.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: ended.set())
             try:
                 serve.start(http_options={"host": settings.host, "port": settings.port})
                 serve.run(application, name=APPLICATION, route_prefix="/")

@@ -24,7 +24,7 @@ class AffinityRouter(RequestRouter):
         self.policy = SpillPolicy(**policy)
         self.routed: Counter[str] = Counter()  # requests by reason
         # Imported here: Ray sends this class with a copy of what its module holds.
-        from server.cluster.process_routers import ROUTERS
+        from server.cluster.router_table import ROUTERS
 
         ROUTERS[self._deployment_id.name] = self
 

@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="the extra cluster is not installed: no ray")
 from ray.exceptions import ActorUnavailableError
 
 from server.cluster.cluster_link import ClusterLink
-from server.cluster.process_routers import ROUTERS
+from server.cluster.router_table import ROUTERS
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
 from server.errors import Refusal
