@@ -77,6 +77,19 @@ class EncodeRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer is held to, checked already.
+
+    Args:
+        text: As the grammar engine takes it.
+        digest: Of the text, in hexadecimal: requests with the same one share what is compiled.
+    """
+
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How to choose tokens: greedily unless ``do_sample``; penalty 1.0 and top_p 1.0 are off.
 
@@ -106,6 +119,7 @@ class SamplingOptions:
     min_tokens: int = 0  # before so many nothing ends the answer: no end token, no stop string
     alternatives: int = 0  # likeliest tokens told beside each, where log-probabilities are
     prompt_logprobs: bool = False  # of the prompt's own tokens; then max_new_tokens may be 0
+    grammar: Grammar | None = None  # what the answer's text is held to
 
 
 @dataclass(frozen=True, slots=True)

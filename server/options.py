@@ -49,6 +49,7 @@ class EngineOptions:
     max_sequences: int = 64  # sequences decoding together
     prefill_tokens: int = 1024  # tokens of one generate step
     kv_bytes: int = 256 * MIB
+    grammar_bytes: int = 64 * MIB  # grammars kept compiled
     max_input_tokens: int | None = None  # None: the context of the base
     max_image_pixels: int = 1 << 24  # of an image as it arrives
     max_request_pixels: int = 1 << 26  # of all images of one request

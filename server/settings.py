@@ -197,6 +197,7 @@ class Settings(BaseSettings):
     folded_bytes: Bytes = setting(256 * MIB, "Cached folded weights.", "Budgets")
     head_bytes: Bytes = setting(256 * MIB, "Task heads on the device, in float32.", "Budgets")
     kv_bytes: Bytes = setting(256 * MIB, "KV cache.", "Budgets")
+    grammar_bytes: Bytes = setting(64 * MIB, "Grammars kept compiled.", "Budgets")
     max_batch_tokens: Positive = setting(8192, "Padded tokens of an encode batch.", "Budgets")
     max_batch_rows: Positive = setting(64, "Inputs of an encode batch.", "Budgets")
     max_sequences: Positive = setting(64, "Sequences decoding together.", "Budgets")
@@ -246,6 +247,13 @@ class Settings(BaseSettings):
 
     template_s: Annotated[float, Field(gt=0, le=60)] = setting(
         1.0, "Seconds of processor time that a chat template may take.", "Admission"
+    )
+
+    grammar_s: Annotated[float, Field(gt=0, le=60)] = setting(
+        2.0, "Seconds of processor time that it may take to check a grammar.", "Admission"
+    )
+    max_grammar_bytes: Annotated[ByteSize, Field(ge=1, le=16 * MIB)] = setting(
+        256 * 1024, "Size limit of a schema, a pattern or a grammar.", "Admission"
     )
 
     # Faults
@@ -357,6 +365,7 @@ class Settings(BaseSettings):
             max_sequences=self.max_sequences,
             prefill_tokens=self.prefill_tokens,
             kv_bytes=int(self.kv_bytes),
+            grammar_bytes=int(self.grammar_bytes),
             max_input_tokens=self.max_input_tokens,
             max_image_pixels=self.max_image_pixels,
             max_request_pixels=self.max_request_pixels,

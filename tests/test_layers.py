@@ -58,7 +58,8 @@ EDGE = {
     "server.edge.admit": (),
     "server.edge.link": ("admit",),
     "server.edge.templates": ("admit",),
-    "server.edge.service": ("admit", "link", "templates"),
+    "server.edge.grammars": ("admit",),
+    "server.edge.service": ("admit", "grammars", "link", "templates"),
     "server.edge.endpoints": ("admit", "link", "service"),
     "server.edge.litserve": ("admit", "link", "service", "endpoints"),
     "server.edge.processes": ("admit", "link", "service", "endpoints", "litserve"),
@@ -67,6 +68,7 @@ EDGE = {
 ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
+    "llguidance": ("server/inputs/grammar_engine.py",),
     "triton": ("adapters/kernels/triton_ops.py", "adapters/kernels/triton_scratch.py"),
     "litserve": ("server/edge/litserve/",),
     "ray": ("server/cluster/",),

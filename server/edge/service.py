@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 from adapters.errors import AdapterError
@@ -24,14 +25,17 @@ from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, Pool
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
+from server.edge.grammars import Grammars
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.link import Link
 from server.edge.templates import Templates
 from server.errors import Refusal
 from server.inputs.conversation import settle
+from server.inputs.grammars import GrammarLimits
 from server.inputs.images import Images
 from server.inputs.rendering import RenderLimits, RenderProcess
 from server.inputs.text import Text, TextError
+from server.inputs.token_bytes import token_bytes
 from server.messages import Event, Failure, GenerateResult, Pin, Request, TokenEvent
 from server.metrics import BASE_LABEL, HttpMetrics
 from server.settings import Settings, SettingsFault
@@ -204,6 +208,7 @@ class Service:
         self._pools: dict[Pool, BoundedPool] = {}
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
         self._templates: Templates | None = None
+        self._grammars: Grammars | None = None
         self._trials = RenderProcess(self._render_limits)  # of templates at their registration
 
     def open(self, number: int) -> None:
@@ -218,6 +223,12 @@ class Service:
         self.metrics = HttpMetrics()
         self._templates = Templates(self._render_limits, self.registry.store.conversation)
         self.open_pools()
+        self._grammars = Grammars(
+            cache(lambda: token_bytes(self.base.texts.tokenizer, self.base.signature.vocab_size)),
+            self._grammar_limits,
+            hang_s=self.settings.max_step_s,
+            hung=self.dispatcher.give_up,
+        )
         self.dispatcher.on_event = self._count
 
     def open_pools(self) -> None:
@@ -245,6 +256,8 @@ class Service:
             self._reader.shutdown(wait=False, cancel_futures=True)
         if self._templates is not None:
             self._templates.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self._trials.close()
         self.registry.close()
 
@@ -253,6 +266,12 @@ class Service:
         """What renders conversations, in a process that is open."""
         assert self._templates is not None
         return self._templates
+
+    @property
+    def grammars(self) -> Grammars:
+        """What checks grammars, in a process that is open."""
+        assert self._grammars is not None
+        return self._grammars
 
     @property
     def default_model(self) -> str:
@@ -566,6 +585,11 @@ class Service:
     @property
     def _render_limits(self) -> RenderLimits:
         return RenderLimits(cpu_s=self.settings.template_s)
+
+    @property
+    def _grammar_limits(self) -> GrammarLimits:
+        settings = self.settings
+        return GrammarLimits(settings.grammar_s, int(settings.max_grammar_bytes))
 
     def _keyring(self) -> Keyring:
         key, _ = resolve_admin_key(self.settings.admin_key, self.settings.data_dir)

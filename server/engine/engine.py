@@ -310,6 +310,13 @@ class Engine:
             kv_blocks=blocks,
             generate_steps={} if generate is None else generate.steps_by,
             static_bytes={} if generate is None else generate.static_bytes,
+            grammars={}
+            if generate is None
+            else {
+                "compiled": generate.grammars_compiled,
+                "kept_bytes": generate.grammar_bytes,
+                "deferred_tokens": generate.deferred_tokens,
+            },
             cuda_bytes=cuda_bytes(parts.base.device),
             totals=totals,
             residency=dict(known.tiers),

@@ -48,6 +48,7 @@ class EngineSnapshot:
         kv_blocks: Of the generate lane, by state.
         generate_steps: Of the generate lane since the start, by how they ran; {} where none may be
             static.
+        grammars: Of structured output: compiled, kept_bytes, deferred_tokens.
         static_bytes: Of static steps on the device, by what holds them.
         cuda_bytes: Of the device, by kind; empty on the CPU.
         totals: Counters since the start.
@@ -67,6 +68,7 @@ class EngineSnapshot:
     kv_blocks: Mapping[str, int]
     generate_steps: Mapping[str, int]
     static_bytes: Mapping[str, int]
+    grammars: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
     totals: Mapping[str, int]
     residency: Mapping[str, str]

@@ -7,11 +7,12 @@ and what happens to the tokens that come out, is left to ``server.generation.lan
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# How long a step waits for what a grammar allows, as a share of its forward where others have their
+# tokens already, and where nobody has.
+GRACE_SHARE = 0.02
+GRACE_ALONE_S = 0.02
 MIN_PREFILL_TOKENS = 16  # of a step, however many sequences are decoding
 
 
@@ -119,11 +124,14 @@ class StepOutcome:
         chosen: A token for every sequence that predicts and did not raise.
         broken: What the others raised.
         not_finite: Sequences whose prompt has a score that is not finite.
+        deferred: Sequences for which it was not known what their grammar allows: no token was
+            chosen, and their rows run again.
     """
 
     chosen: list[tuple[Sequence, Choice]]
     broken: list[tuple[Sequence, Exception]]
     not_finite: list[Sequence]
+    deferred: list[Sequence] = field(default_factory=list)
 
 
 def note_scores(parts: Items[ScheduledRows], logits: torch.Tensor) -> list[Sequence]:
@@ -147,6 +155,32 @@ def note_scores(parts: Items[ScheduledRows], logits: torch.Tensor) -> list[Seque
         if not isfinite(score):
             broken[sequence.request.id] = sequence
     return list(broken.values())
+
+
+def _late(predicting: Items[Sequence], began: float) -> list[Sequence]:
+    """Sequences for which it is not known yet what their grammar allows; of the others, what it is
+    is handed to their choosers.
+
+    Args:
+        predicting: All that get a token of this step.
+        began: The forward, as ``time.monotonic()`` counts.
+    """
+    held = [one for one in predicting if one.constraint is not None]
+    if not held:
+        return []
+    now = time.monotonic()
+    waiting = [one for one in held if one.constraint is not None and not one.constraint.ready]
+    alone = len(waiting) == len(predicting)
+    until = now + (GRACE_ALONE_S if alone else GRACE_SHARE * (now - began))
+    late = []
+    for one in held:
+        constraint = one.constraint
+        assert constraint is not None
+        if not constraint.wait(until) or constraint.allowed().over:
+            late.append(one)
+        else:
+            one.chooser.allowed = constraint.allowed().bits
+    return late
 
 
 class PagedForward:
@@ -343,9 +377,15 @@ class PagedForward:
         chosen = self._static(parts)
         if chosen is not None:
             return StepOutcome(list(zip(predicting, chosen, strict=True)), [], [])
+        began = time.monotonic()
         try:
             logits = self(parts)
-            choices = self._choose(logits.last, predicting)
+            deferred = _late(predicting, began)
+            last = logits.last
+            if deferred:
+                kept = [at for at, one in enumerate(predicting) if one not in deferred]
+                predicting, last = [predicting[at] for at in kept], last[kept]
+            choices = self._choose(last, predicting) if predicting else []
             not_finite = note_scores(parts, logits.prompt)
         except Exception as error:
             if is_lost(error):
@@ -356,7 +396,8 @@ class PagedForward:
                 return StepOutcome([], [(sequence, error.with_traceback(None))], [])
             logger.warning("A generate step of %d sequences failed; they are run apart", len(parts))
         else:
-            return StepOutcome(list(zip(predicting, choices, strict=True)), [], not_finite)
+            chosen_now = list(zip(predicting, choices, strict=True))
+            return StepOutcome(chosen_now, [], not_finite, deferred)
         groups = [
             self.apart(group)
             for group in split_apart(parts, lambda one: one.sequence.request.version)
@@ -365,6 +406,7 @@ class PagedForward:
             [one for group in groups for one in group.chosen],
             [one for group in groups for one in group.broken],
             [one for group in groups for one in group.not_finite],
+            [one for group in groups for one in group.deferred],
         )
 
     def _static(self, parts: Items[ScheduledRows]) -> list[Choice] | None:

@@ -29,6 +29,12 @@ from server import failures
 from server.base.plan import PAGE_TOKENS
 from server.failures import NotFinite, is_lost
 from server.generation import failures as refusals
+from server.generation.constraints import (
+    Constraint,
+    Constraints,
+    constraint_failure,
+    wait_for_one,
+)
 from server.generation.fair_queue import FairQueue
 from server.generation.forward import (
     MIN_PREFILL_TOKENS,
@@ -43,6 +49,8 @@ from server.generation.sequences import ScheduledRows, Sequence
 from server.generation.static_step import LaunchedStep
 from server.generation.step_probe import step_fault
 from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
+from server.inputs.grammar_engine import Vocabulary
+from server.inputs.token_bytes import token_bytes
 from server.messages import (
     Event,
     Failure,
@@ -64,6 +72,7 @@ logger = logging.getLogger(__name__)
 # An adapter that runs something already leaves this share of the sequences and of the KV blocks to
 # adapters that run nothing: a flood on one never makes another wait for a whole answer to end.
 SPARED_SHARE = 8
+HELD_S = 0.002  # a step waits so long for a grammar where no sequence has anything else to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,9 @@ class GenerateFigures:
     steps: int
     shared_tokens: int  # of prompts, found in the cache
     generated_tokens: int
+    deferred_tokens: int  # that were not chosen in their step: what a grammar allows came too late
+    grammars_compiled: int
+    grammar_bytes: int  # kept compiled, about
     steps_by: Mapping[str, int]  # that were static, or why they were not; {} where none may be
     static_bytes: Mapping[str, int]  # of static steps on the device: buffers, graphs
     last_rows: int  # token rows of the latest forward
@@ -96,8 +108,8 @@ class GenerateLane:
             attention; between steps it is as it was.
         tokenizer: transformers' tokenizer of the base.
         residency: Brings adapters to the device and says in which slot they are.
-        options: ``kv_bytes``, ``max_sequences``, ``prefill_tokens``, ``max_input_tokens`` and
-            ``allow_prefix_sharing`` are read.
+        options: ``kv_bytes``, ``max_sequences``, ``prefill_tokens``, ``max_input_tokens``,
+            ``grammar_bytes`` and ``allow_prefix_sharing`` are read.
 
     Raises:
         BaseModelError: ``kv_bytes`` does not hold a single block.
@@ -135,6 +147,8 @@ class GenerateLane:
         self._runs_ahead = options.decode_steps == "ahead"
         if options.decode_steps != "dynamic":
             self._forward.make_static(options.slots + 1, options.max_sequences)
+        vocabulary = Vocabulary(token_bytes(tokenizer, adapted.signature.vocab_size))
+        self._constraints = Constraints(vocabulary, options.grammar_bytes)
         self._queue = FairQueue()
         self._running: dict[str, Sequence] = {}
         self._launched: LaunchedStep | None = None  # what it chose is not taken in
@@ -255,6 +269,9 @@ class GenerateLane:
             steps=self._forward.steps,
             shared_tokens=self._counts["shared"],
             generated_tokens=self._counts["generated"],
+            deferred_tokens=self._counts["deferred"],
+            grammars_compiled=self._constraints.kept.compiled,
+            grammar_bytes=self._constraints.kept.held_bytes,
             steps_by=Counter(self._forward.steps_by),
             static_bytes={} if self._forward.static is None else self._forward.static.held_bytes(),
             last_rows=self._forward.last_rows,
@@ -265,19 +282,25 @@ class GenerateLane:
         """Expire, admit, run or launch one forward; returns what happened, in order."""
         events, self._outbox = self._outbox, []
         self._expire(events)
+        self._end_constrained(events)
         self._admit(events)
         before = self._launched
         self._launched = self._launch_after(before)
         if before is not None:
             self._take_in(before, events)
         if self._launched is None:
-            parts = self._cut(self._running.values(), self._options.prefill_tokens)
+            free = [one for one in self._running.values() if not one.held]
+            parts = self._cut(free, self._options.prefill_tokens)
+            held = [one.constraint for one in self._running.values() if one.constraint is not None]
             if parts:
                 self._run(parts, events)
+            elif held and not events:
+                wait_for_one(held, HELD_S)
         return events
 
     def close(self) -> list[Event]:
         """End every request that is still here with a failure and free what they hold."""
+        self._constraints.close()
         events, self._outbox = self._outbox, []
         self._launched = None
         self._let_go()
@@ -296,6 +319,21 @@ class GenerateLane:
             late = now - self._deadlines[request_id]
             self.cancel(request_id)
             events.append(failures.too_late(request_id, place, late))
+
+    def _end_constrained(self, events: list[Event]) -> None:
+        """End what its grammar has ended, completely or not."""
+        for sequence in [one for one in self._running.values() if one.constraint is not None]:
+            constraint = sequence.constraint
+            if constraint is None or not constraint.ready:
+                continue
+            allowed = constraint.allowed()
+            if allowed.fault is not None:
+                self._leave(sequence, forget=True)
+                events.append(constraint_failure(sequence.request.id, *allowed.fault))
+            elif allowed.complete:
+                events.append(self._result(sequence, "eos_token"))
+            elif sequence.exhausted:
+                events.append(self._result(sequence, "length"))
 
     def _admit(self, events: list[Event]) -> None:
         ready = {version: self._is_ready(version, events) for version in self._queue.versions}
@@ -381,7 +419,9 @@ class GenerateLane:
         faults = [(one, failures.broken(one.request, error)) for one, error in ran.broken]
         faults += [(one, failures.not_finite(one.request)) for one in ran.not_finite]
         failed = {one.request.id for one, _ in faults}
-        parts = [part for part in parts if part.sequence.request.id not in failed]
+        failed_or_late = failed | {one.request.id for one in ran.deferred}
+        self._counts["deferred"] += len(ran.deferred)
+        parts = [part for part in parts if part.sequence.request.id not in failed_or_late]
         done = [part.sequence for part in parts if part.completes and not part.predicts]
         for part in parts:
             self._note_written(part.sequence, part.rows)
@@ -485,8 +525,10 @@ class GenerateLane:
             reason = "stop_sequence"
         elif token in self._ends_of(request):
             reason = "eos_token"
-        elif len(sequence.tokens) >= request.sampling.max_new_tokens:
+        elif sequence.exhausted and sequence.constraint is None:
             reason = "length"
+        if reason is None and sequence.constraint is not None:
+            sequence.constraint.advance(token)  # which may end it: see _end_constrained
         if reason is not None:
             events.append(self._result(sequence, reason))
         elif self._forward.rereads(len(sequence.ids) - 1):
@@ -587,14 +629,24 @@ class GenerateLane:
                 free_tokens=max(0, request.sampling.min_tokens - 1),
                 shown=request.sampling.shown_ids,
             ),
+            constraint=self._constraint(request),
             admitted=time.monotonic(),
         )
+
+    def _constraint(self, request: GenerateRequest) -> Constraint | None:
+        options = request.sampling
+        if options.grammar is None:
+            return None
+        ends = {*self._ends_of(request), *options.stop_ids}
+        return self._constraints.begin(options.grammar, ends)
 
     def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Free what a running sequence holds: its blocks, its lease and its place."""
         request = sequence.request
         if self._running.pop(request.id, None) is None:
             return
+        if sequence.constraint is not None:
+            sequence.constraint.close()
         self._per_version -= Counter({request.version: 1})
         self._forget(request.id)
         self._free(sequence, forget=forget)

@@ -1,10 +1,10 @@
 """From logits to tokens: each request by its own options, all of them in one batch.
 
-The order of the steps is that of transformers' ``generate``: what a request changes in its logits
-(``server.generation.score_changes``), temperature, top-k, top-p, min-p, typical-p, draw. Every draw
-takes one number from the request's own generator, on the CPU, so a seed gives the same tokens
-whatever else is in the batch. Log-probabilities are those of the model before any of these steps,
-as OpenAI and vLLM report them.
+A grammar leaves out what may not come. The order of the other steps is that of transformers'
+``generate``: what a request changes in its logits (``server.generation.score_changes``),
+temperature, top-k, top-p, min-p, typical-p, draw. Every draw takes one number from the request's
+own generator, on the CPU, so a seed gives the same tokens whatever else is in the batch.
+Log-probabilities are those of the model before any of these steps, as OpenAI and vLLM report them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.generation.score_changes import ScoreChanges
@@ -51,6 +52,7 @@ class TokenChooser:
         self, options: SamplingOptions, prompt: Sequence[int], ends: Collection[int] = ()
     ) -> None:
         self.options = options
+        self.allowed: npt.NDArray[np.uint8] | None = None  # a bit for each id; None: all of them
         self.sampled = options.do_sample and options.temperature > 0
         self.penalized = options.repetition_penalty != 1.0
         self.changes = ScoreChanges(options, prompt, ends) if ScoreChanges.wanted(options) else None
@@ -108,9 +110,15 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
     tokens = chosen.tolist()
     possible = [True] * len(tokens)
     scores = raw
+    held = [i for i, c in enumerate(choosers) if c.allowed is not None]
+    if held:
+        scores = raw.clone()
+        scores[held] = only_allowed(raw[held], [c.allowed for c in choosers])
+        for i, token in zip(held, scores[held].argmax(-1).tolist(), strict=True):
+            tokens[i] = token
     changed = [(i, c.changes) for i, c in enumerate(choosers) if c.changes is not None]
     if changed:
-        scores = raw.clone()
+        scores = raw.clone() if scores is raw else scores
         for i, changes in changed:
             changes.apply(scores[i])
             most, likely = scores[i].max(dim=-1)
@@ -134,6 +142,23 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
             likeliest[i] = found
     told = zip(tokens, logprobs, finite.tolist(), likeliest, possible, strict=True)
     return [Choice(*row) for row in told]
+
+
+def only_allowed(
+    logits: torch.Tensor, allowed: Sequence[npt.NDArray[np.uint8] | None]
+) -> torch.Tensor:
+    """The logits with those of tokens that may not come as -inf.
+
+    Args:
+        logits: [n, vocabulary]; left as they are.
+        allowed: A bit for each id, the lowest of a byte first; ids beyond them may not come. Those
+            that are None are passed over: n others are there, in the order of the rows.
+    """
+    packed = np.stack([one for one in allowed if one is not None])
+    vocabulary = logits.shape[-1]
+    bits = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little")
+    may = torch.from_numpy(bits.view(np.bool_)).to(logits.device)
+    return logits.masked_fill(~may, float("-inf"))
 
 
 def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:

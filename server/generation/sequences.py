@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from server.generation.constraints import Constraint
 from server.generation.sampling import TokenChooser
 from server.inputs.detokenize import TextStream
 from server.messages import GeneratedToken, GenerateRequest, Likeliest
@@ -19,6 +20,7 @@ class Sequence:
     written: int  # tokens whose keys and values are in the cache
     chooser: TokenChooser
     text: TextStream
+    constraint: Constraint | None  # what a grammar allows; None: everything
     admitted: float  # time.monotonic()
     tokens: list[GeneratedToken] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)  # log-probabilities of ids[1:], if asked for
@@ -36,6 +38,21 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         return bool(self.tokens)
+
+    @property
+    def held(self) -> bool:
+        """Whether its next step has to wait for what its grammar allows: before it reads a prompt
+        to its end, and once a step had to do without it. The first time it does not wait: what a
+        grammar allows is worked out while the model computes."""
+        one = self.constraint
+        if one is None:
+            return False
+        return self.exhausted or (not one.ready and (self.reading or one.late))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all tokens that were asked for are there."""
+        return len(self.tokens) >= self.request.sampling.max_new_tokens > 0
 
     @property
     def reading(self) -> bool:

@@ -21,6 +21,8 @@ def option_obstacle(options: SamplingOptions, generated: int = 0) -> str | None:
         options: Of the request.
         generated: Tokens that its answer has so far.
     """
+    if options.grammar is not None:
+        return "grammar"
     if options.typical_p < 1.0:
         return "typical_p"
     if options.presence_penalty or options.frequency_penalty:

@@ -8,27 +8,17 @@ conversation gets a new one. Which template is used is said in ``server.inputs.c
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from server.inputs.template_program import PREFIX_BYTES
+from server.inputs.bounded_child import BoundedProcess
 from server.inputs.text import InvalidInput, TextError
 
 PROGRAM: Final = Path(__file__).with_name("template_program.py")
-START_S: Final = 30.0  # allowed for the interpreter to start on a busy machine
-_PIPE_BYTES: Final = 1 << 16
 _ESCAPED_BYTES: Final = 12  # the most that one character takes in JSON
+_WORD_BYTES: Final = 1 << 16  # of an answer, beside the text
 
 
 class ChatTemplateFailed(TextError):
@@ -93,22 +83,18 @@ class ChatTemplate:
     owner: str = "the base"
 
 
-class _RendererEnded(Exception):
-    """The process has ended; ``because`` says what of."""
-
-    def __init__(self, because: str) -> None:
-        super().__init__(because)
-
-
 class RenderProcess:
     """One process that renders, started when it is first needed. Safe to share between threads,
     which take turns."""
 
     def __init__(self, limits: RenderLimits | None = None) -> None:
         self.limits = limits or RenderLimits()
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._used = 0  # conversations that the present process has rendered
+        self._process = BoundedProcess(
+            PROGRAM,
+            memory_bytes=self.limits.memory_bytes,
+            cpu_s=self.limits.cpu_s,
+            answer_bytes=_ESCAPED_BYTES * self.limits.characters + _WORD_BYTES,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -151,14 +137,17 @@ class RenderProcess:
             "characters": limits.characters,
         }
         try:
-            raw = json.dumps(request).encode()
+            answer: dict[str, str] = self._process.ask(request, deadline)
         except RecursionError:
             raise InvalidInput(
                 "A message is nested too deeply.",
                 expected="messages as clients write them",
             ) from None
-        with self._lock:
-            answer = self._answer(raw, deadline)
+        except TimeoutError:
+            raise ChatTemplateTooSlow(
+                "The deadline passed while the conversation was rendered.",
+                fix="Shorten the conversation, or allow more time.",
+            ) from None
         if "text" in answer:
             return answer["text"]
         if "unread" in answer:
@@ -180,112 +169,4 @@ class RenderProcess:
 
     def close(self) -> None:
         """End the process; a later call starts another."""
-        with self._lock:
-            self._end()
-
-    def _answer(self, raw: bytes, deadline: float | None) -> dict[str, str]:
-        while True:
-            fresh = self._child is None or self._child.poll() is not None
-            if fresh:
-                self._start()
-            used, self._used = self._used, self._used + 1
-            try:
-                answer: dict[str, str] = json.loads(self._exchange(raw, deadline))
-            except _RendererEnded as error:
-                self._end()
-                if not used:
-                    self._start()  # while nobody waits for it
-                    return {"exceeded": str(error)}
-            except TimeoutError:
-                self._end()
-                raise ChatTemplateTooSlow(
-                    "The deadline passed while the conversation was rendered.",
-                    fix="Shorten the conversation, or allow more time.",
-                ) from None
-            else:
-                if "exceeded" not in answer or not used:
-                    return answer
-                self._end()
-            # What others have left in the process is not held against this conversation.
-
-    def _start(self) -> None:
-        self._end()
-        self._used = 0
-        kept = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG")
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-B", str(PROGRAM), str(self.limits.memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            # Keys and places of the server stay out of it.
-            env={name: os.environ[name] for name in kept if name in os.environ},
-        )
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        os.set_blocking(self._child.stdin.fileno(), False)
-        os.set_blocking(self._child.stdout.fileno(), False)
-
-    def _end(self) -> None:
-        child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
-        child.wait()
-
-    def _exchange(self, raw: bytes, deadline: float | None) -> bytes:
-        """Send a request and read its answer.
-
-        Raises:
-            TimeoutError: The deadline passed.
-            _RendererEnded: The process ended.
-        """
-        child = self._child
-        assert child is not None
-        assert child.stdin is not None
-        assert child.stdout is not None
-        # Where the caller has none: the processor time is bounded, and a busy machine has others.
-        until = deadline if deadline is not None else time.monotonic() + START_S
-        source, sink = child.stdout.fileno(), child.stdin.fileno()
-        left = memoryview(len(raw).to_bytes(PREFIX_BYTES) + raw)
-        got = bytearray()
-        polled = select.poll()
-        polled.register(source, select.POLLIN)
-        polled.register(sink, select.POLLOUT)
-        while True:
-            wait = until - time.monotonic()
-            ready = dict(polled.poll(wait * 1000)) if wait > 0 else {}
-            if not ready:
-                raise TimeoutError
-            if sink in ready and left:
-                try:
-                    left = left[os.write(sink, left[:_PIPE_BYTES]) :]
-                except BrokenPipeError:
-                    raise _RendererEnded(self._why(child)) from None
-                if not left:
-                    polled.unregister(sink)
-            if source in ready:
-                piece = os.read(source, _PIPE_BYTES)
-                if not piece:
-                    raise _RendererEnded(self._why(child))
-                got += piece
-                if len(got) >= PREFIX_BYTES:
-                    length = int.from_bytes(got[:PREFIX_BYTES])
-                    if length > _ESCAPED_BYTES * self.limits.characters + _PIPE_BYTES:
-                        raise _RendererEnded(f"more than {self.limits.characters} characters")
-                    if len(got) >= PREFIX_BYTES + length:
-                        return bytes(got[PREFIX_BYTES:])
-
-    def _why(self, child: subprocess.Popen[bytes]) -> str:
-        """What a process that closed its pipe ended of."""
-        try:
-            status = child.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return "it closed its pipe"
-        if status == -signal.SIGPROF:
-            return f"more than {self.limits.cpu_s:g} s of processor time"
-        return f"its process ended with {status}"
+        self._process.close()

@@ -3,10 +3,9 @@
 A template is a program of whoever made the model. It runs in jinja's sandbox, set up as
 transformers sets it up, and the process it runs in has little: memory to a limit, processor time to
 a limit for each conversation, no files to write, nothing of the server's memory or environment.
-``server.inputs.rendering`` starts it and speaks with it over a pipe; it
-imports nothing of this project, so that it starts in a fraction of a second.
+``server.inputs.rendering`` starts it and speaks with it over a pipe; of this
+project it imports nothing that takes time, so that it starts in a fraction of a second.
 
-    request, answer    4 bytes, the length, big-endian; then so much JSON
     request            {"template", "messages", "tools", "variables", "asked", "cpu_s",
                        "characters"}
     answer             {"text"} or {"refused"} or {"broken"} or {"exceeded"}: why there is none;
@@ -16,24 +15,21 @@ imports nothing of this project, so that it starts in a fraction of a second.
 from __future__ import annotations
 
 import json
-import resource
-import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import jinja2
 from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.inputs.bounded_program import answer_requests
+
 COMPILED: Final = 32  # templates kept ready
-OPEN_FILES: Final = 16
 REASON_CHARACTERS: Final = 300
-PREFIX_BYTES: Final = 4
 # One text under all the names that templates read it by.
 REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
@@ -163,51 +159,5 @@ def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__)[:REASON_CHARACTERS]
 
 
-@contextmanager
-def _processor_time(seconds: float) -> Iterator[None]:
-    """The kernel ends this process when it has computed for so long; waiting does not count."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _bound(memory_bytes: int) -> None:
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    for what, most in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-    ):
-        resource.setrlimit(what, (most, most))
-
-
-def _read_exactly(pipe: BinaryIO, count: int) -> bytes:
-    raw = pipe.read(count)
-    if len(raw) < count:
-        sys.exit(0)  # the server has ended, or has no use for this process
-    return raw
-
-
-def main(memory_bytes: int) -> None:
-    """Answer requests on the standard input until it ends."""
-    _bound(memory_bytes)
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    while True:
-        try:
-            length = int.from_bytes(_read_exactly(requests, PREFIX_BYTES))
-            request = json.loads(_read_exactly(requests, length))
-            with _processor_time(float(request["cpu_s"])):
-                answer = json.dumps(render(request)).encode()
-            lost = False
-        except MemoryError:
-            # What is left of the memory is not to be relied on.
-            answer, lost = b'{"exceeded": "more memory than it may have"}', True
-        answers.write(len(answer).to_bytes(PREFIX_BYTES) + answer)
-        answers.flush()
-        if lost:
-            sys.exit(1)
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    answer_requests(render, int(sys.argv[1]))

@@ -51,6 +51,7 @@ from server.edge.endpoints.schemas_openai import (
     ModelNamed,
     Sampling,
 )
+from server.edge.endpoints.structured import asked_of_openai, settled_grammar
 from server.edge.endpoints.tei_tgi import check_new_tokens
 from server.edge.endpoints.tool_calls import FORMS, MARKERS, form_of
 from server.edge.service import INPUT_CHARACTERS, Service, Target
@@ -304,6 +305,7 @@ class OpenAI:
         check_options(body, wanted, self.service.base.texts.vocab_size)
         bad_words = await bad_words_of(request, self.service, body.bad_words)
         shown = self._shown(shape)
+        grammar = await settled_grammar(request, self.service, asked_of_openai(body))
         each = [
             (
                 prompt,
@@ -313,6 +315,7 @@ class OpenAI:
                         wanted,
                         bad_words=bad_words,
                         shown=shown,
+                        grammar=grammar,
                         copy=copy,
                         logprobs=shape.logprobs or tries > copies,
                         alternatives=shape.alternatives,

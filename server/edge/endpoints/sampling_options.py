@@ -11,7 +11,7 @@ from server.edge.endpoints.schemas import GenerateParameters
 from server.edge.endpoints.schemas_openai import Sampling
 from server.edge.service import INPUT_CHARACTERS, Service
 from server.errors import Refusal
-from server.messages import GenerateResult, SamplingOptions
+from server.messages import GenerateResult, Grammar, SamplingOptions
 
 SEEDS = 1 << 63
 
@@ -56,6 +56,7 @@ def openai_options(
     logprobs: bool = False,
     alternatives: int = 0,
     prompt_logprobs: bool = False,
+    grammar: Grammar | None = None,
 ) -> SamplingOptions:
     """OpenAI's fields, and those that other servers of its shape have beside them.
 
@@ -65,13 +66,14 @@ def openai_options(
         bad_words: As token ids.
         shown: Special tokens that are part of the text.
         copy: Which of several answers to one prompt.
-        logprobs, alternatives, prompt_logprobs: As ``SamplingOptions`` has them.
+        logprobs, alternatives, prompt_logprobs, grammar: As ``SamplingOptions`` has them.
     """
     temperature = 1.0 if body.temperature is None else body.temperature
     stop = body.stop or ()
     allowed = body.allowed_token_ids
     return SamplingOptions(
         max_new_tokens=wanted,
+        grammar=grammar,
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
         top_p=body.top_p or 1.0,

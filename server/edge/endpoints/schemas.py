@@ -180,6 +180,15 @@ class EmbedRequest(Truncation):
     adapter: AdapterName | None = None
 
 
+class TgiGrammar(Body):
+    """What an answer is held to, as text-generation-inference has it."""
+
+    type: Literal["json", "regex", "json_schema"]
+    value: str | dict[str, Any] | bool = Field(
+        description="A JSON schema; a pattern with regex; {name, schema} with json_schema."
+    )
+
+
 class GenerateParameters(Body):
     """text-generation-inference's parameters; those without effect here only take their neutral."""
 
@@ -223,7 +232,9 @@ class GenerateParameters(Body):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = Field(
         default=None, description="Times the number of times that a token was generated, as OpenAI."
     )
-    grammar: None = None
+    grammar: TgiGrammar | None = Field(
+        default=None, description="What the answer is held to: a JSON schema or a pattern."
+    )
 
     @property
     def samples(self) -> bool:

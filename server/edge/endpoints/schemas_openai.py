@@ -83,13 +83,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "modalities": (["text"], None),
     "web_search_options": (None,),
     # What an answer must be like
-    "response_format": ({"type": "text"}, None),
-    "structured_outputs": ({}, None),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": ([], None),
-    "guided_grammar": (None,),
     "structural_tag": (None,),
+    "guided_decoding_backend": (None,),
+    "guided_whitespace_pattern": (None,),
     "grammar": (None,),
     # Vectors and ranks
     "encoding_format": ("float", "base64", None),
@@ -181,6 +177,41 @@ class StreamOptions(OpenAIBody):
     include_usage: bool = False
 
 
+class NamedSchema(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str | None = None
+    schema_: dict[str, Any] | bool = Field(default={}, alias="schema")
+    strict: bool | None = Field(default=None, description="The schema is kept in either case.")
+
+
+class ResponseFormat(BaseModel):
+    """What an answer is held to, as OpenAI has it; or as text-generation-inference, with value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["text", "json_object", "json_schema", "json", "regex", "structural_tag"]
+    json_schema: NamedSchema | None = None
+    value: str | dict[str, Any] | bool | None = None
+
+
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(max_length=4096, fail_fast=True)
+]
+
+
+class StructuredOutputs(BaseModel):
+    """What an answer is held to, as vLLM has it: one of these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    json_: str | dict[str, Any] | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = Field(default=None, description="In Lark, or in GBNF.")
+    json_object: bool | None = None
+
+
 class Sampling(ModelNamed):
     """What both calls that generate take: OpenAI's options, and those of other servers of its
     shape."""
@@ -220,6 +251,12 @@ class Sampling(ModelNamed):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     user: str | None = None
 
     def ignored_within(self) -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import Depends, Query, Request, Response
@@ -33,6 +34,7 @@ from server.edge.endpoints.schemas import (
     PredictRequest,
     Truncation,
 )
+from server.edge.endpoints.structured import asked_of_tgi, settled_grammar
 from server.edge.endpoints.word_limit import check_words
 from server.edge.service import INPUT_CHARACTERS, Service, Target
 from server.errors import Refusal
@@ -307,12 +309,18 @@ class TeiTgi:
         )
         if parameters.truncate is not None:
             token_ids = token_ids[-parameters.truncate :]
+        asked = asked_of_tgi(parameters.grammar, "parameters.grammar")
+        grammar = await settled_grammar(request, service, asked)
         said, copies = _said(parameters), parameters.best_of or 1
         check_inputs(copies, service, "parameters.best_of")
         prompts = [
             (
                 token_ids,
-                with_defaults(native_options(parameters, stream=stream, copy=copy), target, said),
+                with_defaults(
+                    replace(native_options(parameters, stream=stream, copy=copy), grammar=grammar),
+                    target,
+                    said,
+                ),
             )
             for copy in range(copies)
         ]

@@ -20,7 +20,7 @@ from server.generation.kv_cache import KVCache
 from server.generation.sampling import TokenChooser, choose
 from server.generation.step_buffers import RowNumbers, StepBuffers
 from server.generation.step_sampling import choose_all, choose_best, option_obstacle, takes_best
-from server.messages import SamplingOptions
+from server.messages import Grammar, SamplingOptions
 from tests.stand.launches import Launches
 
 VOCABULARY = 700
@@ -168,6 +168,7 @@ def test_which_options_need_more_than_the_best_token() -> None:
     assert option_obstacle(SamplingOptions(alternatives=20)) is None
     assert option_obstacle(SamplingOptions(alternatives=21)) == "alternatives"
     assert option_obstacle(SamplingOptions(typical_p=0.9)) == "typical_p"
+    assert option_obstacle(SamplingOptions(grammar=Grammar("", ""))) == "grammar"
     for wish, reason in (
         (SamplingOptions(presence_penalty=0.1), "penalties"),
         (SamplingOptions(frequency_penalty=-0.1), "penalties"),

@@ -144,7 +144,8 @@ def test_tool_choice_none_shows_no_tools_and_reads_no_calls(live: Live) -> None:
     assert choice["message"]["content"] == CALL
     assert choice["finish_reason"] == "stop"
     assert answer.json()["usage"]["prompt_tokens"] == len(f"«{CALL}»</s>")
-    for more in ({}, {"tool_choice": "auto"}, {"tools": []}):
+    ways: tuple[dict[str, Any], ...] = ({}, {"tool_choice": "auto"}, {"tools": []})
+    for more in ways:
         assert choice_of(chat(live, CALL, **more))["message"]["content"] == CALL
 
 
