@@ -92,7 +92,7 @@ def _up(
     **flags: Any,
 ) -> None:
     """Serve on this machine with several engine replicas, until Ctrl-C or `hira cluster down`."""
-    settings = _read(flags)
+    settings = _settings_of(flags)
     _need_ray()
     from server.cluster.local import prepare_environment
 
@@ -130,7 +130,7 @@ def _print_config(
     **flags: Any,
 ) -> None:
     """Print a configuration for `serve deploy`, with the settings that are given."""
-    settings = _read(dict(flags))
+    settings = _settings_of(dict(flags))
     flags.pop("config", None)
     cluster = {
         "replicas": replicas,
@@ -197,7 +197,7 @@ def _known(data_dir: Path) -> dict[str, Any]:
     return found
 
 
-def _read(flags: dict[str, Any]) -> Settings:
+def _settings_of(flags: dict[str, Any]) -> Settings:
     config = flags.pop("config", None)
     try:
         return load_settings(flags, config=config)
