@@ -8,7 +8,7 @@ built here from the same fault, so they never disagree.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
 from adapters.errors import AdapterFaults, ExplainedError
@@ -149,6 +149,12 @@ class Refusal(Exception):
         if isinstance(error, Failure) and error.retry_after_s is not None:
             headers["Retry-After"] = str(error.retry_after_s)
         return cls((Fault.of(error, field),), headers)
+
+    def faults_of(self, name: str, field: str) -> list[Fault]:
+        """Its faults as those of one adapter of several; ``field`` is where that one is named."""
+        return [
+            replace(fault, message=f"{name}: {fault.message}", field=field) for fault in self.faults
+        ]
 
     def __str__(self) -> str:
         return "; ".join(f"{fault.code}: {fault.message}" for fault in self.faults)

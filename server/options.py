@@ -47,7 +47,7 @@ class EngineOptions:
     max_batch_tokens: int = 8192  # padded tokens in one forward of the encode lane
     max_batch_rows: int = 64
     max_sequences: int = 64  # sequences decoding together
-    prefill_tokens: int = 1024  # tokens of one generate step
+    prefill_tokens: int | None = None  # tokens of one generate step; None: by the device
     kv_bytes: int = 256 * MIB
     grammar_bytes: int = 64 * MIB  # grammars kept compiled
     max_input_tokens: int | None = None  # None: the context of the base

@@ -54,8 +54,26 @@ KEY_BYTES_MIN: Final = 8
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
+class SettingFault(NamedTuple):
+    """What is wrong with one setting, for a person; ``text`` begins with where it was set."""
+
+    text: str
+    found: str | None = None
+    expected: str | None = None
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        found = "" if self.found is None else f" (found {self.found})"
+        fix = "" if self.fix is None else f"; {self.fix}"
+        return self.text + found + fix
+
+
 class SettingsFault(Exception):
     """The settings cannot be used; the text is one line per fault, for a person."""
+
+    def __init__(self, *faults: SettingFault) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = faults
 
 
 class AdapterSource(NamedTuple):
@@ -201,7 +219,7 @@ class Settings(BaseSettings):
     max_batch_tokens: Positive = setting(8192, "Padded tokens of an encode batch.", "Budgets")
     max_batch_rows: Positive = setting(64, "Inputs of an encode batch.", "Budgets")
     max_sequences: Positive = setting(64, "Sequences decoding together.", "Budgets")
-    prefill_tokens: Positive = setting(1024, "Tokens of one generate step.", "Budgets")
+    prefill_tokens: Positive | None = setting(None, "Tokens of one generate step.", "Budgets")
     max_input_tokens: Positive | None = setting(
         None, "Tokens of one input (default: the context of the base).", "Budgets"
     )
@@ -397,25 +415,26 @@ def load_settings(
         and name.removeprefix(ENV_PREFIX).lower() not in Settings.model_fields
     )
     faults = [
-        f"{name}: no such setting{_closest(name.removeprefix(ENV_PREFIX))}" for name in unknown
+        SettingFault(f"{name}: no such setting", fix=_closest(name.removeprefix(ENV_PREFIX)))
+        for name in unknown
     ]
     faults += [
-        f"{path}: {name}: no such setting{_closest(name)}"
+        SettingFault(f"{path}: {name}: no such setting", fix=_closest(name))
         for name in file
         if name not in Settings.model_fields
     ]
     if faults:
-        raise SettingsFault("\n".join(faults))
+        raise SettingsFault(*faults)
     try:
         # Not fields: settings_customise_sources takes them apart.
         return Settings(**{"flags": given, "file": file})  # type: ignore[arg-type]
     except ValidationError as error:
-        lines = [
+        found = [
             _explain_fault(dict(fault), given, path) for fault in error.errors(include_url=False)
         ]
-        raise SettingsFault("\n".join(lines)) from None
+        raise SettingsFault(*found) from None
     except SettingsError as error:
-        raise SettingsFault(f"environment: {error}") from None
+        raise SettingsFault(SettingFault(f"environment: {error}")) from None
 
 
 def _read_file(config: Path | None) -> tuple[Path, dict[str, Any]]:
@@ -426,16 +445,17 @@ def _read_file(config: Path | None) -> tuple[Path, dict[str, Any]]:
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SettingsFault(f"{path}: cannot be read: {error.strerror}") from None
+        fault = SettingFault(f"{path}: cannot be read: {error.strerror}")
+        raise SettingsFault(fault) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsFault(f"{path}: not TOML: {error}") from None
+        raise SettingsFault(SettingFault(f"{path}: not TOML: {error}")) from None
 
 
-def _explain_fault(fault: dict[str, Any], given: Mapping[str, object], path: Path) -> str:
+def _explain_fault(fault: dict[str, Any], given: Mapping[str, object], path: Path) -> SettingFault:
     location = fault["loc"]
     text = re.sub(r"^Value error, ", "", str(fault["msg"]))
     if not location:
-        return text
+        return SettingFault(text)
     name = str(location[0])
     if name in given:
         source = f"--{name.replace('_', '-')}"
@@ -443,15 +463,15 @@ def _explain_fault(fault: dict[str, Any], given: Mapping[str, object], path: Pat
         source = ENV_PREFIX + name.upper()
     else:
         source = f"{path}: {name}"
-    shown = "" if "key" in name or fault["type"] == "missing" else f" (found {fault['input']!r})"
-    return f"{source}: {text}{shown}"
+    secret = "key" in name or fault["type"] == "missing"
+    return SettingFault(f"{source}: {text}", found=None if secret else repr(fault["input"]))
 
 
-def _closest(name: str) -> str:
+def _closest(name: str) -> str | None:
     import difflib
 
     close = difflib.get_close_matches(name.lower(), list(Settings.model_fields), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"did you mean {close[0]}?" if close else None
 
 
 def describe_fields() -> Mapping[str, FieldInfo]:

@@ -30,27 +30,31 @@ ADAPTERS = {
 }
 SERVER = {
     "server.version": (),
+    "server.stages": (),
     "server.messages": (),
     "server.options": (),
     "server.errors": ("messages",),
     "server.settings": ("options",),
     "server.metrics": (),
-    "server.base": ("options",),
+    "server.base": ("options", "stages"),
     "server.inputs": ("messages", "options", "base"),
     "server.failures": ("messages", "inputs"),
     "server.encoding": ("messages", "options", "base", "inputs", "failures"),
-    "server.generation": ("messages", "options", "base", "inputs", "failures"),
+    "server.generation": ("messages", "options", "stages", "base", "inputs", "failures"),
     "server.engine": (
-        *("messages", "options", "base", "inputs", "failures", "encoding", "generation"),
+        *("messages", "options", "stages", "base", "inputs", "failures", "encoding"),
+        "generation",
     ),
     "server.edge": (
         *("version", "messages", "options", "errors", "settings", "metrics", "base", "inputs"),
-        "demo",
+        *("stages", "demo"),
     ),
     "server.cluster": (
         *("version", "messages", "options", "errors", "settings", "metrics", "edge"),
     ),
-    "server.cli": ("version", "options", "settings", "base", "edge", "cluster"),
+    "server.cli": (
+        *("version", "stages", "options", "settings", "base", "edge", "cluster", "training"),
+    ),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
 }
@@ -65,7 +69,9 @@ EDGE = {
     "server.edge.processes": ("admit", "link", "service", "endpoints", "litserve"),
 }
 # Places of `adapters` that few may know of, and who they are.
-ONLY_FOR = {"adapters.inspection": ("server.cli", "server.training")}
+ONLY_FOR = {
+    "adapters.inspection": ("server.cli", "server.training", "server.edge.endpoints.admin"),
+}
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
     "llguidance": ("server/inputs/grammar_engine.py",),
@@ -89,6 +95,7 @@ TORCH_FREE = (
     "server/options.py",
     "server/encoding/fair_batches.py",
     "server/settings.py",
+    "server/edge/processes/preflight.py",
     "server/edge/endpoints/schemas.py",
     "server/errors.py",
     "server/cluster/routing.py",

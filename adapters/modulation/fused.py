@@ -349,14 +349,15 @@ def _probed(dtype: torch.dtype, device: torch.device) -> str | None:
     try:
         error = _probe_error(dtype, device)
     except Exception as cause:  # a compiler, a driver: whatever fails, torch serves
-        logger.warning("The fused kernel failed its probe", exc_info=True)
+        logger.warning("The fused kernel failed its probe, torch computes: %s", _in_a_line(cause))
+        logger.debug("Where it failed", exc_info=True)
         return f"{type(cause).__name__} in its probe"
     return None if error <= _PROBE_TOLERANCE else f"a relative error of {error:.2g} in its probe"
 
 
 @lru_cache(maxsize=8)
 def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computation]:
-    """The forms with weights in scratch memory that were right on a small batch on this device.
+    """The forms beside the fused kernel that were right on a small batch on this device.
 
     Each is run once, and compiled; what fails, or is wrong, is said in the log and never timed.
     """
@@ -365,8 +366,9 @@ def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computat
     for form in forms:
         try:
             error = _probe_error(dtype, device, form)
-        except Exception:  # a compiler, a driver, a library: the fused kernel serves
-            logger.warning("The form %s failed its probe", form, exc_info=True)
+        except Exception as cause:  # a compiler, a driver, a library: the fused kernel serves
+            logger.warning("The form %s failed its probe: %s", form, _in_a_line(cause))
+            logger.debug("Where it failed", exc_info=True)
             continue
         if error <= _PROBE_TOLERANCE:
             proved.add(form)
@@ -440,6 +442,10 @@ def _packed(weights: Mapping[str, QuantizedWeight]) -> dict[str, _Layer]:
             shared[address] = weight.take_order(packed)
         layers[path] = _Layer(len(layers), shared[address])
     return layers
+
+
+def _in_a_line(cause: Exception) -> str:
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300]
 
 
 def _misaligned(factor: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -64,6 +64,43 @@ class AdapterRecord:
     def fits(self, base_digest: str) -> bool:
         """Whether it was checked on the base of this digest; an empty one means any base."""
         return not base_digest or self.base_digest == base_digest
+
+
+Change = Literal["created", "replaced", "pinned", "unpinned", "removed", "unchanged"]
+
+
+@dataclass(frozen=True, slots=True)
+class WantedName:
+    """One name of a set that is applied as a whole.
+
+    Args:
+        name: That is put on the version.
+        record: Of the version, checked; its own name, source and pin do not count.
+        source: Where the adapter came from.
+        pinned: None: as it is.
+    """
+
+    name: str
+    record: AdapterRecord
+    source: str
+    pinned: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NameChange:
+    """What applying a set does to one name.
+
+    Args:
+        name: Of the adapter.
+        change: In a word.
+        record: As it is afterwards; of a name that goes, as it was.
+        before: As it was; None where there was none.
+    """
+
+    name: str
+    change: Change
+    record: AdapterRecord
+    before: AdapterRecord | None
 
 
 def record_of(

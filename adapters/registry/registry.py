@@ -12,8 +12,10 @@ import logging
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.faults import connected, time_limit
 from adapters.registry.records import (
     AdapterRecord,
+    Change,
+    NameChange,
+    WantedName,
     checked_anew,
     delete,
     read_changes,
@@ -153,6 +158,112 @@ class Registry:
                     fix="Set replace to true, or choose another name.",
                 ) from cause
         return record, True
+
+    def stage(
+        self,
+        folder: Path,
+        base: BaseSignature,
+        *,
+        check: Callable[[AdapterWeights], None] | None = None,
+        settle: Callable[[Conversation], UsedConversation] = unused,
+    ) -> AdapterRecord:
+        """Check the adapter in ``folder`` and store its bytes, without putting a name on them.
+
+        Bytes that no name is on are collected after a while; ``apply`` names them before that.
+
+        Args:
+            folder, base, check, settle: As for ``register``.
+
+        Returns:
+            A record without a name and without a source.
+
+        Raises:
+            StoreFull: There is no room for its bytes.
+            AdapterError: Whatever is wrong with it. Nothing has changed then.
+        """
+        weights = load_adapter(folder, base)
+        if check is not None:
+            check(weights)
+        settled = settle(weights.conversation)
+        version = self.store.add(folder)
+        return record_of(
+            "", version, weights, settled, source="", pinned=False, base_digest=base.digest
+        )
+
+    def staged(
+        self,
+        version: str,
+        base: BaseSignature,
+        *,
+        check: Callable[[AdapterWeights], None] | None = None,
+        settle: Callable[[Conversation], UsedConversation] = unused,
+    ) -> AdapterRecord:
+        """The record of bytes that are in the store, checked as ``register`` does; without a name.
+
+        Raises:
+            AdapterNotFound: They are not there, or not any more.
+            AdapterError: Whatever is wrong with them.
+        """
+        named = next((one for one in self._all() if one.version == version), None)
+        if named is not None and named.fits(base.digest) and self.store.has(version):
+            return named
+        weights = load_adapter(self.store.sound_path(version), base)
+        if check is not None:
+            check(weights)
+        settled = settle(self.store.conversation(version))
+        return record_of(
+            "", version, weights, settled, source="", pinned=False, base_digest=base.digest
+        )
+
+    def apply(
+        self, wanted: Sequence[WantedName], removed: Collection[str] = (), *, dry_run: bool = False
+    ) -> builtins.list[NameChange]:
+        """Put many names on checked versions, and take others away: all of it, or nothing.
+
+        Args:
+            wanted: With records of ``staged``.
+            removed: Names that go.
+            dry_run: Say what would change, and change nothing.
+
+        Returns:
+            One entry for every name in ``wanted``, then one for every name that goes.
+
+        Raises:
+            AdapterNotFound: A name that is to go is not there, or a version's bytes are gone.
+        """
+        writing = self._reading() if dry_run else self._transaction()
+        changes = []
+        with writing as connection:
+            for one in wanted:
+                check_name(one.name)
+                present = read_one(connection, one.name)
+                kept_pin = present is not None and present.pinned
+                record = replace(
+                    one.record,
+                    name=one.name,
+                    source=one.source,
+                    pinned=kept_pin if one.pinned is None else one.pinned,
+                    created=datetime.now(UTC),
+                )
+                change = _change_of(present, record)
+                changes.append(NameChange(one.name, change, record, present))
+                if dry_run or change == "unchanged":
+                    continue
+                self.store.touch(record.version)  # or the collector could take it
+                if change in ("pinned", "unpinned"):
+                    set_pinned(connection, one.name, pinned=record.pinned)
+                else:
+                    write(connection, record, update=present is not None)
+            for name in removed:
+                present = read_one(connection, name)
+                if present is None:
+                    raise _not_found(name)
+                changes.append(NameChange(name, "removed", present, present))
+                if not dry_run:
+                    delete(connection, name)
+                    if self.store.has(present.version):
+                        self.store.touch(present.version)
+        return changes
 
     def resolve(self, name: str) -> AdapterRecord:
         """The record of ``name`` as last committed by any process; quick when nothing changed.
@@ -379,6 +490,17 @@ class Registry:
         if now != self._known_at:
             self._known = read_changes(watch, self._known)
             self._known_at = now
+
+
+def _change_of(present: AdapterRecord | None, record: AdapterRecord) -> Change:
+    """What it means for a name to go from ``present`` to ``record``."""
+    if present is None:
+        return "created"
+    if present.version != record.version or present.base_digest != record.base_digest:
+        return "replaced"
+    if present.pinned != record.pinned:
+        return "pinned" if record.pinned else "unpinned"
+    return "unchanged"
 
 
 def check_name(name: str) -> None:

@@ -1,7 +1,7 @@
 """On a GPU: layers in every form of the kernels, whole steps, prompts, texts, and stock peers.
 
-One 4096 x 4096 NF4 layer with HiRA of rank 32 first, then the engine (``gpu_engine``) and the
-encode lane (``gpu_encode``); at most five minutes in all.
+NF4 layers with HiRA first, then the engine (``gpu_engine``) and the encode lane (``gpu_encode``);
+at most five minutes in all.
 
 Says so and skips where there is no GPU, or where the kernel cannot run. The sides run on one
 stream; each sample ends with a synchronization. The first side's answer is held to float64 before
@@ -27,32 +27,49 @@ from adapters.segments import Segments, from_rows
 from loadtests.bench import gpu_encode, gpu_engine
 from loadtests.bench.timing import Budget, Figure, Report, alternate
 
-WIDTH = 4096
-RANK = 32
 _CALLS = 20  # of one sample: a launch is shorter than what a clock tells well
 _AGREEMENT = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A batch, what it is held against, and the speed to reach."""
+    """A layer and a batch; what it is held against, and the speed to reach."""
 
-    name: str
     rows: int
     adapters: int
-    against: str
-    at_least: float
+    out: int = 4096
+    inputs: int = 4096
+    rank: int = 32
+    against: str = ""
+    at_least: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.out} x {self.inputs}, r {self.rank}, {self.rows} / {self.adapters}"
 
 
 CASES = (
-    Case("1,024 rows, 8 adapters", 1024, 8, "dense bf16 matmul", 1 / 1.35),
-    Case("16 rows, 16 adapters", 16, 16, "dequantize, fold, matmul", 5.0),
+    Case(1, 1),
+    Case(16, 1),
+    Case(16, 16, against="dequantize, fold, matmul", at_least=5.0),
+    Case(64, 8),
+    Case(64, 64),
+    Case(256, 8),
+    Case(1024, 8, against="dense bf16 matmul", at_least=1 / 1.5),
+    Case(1024, 64),
+    Case(4096, 16),
+    Case(16, 16, rank=8),
+    Case(16, 16, rank=128),
+    Case(1, 1, out=14336),
+    Case(16, 16, out=14336),
+    Case(1024, 8, out=14336),
+    Case(16, 16, out=1024),
 )
 
 
 def bench(report: Report) -> None:
     """Run all cases, or say why none is run."""
-    report.section(f"GPU: {WIDTH} x {WIDTH}, NF4, bfloat16, HiRA r = {RANK}")
+    report.section("GPU: layers, NF4, bfloat16, HiRA; out x in, rank, rows / adapters")
     if not torch.cuda.is_available():
         print("no GPU: skipped")
         return
@@ -62,7 +79,7 @@ def bench(report: Report) -> None:
     if reason is not None:
         print(f"the fused kernel cannot run here: {reason}; skipped")
         return
-    budget = Budget(0.0, 1, 1) if report.quick else Budget(8.0, 9, 60)
+    budget = Budget(0.0, 1, 1) if report.quick else Budget(2.0, 5, 40)
     report.machine = {
         **report.machine,
         "gpu": torch.cuda.get_device_name(device),
@@ -87,8 +104,9 @@ def _measure(case: Case, device: torch.device, budget: Budget, report: Report) -
         raise SystemExit(f"{case.name}: off float64 by {error:.2g}")
     samples = alternate({name: _timed(side) for name, side in sides.items()}, budget)
     micro = {name: samples.median(name) / _CALLS * 1e6 for name in sides}
-    flops = 2 * case.rows * WIDTH * WIDTH
-    bytes_read = WIDTH * WIDTH * 0.5625 + case.adapters * 2 * RANK * WIDTH * 2
+    flops = 2 * case.rows * case.out * case.inputs
+    factors = case.adapters * case.rank * (case.out + case.inputs)
+    bytes_read = case.out * case.inputs * 0.5625 + factors * 2
     report.add(
         Figure(
             "gpu",
@@ -116,12 +134,12 @@ def _sides(
 ) -> tuple[Mapping[str, Callable[[], torch.Tensor]], torch.Tensor]:
     import bitsandbytes as bnb
 
-    dense = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+    dense = nn.Linear(case.inputs, case.out, bias=False, dtype=torch.bfloat16)
     weight = dense.weight.to(device)
     models = []
     for strategy in ("fused", "fold"):
         layer: Any = bnb.nn.Linear4bit(
-            WIDTH, WIDTH, False, compress_statistics=False, quant_type="nf4"
+            case.inputs, case.out, False, compress_statistics=False, quant_type="nf4"
         )
         layer.weight = bnb.nn.Params4bit(
             dense.weight.detach().clone(),
@@ -135,12 +153,12 @@ def _sides(
         holder.append(nn.LayerNorm(1, dtype=torch.bfloat16, device=device))
         holder.get_output_embeddings = lambda: None  # type: ignore[assignment]
         models.append(inject(holder, strategy=strategy))
-    factors = [_factors(seed, device) for seed in range(case.adapters)]
+    factors = [_factors(case, seed, device) for seed in range(case.adapters)]
     for adapted in models:
         for slot, one in enumerate(factors, start=1):
             adapted.install(slot, {"0": one})
     segments = from_rows(row * case.adapters // case.rows + 1 for row in range(case.rows))
-    x = torch.randn(case.rows, WIDTH, device=device, dtype=torch.bfloat16)
+    x = torch.randn(case.rows, case.inputs, device=device, dtype=torch.bfloat16)
     layers: Sequence[Any] = [adapted.layers["0"] for adapted in models]
 
     def run(number: int) -> torch.Tensor:
@@ -170,10 +188,10 @@ def _forms(
     return {f"{way} alone": run for (_, way), run in runs.items() if way != "tiles"}
 
 
-def _factors(seed: int, device: torch.device) -> SlotFactors:
+def _factors(case: Case, seed: int, device: torch.device) -> SlotFactors:
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(RANK, WIDTH, generator=generator)
-    b = torch.randn(WIDTH, RANK, generator=generator) * (0.3 / RANK**0.5)
+    a = torch.randn(case.rank, case.inputs, generator=generator)
+    b = torch.randn(case.out, case.rank, generator=generator) * (0.3 / case.rank**0.5)
     return SlotFactors("hira", a.to(device, torch.bfloat16), b.to(device, torch.bfloat16))
 
 

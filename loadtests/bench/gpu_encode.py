@@ -39,6 +39,7 @@ class EncodeCase:
 CASES = (
     EncodeCase(64, 128, 8, 1.0),
     EncodeCase(256, 128, 32, 0.9),
+    EncodeCase(256, 16, 32),
     EncodeCase(64, 512, 8),
     EncodeCase(1, 16, 1),
 )

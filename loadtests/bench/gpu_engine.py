@@ -1,6 +1,6 @@
 """Whole steps of the engine on random Llama shapes, decoding and prompts, and stock peers.
 
-Both kinds of decode steps are measured in one run, against transformers' ``generate`` on the
+All kinds of decode steps are measured in one run, against transformers' ``generate`` on the
 bitsandbytes base without any adapter and PEFT with one adapter, a request at a time.
 """
 
@@ -31,6 +31,7 @@ from server.messages import GenerateRequest, SamplingOptions
 from server.options import DecodeSteps, EngineOptions
 
 RANK_OF_ADAPTERS = 32
+STEPS: tuple[DecodeSteps, ...] = ("dynamic", "static", "ahead")
 _numbers = itertools.count()
 
 
@@ -177,12 +178,11 @@ def measure(
     vocabulary: int = 128_256,
     prompt_tokens: int = 512,
 ) -> None:
-    """Both kinds of steps, prompts and peers, of one shape."""
+    """All kinds of steps, prompts and peers, of one shape."""
     with stored(shape, adapters, device, vocabulary) as made:
         peers = _peers(report, shape, made, device=device, new_tokens=new_tokens, batch=adapters)
-        for steps in ("dynamic", "static"):
-            kind: DecodeSteps = "static" if steps == "static" else "dynamic"
-            with engine_on(made, shape, device, kind) as engine:
+        for steps in STEPS:
+            with engine_on(made, shape, device, steps) as engine:
                 cases: dict[str, Sequence[str | None]] = {
                     f"{adapters} sequences, {adapters} adapters": made.versions,
                     f"{shape.max_sequences} sequences, {adapters} adapters": [
@@ -255,11 +255,13 @@ def _peers(
             found.cpu()
         return time.perf_counter() - began
 
-    generate(base, batch, 2)
-    seconds = min(generate(base, batch, new_tokens) for _ in range(2))
-    case = f"{shape.name}, {batch} sequences, bare base"
-    step_ms = seconds / new_tokens * 1e3
-    report.add(Figure("gpu", case, "generate on bitsandbytes", step_ms, unit="ms"))
+    times: dict[int, float] = {}
+    for rows in dict.fromkeys((batch, 1, shape.max_sequences)):
+        generate(base, rows, 2)
+        times[rows] = min(generate(base, rows, new_tokens) for _ in range(2))
+        case = f"{shape.name}, {rows} sequences, bare base"
+        step_ms = times[rows] / new_tokens * 1e3
+        report.add(Figure("gpu", case, "generate on bitsandbytes", step_ms, unit="ms"))
     wrapped: Any = PeftModel.from_pretrained(
         base, made.folders[0], adapter_name="0", autocast_adapter_dtype=False
     ).eval()
@@ -268,4 +270,4 @@ def _peers(
     report.add(
         Figure("gpu", f"{shape.name}, 1 request", "PEFT", new_tokens / alone, unit="tokens/s")
     )
-    return seconds
+    return times[batch]

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from adapters.errors import UnsupportedOption
 from adapters.intake.base_files import BaseFiles
@@ -29,8 +28,10 @@ from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
 from server.base.memory import available_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
+from server.base.weight_progress import weights_told_as
 from server.base.weights_digest import weights_digest
 from server.options import EngineOptions
+from server.stages import tell_stage
 
 __all__ = ["BaseModelError", "LoadedBase", "load_base", "signature_of"]
 
@@ -161,6 +162,7 @@ def load_base(options: EngineOptions) -> LoadedBase:
         for path, one in adapted.layers.items()
         if isinstance(one, AdaptedLinear)
     }
+    tell_stage("hashing the weights")
     digest = weights_digest(linear)
     logger.info("The linear layers of %s as they are served: %s", options.base, digest)
     base = LoadedBase(adapted, model.config, dtype, device, plan.folder, _storage(adapted), digest)
@@ -235,10 +237,11 @@ def _load(
             # By one code on one kind of device: a GPU's own would round some codes otherwise, and
             # replicas on different devices would serve different weights.
             where = torch.device("cpu")
-    transformers_logging.disable_progress_bar()
     supports_sdpa = getattr(plan.model_class, "_supports_sdpa", False)
     try:
-        with warnings.catch_warnings():
+        stored = plan.quantized is None and options.quantization != "none"
+        name = "loading and quantizing weights" if stored else "loading weights"
+        with warnings.catch_warnings(), weights_told_as(name):
             warnings.simplefilter("ignore")  # bitsandbytes' advice on speed: its forward never runs
             model, report = plan.model_class.from_pretrained(
                 str(plan.folder),
@@ -270,6 +273,7 @@ def _load(
     if plan.quantized is not None:
         _cast(model, dtype)
     if where != device:
+        tell_stage("moving the base to the device")
         expand_nested_scales(model)
         try:
             model.to(device)

@@ -3,55 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
+from server.cli.apply import apply_manifest, tell_manifest_faults
 from server.cli.client import (
     DEFAULT_URL,
     JsonOption,
     KeyOption,
     UrlOption,
     ask,
+    every_adapter,
     exit_on_error,
-    fail,
     key_or_local_admin_key,
     print_json,
     reach,
     show_table,
 )
-
-if TYPE_CHECKING:
-    import httpx
+from server.cli.layout import MISUSED, fail
+from server.cli.manifest import ADAPTER_NAME, ManifestFaults, is_adapter, manifest_of
+from server.cli.upload import sent_form
 
 adapters_app = typer.Typer(help="The adapters of a running server.", no_args_is_help=True)
 NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-PAGE = 500
-# As in adapters.intake.archive.WANTED, which takes torch along.
-SENT_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "README.md",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "chat_template.jinja",
-    "additional_chat_templates/tool_use.jinja",
-    "tool_use.jinja",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "hira_conversation.json",
-    *(f"{n}_Pooling/config.json" for n in (1, 2, 3)),
-    *(f"{n}_Pooling.json" for n in (1, 2, 3)),
-)
 
 
 @adapters_app.command("list")
@@ -62,14 +39,8 @@ def list_adapters(
     as_json: JsonOption = False,
 ) -> None:
     """List all adapters."""
-    rows: list[dict[str, Any]] = []
     with reach(url, key_or_local_admin_key(key)) as client:
-        while True:
-            params = {"prefix": prefix, "offset": len(rows), "limit": PAGE}
-            page = ask(client, "GET", "/admin/adapters", params=params).json()
-            rows += page["adapters"]
-            if len(rows) >= page["total"] or not page["adapters"]:
-                break
+        rows = every_adapter(client, prefix)
     if as_json:
         print_json(rows)
         return
@@ -92,9 +63,13 @@ def show_adapter(
 
 @adapters_app.command()
 def add(
-    name: NameArgument,
-    path: Annotated[
-        str, typer.Argument(help="A folder or archive here, or a source with --remote.")
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME PATH | PATH...",
+            help="A name and a folder, an archive or a source; or several folders or archives, "
+            "each registered under its own name.",
+        ),
     ],
     *,
     remote: Annotated[
@@ -108,24 +83,59 @@ def add(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Register an adapter: upload its files, or let the server fetch them."""
+    """Register adapters: upload their files, or let the server fetch one.
+
+    Several paths are registered together: all of them, or none.
+
+    Examples:
+
+      hira adapters add imdb ./runs/imdb --pinned
+
+      hira adapters add runs/*
+    """
+    if len(what) == 2 and ADAPTER_NAME.fullmatch(what[0]):
+        if "/" not in what[1] and all(map(is_adapter, map(Path, what))) and what[0] != what[1]:
+            fail(
+                "two folders, or a name and a folder?",
+                found=f"{what[0]} and {what[1]}, which are both adapters here",
+                fix=f"./{what[0]} ./{what[1]} for both; {what[0]} ./{what[1]} for one",
+                status=MISUSED,
+            )
+    elif not remote and (len(what) > 2 or all(is_adapter(Path(one)) for one in what)):
+        _add_many(what, url, key, replace=replace, pinned=pinned)
+        return
+    if len(what) != 2:
+        fail(
+            "a name and a path are needed, or paths of adapters",
+            found=" ".join(what)[:200],
+            fix="hira adapters add NAME PATH",
+            status=MISUSED,
+        )
+    name, path = what
     fields: dict[str, Any] = {"replace": replace, "pinned": pinned, "preload": preload}
     with reach(url, key_or_local_admin_key(key)) as client:
         if remote:
             body = {"name": name, "source": path, **fields}
             answer = ask(client, "POST", "/admin/adapters", json=body)
         else:
-            files = files_of(Path(path))
             texts = {"name": name, **{one: str(value).lower() for one, value in fields.items()}}
-            with ExitStack() as opened:
-                parts = [
-                    ("files", (sent, opened.enter_context(file.open("rb"))))
-                    for sent, file in files.items()
-                ]
-                form = client.build_request("POST", "/admin/adapters", data=texts, files=parts)
-                answer = client.post(form.url, content=_shown(form), headers=_form_headers(form))
+            answer = sent_form(client, texts, Path(path), shown=True)
             exit_on_error(answer)
     _print_record(answer.json(), as_json)
+
+
+def _add_many(paths: list[str], url: str, key: str | None, *, replace: bool, pinned: bool) -> None:
+    # A pattern of the shell finds logs and notes beside the adapters.
+    adapters = [Path(one) for one in paths if is_adapter(Path(one)) or not Path(one).exists()]
+    left_out = sorted(set(paths) - set(map(str, adapters)))
+    if left_out:
+        print(f"left out, no adapters: {', '.join(left_out[:8])}", file=sys.stderr)
+    try:
+        wanted = manifest_of(adapters, pinned or None)
+    except ManifestFaults as wrong:
+        tell_manifest_faults(wrong)
+    with reach(url, key_or_local_admin_key(key)) as client:
+        apply_manifest(client, wanted, replace=replace)
 
 
 @adapters_app.command()
@@ -151,38 +161,6 @@ def pin(
 
 def _path(name: str) -> str:
     return f"/admin/adapters/{quote(name, safe='')}"
-
-
-def files_of(path: Path) -> dict[str, Path]:
-    """What to upload of a folder, or the archive itself, by the name that it is sent under."""
-    if path.is_file():
-        if not path.name.endswith(ARCHIVES):
-            fail(f"{path} is neither a folder nor one of {', '.join(ARCHIVES)}")
-        return {path.name: path}
-    if not (path / "adapter_config.json").is_file():
-        fail(f"{path} holds no adapter_config.json")
-    return {name: path / name for name in SENT_FILES if (path / name).is_file()}
-
-
-def _form_headers(form: httpx.Request) -> dict[str, str]:
-    return {name: form.headers[name] for name in ("Content-Type", "Content-Length")}
-
-
-def _shown(form: httpx.Request) -> Iterator[bytes]:
-    """The body of a request, its files read as it is sent, with a progress bar on a terminal."""
-    chunks = cast(Iterable[bytes], form.stream)
-    if not sys.stderr.isatty():
-        yield from chunks
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("upload", total=int(form.headers["Content-Length"]))
-        for chunk in chunks:
-            yield chunk
-            progress.advance(task, len(chunk))
 
 
 def _print_record(row: dict[str, Any], as_json: bool) -> None:

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from server.cli.layout import FAILED, fail, print_fault
 
 if TYPE_CHECKING:
     import httpx
@@ -24,11 +26,13 @@ AdapterOption = Annotated[str | None, typer.Option("--adapter", "-a", help="The 
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LOCAL_KEY_FILE = Path("hira-data/admin.key")
+PAGE = 500
 
 
 def add_client_commands(app: typer.Typer) -> None:
-    app.command()(predict)
-    app.command()(generate)
+    for command in (predict, generate, chat):
+        app.command(rich_help_panel="Ask a running server")(command)
+    app.command("embed", rich_help_panel="Ask a running server")(embed_texts)
 
 
 def predict(
@@ -40,7 +44,12 @@ def predict(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify texts, tokens, or fill masks with a running server."""
+    """Classify texts, tokens, or fill masks with a running server.
+
+    Example:
+
+      hira predict "A fine film." --adapter imdb
+    """
     body = {"inputs": texts, "parameters": {} if top_k is None else {"top_k": top_k}}
     with reach(url, key) as client:
         answers = ask(client, "POST", "/predict", json=body, params=_adapter_query(adapter)).json()
@@ -66,7 +75,12 @@ def generate(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text with a running server, word by word as it comes."""
+    """Continue a text with a running server, word by word as it comes.
+
+    Example:
+
+      hira generate "The king" --adapter hira-shakespeare --max-new-tokens 40
+    """
     parameters: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if temperature is not None:
         parameters["temperature"] = temperature
@@ -90,6 +104,95 @@ def generate(
                 if not event["token"]["special"]:
                     print(event["token"]["text"], end="", flush=True)
         print()
+
+
+def embed_texts(
+    texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    *,
+    adapter: AdapterOption = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn texts into vectors with a running server; for other programs, a vector in JSON a line.
+
+    Example:
+
+      hira embed "A fine film." "A dull one." --adapter imdb > vectors.jsonl
+    """
+    with reach(url, key) as client:
+        body = {"inputs": texts}
+        vectors = ask(client, "POST", "/embed", json=body, params=_adapter_query(adapter)).json()
+    if as_json:
+        print_json(vectors)
+    elif not sys.stdout.isatty():
+        for vector in vectors:
+            print(json.dumps(vector))
+    else:
+        for text, vector in zip(texts, vectors, strict=True):
+            first = " ".join(f"{one:+.4f}" for one in vector[:6])
+            print(f"{text}\n  {len(vector)} numbers: {first} ...")
+
+
+def chat(
+    *,
+    adapter: AdapterOption = None,
+    system: Annotated[str | None, typer.Option(help="What is said before all else.")] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample; without: as the adapter or the base says.")
+    ] = None,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+) -> None:
+    """Talk with a running server; /reset begins anew, /exit or Ctrl-D ends.
+
+    Example:
+
+      hira chat --adapter my-assistant --system "Answer in one sentence."
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    said = list(opening)
+    with reach(url, key) as client:
+        model = adapter or ask(client, "GET", "/v1/models").json()["data"][0]["id"]
+        while True:
+            try:
+                text = input("you  ").strip() if sys.stdin.isatty() else input().strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if text in {"/exit", "/quit"}:
+                return
+            if text == "/reset":
+                said = list(opening)
+                continue
+            if not text:
+                continue
+            said.append({"role": "user", "content": text})
+            body: dict[str, Any] = {
+                "model": model,
+                "messages": said,
+                "max_tokens": max_tokens,
+                "stream": True,
+            }
+            if temperature is not None:
+                body["temperature"] = temperature
+            answer = "".join(_spoken(client, body))
+            said.append({"role": "assistant", "content": answer})
+
+
+def _spoken(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+    """The parts of an answer, printed as they come."""
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        exit_on_error(answer)
+        for event in _events(answer):
+            if "error" in event:
+                fail(str(event["error"].get("message", event["error"])))
+            for choice in event.get("choices", ()):
+                part = choice.get("delta", {}).get("content") or ""
+                print(part, end="", flush=True)
+                yield part
+    print()
 
 
 @contextmanager
@@ -118,17 +221,36 @@ def exit_on_error(answer: httpx.Response) -> None:
     """End the command when the response is an error."""
     if answer.is_success:
         return
+    for one in problems_of(answer):
+        print_fault(f"{one.get('code', '')}: {one.get('detail', one)}", one)
+    raise SystemExit(FAILED)
+
+
+def problems_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """What an error response says is wrong: each with its code, detail, found, expected and fix."""
     answer.read()
     try:
         problem = answer.json()
     except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
         fail(f"HTTP {answer.status_code}: {answer.text[:200]}")
-    for one in problem.get("problems") or [problem]:
-        print(f"hira: {one.get('code', '')}: {one.get('detail', one)}", file=sys.stderr)
-        for part in ("field", "found", "expected", "fix"):
-            if one.get(part):
-                print(f"  {part:9} {one[part]}", file=sys.stderr)
-    raise SystemExit(1)
+    if isinstance(problem.get("error"), dict):  # as OpenAI words it
+        told = problem["error"]
+        return [{"code": told.get("code"), "detail": told.get("message"), "field": told["param"]}]
+    several: list[dict[str, Any]] = problem.get("problems") or [problem]
+    return several
+
+
+def every_adapter(client: httpx.Client, prefix: str = "") -> list[dict[str, Any]]:
+    """The records of all adapters of a server whose names begin so."""
+    rows: list[dict[str, Any]] = []
+    while True:
+        params: dict[str, Any] = {"prefix": prefix, "offset": len(rows), "limit": PAGE}
+        page = ask(client, "GET", "/admin/adapters", params=params).json()
+        rows += page["adapters"]
+        if len(rows) >= page["total"] or not page["adapters"]:
+            return rows
 
 
 def key_or_local_admin_key(key: str | None) -> str | None:
@@ -157,16 +279,12 @@ def show_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def fail(text: str) -> NoReturn:
-    print(f"hira: {text}", file=sys.stderr)
-    raise SystemExit(1)
-
-
 def _adapter_query(adapter: str | None) -> dict[str, str]:
     return {} if adapter is None else {"adapter": adapter}
 
 
 def _events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
     for line in answer.iter_lines():
-        if line.startswith("data:"):
-            yield json.loads(line.removeprefix("data:"))
+        told = line.removeprefix("data:").strip()
+        if line.startswith("data:") and told != "[DONE]":
+            yield json.loads(told)

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from server.cli.layout import FAILED, MISUSED, fail, print_fault
 from server.settings import Settings, SettingsFault, load_settings
 
 DOWN_WITHIN_S: Final = 120.0
-NO_CLUSTER: Final = 1
-UNUSABLE: Final = 2
 DataDir = Annotated[
     Path, typer.Option("--data-dir", envvar="HIRA_DATA_DIR", help="Of the cluster.")
 ]
@@ -36,7 +34,7 @@ def add_cluster_commands(app: typer.Typer, settings: Sequence[inspect.Parameter]
     cluster.command("config")(_with_settings(_print_config, settings))
     cluster.command("status")(_status)
     cluster.command("down")(_down)
-    app.add_typer(cluster, name="cluster")
+    app.add_typer(cluster, name="cluster", rich_help_panel="Server")
 
 
 def _with_settings(
@@ -99,7 +97,7 @@ def _up(
     prepare_environment(settings)  # before Ray is imported
     from server.cluster.application import ClusterOptions
     from server.cluster.local import run_here
-    from server.edge.processes.supervise import StartFailed
+    from server.edge.processes.failed_start import StartFailed
 
     options = ClusterOptions(
         replicas=replicas,
@@ -114,7 +112,9 @@ def _up(
     try:
         run_here(settings, options, say=lambda line: print(line, flush=True))
     except StartFailed as failure:
-        _leave(str(failure), NO_CLUSTER)
+        for wrong in failure.faults:
+            print_fault(wrong.message, vars(wrong))
+        raise SystemExit(FAILED) from None
 
 
 def _print_config(
@@ -183,7 +183,11 @@ def _down(data_dir: DataDir = Path("hira-data")) -> None:
         except ProcessLookupError:
             return
         time.sleep(0.1)
-    _leave(f"the cluster (process {pid}) has not ended in {DOWN_WITHIN_S:.0f} s", NO_CLUSTER)
+    fail(
+        "the cluster has not ended",
+        found=f"process {pid} after {DOWN_WITHIN_S:.0f} s",
+        fix="its requests may need longer: see drain_s; or end the process",
+    )
 
 
 def _known(data_dir: Path) -> dict[str, Any]:
@@ -193,7 +197,12 @@ def _known(data_dir: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         os.kill(int(found["pid"]), 0)
     except (OSError, ValueError, KeyError):
-        _leave(f"no cluster runs on {data_dir}; start one with `hira cluster up`", NO_CLUSTER)
+        fail(
+            "no cluster runs here",
+            found=f"--data-dir {data_dir}",
+            expected="the data folder of a cluster that runs",
+            fix="start one with `hira cluster up`",
+        )
     return found
 
 
@@ -202,18 +211,13 @@ def _settings_of(flags: dict[str, Any]) -> Settings:
     try:
         return load_settings(flags, config=config)
     except SettingsFault as fault:
-        _leave(str(fault), UNUSABLE)
-        raise
+        for one in fault.faults:
+            print_fault(one.text, {"found": one.found, "expected": one.expected, "fix": one.fix})
+        raise SystemExit(MISUSED) from None
 
 
 def _need_ray() -> None:
     import importlib.util
 
     if importlib.util.find_spec("ray") is None:
-        _leave("Ray Serve is not installed; pip install 'hira-server[cluster]'", UNUSABLE)
-
-
-def _leave(text: str, status: int) -> None:
-    for line in text.splitlines():
-        print(f"hira: {line}", file=sys.stderr)
-    raise SystemExit(status)
+        fail("Ray Serve is not installed", MISUSED, fix="pip install 'hira-server[cluster]'")

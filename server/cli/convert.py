@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from server.cli.client import fail
+from server.cli.layout import fail
 
 
 def add_convert_command(app: typer.Typer) -> None:
-    app.command("convert")(convert_checkpoint)
+    app.command("convert", rich_help_panel="Adapters")(convert_checkpoint)
 
 
 def convert_checkpoint(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapters.intake.file_names import CARD_FILE
-from server.cli.client import JsonOption, fail, print_json, show_table
+from server.cli.client import JsonOption, print_json, show_table
+from server.cli.layout import fail
 
 if TYPE_CHECKING:
     from adapters.inspection.audit import AuditReport
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_inspect_command(app: typer.Typer) -> None:
-    app.command()(inspect)
+    app.command(rich_help_panel="Adapters")(inspect)
 
 
 def inspect(

@@ -6,38 +6,39 @@ so that `hira --help` is quick and needs no torch.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_origin
+import difflib
+from typing import Annotated, Any
 
 import typer
-from pydantic.fields import FieldInfo
 
 from server.cli import adapters as cli_adapters
+from server.cli import apply as cli_apply
 from server.cli import client as cli_client
 from server.cli import cluster as cli_cluster
 from server.cli import convert as cli_convert
 from server.cli import inspect as cli_inspect
-from server.settings import SettingsFault, describe_fields, load_settings
+from server.cli import status as cli_status
+from server.cli import train as cli_train
+from server.cli.layout import print_fault
+from server.cli.serve import serve_command, setting_parameters
 from server.version import package_version
-
-FAILED: Final = 1
-MISUSED: Final = 2
 
 app = typer.Typer(
     name="hira",
     help="Serve many HiRA and LoRA adapters on one 4-bit base model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(cli_adapters.adapters_app, name="adapters")
+app.command("serve", rich_help_panel="Server")(serve_command())
+cli_status.add_status_command(app)
 cli_client.add_client_commands(app)
+app.add_typer(cli_adapters.adapters_app, name="adapters", rich_help_panel="Adapters")
+cli_apply.add_apply_command(app)
 cli_inspect.add_inspect_command(app)
 cli_convert.add_convert_command(app)
+cli_train.add_train_command(app)
+cli_cluster.add_cluster_commands(app, setting_parameters())
 
 
 def _show_version(wanted: bool) -> None:
@@ -57,112 +58,47 @@ def _options(
     """Serve many HiRA and LoRA adapters on one 4-bit base model."""
 
 
-@app.command()
+@app.command(rich_help_panel="Server")
 def version() -> None:
     """Print the version."""
     print(package_version())
 
 
-def _serve_settings(config: Path | None = None, **flags: Any) -> None:
-    try:
-        settings = load_settings(flags, config=config)
-    except SettingsFault as fault:
-        raise SystemExit(_complain(str(fault), MISUSED)) from None
-    from server.edge.processes.serve import serve
-    from server.edge.processes.supervise import StartFailed
-
-    try:
-        serve(settings, reload=lambda: load_settings(flags, config=config), say=_say)
-    except StartFailed as failure:
-        raise SystemExit(_complain(str(failure), FAILED)) from None
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _complain(text: str, status: int) -> int:
-    for line in text.splitlines():
-        print(f"hira: {line}", file=sys.stderr)
-    return status
-
-
-def _flags() -> list[inspect.Parameter]:
-    """A flag for every setting: one list of them, in `server.settings`."""
-    return [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag_option(name, field)
-        )
-        for name, field in describe_fields().items()
-        if name not in {"admin_key", "api_keys"}  # secrets would show in the list of processes
-    ]
-
-
-def _flag_option(name: str, field: FieldInfo) -> Any:
-    extra = field.json_schema_extra
-    panel = str(extra["panel"]) if isinstance(extra, dict) else "Settings"
-    empty = field.default is None or field.default in ((), {})
-    default = "" if empty else f" (default: {field.default})"
-    option = f"--{name.replace('_', '-')}"
-    if field.annotation is bool:
-        option += f"/--no-{name.replace('_', '-')}"
-    text = (field.description or "") + default
-    # Values stay text: the settings check them, and say what is wrong for every source alike.
-    kind: Any = list[str] if _is_repeatable(field) else str
-    if field.annotation is bool:
-        kind = bool
-    choices = _choices(field.annotation)
-    metavar = None if field.annotation is bool else "|".join(choices) if choices else "VALUE"
-    found = typer.Option(
-        option, help=text, rich_help_panel=panel, show_default=False, metavar=metavar
-    )
-    return Annotated[kind | None, found]
-
-
-def _choices(annotation: Any) -> list[str]:
-    return [str(one) for one in get_args(annotation) if isinstance(one, str)]
-
-
-def _is_repeatable(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) in {tuple, dict}
-
-
-def _setting_parameters() -> list[inspect.Parameter]:
-    """What every command that serves takes: the file of the settings, and all of them."""
-    config = inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            Path | None,
-            typer.Option("--config", help="Settings file (default: hira.toml, if there is one)."),
-        ],
-    )
-
-    return [config, *_flags()]
-
-
-def _command() -> Callable[..., None]:
-    def serve(**flags: Any) -> None:
-        _serve_settings(**{name: value for name, value in flags.items() if value is not None})
-
-    serve.__doc__ = """Serve a base model and its adapters; without --base, the embedded demo.
-
-    Every option is also HIRA_... in the environment and a key in hira.toml.
-    """
-    parameters = _setting_parameters()
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    serve.__annotations__ = {one.name: one.annotation for one in parameters}
-    return serve
-
-
-app.command("serve")(_command())
-cli_cluster.add_cluster_commands(app, _setting_parameters())
-
-
 def main() -> None:
     """The entry point of the `hira` script."""
-    app()
+    try:
+        status = app(standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        # Typer's own errors of usage are told as all others are; they have no public base class.
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            raise
+        _tell_misuse(error)
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _tell_misuse(error: Any) -> None:
+    """A flag or an argument that no command takes.
+
+    Raises:
+        SystemExit: Always, with the status of a misuse.
+    """
+    context = getattr(error, "ctx", None)
+    path = "hira" if context is None else context.command_path
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        raise SystemExit(error.exit_code)
+    text = error.format_message()
+    possible = getattr(error, "possibilities", None)
+    if possible is not None:
+        text = f"no such option: {error.option_name}"
+        near = difflib.get_close_matches(error.option_name, list(possible), n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+    else:
+        meant = ""
+    print_fault(text, {"fix": f"{meant}{path} --help lists all"})
+    raise SystemExit(error.exit_code)
 
 
 if __name__ == "__main__":

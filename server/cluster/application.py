@@ -23,9 +23,9 @@ from server.cluster.router import AffinityRouter
 from server.cluster.routing import SPILL_FACTOR, SPILL_REQUESTS, SpillPolicy
 from server.edge.link.engine_like import ENGINE
 from server.edge.processes import start as prepare
-from server.edge.processes.supervise import StartFailed
+from server.edge.processes.failed_start import StartFailed
 from server.metrics import FOLDER_VARIABLE
-from server.settings import Settings, SettingsFault, load_settings
+from server.settings import SettingFault, Settings, SettingsFault, load_settings
 
 APPLICATION: Final = "hira"
 ENGINES: Final = "engine"
@@ -82,7 +82,13 @@ def build_application(args: Mapping[str, Any]) -> serve.Application:
     known = {one.name for one in fields(ClusterOptions)}
     unknown = sorted(set(args.get("cluster", {})) - known)
     if unknown or set(args) - {"settings", "cluster"}:
-        raise SettingsFault(f"cluster: no such option: {', '.join(unknown) or sorted(args)}")
+        raise SettingsFault(
+            SettingFault(
+                "the arguments of the application have no such option",
+                found=", ".join(unknown) or ", ".join(sorted(args)),
+                expected="settings; cluster, with any of " + ", ".join(sorted(known)),
+            )
+        )
     options = ClusterOptions(**args.get("cluster", {}))
     settings = load_settings(args.get("settings", {}))
     return application_of(settings, options)

@@ -26,6 +26,7 @@ from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.inference import inference_routes
 from server.edge.endpoints.middleware import RequestMiddleware
 from server.edge.endpoints.openai import OpenAI
+from server.edge.endpoints.pages import page_routes
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.thread_deaths import watched
@@ -95,7 +96,8 @@ def build_app(service: Service) -> FastAPI:
     describe_app(app, version)
     inference = inference_routes(TeiTgi(service), Ranking(service), OpenAI(service))
     health = observe_routes(HealthEndpoints(service, version))
-    add_endpoints(app, service, inference, [*health, *admin_routes(Admin(service))])
+    others = [*health, *admin_routes(Admin(service)), *page_routes()]
+    add_endpoints(app, service, inference, others)
     return app
 
 

@@ -55,8 +55,8 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
     from ray import serve
 
     from server.cluster.application import APPLICATION, application_of, open_registry
+    from server.edge.processes.preflight import check_port, exclusive
     from server.edge.processes.run_folder import run_folder
-    from server.edge.processes.serve import check_port, exclusive
 
     os.umask(0o077)
     processes = (options.max_replicas or options.replicas) + options.http_replicas

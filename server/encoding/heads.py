@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ class TaskHead:
             of images, which have neither.
         labels: Names of the logits; empty for question answering.
         problem_type: How logits become scores; None where the config says nothing.
-        nbytes: Of its tensors.
+        alike: The same for heads that differ in nothing but their numbers and labels.
     """
 
     def __init__(
@@ -48,7 +49,10 @@ class TaskHead:
         pad_id: int | None,
         labels: tuple[str, ...],
         problem_type: str | None,
+        *,
+        alike: Hashable,
     ) -> None:
+        self.alike = alike
         self.labels = labels
         self.problem_type = problem_type
         self.pad_id = pad_id
@@ -75,12 +79,30 @@ class TaskHead:
             ``[n, labels]``; ``[n, T, labels]`` for tokens; ``[n, T, 2]``, start and end, for
             question answering.
         """
+        return self.with_tensors(None, hidden, pooled, token_ids, mask)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its parameters, by name."""
+        return dict(self._module.named_parameters())
+
+    def with_tensors(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None,
+        hidden: torch.Tensor,
+        pooled: torch.Tensor | None,
+        token_ids: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """As a call, with other parameters of the same shapes; None: its own."""
         inputs: dict[str, Any] = {"pixel_values": None}
         if self.pad_id is not None:
             ids = token_ids.masked_fill(mask == 0, self.pad_id)
             inputs = {"input_ids": ids, "attention_mask": mask}
         with self._stub.answering(hidden.float(), None if pooled is None else pooled.float()):
-            out = self._module(**inputs)
+            if tensors is None:
+                out = self._module(**inputs)
+            else:
+                out = torch.func.functional_call(self._module, dict(tensors), (), inputs)
         if hasattr(out, "start_logits"):
             return torch.stack((out.start_logits, out.end_logits), dim=-1)
         logits: torch.Tensor = out.logits
@@ -213,7 +235,10 @@ class Heads:
         problem = weights.labels.problem_type if weights.labels is not None else None
         stub: Stub = getattr(module, module.base_model_prefix)
         pad_id = int(module.config.pad_token_id) if "texts" in row.takes else None
-        return TaskHead(module, stub, pad_id, labels, problem)
+        shapes = tuple((name, tuple(one.shape)) for name, one in module.named_parameters())
+        own = tuple((name, str(value)) for name, value in sorted(weights.head_config.items()))
+        alike = (type(module), shapes, own, pad_id)
+        return TaskHead(module, stub, pad_id, labels, problem, alike=alike)
 
     def _of_base(self, name: str) -> torch.Tensor:
         """A tensor beside the base's backbone, in float32."""

@@ -23,7 +23,7 @@ from server.base.load import LoadedBase
 from server.base.rope import RopeByLength
 from server.encoding.batch import Rows
 from server.encoding.fair_batches import AdapterVersion, Batch, Row, Scheduler
-from server.encoding.read import Reader, RowGroup
+from server.encoding.read import BatchStates, Reader, RowGroup
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import EncodeRequest, EncodeResult, Event
@@ -77,7 +77,13 @@ class EncodeLane:
         self._inputs = inputs
         self._residency = residency
         self._scheduler = Scheduler(options.max_batch_tokens, options.max_batch_rows)
-        self._reader = Reader(base, inputs, heads_kept=options.slots, head_bytes=options.head_bytes)
+        self._reader = Reader(
+            base,
+            inputs,
+            heads_kept=options.slots,
+            head_bytes=options.head_bytes,
+            alone=options.deterministic,
+        )
         self._pending: dict[str, _Pending] = {}
         self._outbox: list[Event] = []
         self._rows = Rows(base, inputs)
@@ -343,22 +349,25 @@ class EncodeLane:
             # A head's products are its own: row by row they do not depend on others.
             alone = index if self._deterministic else 0
             groups.setdefault((row.key, task, alone), []).append(index)
-        outputs: list[Any] = [None] * len(rows)
-        for (key, task, _), indices in groups.items():
-            pooled = getattr(out, "pooler_output", None)
-            group = RowGroup(
-                version=key,
-                task=task,
-                slot=slots[key],
-                requests=[self._pending[rows[index].request].request for index in indices],
-                items=[items[index] for index in indices],
-                hidden=out.last_hidden_state[indices],
-                pooled=None if pooled is None else pooled[indices],
-                ids=ids[indices],
-                mask=mask[indices],
+        states = BatchStates(out.last_hidden_state, getattr(out, "pooler_output", None), ids, mask)
+        asked = [
+            (
+                RowGroup(
+                    version=key,
+                    task=task,
+                    slot=slots[key],
+                    requests=[self._pending[rows[index].request].request for index in indices],
+                    items=[items[index] for index in indices],
+                    rows=indices,
+                    states=states,
+                ),
+                None if key is None else self._residency.weights(key),
             )
-            weights = None if key is None else self._residency.weights(key)
-            answers = self._reader.read_apart(group, weights)
+            for (key, task, _), indices in groups.items()
+        ]
+        outputs: list[Any] = [None] * len(rows)
+        found = self._reader.read_all(asked)
+        for indices, answers in zip(groups.values(), found, strict=True):
             for index, answer in zip(indices, answers, strict=True):
                 outputs[index] = answer
         return outputs

@@ -57,6 +57,7 @@ from server.messages import (
     SamplingOptions,
 )
 from server.options import EngineOptions
+from server.stages import tell_stage
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Engine:
             generate = None
             if base.generates and isinstance(inputs, Text):
                 generate = generate_lane(base, inputs, residency, options)
+            tell_stage("trying the base")
             try_base(base, inputs, encode, generate)
             if generate is not None:
                 generate.start_steps()

@@ -35,6 +35,11 @@ class CapturedSteps:
         self._pool: Any = None
         self.nbytes = 0  # that capturing took of the device
 
+    @property
+    def possible(self) -> bool:
+        """Whether the device has graphs at all."""
+        return self._device.type == "cuda"
+
     def __len__(self) -> int:
         return len(self._graphs)
 

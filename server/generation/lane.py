@@ -44,6 +44,7 @@ from server.generation.forward import (
 )
 from server.generation.kv_cache import KVCache
 from server.generation.page_attention import VARLEN_PAGE_TOKENS, varlen_obstacle
+from server.generation.prefill import prefill_tokens_of
 from server.generation.sampling import Choice, TokenChooser
 from server.generation.sequences import ScheduledRows, Sequence
 from server.generation.static_step import LaunchedStep
@@ -62,6 +63,7 @@ from server.messages import (
     TokenEvent,
 )
 from server.options import EngineOptions
+from server.stages import tell_stage
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
@@ -131,6 +133,7 @@ class GenerateLane:
         self._special_ids = spelling_of(tokenizer).special
         self._eos_ids = _eos_ids(model, tokenizer)
         text = model.config.get_text_config(decoder=True)
+        self._prefill_tokens = prefill_tokens_of(options, text, model)
         self._kv = KVCache(
             text,
             budget_bytes=options.kv_bytes,
@@ -139,7 +142,7 @@ class GenerateLane:
             dtype=model.dtype,
             device=model.device,
             share_prefixes=options.allow_prefix_sharing,
-            step_tokens=max(options.prefill_tokens, MIN_PREFILL_TOKENS),
+            step_tokens=max(self._prefill_tokens, MIN_PREFILL_TOKENS),
             page_tokens=page_tokens_of(text, model, options),
         )
         self._forward = PagedForward(adapted, self._kv, deterministic=options.deterministic)
@@ -179,6 +182,7 @@ class GenerateLane:
             if fault is None:
                 reason = "uncapturable"
                 for done, every in forward.capture_static():
+                    tell_stage("capturing decode steps", done, every)
                     if done % 10 == 0 or done == every:
                         logger.warning("Capturing decode steps: %d of %d", done, every)
                 reason = "differs"
@@ -290,7 +294,7 @@ class GenerateLane:
             self._take_in(before, events)
         if self._launched is None:
             free = [one for one in self._running.values() if not one.held]
-            parts = self._cut(free, self._options.prefill_tokens)
+            parts = self._cut(free, self._prefill_tokens)
             held = [one.constraint for one in self._running.values() if one.constraint is not None]
             if parts:
                 self._run(parts, events)
@@ -593,7 +597,7 @@ class GenerateLane:
         Raises:
             Exception: The device itself is lost.
         """
-        ids = failed.ids[-self._options.prefill_tokens :]
+        ids = failed.ids[-self._prefill_tokens :]
         request = GenerateRequest(
             f"{failed.request.id} on the base", None, None, tuple(ids), SamplingOptions(1)
         )

@@ -173,9 +173,10 @@ class StaticStep:
     def capture(self) -> Iterator[tuple[int, int]]:
         """Capture every bucket, the largest first; yields how many of how many are done.
 
-        Where memory ends there are fewer buckets. On a CPU there is nothing to capture.
+        Where memory does not hold one, only smaller ones are tried from there on. On a CPU there is
+        nothing to capture.
         """
-        if self._device.type != "cuda":
+        if not self.captured.possible:
             return
         keys = [
             StepKey(rows, rank, has_lora, plain)
@@ -184,9 +185,13 @@ class StaticStep:
             for plain in (True, False)
         ]
         self._fill([], None)
+        too_many: int | None = None  # rows
         for done, key in enumerate(keys, start=1):
+            if too_many is not None and key.rows >= too_many:
+                continue
             if not self.captured.capture(key, lambda key=key: self.run(key)):  # type: ignore[misc]
-                return
+                too_many = key.rows
+                continue
             yield done, len(keys)
 
     def __call__(self, parts: Sequence[ScheduledRows]) -> list[Choice]:

@@ -136,7 +136,7 @@ def _check_keyword(name: str, draft: str, at: str) -> None:
             f"{name} at {at[:120]} with $schema {draft[:60]}",
             "a keyword of that draft, or no $schema",
         )
-    if name in KEPT or name in TOLD or name.startswith("x-"):
+    if name in KEPT or name in TOLD or name.startswith(("x-", "_")):
         return
     lowered = {one.lower(): one for one in (*KEPT, *NOT_KEPT)}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.86)

@@ -16,15 +16,17 @@ from server.training.adapted import build, load_tokenizer, task_config
 from server.training.card import write_card
 from server.training.rows import RowsError, read_labelled, read_text, split_off
 from server.training.save import save
-from server.training.settings import METHODS, TRAINED_TASK_TYPES, Recipe, Report
+from server.training.settings import LEARNING_RATES, METHODS, TRAINED_TASK_TYPES, Recipe, Report
 from server.training.train import Classified, Examples, Windows, fit
 
 _DEFAULTS = Recipe(base="", base_name="", method="hira", task_type="SEQ_CLS")
 
 
-def main(arguments: Sequence[str] | None = None) -> Report:
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m server.training"
+) -> Report:
     """Run one command; `arguments` defaults to those of the process."""
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = Recipe(
@@ -54,7 +56,7 @@ def train(
     out: Path,
     *,
     held_out: Path | None = None,
-    eval_rows: int = 256,
+    eval_rows: int | None = None,
     labels: Sequence[str] = (),
     report: Path | None = None,
     console: Console,
@@ -66,7 +68,7 @@ def train(
         source: `.tsv` or `.jsonl` for a classifier, any text for CAUSAL_LM; `.gz` or not.
         out: Folder that is written.
         held_out: A file of the same kind for the evaluations; None: rows set aside from `source`.
-        eval_rows: How many to set aside.
+        eval_rows: How many to set aside; None for a tenth, 256 at most.
         labels: Names of the labels.
         report: File for the report as JSON, or None.
         console: Progress goes there.
@@ -119,9 +121,9 @@ _OWN_NAMES = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m server.training",
+        prog=program,
         description="Train one adapter with PEFT and write its folder, card included.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--train", type=Path, required=True, help=".tsv, .jsonl or text, .gz or not"
     )
     parser.add_argument("--eval", type=Path, help="rows for the evaluations; else some set aside")
-    parser.add_argument("--eval-rows", type=int, default=256, help="how many to set aside")
+    parser.add_argument("--eval-rows", type=int, help="how many to set aside; a tenth, 256 at most")
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--method", choices=METHODS, default=own.method)
     parser.add_argument("--task-type", choices=TRAINED_TASK_TYPES, default=own.task_type)
@@ -143,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=float, default=own.dropout)
     parser.add_argument("--epochs", type=int, default=own.epochs)
     parser.add_argument("--batch-rows", type=int, default=own.batch_rows)
-    parser.add_argument("--learning-rate", type=float, default=own.learning_rate)
+    usual = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    parser.add_argument("--learning-rate", type=float, help=f"at its height; {usual}")
     parser.add_argument("--weight-decay", type=float, default=own.weight_decay)
     parser.add_argument("--warmup-steps", type=int, default=own.warmup_steps)
     parser.add_argument("--max-tokens", type=int, default=own.max_tokens)

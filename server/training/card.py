@@ -12,6 +12,7 @@ from pathlib import Path
 from adapters.inspection.audit import audit
 from adapters.intake.file_names import CARD_FILE
 from adapters.tasks import of_task_type
+from server.training.curve import CURVE_FILE, write_curve
 from server.training.settings import Recipe, Report
 
 _TENSORS = "adapter_model.safetensors"
@@ -78,7 +79,7 @@ tags: [{recipe.method}]
 - **Rows:** {report.train_rows:,} {what} of at most {recipe.max_tokens} tokens
 - **Epochs:** {recipe.epochs}; {report.steps:,} steps were run
 - **Batch Size:** {recipe.batch_rows}
-- **Learning Rate:** {recipe.learning_rate:g}, linear decay
+- **Learning Rate:** {recipe.top_learning_rate:g}, linear decay
 - **Warmup Steps:** {min(recipe.warmup_steps, report.steps // 2)}
 - **Weight Decay:** {recipe.weight_decay:g}
 - **Dropout:** {recipe.dropout:g}
@@ -90,6 +91,9 @@ On {report.eval_rows:,} {what} that no step learned from, but that chose the sta
 kept (step {report.best_step:,}); so an upper estimate.
 
 {measured}
+
+![Learning curve]({CURVE_FILE})
 """
+    write_curve(folder, report.history, report.best_step)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
     return text

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
+ASIDE_MOST: Final = 256
 _STRETCH_WORDS: Final = 5
 
 
@@ -51,7 +52,7 @@ def read_labelled(path: Path, names: Sequence[str] = ()) -> LabelledTexts:
     Raises:
         RowsError: Another kind of file, a row without text or label, or a label that is not named.
     """
-    found = list(_read_pairs(path))
+    found = list(_read_pairs(path, names))
     if not found:
         raise RowsError(f"{path} has no rows; expected at least one text with a label")
     if not names:
@@ -86,7 +87,9 @@ def read_text(path: Path) -> str:
     return text
 
 
-def split_off(rows: LabelledTexts, count: int, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
+def split_off(
+    rows: LabelledTexts, count: int | None, seed: int
+) -> tuple[LabelledTexts, LabelledTexts]:
     """Set some rows aside for evaluation while training.
 
     A row that is a row set aside, or shares a stretch with it (one holds the other and the shorter
@@ -95,15 +98,25 @@ def split_off(rows: LabelledTexts, count: int, seed: int) -> tuple[LabelledTexts
 
     Args:
         rows: All of them, at least two.
-        count: How many to set aside; at most half are.
+        count: How many to set aside; None for a tenth, ``ASIDE_MOST`` at most.
         seed: Decides which.
+
+    Raises:
+        RowsError: Nothing would be left to learn from.
 
     Returns:
         Training rows in their own order, then the rows set aside.
     """
+    if count is None:
+        count = max(1, min(ASIDE_MOST, len(rows) // 10))
+    if not 0 < count < len(rows):
+        raise RowsError(
+            f"{count} of {len(rows)} rows were to be set aside; expected 1 to {len(rows) - 1}, "
+            "or give --eval a file of its own"
+        )
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    aside = sorted(order[: max(1, min(count, len(rows) // 2))])
+    aside = sorted(order[:count])
     held = {" ".join(rows.texts[row].split()) for row in aside}
     joined = "\n".join(f" {text} " for text in sorted(held))
     long = [f" {text} " for text in sorted(held) if _count_words(text) >= _STRETCH_WORDS]
@@ -127,18 +140,25 @@ def _count_words(text: str) -> int:
     return text.count(" ") + 1
 
 
-def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+def _read_pairs(path: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     with _open(path) as file:
         if kind == "tsv":
             lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            next(lines, None)
+            header = next(lines, None)
+            labels = set(names)
             for number, columns in enumerate(lines, 2):
                 if len(columns) != 2:
                     raise RowsError(
                         f"{path}, line {number}: found {len(columns)} columns, expected 2"
                     )
+                labels.add(columns[1].strip())
                 yield columns[0], columns[1].strip()
+            if header is not None and len(header) == 2 and header[1].strip() in labels:
+                raise RowsError(
+                    f"{path}, line 1: found a row with the label {header[1].strip()!r}, expected a "
+                    "header line; put text and label, with a tab between, before the rows"
+                )
         elif kind == "jsonl":
             for number, line in enumerate(file, 1):
                 row = _json(line)

@@ -11,6 +11,14 @@ TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 METHODS: Final[tuple[TrainingMethod, ...]] = ("hira", "lora", "qlora", "sparse-lora")
 TRAINED_TASK_TYPES: Final[tuple[TaskType, ...]] = ("SEQ_CLS", "CAUSAL_LM")
 
+# The height of the learning rate: HiRA's product starts smaller than LoRA's and wants a larger one.
+LEARNING_RATES: Final[dict[TrainingMethod, float]] = {
+    "hira": 2e-2,
+    "lora": 2e-3,
+    "qlora": 2e-3,
+    "sparse-lora": 2e-3,
+}
+
 # Query and value of the attention, by the name that each family has for them.
 USUAL_TARGETS: Final[dict[str, tuple[str, ...]]] = {
     "bert": ("query", "value"),
@@ -41,7 +49,7 @@ class Recipe:
         targets: Ends of the names of adapted layers; empty for the family's query and value.
         epochs: Passes over the rows.
         batch_rows: Rows, or windows of text, a step.
-        learning_rate: At its height.
+        learning_rate: At its height; None for the method's of ``LEARNING_RATES``.
         weight_decay: AdamW's.
         warmup_steps: Until the height; then linear to zero. At most half of all steps.
         max_tokens: Longer texts are cut; the length of a window of plain text.
@@ -63,7 +71,7 @@ class Recipe:
     targets: tuple[str, ...] = ()
     epochs: int = 3
     batch_rows: int = 16
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     weight_decay: float = 0.01
     warmup_steps: int = 100
     max_tokens: int = 128
@@ -73,6 +81,11 @@ class Recipe:
     patience: int = 0
     seed: int = 7
     autocast: bool = False
+
+    @property
+    def top_learning_rate(self) -> float:
+        """The learning rate at its height."""
+        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
     def is_quantized(self) -> bool:

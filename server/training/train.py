@@ -203,7 +203,9 @@ def fit(
     batches_an_epoch = -(-len(train) // recipe.batch_rows)
     steps = recipe.epochs * batches_an_epoch
     optimizer = torch.optim.AdamW(
-        list(_trained(model).values()), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        list(_trained(model).values()),
+        lr=recipe.top_learning_rate,
+        weight_decay=recipe.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _rate(step, steps, min(recipe.warmup_steps, steps // 2))

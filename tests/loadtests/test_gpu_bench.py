@@ -28,7 +28,7 @@ def test_steps_prompts_and_peers_are_told(capsys: pytest.CaptureFixture[str]) ->
         report, shape, CPU, adapters=2, new_tokens=3, vocabulary=6144, prompt_tokens=20
     )
     told = {(one.case, one.what) for one in report.figures}
-    for steps in ("dynamic steps", "static steps"):
+    for steps in ("dynamic steps", "static steps", "ahead steps"):
         for case in ("2 sequences, 2 adapters", "4 sequences, 2 adapters", "1 sequence, 1 adapter"):
             assert (f"tiny, {case}", steps) in told
     assert ("tiny, 1 request", "PEFT") in told

@@ -147,8 +147,8 @@ def main(engine: str) -> None:
     settings.run_dir.mkdir(parents=True)
     metrics.prepare(settings.metrics_dir)
     from server.edge.litserve import logs
+    from server.edge.processes.failed_start import StartFailed
     from server.edge.processes.run import run_service
-    from server.edge.processes.supervise import StartFailed
     from server.edge.service import Base, Service
 
     logs.configure(settings.log_level, access=settings.access_log)

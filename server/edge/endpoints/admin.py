@@ -6,11 +6,13 @@ new version from the moment its row is committed; requests admitted before finis
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +20,25 @@ from fastapi import Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 
 from adapters.errors import AdapterError, full_disk_refused
-from adapters.registry.registry import AdapterRecord
+from adapters.inspection.audit import audit
+from adapters.inspection.proofs import prove, rank_of
+from adapters.intake.file_names import CARD_FILE
+from adapters.registry.records import NameChange, WantedName
+from adapters.registry.registry import AdapterRecord, check_name
 from server.edge.endpoints.allowed_sources import fetched, unpacked
 from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
-from server.edge.endpoints.schemas import AdapterAnswer, AdapterList, PatchRequest, RegisterRequest
+from server.edge.endpoints.schemas import (
+    AdapterAnswer,
+    AdapterList,
+    ApplyAnswer,
+    ApplyRequest,
+    AuditAnswer,
+    NameChangeAnswer,
+    PatchRequest,
+    RegisterRequest,
+)
 from server.edge.endpoints.uploads import Upload, received
 from server.edge.service import Pool, Service
 from server.errors import Fault, Refusal
@@ -36,6 +51,8 @@ PAGE_MAX: Final = 1000
 ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 429, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
+REGISTRATION_FLAGS: Final = ("replace", "pinned", "preload", "stage")
+APPLY_BODY: Any = Depends(sent_json(ApplyRequest))
 PATCH_BODY: Any = Depends(sent_json(PatchRequest))
 NamePath = PathParameter(max_length=128, description="The adapter's name.")
 
@@ -48,6 +65,7 @@ class Registration:
     replace: bool
     pinned: bool
     preload: bool
+    stage: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +93,7 @@ class Admin:
                 )
                 return await self._register(registration, folder, "upload")
         body = await read_json(request, RegisterRequest, any_type=True)
-        registration = Registration(body.name, body.replace, body.pinned, body.preload)
+        registration = Registration(body.name, body.replace, body.pinned, body.preload, body.stage)
         async with fetched(body.source, self.service) as folder:
             return await self._register(registration, folder, body.source)
 
@@ -103,6 +121,27 @@ class Admin:
         record = self.service.record(name, "name")
         return Json(self._answer(record, await self._known()))
 
+    async def audit(self, request: Request, name: str = NamePath) -> Response:
+        """Compare what an adapter claims of itself with what its tensors prove."""
+        record = self.service.record(name, "name")
+        found = await self._in_thread(lambda: self._audit(record.version), "records")
+        return Json(found)
+
+    def _audit(self, version: str) -> dict[str, Any]:
+        folder = self.service.registry.store.path(version)
+        card = folder / CARD_FILE
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        report = audit(folder, None, text)
+        told = report.to_json_dict()
+        pairs = prove(folder)[1].pairs
+        return AuditAnswer(
+            method=None if report.tensors is None else report.tensors.method,
+            parameters=0 if report.tensors is None else report.tensors.parameters,
+            ranks={path: rank_of(pair) or 0 for path, pair in pairs.items()},
+            findings=[{key: str(value) for key, value in one.items()} for one in told["findings"]],
+            contradictions=told["contradictions"],
+        ).model_dump()
+
     async def change(
         self, request: Request, body: PatchRequest = PATCH_BODY, name: str = NamePath
     ) -> Response:
@@ -125,15 +164,104 @@ class Admin:
         await self._change(lambda: self.service.registry.remove(name), "records")
         return Response(status_code=204)
 
-    async def _register(self, registration: Registration, folder: Path, source: str) -> Response:
-        if registration.name in {BASE_LABEL, self.service.base.name}:
+    async def apply(self, request: Request, body: ApplyRequest = APPLY_BODY) -> Response:
+        """Put names on staged versions and take others away: all of it, or nothing.
+
+        Every fault of every adapter is in the answer; none of them is applied then.
+        """
+        names = [one.name for one in body.adapters]
+        faults = [
+            Fault("invalid_request", "The name is there twice.", found=name[:80], field="adapters")
+            for name in sorted({one for one in names if [*names, *body.remove].count(one) > 1})
+        ]
+        if faults:
+            raise Refusal(faults)
+        work = partial(self._apply, body)
+        if body.dry_run:
+            changes = await self._in_thread(work, "registrations")
+        else:
+            changes = await self._change(work, "registrations")
+        for one in changes if not body.dry_run else ():
+            if one.change not in ("removed", "unchanged"):
+                self.service.dispatcher.tell(ReleaseQuarantine(one.record.version))
+                if one.record.pinned:
+                    self.service.dispatcher.tell(Preload(one.record.version))
+        return Json(
+            ApplyAnswer(
+                applied=not body.dry_run,
+                changes=[
+                    NameChangeAnswer(
+                        name=one.name,
+                        change=one.change,
+                        version=one.record.version,
+                        before=None if one.before is None else one.before.version,
+                        pinned=one.record.pinned,
+                    )
+                    for one in changes
+                ],
+            ).model_dump()
+        )
+
+    def _apply(self, body: ApplyRequest) -> Sequence[NameChange]:
+        """Check every version first, then change the names in one transaction; in a thread.
+
+        Raises:
+            Refusal: With every fault of every adapter.
+        """
+        service, wanted, faults = self.service, [], list[Fault]()
+        for place, one in enumerate(body.adapters):
+            try:
+                self._check_free_of_base(one.name)
+                check_name(one.name)
+                record = service.registry.staged(
+                    one.version,
+                    service.base.signature,
+                    check=service.base.check_head,
+                    settle=service.settle,
+                )
+            except AdapterError as error:
+                faults += Refusal.of(error).faults_of(one.name, f"adapters.{place}")
+            except Refusal as refusal:
+                faults += refusal.faults_of(one.name, f"adapters.{place}")
+            else:
+                wanted.append(WantedName(one.name, record, one.source or "upload", one.pinned))
+        known = service.registry.records()
+        faults += [
+            Fault("adapter_not_found", f"There is no adapter {name[:80]}.", field="remove")
+            for name in body.remove
+            if name not in known
+        ]
+        if faults:
+            raise Refusal(faults)
+        return service.registry.apply(wanted, body.remove, dry_run=body.dry_run)
+
+    def _check_free_of_base(self, name: str) -> None:
+        if name in {BASE_LABEL, self.service.base.name}:
             raise Refusal.because(
                 "invalid_name",
                 "This name belongs to the base model.",
-                found=registration.name,
+                found=name,
                 expected="another name",
                 field="name",
             )
+
+    async def _stage(self, name: str, folder: Path, source: str) -> Response:
+        staged = await self._in_thread(
+            lambda: self.service.registry.stage(
+                folder,
+                self.service.base.signature,
+                check=self.service.base.check_head,
+                settle=self.service.settle,
+            ),
+            "registrations",
+        )
+        record = dataclasses.replace(staged, name=name, source=source)
+        return Json(self._answer(record, await self._known()))
+
+    async def _register(self, registration: Registration, folder: Path, source: str) -> Response:
+        self._check_free_of_base(registration.name)
+        if registration.stage:
+            return await self._stage(registration.name, folder, source)
         record, created = await self._change(
             lambda: self.service.registry.register(
                 registration.name,
@@ -230,7 +358,7 @@ def _registration(upload: Upload) -> Registration:
     """
     fields = dict(upload.fields)
     name = fields.pop("name", None)
-    flags = {one: _parse_flag(one, fields.pop(one, "")) for one in ("replace", "pinned", "preload")}
+    flags = {one: _parse_flag(one, fields.pop(one, "")) for one in REGISTRATION_FLAGS}
     faults = [
         Fault("invalid_request", "There is no such field.", field=unknown) for unknown in fields
     ]
@@ -267,6 +395,8 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
         extra = {"openapi_extra": REGISTER_BODY} if success == 201 else {}
         if method == "PATCH":
             extra = described_json(PatchRequest)
+        if path == "/admin/apply":
+            extra = described_json(ApplyRequest)
         return Endpoint(
             path,
             endpoint,
@@ -284,8 +414,10 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
         route("POST", "/admin/adapters", admin.register, AdapterAnswer, 201),
         route("GET", "/admin/adapters", admin.list, AdapterList),
         route("GET", one, admin.show, AdapterAnswer),
+        route("GET", f"{one}/audit", admin.audit, AuditAnswer),
         route("PATCH", one, admin.change, AdapterAnswer),
         route("DELETE", one, admin.remove, None, 204),
+        route("POST", "/admin/apply", admin.apply, ApplyAnswer),
     ]
 
 
@@ -303,6 +435,7 @@ REGISTER_BODY: Final[dict[str, Any]] = {
                         "replace": {"type": "boolean"},
                         "pinned": {"type": "boolean"},
                         "preload": {"type": "boolean"},
+                        "stage": {"type": "boolean"},
                         "files": {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},

@@ -27,6 +27,8 @@ from server.errors import Fault, Refusal
 TITLE: Final = "hira-server"
 DESCRIPTION: Final = "Many HiRA and LoRA adapters on one 4-bit base model."
 BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
+# FastAPI's own: they ask other machines for scripts.
+FASTAPI_PAGES: Final = frozenset({"/docs", "/redoc", "/docs/oauth2-redirect"})
 # What a fault shows of a value: repr() of all of a large one would take its time.
 SHORT_REPR: Final = Repr()
 SHORT_REPR.maxlevel = 2
@@ -57,6 +59,9 @@ def add_endpoints(
         inference: Routes that need an inference key, where there are any.
         others: Those of the administration need the admin key, the rest none.
     """
+    app.router.routes[:] = [
+        one for one in app.router.routes if getattr(one, "path", "") not in FASTAPI_PAGES
+    ]
     guards = _Guards(service)
     for route in inference:
         asked = [Depends(guards.admit_inference), Depends(check_query)]

@@ -32,6 +32,7 @@ class HealthEndpoints:
                 "version": self.version,
                 "base": base.name,
                 "documentation": "/docs",
+                "console": "/console",
                 "models": "/v1/models",
                 "health": "/health/ready",
                 "metrics": "/metrics",

@@ -37,7 +37,6 @@ INFERENCE: Final = frozenset(
     {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank", "/generate", "/generate_stream"}
 )
 UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
-PAGES: Final = ("/docs", "/redoc", "/")  # for people: scripts and styles from where they come
 IGNORED_HEADER: Final = b"x-ignored-fields"
 # As ASGI has headers: they go out with every response, so they are not made anew for each.
 SAFE_HEADERS: Final = (
@@ -243,7 +242,7 @@ class RequestMiddleware:
         if context.ignored:
             headers.append((IGNORED_HEADER, ", ".join(context.ignored).encode("ascii")))
         headers += [one for one in SAFE_HEADERS if one[0] not in there]
-        if CONTENT_POLICY[0] not in there and scope["path"] not in PAGES:
+        if CONTENT_POLICY[0] not in there:
             headers.append(CONTENT_POLICY)
         message["headers"] = headers
 

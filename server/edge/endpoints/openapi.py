@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 
+from server.edge.endpoints.examples import add_examples
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import ProblemDetail
 from server.errors import PROBLEM_TYPE
@@ -48,6 +49,7 @@ def amended(app: FastAPI, endpoints: Iterable[Endpoint]) -> Callable[[], dict[st
                 for method, operation in operations.items():
                     if (path, method) in found:
                         _amend(operation, found[path, method])
+                    add_examples(path, method, operation)
         return document
 
     return openapi

@@ -335,6 +335,28 @@ class RegisterRequest(Body):
     pinned: Flag = False
     preload: Flag = False
 
+    stage: Flag = Field(
+        False,
+        description="Check it and store its bytes without putting the name on them; POST "
+        "/admin/apply names the version that is answered. Bytes without a name are deleted "
+        "after a while.",
+    )
+
+
+class AppliedAdapter(Body):
+    name: str
+    version: str = Field(description="As a registration with stage has answered it.")
+    source: str = Field("", description="For the record.", max_length=4096)
+    pinned: Flag | None = Field(None, description="Left out: as it is.")
+
+
+class ApplyRequest(Body):
+    """Names and their versions, applied as a whole."""
+
+    adapters: list[AppliedAdapter] = Field(default_factory=list, max_length=10_000)
+    remove: list[str] = Field(default_factory=list, max_length=10_000, description="Names that go.")
+    dry_run: Flag = Field(False, description="Say what would change, and change nothing.")
+
 
 class PatchRequest(Body):
     pinned: Flag | None = None
@@ -375,6 +397,33 @@ class AdapterAnswer(Answer):
         description="Its own end tokens (end_ids) and defaults for what a request leaves out."
     )
     notes: list[str]
+
+
+class AuditAnswer(Answer):
+    """What the tensors of an adapter prove, against what its files claim."""
+
+    method: str | None
+    parameters: int
+    ranks: dict[str, int] = Field(description="By the path of the layer.")
+    findings: list[dict[str, str]] = Field(
+        description="Each with its severity, subject, claim and proof."
+    )
+    contradictions: int
+
+
+class NameChangeAnswer(Answer):
+    """What applying does to one name."""
+
+    name: str
+    change: Literal["created", "replaced", "pinned", "unpinned", "removed", "unchanged"]
+    version: str
+    before: str | None = Field(description="The version that the name was on.")
+    pinned: bool
+
+
+class ApplyAnswer(Answer):
+    applied: bool = Field(description="False: it was a dry run.")
+    changes: list[NameChangeAnswer]
 
 
 class AdapterList(Answer):

@@ -7,9 +7,12 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from server.stages import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,26 @@ def state_path(run_dir: Path, worker: int) -> Path:
 def fault_path(run_dir: Path, worker: int) -> Path:
     """Where a worker that cannot start says why, in one line."""
     return run_dir / f"worker-{worker}.fault"
+
+
+def stage_path(run_dir: Path, worker: int) -> Path:
+    """Where a worker that starts says how far it is."""
+    return run_dir / f"worker-{worker}.stage"
+
+
+def write_stage(run_dir: Path, stage: Stage, worker: int = 0) -> None:
+    """Say how far the start is; a folder that cannot be written to hides it, no more."""
+    with suppress(OSError):
+        replace_text(stage_path(run_dir, worker), json.dumps([stage.name, stage.done, stage.total]))
+
+
+def read_stage(run_dir: Path, worker: int = 0) -> Stage | None:
+    """How far a worker that starts is, or None where it has not said."""
+    try:
+        name, done, total = json.loads(stage_path(run_dir, worker).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Stage(str(name), int(done), int(total))
 
 
 def stopping_path(run_dir: Path) -> Path:

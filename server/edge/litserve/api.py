@@ -19,10 +19,11 @@ from litserve.specs.base import LitSpec
 
 from server.edge.link.engine_like import ENGINE, ENGINE_FAILED, EngineLike, build_engine
 from server.edge.link.thread_deaths import watch_threads
-from server.edge.link.worker_state import fault_path, replace_text
+from server.edge.link.worker_state import fault_path, replace_text, write_stage
 from server.edge.litserve import logs
 from server.edge.litserve.parent_death import die_with_parent
 from server.options import EngineOptions
+from server.stages import listen_to_stages, tell_stage
 
 SETUP_FAILED: Final = 3  # exit status of a worker whose engine could not be built
 
@@ -75,6 +76,8 @@ class HiraAPI(LitAPI):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         logs.configure(self.log_level, access=False)
         watch_threads(abandon)  # before the engine makes its own
+        listen_to_stages(lambda stage: write_stage(self.run_dir, stage))
+        tell_stage("loading torch in the worker")
         try:
             self.engine = build_engine(self.engine_path, self.options)
         except Exception as error:  # noqa: BLE001  # whatever it is, the operator must read it
@@ -83,6 +86,8 @@ class HiraAPI(LitAPI):
                 line = f"{type(error).__name__}: {line}"
             replace_text(fault_path(self.run_dir, 0), line[:2000])
             sys.exit(SETUP_FAILED)
+        finally:
+            listen_to_stages(None)
 
     def decode_request(self, request: Any) -> Any:
         """Unused: the spec's endpoints decode."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from adapters.registry.records import AdapterRecord
+from adapters.tasks import BY_NAME
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
@@ -109,7 +111,34 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     if kept:
         yield f"  not served {len(kept)}, made for another base: {_first_adapters(kept)}"
     yield f"  admin key  {key_file or 'as set by HIRA_ADMIN_KEY or hira.toml'}"
-    yield f"  try        {url}/docs"
+    yield f"  console    {url}/console"
+    yield f"  docs       {url}/docs"
+    yield "  try"
+    yield f"    {first_call(service, fitting, url)}"
+
+
+def first_call(service: Service, served: Sequence[AdapterRecord], url: str) -> str:
+    """A line for a shell that a person who has just started the server gets an answer from."""
+    keyed = ' -H "Authorization: Bearer $HIRA_KEY"' if service.settings.api_keys else ""
+    base = service.base
+    if base.prompts is None:
+        return f"curl -s{keyed} {url}/v1/models"
+    known = [one for one in served if one.task in BY_NAME]
+    known.sort(key=lambda one: one.task != "text-classification")
+    task = BY_NAME[known[0].task if known else base.task]
+    asked = f"?adapter={known[0].name}" if known else ""
+    text = "A film that is warm, funny and well played."
+    body: dict[str, object] = {"inputs": text}
+    if task.path == "/rerank":
+        body = {"query": "a warm comedy", "texts": [text, "A sad song."]}
+    elif task.needs_pair:
+        body = {"inputs": {"question": "How is the film?", "context": text}}
+    elif task.needs_mask:
+        body = {"inputs": f"The film was {base.prompts.tokenizer.mask_token}."}
+    return (
+        f"curl -s{keyed} '{url}{task.path}{asked}' -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'"
+    )
 
 
 def _first_adapters(records: Sequence[AdapterRecord]) -> str:

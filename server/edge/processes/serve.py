@@ -3,16 +3,12 @@ stop."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing import util
-from pathlib import Path
 from typing import Final
 
 from adapters.errors import AdapterError
@@ -22,16 +18,18 @@ from adapters.registry.store import Store
 from server import metrics
 from server.edge.admit.keys import resolve_admin_key
 from server.edge.endpoints.admin import Admin, admin_routes
+from server.edge.endpoints.pages import page_routes
 from server.edge.link.engine_like import ENGINE
 from server.edge.litserve import logs
 from server.edge.processes import start as prepare
+from server.edge.processes.failed_start import StartFailed
+from server.edge.processes.preflight import check_port, exclusive
 from server.edge.processes.run import banner, run_service
 from server.edge.processes.run_folder import RunFolder, run_folder
-from server.edge.processes.supervise import StartFailed
 from server.edge.service import Service
 from server.settings import Settings
+from server.stages import tell_stage
 
-DATA_DIR_LOCK_FILE: Final = "server.lock"
 COLLECT_S: Final = 60.0
 # Of the path of a socket in Linux, and of what multiprocessing puts behind its folder.
 SOCKET_PATH_BYTES: Final = 107
@@ -80,6 +78,7 @@ def _serve_in(
     engine: str,
 ) -> None:
     metrics.prepare(settings.metrics_dir)
+    tell_stage("reading the base")
     place, name, adapters = prepare.base_and_adapters(settings)
     base = prepare.describe_base(settings, place, name)
     _, key_file = resolve_admin_key(settings.admin_key, settings.data_dir)
@@ -95,6 +94,7 @@ def _serve_in(
     prepare.register(registry, base, adapters, settings)
     prepare.check_base(registry, base)
     prepare.check_default(registry, settings)
+    tell_stage("starting the processes")
     service = Service(settings, base, registry, reload)
     registry.close()  # what is forked from here on must open its own
     collector = Collector(service)
@@ -109,7 +109,7 @@ def _serve_in(
 
     run_service(
         service,
-        admin_routes(Admin(service)),
+        [*admin_routes(Admin(service)), *page_routes()],
         base=place,
         engine=engine,
         on_ready=ready,
@@ -148,26 +148,6 @@ class Collector:
             logger.error("Versions that nobody names were not collected: %s", error)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """One server per data folder: two would clear each other's running state."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / DATA_DIR_LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartFailed(f"data_dir {folder} cannot be used: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartFailed(
-                f"data_dir {folder} is in use by another server; choose another with --data-dir"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
 def check_socket_folder(folder: str) -> None:
     """Sockets between the processes lie in it; some versions of Python do not shorten its path.
 
@@ -183,16 +163,3 @@ def check_socket_folder(folder: str) -> None:
             f"the sockets in it (at most {SOCKET_PATH_BYTES} bytes with their names); set TMPDIR "
             "to a shorter one"
         )
-
-
-def check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartFailed(
-                f"port {port} on {host} cannot be used: {error.strerror}; "
-                "choose another with --port"
-            ) from None

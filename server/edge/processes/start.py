@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final
 from adapters.errors import AdapterError
 from adapters.registry.registry import Registry
 from server.edge.endpoints.allowed_sources import sources_of
-from server.edge.processes.supervise import StartFailed
+from server.edge.processes.failed_start import StartFailed
 from server.edge.service import Base, base_task, settle_on
 from server.inputs.rendering import RenderLimits, RenderProcess
 from server.metrics import BASE_LABEL
 from server.settings import AdapterSource, Settings
+from server.stages import tell_stage
 
 if TYPE_CHECKING:
     from server.inputs.images import Images
@@ -99,7 +100,7 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
         if isinstance(inputs, Text):
             prompts = inputs.limited(signature.max_length)
     except (BaseModelError, TokenizerError, ImageProcessorError) as error:
-        raise StartFailed(" ".join(str(error).split())) from None
+        raise StartFailed.of(error) from None
     return Base(
         name=name,
         task=base_task(signature.architecture),
@@ -159,7 +160,8 @@ def register(
     """
     sources = sources_of(settings)
     process = render_process(settings)
-    for one in adapters:
+    for place, one in enumerate(adapters):
+        tell_stage("registering adapters", place, len(adapters))
         if one.name in {base.name, BASE_LABEL}:
             raise StartFailed(
                 f"adapter {one.name}: this name means the base model; choose another, "
@@ -177,7 +179,7 @@ def register(
                     settle=lambda one: settle_on(base, one, process),
                 )
         except AdapterError as error:
-            raise StartFailed(f"adapter {one.name}: {error.code}: {error}") from None
+            raise StartFailed.of(error, f"adapter {one.name}: {error.code}: ") from None
 
 
 def check_base(registry: Registry, base: Base) -> None:

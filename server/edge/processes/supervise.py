@@ -16,9 +16,17 @@ from types import FrameType
 from typing import Any, Final
 
 from server.edge.admit.shared_load import Phase
-from server.edge.link.worker_state import fault_path, read_state, state_path, stopping_path
+from server.edge.link.worker_state import (
+    fault_path,
+    read_stage,
+    read_state,
+    state_path,
+    stopping_path,
+)
 from server.edge.litserve.server import HiraServer
+from server.edge.processes.failed_start import StartFailed
 from server.settings import SettingsFault
+from server.stages import tell_stage
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +39,6 @@ PAUSE_MAX_S: Final = 60.0
 HTTP_PAUSE_S: Final = 1.2
 KILL_S: Final = 5.0  # for the kernel to end a process that was sent SIGKILL
 TRIES: Final = 8  # starts in a row that never became ready
-
-
-class StartFailed(Exception):
-    """The server cannot be started; the text is one line for the operator."""
 
 
 class Supervisor:
@@ -215,6 +219,9 @@ class Supervisor:
             return
         state = read_state(self.settings.run_dir)
         if state is None or state.pid != worker.pid:
+            stage = None if self._was_ready else read_stage(self.settings.run_dir)
+            if stage is not None:
+                tell_stage(stage.name, stage.done, stage.total)
             return
         self._ready_epoch = state.epoch
         self._heard_at = state.beat

@@ -96,23 +96,76 @@ def test_every_setting_but_keys_is_a_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "settings", "said"),
     [
-        (["--port", "80"], {}, "hira: --port: "),
-        (["--quantization", "nf5"], {}, "hira: --quantization: "),
-        ([], {"slotz": 3}, "hira: HIRA_SLOTZ: no such setting; did you mean slots?"),
-        (["--config", "missing.toml"], {}, "hira: missing.toml: cannot be read"),
-        (["--source-root", "/a", "--source-root", "/b", "--port", "x"], {}, "hira: --port"),
+        (["--port", "80"], {}, ["hira: --port: LitServe listens", "  found     '80'"]),
+        (["--quantization", "nf5"], {}, ["hira: --quantization: ", "  found     'nf5'"]),
+        (
+            [],
+            {"slotz": 3},
+            ["hira: HIRA_SLOTZ: no such", "  fix       did you mean slots?"],
+        ),
+        (["--config", "missing.toml"], {}, ["hira: missing.toml: cannot be read"]),
+        (
+            ["--source-root", "/a", "--source-root", "/b", "--port", "x"],
+            {},
+            ["hira: --port", "  f"],
+        ),
+        (["--prot", "1"], {}, ["hira: no such option", "  fix       did you mean --port?"]),
     ],
 )
-def test_misuse_of_serve_is_one_line_and_status_2(
-    arguments: list[str], settings: dict[str, object], said: str, tmp_path: Path
+def test_misuse_of_serve_is_told_with_its_fix_and_status_2(
+    arguments: list[str], settings: dict[str, object], said: list[str], tmp_path: Path
 ) -> None:
     done = hira("serve", *arguments, cwd=tmp_path, **settings)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(said)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(one) for line, one in zip(lines, said, strict=True))
 
 
-def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_a_start_speaks_at_once_and_tells_every_mistake_before_torch_is_loaded(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "file").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code = (
+            "import sys\nfrom server.cli.main import main\n"
+            "try:\n    main()\n"
+            "finally:\n    print('heavy', {'torch', 'fastapi', 'sqlalchemy'} & set(sys.modules))"
+        )
+        arguments = [
+            *("serve", "--port", str(port), "--base", "./modell", "--device", "cuda"),
+            *("--chat-template", "no.jinja", "--adapter", "a=half", "--adapter", "b=nowhere"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            env={**environment(tmp_path / "file" / "data"), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0].endswith(" starts")
+    assert done.stdout.splitlines()[-1] == "heavy set()"
+    told = [line for line in done.stderr.splitlines() if line.startswith("hira: ")]
+    assert told == [
+        f"hira: data_dir {tmp_path / 'file' / 'data'} cannot be used",
+        f"hira: port {port} on 127.0.0.1 cannot be used",
+        "hira: the base model's folder does not exist",
+        "hira: the file of the chat template is not there",
+        "hira: there is no CUDA device",
+        "hira: adapter a: its folder holds no adapter_config.json",
+        "hira: adapter b: its folder does not exist",
+    ]
+    assert "  fix       did you mean model?" in done.stderr
+
+
+def test_port_in_use_is_told_with_its_fix_and_status_1(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -120,16 +173,18 @@ def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
         done = hira("serve", "--port", str(port), cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"hira: port {port} on 127.0.0.1 cannot be used: Address already in use; "
-        "choose another with --port"
+        f"hira: port {port} on 127.0.0.1 cannot be used",
+        "  found     Address already in use",
+        "  expected  a port that nobody listens on",
+        "  fix       choose another with --port, or stop the other server",
     ]
 
 
-def test_base_that_is_not_there_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_base_that_is_not_there_is_told_with_its_path(tmp_path: Path) -> None:
     done = hira("serve", "--base", str(tmp_path / "nowhere"), cwd=tmp_path, port=18765)
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "nowhere" in line
+    assert done.stderr.startswith("hira: the base model's folder does not exist\n")
+    assert "nowhere" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from python_multipart.multipart import MultipartParser
 from transformers import AutoModel
 
 from adapters.intake.archive import WANTED
-from server.cli import adapters as cli_adapters
+from server.cli.upload import SENT_FILES, files_of
 from server.edge.endpoints.schemas import EmbedRequest
 from server.edge.endpoints.uploads import _MultipartCallbacks
 from server.engine.engine import Engine, EngineFailure
@@ -137,9 +137,9 @@ def test_an_upload_keeps_what_lies_in_the_poolings_folder_apart(tmp_path: Path) 
 
 def test_the_command_line_sends_every_file_of_an_adapter(adapter: Path) -> None:
     declare(adapter, flags("cls_token"))
-    sent = cli_adapters.files_of(adapter)
+    sent = files_of(adapter)
     assert sent["1_Pooling/config.json"] == adapter / "1_Pooling" / "config.json"
-    assert set(cli_adapters.SENT_FILES) == set(WANTED)
+    assert set(SENT_FILES) == set(WANTED)
 
 
 def test_a_request_without_a_word_on_length_leaves_it_to_the_declaration() -> None:

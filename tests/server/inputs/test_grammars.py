@@ -88,7 +88,10 @@ def test_what_cannot_be_kept_is_refused_and_named(
 @pytest.mark.parametrize(
     ("kind", "content"),
     [
-        ("json_schema", {"type": "array", "uniqueItems": False, "title": "A", "x-own": 1}),
+        (
+            "json_schema",
+            {"type": "array", "uniqueItems": False, "title": "A", "x-own": 1, "_format": 2},
+        ),
         ("json_schema", {"type": "object", "properties": {"not": {}, "minlength": {}}}),
         ("json_schema", {"properties": {"next": {"$ref": "#"}}, "additionalProperties": False}),
         ("json_schema", True),

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from server.base.load import signature_of
 from server.training import scores
 from server.training.__main__ import main, train
 from server.training.adapted import build, factors, never_repack, task_config
+from server.training.curve import CURVE_FILE, write_curve
 from server.training.pruning import Pruning, kept
 from server.training.rows import LabelledTexts, RowsError, read_labelled, read_text, split_off
 from server.training.settings import METHODS, Recipe
@@ -90,6 +92,11 @@ def test_tsv_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
         ("rows.tsv", "text\tlabel\na\t2\n", "found label '2', expected one of no, yes"),
         ("rows.tsv", "text\tlabel\na\tb\tc\n", "line 2: found 3 columns, expected 2"),
         ("rows.tsv", "text\tlabel\n", "has no rows"),
+        (
+            "rows.tsv",
+            "a\tno\nb\tyes\n",
+            "found a row with the label 'no', expected a header",
+        ),
         ("rows.jsonl", '{"text": "a"}\n', "line 1: expected an int or str label"),
         ("rows.jsonl", '["a", 1]\n', "line 1: expected a text and a label"),
         ("rows.jsonl", "text\n", "line 1: expected a text and a label"),
@@ -123,6 +130,28 @@ def test_rows_set_aside_share_no_stretch_with_those_learned_from() -> None:
                 shorter, longer = sorted((text, held), key=len)
                 assert len(shorter.split()) < 5 or shorter not in longer
     assert split_off(rows, 2, 3) == split_off(rows, 2, 3)
+
+
+def test_no_more_rows_are_set_aside_than_were_asked_for() -> None:
+    rows = LabelledTexts(tuple(f"text {row}" for row in range(300)), (0, 1) * 150, ("n", "p"))
+    assert [len(part) for part in split_off(rows, None, 7)] == [270, 30]
+    assert [len(part) for part in split_off(rows, 200, 7)] == [100, 200]
+    for count in (0, 300):
+        with pytest.raises(RowsError, match=f"{count} of 300 rows were to be set aside"):
+            split_off(rows, count, 7)
+
+
+def test_a_learning_curve_is_a_picture_of_every_evaluation(tmp_path: Path) -> None:
+    history = [{"step": 4.0 * n, "train_loss": 1 / n, "loss": 1.5 / n} for n in (1, 2, 3)]
+    picture = write_curve(tmp_path, history, 8)
+    assert (tmp_path / CURVE_FILE).read_text() == picture
+    root = ElementTree.fromstring(picture)
+    dots = root.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(dots) == 6
+    heights = [float(dot.get("cy", "")) for dot in dots]
+    assert heights == [*sorted(heights[:3]), *sorted(heights[3:])]  # losses that fall
+    assert "kept: step 8" in picture
+    write_curve(tmp_path, history[:1], 4)  # one evaluation is a picture as well
 
 
 # How it trains
@@ -311,12 +340,13 @@ def test_the_command_has_the_usual_values(
 ) -> None:
     usual = Recipe(base="b", base_name="b", method="lora", task_type="SEQ_CLS")
     assert (usual.epochs, usual.batch_rows, usual.warmup_steps) == (3, 16, 100)
-    assert (usual.learning_rate, usual.weight_decay, usual.dropout) == (3e-4, 0.01, 0.1)
+    assert (usual.top_learning_rate, usual.weight_decay, usual.dropout) == (2e-3, 0.01, 0.1)
     assert (usual.rank, usual.lora_alpha) == (8, 16)
     command = [f"--base={bert}", f"--train={reviews}", f"--out={tmp_path / 'made'}"]
     report = main([*command, "--method=lora", "--max-tokens=16", "--epochs=1", "--targets=query"])
     assert report.steps == -(-report.train_rows // 16)
     config = json.loads((tmp_path / "made" / "adapter_config.json").read_text())
+    assert (tmp_path / "made" / CURVE_FILE).is_file()
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 16, ["query"])
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="expected one of"):

@@ -20,8 +20,8 @@ from server.edge.endpoints.schemas_openai import CompletionRequest
 from server.edge.endpoints.tei_tgi import check_contexts
 from server.edge.link.worker_state import WorkerState, write_state
 from server.edge.processes import start as prepare
+from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.run import banner
-from server.edge.processes.supervise import StartFailed
 from server.edge.service import Base, Service
 from server.errors import Refusal
 from server.settings import AdapterSource, Settings, load_settings

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from server.edge.processes import run_folder as module
+from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.run_folder import OWNER_LOCK_FILE, RUN_DIR_PREFIX, run_folder
 from server.edge.processes.serve import check_socket_folder
-from server.edge.processes.supervise import StartFailed
 from tests.stand.live import Live, hira
 from tests.stand.waits import until
 

@@ -10,7 +10,8 @@ import pytest
 
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.link.worker_state import WorkerState, fault_path, state_path, write_state
-from server.edge.processes.supervise import StartFailed, Supervisor
+from server.edge.processes.failed_start import StartFailed
+from server.edge.processes.supervise import Supervisor
 from tests.stand.clock import FakeClock
 
 PID = 77

@@ -1,0 +1,463 @@
+"use strict";
+// One page over the server's own calls. What comes from the server becomes text, never markup.
+
+const KEY = "hira-key"; // in the storage of the session: gone with the tab
+const EVERY_MS = 2000;
+const POINTS = 150; // of a chart: five minutes
+const CHOSEN_MOST = 4;
+
+const find = (id) => document.getElementById(id);
+const key = () => sessionStorage.getItem(KEY) || "";
+
+function made(tag, text, attributes = {}) {
+  const one = document.createElement(tag);
+  if (text !== undefined && text !== null) one.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) one.setAttribute(name, value);
+  return one;
+}
+
+function drawn(tag, attributes = {}, text) {
+  const one = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) one.setAttribute(name, value);
+  if (text !== undefined) one.textContent = text;
+  return one;
+}
+
+class Refused extends Error {
+  constructor(status, problem) {
+    const told = problem.problems || [problem];
+    super(told.map(worded).join("\n"));
+    this.status = status;
+  }
+}
+
+function worded(one) {
+  const lines = [`${one.code || ""}: ${one.detail || one.error || "refused"}`];
+  for (const part of ["field", "found", "expected", "fix"]) {
+    if (one[part]) lines.push(`  ${part}: ${one[part]}`);
+  }
+  return lines.join("\n");
+}
+
+async function call(path, options = {}) {
+  const headers = { ...(options.headers || {}) };
+  if (key()) headers.Authorization = `Bearer ${key()}`;
+  if (options.body) headers["Content-Type"] = "application/json";
+  const answer = await fetch(path, { ...options, headers });
+  if (!answer.ok) {
+    let problem = {};
+    try { problem = await answer.json(); } catch { problem = { detail: `HTTP ${answer.status}` }; }
+    throw new Refused(answer.status, problem);
+  }
+  return answer;
+}
+
+function say(text) {
+  const place = find("message");
+  place.hidden = !text;
+  place.textContent = text || "";
+}
+
+// The state of the server
+
+const STATES = {
+  ready: "ready",
+  starting: "starting: the base is being loaded",
+  draining: "draining: running requests end, new ones are refused",
+  stopping: "stopping",
+  restarting: "worker down: a new one is being started",
+  worker_silent: "worker down: it has not been heard",
+  worker_stuck: "worker stuck in a step",
+};
+
+async function lookState() {
+  const place = find("state");
+  let text = "no answer: the server is not there, or cannot be reached";
+  let ready = false;
+  try {
+    const answer = await fetch("/health/ready");
+    const told = await answer.json();
+    ready = answer.ok;
+    text = STATES[told.status] || told.status;
+    if (!ready && told.detail) text += ` (${told.detail})`;
+  } catch { /* as above */ }
+  if (place.textContent !== text) place.textContent = text;
+  place.className = `state ${ready ? "good" : "bad"}`;
+}
+
+// Metrics
+
+function parsed(text) {
+  const samples = [];
+  const line = /^(\w+)(?:\{(.*)\})? ([^ ]+)/;
+  for (const one of text.split("\n")) {
+    if (one.startsWith("#")) continue;
+    const found = line.exec(one);
+    if (!found) continue;
+    const labels = {};
+    for (const part of (found[2] || "").matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)) labels[part[1]] = part[2];
+    samples.push({ name: found[1], labels, value: Number(found[3]) });
+  }
+  return samples;
+}
+
+function summed(samples, name, keep = () => true) {
+  let total = 0;
+  for (const one of samples) if (one.name === name && keep(one.labels)) total += one.value;
+  return total;
+}
+
+const charts = [
+  { title: "Requests a second", unit: "", of: (now, was, s) => gain(now, was, "hira_requests_total") / s },
+  { title: "Tokens a second", unit: "", of: (now, was, s) => gain(now, was, "hira_tokens_total") / s },
+  { title: "Requests in the engine", unit: "", of: (now) => summed(now, "hira_queue_depth") },
+  { title: "Rows of a batch, mean", unit: "", of: (now, was) => mean(now, was, "hira_batch_rows") },
+  { title: "Adapters of a batch, mean", unit: "", of: (now, was) => mean(now, was, "hira_batch_adapters") },
+  ...["device", "host", "folded", "heads"].map((tier) => ({
+    title: `Adapter memory: ${tier}`,
+    unit: " MiB",
+    of: (now) => summed(now, "hira_adapter_bytes", (one) => one.tier === tier) / 1048576,
+  })),
+];
+
+function gain(now, was, name) {
+  return was ? Math.max(0, summed(now, name) - summed(was, name)) : 0;
+}
+
+function mean(now, was, name) {
+  const steps = gain(now, was, `${name}_count`);
+  return steps ? gain(now, was, `${name}_sum`) / steps : 0;
+}
+
+function prepareCharts() {
+  for (const chart of charts) {
+    const figure = made("figure");
+    const picture = drawn("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", "aria-hidden": "true" });
+    for (const y of [1, 50, 99]) picture.append(drawn("line", { class: "grid", x1: 0, x2: 300, y1: y, y2: y }));
+    chart.line = drawn("polyline", { class: "series", points: "" });
+    picture.append(chart.line);
+    chart.caption = made("figcaption", `${chart.title}: -`);
+    chart.values = [];
+    figure.append(picture, chart.caption);
+    find("charts").append(figure);
+  }
+}
+
+let lastSamples = null;
+let lastAt = 0;
+let rates = new Map();
+let errors = new Map();
+
+async function lookMetrics() {
+  const answer = await fetch("/metrics");
+  if (!answer.ok) return;
+  const now = parsed(await answer.text());
+  const at = performance.now();
+  const seconds = Math.max(0.001, (at - lastAt) / 1000);
+  const before = new Map();
+  if (lastSamples) for (const one of lastSamples) if (one.name === "hira_requests_total") before.set(JSON.stringify(one.labels), one.value);
+  rates = new Map();
+  errors = new Map();
+  for (const one of now) {
+    const name = one.labels.adapter;
+    if (one.name === "hira_requests_total") {
+      const grown = lastSamples ? one.value - (before.get(JSON.stringify(one.labels)) || 0) : 0;
+      rates.set(name, (rates.get(name) || 0) + Math.max(0, grown) / seconds);
+      if (one.labels.status >= "400") errors.set(name, (errors.get(name) || 0) + one.value);
+    } else if (one.name === "hira_failures_total") {
+      errors.set(name, (errors.get(name) || 0) + one.value);
+    }
+  }
+  for (const chart of charts) {
+    const value = chart.of(now, lastSamples, seconds);
+    chart.values.push(value);
+    if (chart.values.length > POINTS) chart.values.shift();
+    const most = Math.max(...chart.values, 1e-9);
+    const step = 300 / (POINTS - 1);
+    const from = POINTS - chart.values.length;
+    chart.line.setAttribute("points", chart.values.map((one, i) => `${((from + i) * step).toFixed(1)},${(98 - 95 * one / most).toFixed(1)}`).join(" "));
+    chart.caption.textContent = `${chart.title}: ${value.toFixed(1)}${chart.unit} (most ${most < 1e-6 ? "0.0" : most.toFixed(1)})`;
+  }
+  lastSamples = now;
+  lastAt = at;
+}
+
+// Adapters
+
+let records = [];
+let shownRows = "";
+let shownChoices = "";
+
+async function lookAdapters() {
+  const note = find("adapters-note");
+  if (key()) {
+    try {
+      const found = [];
+      for (;;) {
+        const page = await (await call(`/admin/adapters?limit=500&offset=${found.length}`)).json();
+        found.push(...page.adapters);
+        if (found.length >= page.total || !page.adapters.length) break;
+      }
+      records = found;
+      note.textContent = `${records.length} registered`;
+      showAdapters(true);
+      return;
+    } catch (error) {
+      if (!(error instanceof Refused) || ![401, 403].includes(error.status)) throw error;
+      note.textContent = "This key is not the admin key: names only, and no changes.";
+    }
+  } else {
+    note.textContent = "Names only. With the admin key above: versions, states, errors, and changes.";
+  }
+  const models = await (await call("/v1/models")).json();
+  records = models.data.map((one) => ({ name: one.id, task: one.task || "" }));
+  showAdapters(false);
+}
+
+function where(one) {
+  if (one.quarantined_until) return `quarantined until ${one.quarantined_until.slice(11, 19)}: ${one.quarantine_reason}`;
+  if (one.served === false) return "made for another base";
+  return `${one.residency || ""}${one.pinned ? ", pinned" : ""}`;
+}
+
+function showAdapters(admin) {
+  const wanted = find("filter").value.trim();
+  const shown = records.filter((one) => one.name.includes(wanted)).slice(0, 500);
+  const state = JSON.stringify([admin, shown, [...rates], [...errors]]);
+  if (state !== shownRows && !find("adapter-rows").contains(document.activeElement)) {
+    shownRows = state;
+    find("adapter-rows").replaceChildren(...shown.map((one) => row(one, admin)));
+  }
+  const names = JSON.stringify(records.map((one) => [one.name, one.task]));
+  if (names !== shownChoices) {
+    shownChoices = names;
+    showChoices();
+  }
+}
+
+function row(one, admin) {
+  const cells = [
+    made("th", one.name, { scope: "row" }),
+    made("td", (one.version || "").slice(0, 12), one.version ? { title: one.version } : {}),
+    made("td", one.task),
+    made("td", one.method ? `${one.method}, r ${[...new Set(one.ranks)].join(" to ")}` : ""),
+    made("td", where(one), one.quarantined_until ? { class: "error" } : {}),
+    made("td", (rates.get(one.name) || 0).toFixed(1), { class: "number" }),
+    made("td", one.requests ?? "", { class: "number" }),
+    made("td", errors.get(one.name) || 0, { class: "number" }),
+  ];
+  const actions = made("td");
+  if (admin) {
+    const path = `/admin/adapters/${encodeURIComponent(one.name)}`;
+    const button = (text, act) => {
+      const made_ = made("button", text, { type: "button", "aria-label": `${text} ${one.name}` });
+      made_.addEventListener("click", () => done(act));
+      actions.append(made_, " ");
+    };
+    const patch = (body) => call(path, { method: "PATCH", body: JSON.stringify(body) });
+    button(one.pinned ? "Unpin" : "Pin", () => patch({ pinned: !one.pinned }));
+    if (one.quarantined_until) button("End quarantine", () => patch({ preload: true }));
+    button("Remove", async () => {
+      if (await sure(`Remove ${one.name}? Requests that run finish; later ones get 404.`)) await call(path, { method: "DELETE" });
+    });
+  }
+  const line = made("tr");
+  line.append(...cells, actions);
+  return line;
+}
+
+function sure(text) {
+  const dialog = find("sure");
+  find("sure-text").textContent = text;
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}
+
+async function done(act) {
+  say("");
+  try {
+    await act();
+    if (document.activeElement) document.activeElement.blur();
+    await lookAdapters();
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+// One text to several adapters
+
+function showChoices() {
+  const before = new Set(chosen());
+  const boxes = records.map((one, place) => {
+    const box = made("input", null, { type: "checkbox", value: one.name });
+    box.checked = before.size ? before.has(one.name) : place < 2;
+    box.addEventListener("change", limitChoices);
+    const label = made("label");
+    label.append(box, `${one.name}${one.task ? ` (${one.task})` : ""}`);
+    return label;
+  });
+  find("choices").replaceChildren(...boxes);
+  limitChoices();
+  const audited = find("audited");
+  const kept = audited.value;
+  audited.replaceChildren(...records.map((one) => made("option", one.name, { value: one.name })));
+  if (kept) audited.value = kept;
+}
+
+function chosen() {
+  return [...find("choices").querySelectorAll("input:checked")].map((one) => one.value);
+}
+
+function limitChoices() {
+  const full = chosen().length >= CHOSEN_MOST;
+  for (const box of find("choices").querySelectorAll("input")) box.disabled = full && !box.checked;
+}
+
+let asking = new AbortController();
+
+async function askAll(event) {
+  event.preventDefault();
+  asking.abort();
+  asking = new AbortController();
+  const text = find("text").value;
+  const cards = chosen().map((name) => {
+    const card = made("article", null, { class: "card" });
+    card.append(made("h3", name), made("p", "...", { class: "said" }));
+    return [name, card];
+  });
+  find("answers").replaceChildren(...cards.map(([, card]) => card));
+  await Promise.all(cards.map(([name, card]) => askOne(name, card, text, asking.signal)));
+}
+
+async function askOne(name, card, text, signal) {
+  const record = records.find((one) => one.name === name) || {};
+  const query = `?adapter=${encodeURIComponent(name)}`;
+  const place = card.querySelector(".said");
+  try {
+    if (record.task === "text-generation" || !record.task) {
+      const parameters = { max_new_tokens: Number(find("tokens").value) || 48 };
+      const body = JSON.stringify({ inputs: text, parameters });
+      const answer = await call(`/generate_stream${query}`, { method: "POST", body, signal });
+      place.textContent = "";
+      for await (const told of events(answer)) {
+        if (told.error) throw new Error(told.error);
+        if (told.token && !told.token.special) place.textContent += told.token.text;
+      }
+    } else if (record.task === "feature-extraction") {
+      const answer = await call(`/embed${query}`, { method: "POST", body: JSON.stringify({ inputs: text }), signal });
+      const [vector] = await answer.json();
+      place.textContent = `${vector.length} numbers: ${vector.slice(0, 8).map((one) => one.toFixed(4)).join(" ")} ...`;
+    } else {
+      const answer = await call(`/predict${query}`, { method: "POST", body: JSON.stringify({ inputs: text }), signal });
+      place.textContent = "";
+      for (const one of (await answer.json()).flat().slice(0, 10)) card.append(labelRow(one));
+    }
+  } catch (error) {
+    place.textContent = error.name === "AbortError" ? `${place.textContent} (stopped)` : error.message;
+    place.classList.toggle("error", error.name !== "AbortError");
+  }
+}
+
+function labelRow(one) {
+  const line = made("div", null, { class: "label-row" });
+  const label = one.label || one.entity_group || one.token_str || one.answer || "";
+  const word = one.word ? `${label}: ${one.word}` : label;
+  const bar = made("meter", null, { min: 0, max: 1, value: one.score, "aria-label": word });
+  line.append(made("span", word), bar, made("span", one.score.toFixed(4), { class: "number" }));
+  return line;
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done: ended } = await reader.read();
+    if (ended) return;
+    held += value;
+    const lines = held.split("\n");
+    held = lines.pop();
+    for (const line of lines) if (line.startsWith("data:")) yield JSON.parse(line.slice(5));
+  }
+}
+
+// Audit
+
+async function audit(event) {
+  event.preventDefault();
+  const place = find("report");
+  try {
+    const name = find("audited").value;
+    const told = await (await call(`/admin/adapters/${encodeURIComponent(name)}/audit`)).json();
+    place.replaceChildren(...report(told));
+  } catch (error) {
+    place.replaceChildren(made("p", error.message, { class: "error said" }));
+  }
+}
+
+function report(told) {
+  const found = [made("p", told.findings.length ? `${told.findings.length} findings` : "Nothing is contradicted.")];
+  if (told.findings.length) {
+    const table = made("table");
+    const head = made("tr");
+    for (const text of ["", "About", "Claimed", "Proven"]) head.append(made("th", text, { scope: "col" }));
+    table.append(head);
+    for (const one of told.findings) {
+      const line = made("tr");
+      for (const text of [one.severity, one.subject, one.claim, one.proof]) line.append(made("td", text));
+      table.append(line);
+    }
+    const scroll = made("div", null, { class: "scroll", tabindex: 0, role: "region", "aria-label": "Findings" });
+    scroll.append(table);
+    found.push(scroll);
+  }
+  const ranks = Object.entries(told.ranks);
+  const most = Math.max(1, ...ranks.map(([, rank]) => rank));
+  const height = ranks.length * 16 + 4;
+  const picture = drawn("svg", { class: "ranks", viewBox: `0 0 640 ${height}`, role: "img", "aria-label": `Rank of each of ${ranks.length} layers` });
+  ranks.forEach(([path, rank], place) => {
+    const y = place * 16;
+    picture.append(
+      drawn("text", { x: 0, y: y + 12 }, path.length > 48 ? `...${path.slice(-45)}` : path),
+      drawn("rect", { class: "bar", x: 320, y: y + 3, width: (280 * rank / most).toFixed(1), height: 10 }),
+      drawn("text", { x: 606, y: y + 12 }, String(rank)),
+    );
+  });
+  const figure = made("figure");
+  figure.append(made("figcaption", `Rank of each layer (${told.method}, ${told.parameters.toLocaleString()} numbers)`), picture);
+  found.push(figure);
+  return found;
+}
+
+// Start
+
+find("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (find("key").value) sessionStorage.setItem(KEY, find("key").value);
+  find("key").value = "";
+  done(async () => {});
+});
+find("forget").addEventListener("click", () => {
+  sessionStorage.removeItem(KEY);
+  find("key").value = "";
+  done(async () => {});
+});
+find("filter").addEventListener("input", () => { shownRows = ""; showAdapters(Boolean(records[0] && records[0].version)); });
+find("try-form").addEventListener("submit", askAll);
+find("stop").addEventListener("click", () => asking.abort());
+find("audit-form").addEventListener("submit", audit);
+prepareCharts();
+
+async function turn() {
+  await lookState();
+  try {
+    await lookMetrics();
+    await lookAdapters();
+  } catch (error) {
+    if (error instanceof Refused && error.status < 500) say(error.message);
+  }
+  setTimeout(turn, document.hidden ? 5 * EVERY_MS : EVERY_MS);
+}
+turn();

@@ -1,0 +1,125 @@
+"""The pages for people: whole from this server alone, and looked at in a browser if there is one.
+
+The look needs Chromium, node, and the npm packages playwright-core and axe-core in the folder that
+PAGES_NODE_MODULES names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.edge.endpoints.examples import CALLS
+from tests.stand.live import ROOT, Live, hira
+
+pytestmark = pytest.mark.http
+
+LOOK = ROOT / "tests" / "stand" / "look_at_pages.mjs"
+PAGES = ("/docs", "/console")
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with hira(tmp_path_factory.mktemp("pages") / "data") as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_names_nothing_but_this_server_and_forbids_the_rest(live: Live, path: str) -> None:
+    page = live.client.get(path)
+    assert page.status_code == 200
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self';")
+    assert "unsafe-eval" not in policy
+    assert "http" not in policy
+    named = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    parts = [one for one in named if one.startswith(path)]
+    assert len(parts) >= 2
+    assert all(one.startswith(("/", "data:")) for one in named)
+    assert "<script>" not in page.text
+    for part in parts:
+        answer = live.client.get(part)
+        assert answer.status_code == 200
+        assert len(answer.content) > 100
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_what_was_elsewhere_leads_to_the_reference(live: Live) -> None:
+    assert live.client.get("/redoc").headers["location"] == "/docs"
+    assert live.client.get("/docs/oauth2-redirect").status_code == 404
+
+
+def test_every_call_with_a_body_has_an_example_and_the_demo_answers_it(live: Live) -> None:
+    document: dict[str, Any] = live.client.get("/openapi.json").json()
+    bodies = {
+        (path, method)
+        for path, operations in document["paths"].items()
+        for method, one in operations.items()
+        if "requestBody" in one
+    }
+    assert bodies == set(CALLS)
+    # Those that need what the demo does not have: a reranker, a chat template, a folder.
+    elsewhere = {"/rerank", "/v2/rerank", "/v1/rerank", "/v1/score", "/v1/chat/completions"}
+    elsewhere |= {"/v1/responses"}
+    for path, method in sorted(bodies):
+        content = document["paths"][path][method]["requestBody"]["content"]
+        example = content["application/json"]["example"]
+        adapter = CALLS[path, method][0]
+        answer = live.client.request(
+            method,
+            path.replace("{name}", "hira-imdb"),
+            json=example,
+            params={} if adapter is None else {"adapter": adapter},
+            headers=live.admin if path.startswith("/admin") else {},
+        )
+        expected = answer.status_code in (400, 404) if path in elsewhere else answer.is_success
+        if path in {"/admin/adapters", "/admin/apply"}:
+            expected = answer.json()["code"] in {"source_forbidden", "adapter_not_found"}
+        assert expected, f"{method} {path}: {answer.text}"
+
+
+def test_an_audit_has_the_rank_of_every_layer(live: Live) -> None:
+    told = live.client.get("/admin/adapters/hira-imdb/audit", headers=live.admin).json()
+    assert told["method"] == "hira"
+    assert told["contradictions"] == 0
+    assert set(told["ranks"].values()) == {16}
+    assert live.client.get("/admin/adapters/hira-imdb/audit").status_code == 401
+    nobody = live.client.get("/admin/adapters/nobody/audit", headers=live.admin)
+    assert nobody.json()["code"] == "adapter_not_found"
+
+
+def test_a_browser_sees_the_pages_and_axe_finds_nothing(live: Live, tmp_path: Path) -> None:
+    modules = os.environ.get("PAGES_NODE_MODULES")
+    chromium = shutil.which("chromium")
+    if modules is None or chromium is None or shutil.which("node") is None:
+        pytest.skip("needs chromium, node, and PAGES_NODE_MODULES with playwright-core, axe-core")
+    key = live.admin["Authorization"].removeprefix("Bearer ")
+    looked = subprocess.run(
+        ["node", str(LOOK), live.url, key, str(tmp_path)],
+        cwd=Path(modules).parent,
+        env={**os.environ, "CHROMIUM": chromium},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
+    seen = json.loads(looked.stdout)
+    assert seen["foreign"] == []
+    assert seen["complaints"] == []
+    assert seen["axe"] == {"wide": [], "phone": []}
+    assert seen["wide"] == 0, "a phone need not scroll sideways"
+    assert seen["state"] == "ready"
+    assert seen["unkeyed"] == 0, "without a key nothing can be changed"
+    assert seen["stored"] == [0, 1, ""], "the key is in the session's storage only"
+    assert len(seen["labels"]) == 4
+    assert sum(bool(one.strip()) for one in seen["streamed"]) == 2
+    assert seen["ranks"] > 0
+    assert seen["tabbed"][:2] == ["Use", "forget"]
