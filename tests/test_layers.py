@@ -59,14 +59,15 @@ SERVER = {
     "server.training": ("base", "options", "inputs", "demo"),
 }
 EDGE = {
+    "server.edge.target": (),
     "server.edge.admit": (),
     "server.edge.link": ("admit",),
     "server.edge.templates": ("admit",),
     "server.edge.grammars": ("admit",),
-    "server.edge.service": ("admit", "grammars", "link", "templates"),
-    "server.edge.endpoints": ("admit", "link", "service"),
-    "server.edge.litserve": ("admit", "link", "service", "endpoints"),
-    "server.edge.processes": ("admit", "link", "service", "endpoints", "litserve"),
+    "server.edge.service": ("target", "admit", "grammars", "link", "templates"),
+    "server.edge.endpoints": ("target", "admit", "link", "service"),
+    "server.edge.litserve": ("target", "admit", "link", "service", "endpoints"),
+    "server.edge.processes": ("target", "admit", "link", "service", "endpoints", "litserve"),
 }
 # Places of `adapters` that few may know of, and who they are.
 ONLY_FOR = {
@@ -102,6 +103,7 @@ TORCH_FREE = (
 )
 
 
+@cache
 def sources() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -116,26 +118,30 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
+@cache
+def imports(path: Path, *, at_load: bool = False) -> tuple[str, ...]:
     """Full names of what a file imports; with ``at_load`` only what runs when it is imported."""
+    found: list[str] = []
     for node in nodes(tree_of(path), at_load=at_load):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    return tuple(found)
 
 
 def nodes(tree: ast.AST, *, at_load: bool) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
+    waiting = list(ast.iter_child_nodes(tree))
+    while waiting:
+        node = waiting.pop()
         if at_load and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         if at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         yield node
-        yield from nodes(node, at_load=at_load)
+        waiting += ast.iter_child_nodes(node)
 
 
 def place_in(name: str, depth: int) -> str:
@@ -155,6 +161,7 @@ def strays(path: Path, plan: dict[str, tuple[str, ...]], depth: int) -> Iterator
                 yield f"{name_of(path)} imports {name}"
 
 
+@cache
 def module_of(name: str) -> str | None:
     """The module of this project that an imported name is, or is in."""
     found = module_file(name) or module_file(name.rpartition(".")[0])
@@ -227,6 +234,7 @@ def test_torch_is_not_reached(place: str) -> None:
                 waiting.append(module)
 
 
+@cache
 def module_file(name: str) -> Path | None:
     if name.split(".", maxsplit=1)[0] not in PACKAGES:
         return None
@@ -277,7 +285,6 @@ PRIVATE_READS = {
     "adapters/residency/test_packing.py": 3,
     "loadtests/test_residency_window.py": 1,
     "server/base/test_rope.py": 2,
-    "server/edge/admit/test_bounded_pool.py": 3,
     "server/edge/endpoints/test_answers.py": 1,
     "server/edge/endpoints/test_uploads.py": 1,
     "server/edge/link/test_dispatcher.py": 3,

@@ -171,7 +171,7 @@ def generate_all(alone: Alone) -> list[list[int]]:
             id=f"bench-{next(_ids)}",
             adapter=version,
             version=version,
-            token_ids=engine.text.encode_prompt(prompt, max_new_tokens=NEW_TOKENS),
+            token_ids=engine.text.tokenize_prompt(prompt, max_new_tokens=NEW_TOKENS),
             sampling=SamplingOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True),
             stream=True,
             submitted=time.monotonic(),

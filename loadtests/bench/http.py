@@ -276,7 +276,7 @@ def _encode_all(alone: Alone, count: int) -> tuple[float, float]:
     """Seconds for ``count`` texts, with as many under way as the HTTP clients have, and the mean
     rows of a batch."""
     engine, versions = alone.engine, alone.classifiers
-    inputs = engine.text.encode([_TEXT], "text-classification")
+    inputs = engine.text.tokenize([_TEXT], "text-classification")
     left = count
     waiting: set[str] = set()
     seen, rows = engine.last_step, []

@@ -127,7 +127,7 @@ async def _do_chores(service: Service) -> None:
     while True:
         await asyncio.sleep(COLLECTOR_LOOKS_S)
         try:
-            await service.in_thread(collector.look, "collecting", owed=True)
+            await service.slow_work.run(collector.look, "collecting", owed=True)
         except Exception:
             logger.exception("A chore failed and is tried again")
 

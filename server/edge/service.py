@@ -1,7 +1,6 @@
 """What every endpoint of an HTTP process needs: settings, base, registry, dispatcher, keys.
 
-Made once in the main process before the fork, then opened in each HTTP process. It resolves a name
-to a version when a request is admitted, so that a replacement never changes an answer half-way.
+Made once in the main process before the fork, then opened in each HTTP process.
 """
 
 from __future__ import annotations
@@ -10,79 +9,38 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from adapters.errors import AdapterError
 from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.names import POLL_S, Names
-from adapters.tasks import BY_NAME, ROWS, Task, asked_at, tasks_at
 from server.edge.admit.body_budget import BodyBudget
-from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, PoolLate
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.keys import Keyring, resolve_admin_key
 from server.edge.admit.shared_load import SharedLoad
+from server.edge.admit.slow_work import Pool, SlowWork
 from server.edge.grammars import Grammars
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.link import Link
+from server.edge.target import Base, Targets
 from server.edge.templates import Templates
 from server.errors import Refusal
 from server.inputs.conversation import settle
 from server.inputs.grammars import GrammarLimits
-from server.inputs.images import Images
 from server.inputs.rendering import RenderLimits, RenderProcess
-from server.inputs.text import Text, TextError
 from server.inputs.token_bytes import token_bytes
 from server.messages import Event, Failure, GenerateResult, Pin, Request, TokenEvent
-from server.metrics import BASE_LABEL, HttpMetrics
+from server.metrics import HttpMetrics
 from server.settings import Settings, SettingsFault
 
 if TYPE_CHECKING:
-    from adapters.intake.checkpoint import AdapterWeights
-    from adapters.registry.registry import AdapterRecord, Registry
-    from adapters.signature import BaseSignature
+    from adapters.registry.registry import Registry
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-InputsT = TypeVar("InputsT", Text, Images)
 
-AT_ONCE_CHARACTERS: Final = 4096  # texts longer than this are tokenized off the event loop
-LONG_CHARACTERS: Final = 1 << 16  # and longer than this, by a tokenizer that nobody else waits for
-INPUT_CHARACTERS: Final = 128  # what an input costs beside its text, in characters
-# Threads of each kind of slow work: one kind at its limit stops no other.
-Pool = Literal[
-    "short-texts",
-    "long-texts",
-    "sources",
-    "uploads",
-    "registrations",
-    "records",
-    "collecting",
-    "metrics",
-    "bodies",
-    "answers",
-]
-POOLS: Final[dict[Pool, int]] = {
-    "short-texts": 1,  # a tokenizer keeps state
-    "long-texts": 1,  # and so does its twin
-    "sources": 4,  # fetching: as slow as where they come from
-    "uploads": 2,
-    "registrations": 2,
-    "records": 2,
-    "collecting": 1,
-    "metrics": 1,
-    "bodies": 1,  # large ones, from bytes to values
-    "answers": 1,  # large ones, from values to bytes
-}
-# Kinds that are as slow as a disk, or as somebody else's server, and that few ask for.
-UNHURRIED: Final[frozenset[Pool]] = frozenset(
-    {"sources", "uploads", "registrations", "records", "collecting"}
-)
-UNHURRIED_WAITING: Final = 64  # requests that may wait for one of those
-UNHURRIED_HANG_S: Final = 3600.0  # longer than any source or disk takes for one adapter
 # What may change while the server runs.
 RELOADABLE: Final = (
     "admin_key",
@@ -102,56 +60,6 @@ RELOADABLE: Final = (
     "max_adapter_requests",
     "max_adapter_tokens",
 )
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base model as the HTTP side knows it: no weights."""
-
-    name: str
-    task: Task  # what the bare base does
-    signature: BaseSignature
-    check_head: Callable[[AdapterWeights], None]  # raises what is wrong with a task head
-    inputs: Text | Images  # tokenizer, limited to what one input may have; or image processor
-    prompts: Text | None  # the tokenizer, limited to the base's context; None on a base of images
-    created: float
-
-    @property
-    def texts(self) -> Text:
-        """The tokenizer, limited to the base's context.
-
-        Raises:
-            Refusal: The base takes images.
-        """
-        if self.prompts is None:
-            raise Refusal.because(
-                "task_mismatch",
-                "This base takes images, not texts.",
-                found="a call for texts",
-                expected="images for /predict or /embed",
-            )
-        return self.prompts
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Whom a request is for: an adapter in one version, or the bare base; and what it asks for."""
-
-    adapter: str | None
-    version: str | None
-    task: Task
-    own_template: bool = False  # conversations are written with the adapter's own
-    generation: Mapping[str, Any] = field(default_factory=dict)  # as ``AdapterRecord`` has it
-
-    @property
-    def shown(self) -> str:
-        return self.adapter or BASE_LABEL
-
-
-def base_task(architecture: str) -> Task:
-    """What a base of this class does without any adapter."""
-    heads = (row for row in ROWS if row.head == "base" and architecture.endswith(row.class_ends))
-    return next((row.name for row in heads), "feature-extraction")
 
 
 def bounds_of(settings: Settings) -> Bounds:
@@ -189,6 +97,7 @@ class Service:
         self.load = SharedLoad(settings.api_processes)
         self.names = Names(registry, self.load.registry_changes, base_digest=base.signature.digest)
         self.names.refresh()  # an HTTP process that starts while the database is away has these
+        self.targets = Targets(self.names, base)
         self._number = 0
         self._changing = threading.Lock()
         self._reading: asyncio.Future[bool] | None = None
@@ -197,6 +106,7 @@ class Service:
             if link is None
             else link(self.load, bounds_of(settings))
         )
+        self.slow_work = SlowWork(settings, self.dispatcher.admission, self.dispatcher.give_up)
         self.bodies = BodyBudget()
         self.metrics: HttpMetrics | None = None
         self.started = time.time()
@@ -204,8 +114,6 @@ class Service:
         self._settings_age = 0
         self.keys = self._keyring()
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
-        # Not asyncio's default threads: LitServe's response task lives there and must never wait.
-        self._pools: dict[Pool, BoundedPool] = {}
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
         self._templates: Templates | None = None
         self._grammars: Grammars | None = None
@@ -222,7 +130,7 @@ class Service:
         self.registry.reopen()
         self.metrics = HttpMetrics()
         self._templates = Templates(self._render_limits, self.registry.store.conversation)
-        self.open_pools()
+        self.slow_work.open()
         self._grammars = Grammars(
             cache(lambda: token_bytes(self.base.texts.tokenizer, self.base.signature.vocab_size)),
             self._grammar_limits,
@@ -231,27 +139,13 @@ class Service:
         )
         self.dispatcher.on_event = self._count
 
-    def open_pools(self) -> None:
-        """Make the threads for slow work; on the event loop, once in a process."""
-        self._pools = {
-            name: BoundedPool(name, count, hang_s=self._hang_s(name), hung=self.dispatcher.give_up)
-            for name, count in POOLS.items()
-        }
-
-    def _hang_s(self, pool: Pool) -> float:
-        """How long a piece of work may have a thread before this process is given up for it."""
-        if pool in UNHURRIED:
-            return UNHURRIED_HANG_S
-        return self.settings.max_step_s if pool == "long-texts" else self.settings.hang_s
-
     def refused(self, code: str) -> None:
         """Count an error response, or a connection that ended before it had a request."""
         if self.metrics is not None:
             self.metrics.refusal(code)
 
     def close(self) -> None:
-        for pool in self._pools.values():
-            pool.close()
+        self.slow_work.close()
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
         if self._templates is not None:
@@ -295,6 +189,7 @@ class Service:
             return
         changed = {name: getattr(fresh, name) for name in RELOADABLE}
         self.settings = self.settings.model_copy(update=changed)
+        self.slow_work.settings = self.settings
         self.dispatcher.bounds = bounds_of(self.settings)
         self.keys = self._keyring()
 
@@ -332,7 +227,7 @@ class Service:
         """Run a change of the registry in a thread; every request after it finds it done.
 
         Raises:
-            Refusal: As ``in_thread``.
+            Refusal: As `SlowWork.run`.
         """
 
         def change() -> T:
@@ -341,203 +236,10 @@ class Service:
                 self.load.registry_changed(self._number)
             return done
 
-        done = await self.in_thread(change, pool)
+        done = await self.slow_work.run(change, pool)
         if self.names.is_down:  # the database has just answered: do not wait for the next reading
             await self._read_registry()
         return done
-
-    async def in_thread(
-        self,
-        work: Callable[[], T],
-        pool: Pool,
-        *,
-        size_bytes: int = 0,
-        deadline: float | None = None,
-        owed: bool = False,
-    ) -> T:
-        """Run something slow off the event loop, on the threads of its kind.
-
-        Args:
-            work: Its exceptions are passed on.
-            pool: The kind.
-            size_bytes: About what is held in memory for it.
-            deadline: As ``time.monotonic()`` counts; without one, ``timeout_s`` from now for what
-                answers depend on, and none for the rest.
-            owed: It has to be done, however much waits: the end of what was begun.
-
-        Raises:
-            Refusal: overloaded, deadline_exceeded, or restarting where a piece of work hangs.
-        """
-        settings = self.settings
-        most = max(1, settings.max_queue_requests // settings.api_processes)
-        if pool in UNHURRIED:
-            most = min(most, UNHURRIED_WAITING)
-        elif deadline is None and not owed:
-            deadline = time.monotonic() + settings.timeout_s
-        try:
-            return await self._pools[pool].run(
-                work,
-                deadline=deadline,
-                most=None if owed else most,
-                size_bytes=size_bytes,
-                most_bytes=None if owed else int(settings.max_pending_body_bytes),
-            )
-        except PoolFull as full:
-            raise self.dispatcher.admission.overloaded(full.found, full.expected) from None
-        except PoolLate:
-            raise Refusal.because(
-                "deadline_exceeded",
-                "The deadline passed before the request could be prepared, or its answer written.",
-                fix="Ask for less, allow more time, or send fewer requests at once.",
-            ) from None
-        except PoolHung:
-            raise Refusal.because(
-                "restarting",
-                "Work on a request has hung, and its HTTP process ends.",
-                fix="Send the request again; a new process is being started.",
-            ) from None
-
-    async def tokenize(
-        self,
-        encoder: InputsT,
-        characters: int,
-        work: Callable[[InputsT], T],
-        field: str,
-        deadline: float,
-    ) -> T:
-        """Run the tokenizer: at once for short texts, off the event loop for others; for long ones
-        a tokenizer and a thread of their own, so that short ones never wait for them.
-
-        Args:
-            encoder: The tokenizer, or the image processor.
-            characters: How long the texts are in all, with ``INPUT_CHARACTERS`` for each.
-            work: What to run, with ``encoder`` or its twin.
-            field: Where the body has the texts, for an error.
-            deadline: Of the request, as ``time.monotonic()`` counts.
-
-        Raises:
-            Refusal: In the tokenizer's words; or as ``in_thread``.
-        """
-        short = self._pools["short-texts"]
-        try:
-            # While its thread is at work it has the tokenizer: the event loop must not wait for it.
-            if characters <= AT_ONCE_CHARACTERS and short.idle:
-                return work(encoder)
-            if characters <= LONG_CHARACTERS:
-                return await self.in_thread(
-                    lambda: work(encoder), "short-texts", size_bytes=characters, deadline=deadline
-                )
-            return await self.in_thread(
-                lambda: work(encoder.apart), "long-texts", size_bytes=characters, deadline=deadline
-            )
-        except TextError as error:
-            raise Refusal.of(error, field) from None
-
-    def record(self, name: str, field: str | None = None) -> AdapterRecord:
-        """The registry's record of an adapter, from memory; of whatever base.
-
-        Raises:
-            Refusal: adapter_not_found or registry_unavailable.
-        """
-        try:
-            return self.names.resolve(name)
-        except AdapterError as error:
-            raise Refusal.of(error, field) from None
-
-    def served_record(self, name: str, field: str | None = None) -> AdapterRecord:
-        """The record of an adapter that can be asked for answers on this base.
-
-        Raises:
-            Refusal: adapter_not_found, registry_unavailable or base_mismatch.
-        """
-        record = self.record(name, field)
-        try:
-            self.names.check_fits(record)
-        except AdapterError as error:
-            raise Refusal.of(error, field) from None
-        return record
-
-    def is_base(self, name: str) -> bool:
-        """Whether a name means the bare base."""
-        return name in {self.base.name, BASE_LABEL}
-
-    def target(
-        self,
-        names: Sequence[str | None],
-        path: str,
-        field: str = "adapter",
-        *,
-        call: str | None = None,
-    ) -> Target:
-        """Resolve the adapter that a call names, in its query or its body.
-
-        Args:
-            names: Everything that names one; at most one distinct name may be among them. The
-                base's own name means the bare base.
-            path: The native call, which the table of tasks has.
-            field: Where it is named, for the error.
-            call: What the client called, for the error, where that is another.
-
-        Raises:
-            Refusal: adapter_conflict, adapter_required, or as ``adapter_target``.
-        """
-        name = self._one_name(names, field)
-        if name is None:
-            return self._bare_base(path, field, call or path)
-        return self.adapter_target(name, path, field)
-
-    def _one_name(self, names: Sequence[str | None], field: str) -> str | None:
-        """The adapter that is named, None for the bare base.
-
-        Raises:
-            Refusal: adapter_conflict for two of them.
-        """
-        given = {name for name in names if name is not None}
-        distinct = sorted({self.base.name if self.is_base(name) else name for name in given})
-        if len(distinct) > 1:
-            raise Refusal.because(
-                "adapter_conflict",
-                "The request names two adapters.",
-                found=" and ".join(distinct),
-                expected="one adapter",
-                fix="Name it once, in the query or in the body.",
-                field=field,
-            )
-        return None if not distinct or self.is_base(distinct[0]) else distinct[0]
-
-    def own_path(self, names: Sequence[str | None]) -> str:
-        """The native call for what the one adapter that is named is for, or else the base.
-
-        Raises:
-            Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
-        """
-        name = self._one_name(names, "adapter")
-        task: str = self.base.task
-        if name is not None:
-            task = self.served_record(name, "adapter").task
-        row = BY_NAME.get(task)
-        return "/predict" if row is None else row.path
-
-    def adapter_target(self, name: str, path: str, field: str = "adapter") -> Target:
-        """Resolve one adapter for an endpoint.
-
-        Raises:
-            Refusal: adapter_not_found, registry_unavailable, base_mismatch or task_mismatch.
-        """
-        record = self.served_record(name, field)
-        # A record of another program's may hold a task that this one does not know.
-        task = asked_at(cast(Task, record.task), path) if record.task in BY_NAME else None
-        if task is None:
-            own = BY_NAME.get(record.task)
-            raise Refusal.because(
-                "task_mismatch",
-                f"The adapter {name} does {record.task}.",
-                found=record.task,
-                expected=" or ".join(sorted(tasks_at(path))),
-                fix=f"Call {f'POST {own.path}' if own else 'another endpoint'} for this adapter.",
-                field=field,
-            )
-        return Target(name, record.version, task, record.chat_template, record.generation)
 
     def deadline(self, began: float, asked: str | None) -> float:
         """When a request must be done, as ``time.monotonic()`` counts.
@@ -564,23 +266,6 @@ class Service:
                     field="X-Timeout-Seconds",
                 )
         return began + seconds
-
-    def _bare_base(self, path: str, field: str, call: str) -> Target:
-        task = asked_at(self.base.task, path)
-        if task is None:
-            raise Refusal.because(
-                "adapter_required",
-                f"{call} needs an adapter on this base.",
-                found="no adapter",
-                expected=(
-                    "?adapter=NAME, or adapter in the body"
-                    if field == "adapter"
-                    else f"an adapter's name in {field}"
-                ),
-                fix="GET /v1/models lists the adapters.",
-                field=field,
-            )
-        return Target(None, None, task)
 
     @property
     def _render_limits(self) -> RenderLimits:

@@ -378,7 +378,9 @@ class Reader:
             of_row = lambda index: group.hidden[index][group.mask[index] == 1]  # noqa: E731
             return Computed(None, lambda _: answers(of_row))
         # One state a row, of which any pooling makes what it is.
-        modes = ["mean" if isinstance(one, Exception) else one[0] for one in options]
+        modes: list[postprocess.Pooling] = [
+            "mean" if isinstance(one, Exception) else one[0] for one in options
+        ]
         pooled = pooled_states(group.hidden, group.mask, modes)
         return Computed(pooled, lambda values: answers(lambda index: values[index : index + 1]))
 
@@ -446,7 +448,7 @@ def in_one_copy(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     if not values or values[0].device.type not in TOGETHER_ON:
         return [one.cpu() for one in values]
     flat = torch.cat([one.float().reshape(-1) for one in values]).cpu()
-    parts = flat.split([one.numel() for one in values])
+    parts = torch.split(flat, [one.numel() for one in values])
     return [part.view(one.shape) for part, one in zip(parts, values, strict=True)]
 
 

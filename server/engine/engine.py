@@ -364,7 +364,7 @@ class Engine:
                 task=task,
                 adapter=version,
                 version=version,
-                inputs=self._parts.inputs.encode(encodable, task, truncation=truncation),
+                inputs=self._parts.inputs.tokenize(encodable, task, truncation=truncation),
                 top_k=top_k,
                 options=options,
                 submitted=time.monotonic(),
@@ -386,7 +386,7 @@ class Engine:
             EngineFailure: The request failed.
         """
         chosen = SamplingOptions(**sampling)
-        ids = self.text.encode_prompt(prompt, max_new_tokens=chosen.max_new_tokens)
+        ids = self.text.tokenize_prompt(prompt, max_new_tokens=chosen.max_new_tokens)
         result = self.run(
             GenerateRequest(
                 id=f"local-{next(self._ids)}",

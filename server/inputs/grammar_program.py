@@ -124,7 +124,9 @@ def _read(content: Any) -> Any:
 def _check(matcher: Any) -> None:
     if not matcher.is_error():
         return
-    reason = " ".join(matcher.get_error().split())
+    # Without the place, and without the lines of the grammar that follow: those are the client's.
+    reason = " ".join(matcher.get_error().split()).split(" 1 | ")[0]
+    reason = reason.removeprefix("at 2(8): ").removeprefix("failed to compile JSON schema: ")
     if "NoExtension" in reason or "nsatisfiable" in reason or "is empty" in reason:
         raise _unreachable(reason)
     if any(one in reason.lower() for one in LIMITS):

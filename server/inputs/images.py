@@ -142,7 +142,7 @@ class Images:
             max_request_pixels=max_request_pixels,
         )
 
-    def encode(
+    def tokenize(
         self,
         images: Sequence[ImageInput],
         task: Task,
@@ -154,7 +154,7 @@ class Images:
 
         Args:
             images: Files as they are, or as text: base64, with or without ``data:image/…;base64,``.
-            task: For symmetry with ``Text.encode``; images are prepared alike for all tasks.
+            task: For symmetry with ``Text.tokenize``; images are prepared alike for all tasks.
             truncation, side: There is nothing to cut.
 
         Raises:

@@ -188,7 +188,7 @@ class Text:
             found = self.tokenizer.convert_ids_to_tokens(id_)
         return None if found is None else str(found)
 
-    def encode(
+    def tokenize(
         self,
         texts: Sequence[TextInput],
         task: Task,
@@ -196,7 +196,7 @@ class Text:
         truncation: bool = False,
         side: Side | None = None,
     ) -> tuple[TokenizedInput, ...]:
-        """Encode the inputs of one request of the encode lane, special tokens included.
+        """Token ids of the inputs of one request of the encode lane, special tokens included.
 
         Args:
             texts: One text, or pair of texts, per input. For question answering: (question,
@@ -212,10 +212,10 @@ class Text:
             InvalidInput: No tokens, no mask token for fill-mask, or a lone surrogate.
         """
         row = BY_NAME[task]
-        encoded = []
+        found = []
         for index, one in enumerate(texts):
             first, second = one if isinstance(one, tuple) else (one, None)
-            ids, offsets, type_ids = self._tokenize(
+            ids, offsets, type_ids = self._ids_of(
                 first, second, row.cuts if truncation else None, side, index
             )
             self._check(ids, index)
@@ -226,7 +226,7 @@ class Text:
                     expected=f"{self.tokenizer.mask_token or 'a base with a mask token'}",
                     fix="Put the mask token where a word is wanted, and keep it within the limit.",
                 )
-            encoded.append(
+            found.append(
                 TokenizedInput(
                     token_ids=tuple(ids),
                     text=(first if second is None else second) if row.spans else None,
@@ -234,9 +234,9 @@ class Text:
                     type_ids=tuple(type_ids) if type_ids is not None else None,
                 )
             )
-        return tuple(encoded)
+        return tuple(found)
 
-    def encode_prompt(
+    def tokenize_prompt(
         self,
         prompt: str,
         *,
@@ -244,7 +244,7 @@ class Text:
         truncation: bool = False,
         special_tokens: bool = True,
     ) -> tuple[int, ...]:
-        """Encode a prompt to be continued; an empty one becomes the start token if there is one.
+        """Token ids of a prompt to be continued; an empty one becomes the start token.
 
         Args:
             prompt: The text.
@@ -369,7 +369,7 @@ class Text:
         """Pieces joined to readable text as the tokenizer joins its own."""
         return str(self.tokenizer.convert_tokens_to_string(list(pieces)))
 
-    def _tokenize(
+    def _ids_of(
         self, first: str, second: str | None, cuts: Cut | None, side: Side | None, index: int
     ) -> tuple[list[int], list[tuple[int, int]], list[int] | None]:
         for text in (first, second):

@@ -173,7 +173,7 @@ def request_of(engine: Engine, one: Made, name: str, which: slice = slice(None))
     """What asks one adapter all of its questions, or those of ``which``; generation asks one."""
     task: Any = one.task
     if task == "text-generation":
-        ids = engine.text.encode_prompt(questions(task)[0], max_new_tokens=NEW_TOKENS)
+        ids = engine.text.tokenize_prompt(questions(task)[0], max_new_tokens=NEW_TOKENS)
         sampling = SamplingOptions(max_new_tokens=NEW_TOKENS, logprobs=True, ignore_eos=True)
         return GenerateRequest(name, one.version, one.version, ids, sampling)
     sees = task == "feature-extraction" and engine.base.takes_images
@@ -184,7 +184,7 @@ def request_of(engine: Engine, one: Made, name: str, which: slice = slice(None))
         "feature-extraction": {"normalize": False, "pooling": "mean"},
     }
     options = known.get(task, {})
-    encoded = engine.inputs.encode(asked, task)
+    encoded = engine.inputs.tokenize(asked, task)
     top_k = 20 if task == "question-answering" else None
     return EncodeRequest(name, task, one.version, one.version, encoded, top_k, options)
 
@@ -245,7 +245,7 @@ def _compared(
         return
     text = tiny_bases.text_of(base)
     kind: Any = task
-    for item, output in zip(text.encode(questions(task), kind), answer.outputs, strict=True):
+    for item, output in zip(text.tokenize(questions(task), kind), answer.outputs, strict=True):
         out = reference(item.token_ids, item.type_ids if base.name in ("bert", "minilm") else None)
         yield _scores(one, out, output, item)
 
@@ -299,7 +299,9 @@ def _generation(
     reference: Reference, base: Path, answer: GenerateResult
 ) -> tuple[list[float], list[float]]:
     """Log-probabilities of the tokens, each of which must be the likeliest in float64."""
-    ids = list(tiny_bases.text_of(base).encode_prompt(questions("")[0], max_new_tokens=NEW_TOKENS))
+    ids = list(
+        tiny_bases.text_of(base).tokenize_prompt(questions("")[0], max_new_tokens=NEW_TOKENS)
+    )
     wanted = []
     for token in answer.tokens:
         scores = reference(ids).logits[0, -1].log_softmax(-1)

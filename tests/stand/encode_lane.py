@@ -42,7 +42,7 @@ class Lane:
 
     def request(self, name: str, version: str | None, task: str, texts: Any, **more: Any) -> Any:
         kind: Any = task
-        inputs = more.pop("inputs", None) or self.text.encode(texts, kind)
+        inputs = more.pop("inputs", None) or self.text.tokenize(texts, kind)
         return EncodeRequest(name, kind, version, version, inputs, **more)
 
     def drain(self) -> dict[str, Event]:

@@ -40,7 +40,7 @@ class World:
             task=kind,
             adapter=adapter,
             version=more.pop("version", self.versions[adapter] if adapter else None),
-            inputs=self.engine.text.encode(texts, kind),
+            inputs=self.engine.text.tokenize(texts, kind),
             submitted=time.monotonic(),
             **more,
         )

@@ -90,7 +90,7 @@ class Characters(Text):
         self.max_tokens = max_tokens
         self.vocab_size = None
 
-    def encode(
+    def tokenize(
         self,
         texts: Sequence[TextInput],
         task: Task,
@@ -107,7 +107,7 @@ class Characters(Text):
             raise InputTooLong("An input is too long.")
         return tuple(TokenizedInput(ids[: self.max_tokens]) for ids in found)
 
-    def encode_prompt(
+    def tokenize_prompt(
         self,
         prompt: str,
         *,
@@ -149,7 +149,8 @@ def main(engine: str) -> None:
     from server.edge.litserve import logs
     from server.edge.processes.failed_start import StartFailed
     from server.edge.processes.run import run_service
-    from server.edge.service import Base, Service
+    from server.edge.service import Service
+    from server.edge.target import Base
 
     logs.configure(settings.log_level, access=settings.access_log)
     nothing: Any = None

@@ -21,7 +21,9 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).parents[2]
-START_S = 120.0
+# A start is over when the server is ready or has ended; this only says when a test gives up, and
+# holds on a machine with many times the work that it can do.
+START_S = 280.0
 
 
 @dataclass

@@ -25,6 +25,7 @@ from adapters.inspection.proofs import prove, rank_of
 from adapters.intake.file_names import CARD_FILE
 from adapters.registry.records import NameChange, WantedName
 from adapters.registry.registry import AdapterRecord, check_name
+from server.edge.admit.slow_work import Pool
 from server.edge.endpoints.allowed_sources import fetched, unpacked
 from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
@@ -40,7 +41,7 @@ from server.edge.endpoints.schemas import (
     RegisterRequest,
 )
 from server.edge.endpoints.uploads import Upload, received
-from server.edge.service import Pool, Service
+from server.edge.service import Service
 from server.errors import Fault, Refusal
 from server.messages import Preload, ReleaseQuarantine
 from server.metrics import BASE_LABEL, adapter_usage
@@ -118,12 +119,12 @@ class Admin:
 
     async def show(self, request: Request, name: str = NamePath) -> Response:
         """Show one adapter."""
-        record = self.service.record(name, "name")
+        record = self.service.targets.record(name, "name")
         return Json(self._answer(record, await self._known()))
 
     async def audit(self, request: Request, name: str = NamePath) -> Response:
         """Compare what an adapter claims of itself with what its tensors prove."""
-        record = self.service.record(name, "name")
+        record = self.service.targets.record(name, "name")
         found = await self._in_thread(lambda: self._audit(record.version), "records")
         return Json(found)
 
@@ -147,7 +148,7 @@ class Admin:
     ) -> Response:
         """Pin or unpin an adapter, or bring it to the device; any change lifts a quarantine."""
         asks_device = body.preload or body.pinned
-        found = self.service.served_record if asks_device else self.service.record
+        found = self.service.targets.served_record if asks_device else self.service.targets.record
         record = found(name, "name")
         pinned = body.pinned
         if pinned is not None:
@@ -287,7 +288,7 @@ class Admin:
     async def _in_thread(self, work: Any, pool: Pool) -> Any:
         """Run something slow off the event loop, its errors as refusals."""
         with _refused():
-            return await self.service.in_thread(work, pool)
+            return await self.service.slow_work.run(work, pool)
 
     async def _change(self, work: Any, pool: Pool) -> Any:
         """Change the registry off the event loop, its errors as refusals."""
@@ -302,7 +303,7 @@ class Admin:
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
         return AdapterStatus(
-            residency, quarantined, await self.service.in_thread(adapter_usage, "metrics")
+            residency, quarantined, await self.service.slow_work.run(adapter_usage, "metrics")
         )
 
 

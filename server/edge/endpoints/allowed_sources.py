@@ -35,13 +35,13 @@ async def fetched(source: str, service: Service) -> AsyncIterator[Path]:
     """
     copy = sources_of(service.settings).fetch(source)
     try:
-        folder = await service.in_thread(copy.__enter__, "sources")
+        folder = await service.slow_work.run(copy.__enter__, "sources")
     except AdapterError as error:
         raise Refusal.of(error) from None
     try:
         yield folder
     finally:
-        await service.in_thread(lambda: copy.__exit__(None, None, None), "sources", owed=True)
+        await service.slow_work.run(lambda: copy.__exit__(None, None, None), "sources", owed=True)
 
 
 def unpacked(upload: Upload, settings: Settings) -> Path:

@@ -15,19 +15,19 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from adapters.tasks import Task
+from server.edge.admit.slow_work import (
+    AT_ONCE_CHARACTERS,
+    INPUT_CHARACTERS,
+    LONG_CHARACTERS,
+    InputsT,
+)
 from server.edge.endpoints.json_text import AT_ONCE_VALUES, weight, written
 from server.edge.endpoints.middleware import Json, RequestContext
 from server.edge.endpoints.schemas_openai import OpenAIBody
 from server.edge.link.link import Link
 from server.edge.link.ticket import Ticket
-from server.edge.service import (
-    AT_ONCE_CHARACTERS,
-    INPUT_CHARACTERS,
-    LONG_CHARACTERS,
-    InputsT,
-    Service,
-    Target,
-)
+from server.edge.service import Service
+from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.images import Images
 from server.inputs.text import Side
@@ -111,15 +111,17 @@ async def tokenize(  # noqa: PLR0917  # what Service.tokenize takes, after the c
     work: Callable[[InputsT], T],
     field: str = "inputs",
 ) -> T:
-    """`Service.tokenize` for a call: within its deadline, and while its client is there.
+    """`SlowWork.tokenize` for a call: within its deadline, and while its client is there.
 
     Raises:
         Refusal: What the tokenizer says; overloaded, deadline_exceeded or cancelled.
     """
     deadline = deadline_of(request, service)
     if characters <= AT_ONCE_CHARACTERS:
-        return await service.tokenize(encoder, characters, work, field, deadline)
-    found = asyncio.ensure_future(service.tokenize(encoder, characters, work, field, deadline))
+        return await service.slow_work.tokenize(encoder, characters, work, field, deadline)
+    found = asyncio.ensure_future(
+        service.slow_work.tokenize(encoder, characters, work, field, deadline)
+    )
     left = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait((found, left), return_when=asyncio.FIRST_COMPLETED)
@@ -131,7 +133,7 @@ async def tokenize(  # noqa: PLR0917  # what Service.tokenize takes, after the c
         left.cancel()
 
 
-async def encoded(
+async def tokenized(
     request: HttpRequest,
     service: Service,
     inputs: Sequence[Any],
@@ -162,7 +164,7 @@ async def encoded(
         service,
         encoder,
         length,
-        lambda one: one.encode(inputs, task, truncation=truncation, side=side),
+        lambda one: one.tokenize(inputs, task, truncation=truncation, side=side),
         field,
     )
     return found
@@ -375,5 +377,5 @@ async def json_response(service: Service, content: object, headers: Mapping[str,
     if values <= AT_ONCE_VALUES:
         return Json(content, headers=dict(headers))
     size_bytes = values * VALUE_BYTES
-    text = await service.in_thread(lambda: written(content), "answers", size_bytes=size_bytes)
+    text = await service.slow_work.run(lambda: written(content), "answers", size_bytes=size_bytes)
     return Response(text, headers=dict(headers), media_type=Json.media_type)

@@ -74,7 +74,7 @@ async def read_json(request: Request, model: type[BodyT], *, any_type: bool = Fa
         any_type: Take it for JSON whatever its content type says.
 
     Raises:
-        Refusal: request_too_large for too many values; as ``Service.in_thread``.
+        Refusal: request_too_large for too many values; as `SlowWork.run`.
         RequestValidationError: It is no JSON, or not as the model has it.
         HTTPException: 400 where it cannot be decoded.
     """
@@ -121,7 +121,7 @@ async def _aside(request: Request, size: int, work: Callable[[], T]) -> T:
     if size <= AT_ONCE_BYTES:
         return work()
     service: Service = request.scope["hira_service"]
-    return await service.in_thread(work, "bodies", size_bytes=size)
+    return await service.slow_work.run(work, "bodies", size_bytes=size)
 
 
 def _is_json(request: Request) -> bool:

@@ -10,8 +10,10 @@ from starlette.requests import Request as HttpRequest
 
 from adapters.errors import AdapterError
 from server.edge.admit.bounded_pool import PoolFull, PoolLate
+from server.edge.admit.slow_work import INPUT_CHARACTERS
 from server.edge.endpoints.answers import deadline_of
-from server.edge.service import INPUT_CHARACTERS, Service, Target
+from server.edge.service import Service
+from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.conversation import base_template, template_of
 from server.inputs.rendering import ChatTemplate, ChatTemplateUnread

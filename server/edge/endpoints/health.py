@@ -65,7 +65,7 @@ class HealthEndpoints:
     async def metrics(self, request: Request) -> Response:
         """Prometheus's text format, summed over all processes."""
         live = self._live()
-        body, content_type = await self.service.in_thread(
+        body, content_type = await self.service.slow_work.run(
             lambda: exposition(live, request.headers.get("accept", "")), "metrics"
         )
         return Response(body, headers={"Content-Type": content_type})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, Request, Response
 
 from adapters.tasks import BY_NAME
+from server.edge.admit.slow_work import INPUT_CHARACTERS
 from server.edge.endpoints.answers import (
     VALUE_BYTES,
     EventStream,
@@ -22,10 +23,10 @@ from server.edge.endpoints.answers import (
     check_inputs,
     context_of,
     encode,
-    encoded,
     json_response,
     target_headers,
     tokenize,
+    tokenized,
 )
 from server.edge.endpoints.body import sent_json
 from server.edge.endpoints.chat import chat_prompt, template_for, with_defaults
@@ -54,7 +55,8 @@ from server.edge.endpoints.schemas_openai import (
 from server.edge.endpoints.structured import asked_of_openai, settled_grammar
 from server.edge.endpoints.tei_tgi import check_new_tokens
 from server.edge.endpoints.tool_calls import FORMS, MARKERS, form_of
-from server.edge.service import INPUT_CHARACTERS, Service, Target
+from server.edge.service import Service
+from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.text import Text
 from server.messages import GenerateResult, TokenizedInput
@@ -89,9 +91,9 @@ class OpenAI:
     async def model(self, request: Request, model: str) -> Response:
         """One of them."""
         base = self.service.base
-        if self.service.is_base(model):
+        if self.service.base.answers_to(model):
             return Json(self._model(base.name, base.created, None))
-        record = self.service.served_record(model, "model")
+        record = self.service.targets.served_record(model, "model")
         return Json(self._model(record.name, record.created.timestamp(), record))
 
     async def completions(
@@ -197,7 +199,9 @@ class OpenAI:
             service,
             text,
             len(written) + INPUT_CHARACTERS,
-            lambda one: one.encode_prompt(written, max_new_tokens=asked or 1, special_tokens=False),
+            lambda one: one.tokenize_prompt(
+                written, max_new_tokens=asked or 1, special_tokens=False
+            ),
             field,
         )
         wanted = asked or min(
@@ -242,7 +246,7 @@ class OpenAI:
         if isinstance(given, str) or (given and isinstance(given[0], str)):
             texts = [given] if isinstance(given, str) else [str(one) for one in given]
             check_inputs(len(texts), service, "input")
-            inputs = await encoded(
+            inputs = await tokenized(
                 request,
                 service,
                 texts,
@@ -388,7 +392,7 @@ class OpenAI:
         values = tokens * (1 + shape.alternatives)
         if values <= AT_ONCE_VALUES:
             return shape.answer(results, copies)
-        return await self.service.in_thread(
+        return await self.service.slow_work.run(
             lambda: shape.answer(results, copies), "answers", size_bytes=values * VALUE_BYTES
         )
 
@@ -401,7 +405,7 @@ class OpenAI:
         if self._names_nobody(model):
             model = None if named else self.service.default_model
         names = [model, *named]
-        target = self.service.target(names, path, "model", call=verb)
+        target = self.service.targets.resolve(names, path, "model", call=verb)
         context_of(request).adapter = target.adapter
         return target
 
@@ -417,7 +421,7 @@ class OpenAI:
         return not model or (
             model in PLACEHOLDERS
             and model not in self.service.names.records
-            and not self.service.is_base(model)
+            and not self.service.base.answers_to(model)
         )
 
     def _model(self, name: str, created: float, record: AdapterRecord | None) -> dict[str, Any]:
@@ -464,7 +468,7 @@ class OpenAI:
             self.service,
             text,
             sum(map(len, texts)) + INPUT_CHARACTERS * len(texts),
-            lambda text: [text.encode_prompt(one, max_new_tokens=wanted) for one in texts],
+            lambda text: [text.tokenize_prompt(one, max_new_tokens=wanted) for one in texts],
             "prompt",
         )
 

@@ -15,8 +15,8 @@ from server.edge.endpoints.answers import (
     check_inputs,
     context_of,
     encode,
-    encoded,
     json_response,
+    tokenized,
 )
 from server.edge.endpoints.body import sent_json
 from server.edge.endpoints.schemas_ranking import (
@@ -26,7 +26,8 @@ from server.edge.endpoints.schemas_ranking import (
     SimilarityRequest,
 )
 from server.edge.endpoints.tei_tgi import Named, adapter_names, check_prompt_name
-from server.edge.service import Service, Target
+from server.edge.service import Service
+from server.edge.target import Target
 from server.inputs.text import Side
 from server.messages import EncodeResult
 
@@ -136,14 +137,14 @@ class Ranking:
         """The cosine between a sentence and each of some others, by the vectors of /embed."""
         service, parameters = self.service, body.parameters
         check_prompt_name(parameters.prompt_name, "parameters.prompt_name")
-        target = service.target(
+        target = service.targets.resolve(
             (*adapter_names(request, adapter), body.adapter), "/embed", call="/similarity"
         )
         context_of(request).adapter = target.adapter
         sentences = [body.inputs.source_sentence, *body.inputs.sentences]
         # One sentence has none to be compared with.
         check_inputs(len(sentences) if len(sentences) > 1 else 0, service, "inputs.sentences")
-        inputs = await encoded(
+        inputs = await tokenized(
             request,
             service,
             sentences,
@@ -162,7 +163,7 @@ class Ranking:
 
     def _target(self, request: Request, names: Sequence[str | None], field: str) -> Target:
         call = request.url.path
-        target = self.service.target(names, "/rerank", field, call=call)
+        target = self.service.targets.resolve(names, "/rerank", field, call=call)
         context_of(request).adapter = target.adapter
         return target
 
@@ -191,7 +192,7 @@ class Ranking:
             side: Where.
         """
         check_inputs(len(pairs), self.service, field)
-        inputs = await encoded(
+        inputs = await tokenized(
             request, self.service, pairs, target.task, truncation=truncation, side=side, field=field
         )
         return await encode(

@@ -48,7 +48,7 @@ class RootEndpoint:
         if isinstance(inputs, dict):
             body = checked(SimilarityRequest, content)
             return await self.ranking.similarity(request, body, adapter)
-        path = "/rerank" if "query" in content else self.tei_tgi.service.own_path(names)
+        path = "/rerank" if "query" in content else self.tei_tgi.service.targets.own_path(names)
         match path:
             case "/rerank":
                 ranked = checked(AnyRerankRequest, content)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from starlette.requests import Request as HttpRequest
 
+from server.edge.admit.slow_work import INPUT_CHARACTERS
 from server.edge.endpoints.answers import tokenize
 from server.edge.endpoints.schemas import GenerateParameters
 from server.edge.endpoints.schemas_openai import Sampling
-from server.edge.service import INPUT_CHARACTERS, Service
+from server.edge.service import Service
 from server.errors import Refusal
 from server.messages import GenerateResult, Grammar, SamplingOptions
 

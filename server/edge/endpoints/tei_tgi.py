@@ -10,6 +10,7 @@ from typing import Any, Final
 from fastapi import Depends, Query, Request, Response
 
 from adapters.tasks import BY_NAME, ROWS, Task
+from server.edge.admit.slow_work import INPUT_CHARACTERS
 from server.edge.endpoints.answers import (
     EventStream,
     Generations,
@@ -17,11 +18,11 @@ from server.edge.endpoints.answers import (
     check_inputs,
     context_of,
     encode,
-    encoded,
     json_response,
     sse,
     target_headers,
     tokenize,
+    tokenized,
 )
 from server.edge.endpoints.body import ValidatedBody, posted, sent_json
 from server.edge.endpoints.chat import with_defaults
@@ -36,7 +37,8 @@ from server.edge.endpoints.schemas import (
 )
 from server.edge.endpoints.structured import asked_of_tgi, settled_grammar
 from server.edge.endpoints.word_limit import check_words
-from server.edge.service import INPUT_CHARACTERS, Service, Target
+from server.edge.service import Service
+from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.images import Images, looks_like_image
 from server.inputs.text import Side
@@ -78,7 +80,9 @@ class TeiTgi:
     ) -> Response:
         """Classify texts, tokens or images, or fill masks: whatever the adapter was trained for."""
         service, body = self.service, sent.body
-        target = service.target((*adapter_names(request, adapter), body.adapter), "/predict")
+        target = service.targets.resolve(
+            (*adapter_names(request, adapter), body.adapter), "/predict"
+        )
         context_of(request).adapter = target.adapter
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
         row = BY_NAME[target.task]
@@ -88,7 +92,7 @@ class TeiTgi:
         if body.raw_scores:
             parameters = _with_raw_scores(parameters)
         options = await self._predict_options(request, parameters, target)
-        inputs = await self._encoded(
+        inputs = await self._tokenized(
             request,
             body.inputs,
             sent.files,
@@ -127,11 +131,11 @@ class TeiTgi:
     ) -> Response:
         """Turn texts or images into vectors with the base, or with an adapter's version of it."""
         service, body = self.service, sent.body
-        target = service.target((*adapter_names(request, adapter), body.adapter), "/embed")
+        target = service.targets.resolve((*adapter_names(request, adapter), body.adapter), "/embed")
         context_of(request).adapter = target.adapter
         parameters = body.parameters
         check_prompt_name(body.prompt_name, "prompt_name")
-        inputs = await self._encoded(
+        inputs = await self._tokenized(
             request,
             body.inputs,
             sent.files,
@@ -220,7 +224,7 @@ class TeiTgi:
         chunks = _stream(first, events, prefix, body.parameters)
         return EventStream(chunks, generations, target_headers(target))
 
-    async def _encoded(
+    async def _tokenized(
         self,
         request: Request,
         given: Any,
@@ -256,7 +260,7 @@ class TeiTgi:
                 fix="Ask a server whose base is a vision transformer.",
                 field="inputs",
             )
-        return await encoded(request, service, inputs, task, truncation=truncation, side=side)
+        return await tokenized(request, service, inputs, task, truncation=truncation, side=side)
 
     async def _predict_options(
         self, request: Request, parameters: PredictParameters, target: Target
@@ -293,7 +297,7 @@ class TeiTgi:
     ) -> tuple[Target, Generations]:
         service, parameters = self.service, body.parameters
         names = (*adapter_names(request, adapter), body.adapter, parameters.adapter_id)
-        target = service.target(names, "/generate")
+        target = service.targets.resolve(names, "/generate")
         context_of(request).adapter = target.adapter
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
         token_ids = await tokenize(
@@ -301,7 +305,7 @@ class TeiTgi:
             service,
             service.base.texts,
             len(body.inputs),
-            lambda text: text.encode_prompt(
+            lambda text: text.tokenize_prompt(
                 body.inputs,
                 max_new_tokens=parameters.max_new_tokens,
                 truncation=parameters.truncation or parameters.truncate is not None,

@@ -54,14 +54,14 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
         raise _malformed_upload("no boundary in the content type")
     folder = service.settings.data_dir / "staging" / f"upload-{uuid.uuid4().hex}"
     try:
-        await service.in_thread(lambda: folder.mkdir(parents=True, mode=0o700), "uploads")
+        await service.slow_work.run(lambda: folder.mkdir(parents=True, mode=0o700), "uploads")
         parts = _MultipartCallbacks(folder)
         try:
             parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
             async for chunk in request.stream():
                 if chunk:
                     written = partial(parser.write, chunk)
-                    await service.in_thread(written, "uploads", owed=True)
+                    await service.slow_work.run(written, "uploads", owed=True)
             parser.finalize()
         except FormParserError as error:
             raise _malformed_upload(str(error)) from None
@@ -75,7 +75,7 @@ async def received(request: Request, service: Service) -> AsyncIterator[Upload]:
             raise _malformed_upload("it ends in the middle of a part")
         yield parts.upload
     finally:
-        await service.in_thread(
+        await service.slow_work.run(
             lambda: shutil.rmtree(folder, ignore_errors=True), "uploads", owed=True
         )
 

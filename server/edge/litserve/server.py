@@ -217,7 +217,7 @@ class HiraServer(LitServer):
             await asyncio.sleep(CHORE_S)
             self.service.refresh()  # perhaps no request does
             try:
-                await self.service.in_thread(self.chore, "collecting", owed=True)
+                await self.service.slow_work.run(self.chore, "collecting", owed=True)
             except Exception:
                 logger.exception("A chore failed and is tried again")
 

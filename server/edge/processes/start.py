@@ -13,7 +13,8 @@ from adapters.errors import AdapterError
 from adapters.registry.registry import Registry
 from server.edge.endpoints.allowed_sources import sources_of
 from server.edge.processes.failed_start import StartFailed
-from server.edge.service import Base, base_task, settle_on
+from server.edge.service import settle_on
+from server.edge.target import Base, base_task
 from server.inputs.rendering import RenderLimits, RenderProcess
 from server.metrics import BASE_LABEL
 from server.settings import AdapterSource, Settings

@@ -19,6 +19,8 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from adapters.registry.faults import RegistryUnusable, database_faults
+from adapters.registry.registry import Registry
+from adapters.registry.store import Store
 from adapters.registry.tables import SchemaTooNew
 from server.cli.main import app
 from server.settings import Settings
@@ -196,8 +198,20 @@ def test_base_that_is_not_there_is_told_with_its_path(tmp_path: Path) -> None:
         ("sqlite:///broken.sqlite", "sqlite:///broken.sqlite cannot be used: "),
     ],
 )
-def test_registry_that_cannot_be_used_is_one_line(url: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "broken.sqlite").write_bytes(b"no database at all" * 100)
+def test_registry_that_cannot_be_used_is_told_without_its_password(
+    url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(RegistryUnusable) as caught, database_faults(url):
+        Registry(url, Store(tmp_path / "store")).check()
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_start_without_a_usable_registry_ends_with_one_line(tmp_path: Path) -> None:
+    url, said = "nonsense://me:hunter2@host/db", "nonsense://me:***@host/db cannot be used: "
     done = hira("serve", cwd=tmp_path, port=free_port(), registry_url=url)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

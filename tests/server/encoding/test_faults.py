@@ -36,7 +36,7 @@ def ask(lane: Lane) -> dict[str, Any]:
 
 
 def bad_ids(lane: Lane) -> list[int]:
-    (item,) = lane.text.encode([tiny_bases.texts(7, seed=5)[BAD]], "text-classification")
+    (item,) = lane.text.tokenize([tiny_bases.texts(7, seed=5)[BAD]], "text-classification")
     return list(item.token_ids)
 
 

@@ -150,7 +150,7 @@ def test_questions_are_answered_from_their_contexts(shared: Lane) -> None:
 
 def test_pair_types_reach_a_model_that_knows_them(tmp_path: Path) -> None:
     lane = Lane(tmp_path, "bert", {"pair": "text-classification"})
-    pair = lane.text.encode([("a film", "by ann in paris")], "text-classification")
+    pair = lane.text.tokenize([("a film", "by ann in paris")], "text-classification")
     assert pair[0].type_ids is None or 1 in pair[0].type_ids
     typed = (replace(pair[0], type_ids=(0, 0, 0, 0) + (1,) * (len(pair[0].token_ids) - 4)),)
     plain = (replace(pair[0], type_ids=None),)

@@ -87,7 +87,7 @@ def test_classification_equals_the_pipeline(
                    id2label=dict(enumerate(names)), problem_type=problem_type)  # fmt: skip
     reference = pipeline("text-classification", model=model, tokenizer=text.tokenizer)
     for sentence in SENTENCES:
-        (item,) = text.encode([sentence], "text-classification")
+        (item,) = text.tokenize([sentence], "text-classification")
         got = classify(logits_of(model, item), names, problem_type, top_k=top_k)
         same(got, reference([sentence], top_k=top_k)[0])
 
@@ -111,7 +111,7 @@ def test_entities_equal_the_pipeline(
                          aggregation_strategy=strategy, ignore_labels=ignored)  # fmt: skip
     found = 0
     for sentence in SENTENCES:
-        (item,) = text.encode([sentence], "token-classification")
+        (item,) = text.tokenize([sentence], "token-classification")
         got = entities(
             logits_of(model, item), item, LABELS, text, strategy=strategy, ignored=ignored
         )
@@ -124,7 +124,7 @@ def test_entities_equal_the_pipeline(
 def test_filled_masks_equal_the_pipeline(base: Path, text: Text, sentence: str) -> None:
     model = loaded(AutoModelForMaskedLM, base)
     reference = pipeline("fill-mask", model=model, tokenizer=text.tokenizer)(sentence, top_k=4)
-    (item,) = text.encode([sentence], "fill-mask")
+    (item,) = text.tokenize([sentence], "fill-mask")
     places = [i for i, token in enumerate(item.token_ids) if token == text.mask_id]
     got = fill(logits_of(model, item)[places], item, text, top_k=4)
     if len(places) == 1:
@@ -135,7 +135,9 @@ def test_filled_masks_equal_the_pipeline(base: Path, text: Text, sentence: str) 
 
 
 def test_an_answer_is_the_best_short_span_of_the_context(text: Text) -> None:
-    item = text.encode([("in paris", "a very good film by ann in paris")], "question-answering")[0]
+    item = text.tokenize([("in paris", "a very good film by ann in paris")], "question-answering")[
+        0
+    ]
     assert item.offsets is not None
     assert item.text is not None
     torch.manual_seed(0)

@@ -140,7 +140,7 @@ def test_an_engine_answers_from_it(tmp_path: Path) -> None:
     adapted = tiny_bases.Reference(
         base, folder, "text-classification", quantization="nf4", quantize_embeddings=True
     )
-    item = engine.text.encode([sample], "text-classification")[0]
+    item = engine.text.tokenize([sample], "text-classification")[0]
     wanted = adapted(item.token_ids).logits[0]
     scores = {one["label"]: one["score"] for one in found}
     assert [scores["no"], scores["yes"]] == pytest.approx(wanted.tolist(), abs=2e-4)

@@ -34,7 +34,7 @@ class World:
     ) -> list[float]:
         """By the engine; with ``side``, pairs that are too long are cut there."""
         text = self.engine.text
-        inputs = text.encode(pairs, "text-ranking", truncation=side is not None, side=side)
+        inputs = text.tokenize(pairs, "text-ranking", truncation=side is not None, side=side)
         request = EncodeRequest(
             "ranked", "text-ranking", name, self.versions[name], inputs, options=options
         )
@@ -141,7 +141,7 @@ def test_in_a_mixed_batch_each_pair_has_the_score_that_it_has_alone(world: World
     for key, (name, task) in kinds.items():
         engine.submit(
             EncodeRequest(
-                key, task, name, world.versions[name], engine.text.encode(asked, task),
+                key, task, name, world.versions[name], engine.text.tokenize(asked, task),
                 submitted=time.monotonic(),
             )
         )  # fmt: skip

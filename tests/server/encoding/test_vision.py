@@ -75,7 +75,7 @@ def test_a_mixed_batch_equals_each_row_alone_and_dense_float64(
         for name, version in versions.items()
     }
     for name, version in versions.items():
-        encoded = engine.inputs.encode(files, TASK)  # type: ignore[arg-type]
+        encoded = engine.inputs.tokenize(files, TASK)  # type: ignore[arg-type]
         engine.submit(EncodeRequest(name, TASK, name, version, encoded))
     events: Any = engine.step()
     step = engine.last_step
@@ -138,7 +138,7 @@ def test_the_processor_prepares_as_pillow_and_numpy_do(engine: Engine) -> None:
     images = engine.inputs
     assert isinstance(images, Images)
     for picture in pictures():
-        (item,) = images.encode([image_file(picture)], "image-classification")
+        (item,) = images.tokenize([image_file(picture)], "image-classification")
         found = torch.frombuffer(bytearray(item.pixels), dtype=torch.float32).view(item.shape)
         torch.testing.assert_close(found.double(), prepared(picture), atol=1e-6, rtol=0)
         assert item.tokens == 17
@@ -150,15 +150,15 @@ def test_files_base64_and_data_urls_are_the_same_image(engine: Engine) -> None:
     text = base64.b64encode(raw).decode()
     lines = "\n".join(text[at : at + 76] for at in range(0, len(text), 76))
     forms = [raw, text, lines, f"data:image/png;base64,{text}"]
-    first, *rest = images.encode(forms, TASK)
+    first, *rest = images.tokenize(forms, TASK)
     assert all(one == first for one in rest)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP"])
 def test_other_formats_are_read(engine: Engine, kind: str) -> None:
     images: Any = engine.inputs
-    (item,) = images.encode([image_file(image(40, 30), kind)], TASK)
-    (plain,) = images.encode([image_file(image(40, 30))], TASK)
+    (item,) = images.tokenize([image_file(image(40, 30), kind)], TASK)
+    (plain,) = images.tokenize([image_file(image(40, 30))], TASK)
     one, other = (np.frombuffer(each.pixels, dtype=np.float32) for each in (item, plain))
     assert np.abs(one - other).mean() < 0.2
 
@@ -173,7 +173,7 @@ def test_a_photograph_is_turned_upright(engine: Engine) -> None:
     turned = image_file(picture, "JPEG", exif=marked, quality=100, subsampling=0)
     upright = image_file(picture.rotate(-90, expand=True), "JPEG", quality=100, subsampling=0)
     one, other = (
-        np.frombuffer(images.encode([file], TASK)[0].pixels, dtype=np.float32)
+        np.frombuffer(images.tokenize([file], TASK)[0].pixels, dtype=np.float32)
         for file in (turned, upright)
     )
     assert np.abs(one - other).mean() < 0.02
@@ -201,7 +201,7 @@ def test_what_is_no_usable_image_is_refused_by_name(
     plan = plan_base(tiny_bases.options(base, base.parent / "store"))
     images = Images.load(base, plan.config, max_pixels=50_000, max_request_pixels=1 << 20)
     with pytest.raises(InvalidInput) as caught:
-        images.encode([image_file(image(16, 16)), sent], "image-classification")
+        images.tokenize([image_file(image(16, 16)), sent], "image-classification")
     assert caught.value.code == code
     assert "Input 1" in caught.value.message
     assert found in str(caught.value.found)
@@ -226,7 +226,7 @@ def test_texts_on_a_base_of_images_and_images_on_a_base_of_texts_fail(
     text_base = tiny_bases.base_folder(tmp_path, "bert")
     texts = Engine.build(tiny_bases.options(text_base, tmp_path / "store"))
     images: Any = engine.inputs
-    pixels = images.encode([image_file(image(16, 16))], TASK)
+    pixels = images.tokenize([image_file(image(16, 16))], TASK)
     features: Any = "feature-extraction"
     for task, code in ((TASK, "task_mismatch"), (features, "invalid_input")):
         with pytest.raises(EngineFailure) as caught:
@@ -241,7 +241,7 @@ def test_other_pixels_than_the_base_takes_are_refused(
     from dataclasses import replace
 
     images: Any = engine.inputs
-    (item,) = images.encode([image_file(image(16, 16))], TASK)
+    (item,) = images.tokenize([image_file(image(16, 16))], TASK)
     for wrong in (replace(item, shape=(3, 8, 32)), replace(item, shape=(3, 32, 8))):
         engine.submit(EncodeRequest("r", TASK, "pets", versions["pets"], (wrong,)))
         (event,) = engine.step()

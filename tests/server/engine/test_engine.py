@@ -313,7 +313,7 @@ def test_a_generating_version_without_a_name_ends_its_answer(tmp_path: Path) -> 
     engine = Engine.build(tiny_bases.options(base, store))
     engine._names.spare_s = 0.0
     sampling = SamplingOptions(max_new_tokens=6, ignore_eos=True)
-    ids = engine.text.encode_prompt("a film")
+    ids = engine.text.tokenize_prompt("a film")
     engine.submit(GenerateRequest("g", "tale", version, ids, sampling))
     engine.submit(Pin((), named=()))
     while not engine.has_work():
@@ -347,7 +347,7 @@ def test_an_encoder_fills_masks_and_refuses_to_generate(world: World) -> None:
     from transformers import AutoModelForMaskedLM
 
     model: Any = AutoModelForMaskedLM.from_pretrained(world.base, dtype=torch.float64).eval()
-    ids = world.engine.text.encode(["a [MASK] film"], "fill-mask")[0].token_ids
+    ids = world.engine.text.tokenize(["a [MASK] film"], "fill-mask")[0].token_ids
     with torch.no_grad():
         scores = model(torch.tensor([ids])).logits[0, 2].softmax(-1)
     best = scores.topk(3)
@@ -361,7 +361,7 @@ def test_closing_fails_what_still_waits(tmp_path: Path) -> None:
     base = tiny_bases.base_folder(tmp_path, "distilbert")
     engine = Engine.build(tiny_bases.options(base, tmp_path / "store"))
     kind: Any = "feature-extraction"
-    engine.submit(EncodeRequest("r", kind, None, None, engine.text.encode(["a film"], kind)))
+    engine.submit(EncodeRequest("r", kind, None, None, engine.text.tokenize(["a film"], kind)))
     events = engine.close()
     assert [(e.id, e.code) for e in events if isinstance(e, Failure)] == [("r", "draining")]
 
@@ -376,11 +376,11 @@ def test_a_decoder_generates_and_classifies_in_turns(tmp_path: Path) -> None:
     samples = tiny_bases.texts(20, seed=4)
     kind: Any = "text-classification"
     engine.encode(samples[:1], task=kind, version=version)
-    inputs = engine.text.encode(samples, kind)
+    inputs = engine.text.tokenize(samples, kind)
     for index, item in enumerate(inputs):
         engine.submit(EncodeRequest(f"e{index}", kind, "mood", version, (item,) * 40))
     sampling = SamplingOptions(max_new_tokens=6, ignore_eos=True)
-    engine.submit(GenerateRequest("g", None, None, engine.text.encode_prompt("a film"), sampling))
+    engine.submit(GenerateRequest("g", None, None, engine.text.tokenize_prompt("a film"), sampling))
     lanes = []
     ended: list[Event] = []
     while engine.has_work():

@@ -48,7 +48,9 @@ def test_folded_bytes_never_exceed_the_budget_and_are_what_is_shown(
     try:
         for number in range(4):
             for name, version in enumerate(versions):
-                inputs = engine.text.encode(tiny_bases.texts(2, seed=number), "text-classification")
+                inputs = engine.text.tokenize(
+                    tiny_bases.texts(2, seed=number), "text-classification"
+                )
                 engine.submit(
                     EncodeRequest(
                         id=f"{number}-{name}", task="text-classification", adapter=str(name),

@@ -115,7 +115,7 @@ def test_an_option_is_served_as_peft_computes_it(
     answer = engine.encode(samples, task=task, version=version, function_to_apply="none")
     weights = load_adapter(tmp_path / "a", engine.base.adapted.signature)
     assert len(weights.factors) == len(factor_layers(truth))
-    for item, output in zip(engine.text.encode(samples, task), answer.outputs, strict=True):
+    for item, output in zip(engine.text.tokenize(samples, task), answer.outputs, strict=True):
         with torch.no_grad():
             wanted = truth(input_ids=torch.tensor([item.token_ids])).logits[0]
         found = {entry["label"]: entry["score"] for entry in output}
@@ -246,7 +246,7 @@ def test_token_heads_go_with_options_too(bases: dict[str, Path], tmp_path: Path)
     answer = engine.encode(
         [sample], task=task, version=version, aggregation_strategy="none", ignore_labels=()
     )
-    (item,) = engine.text.encode([sample], task)
+    (item,) = engine.text.tokenize([sample], task)
     with torch.no_grad():
         logits = truth(input_ids=torch.tensor([item.token_ids])).logits[0].softmax(-1)
     rows = [i for i, (start, stop) in enumerate(item.offsets or ()) if start != stop]

@@ -15,13 +15,14 @@ from starlette.datastructures import QueryParams
 from server.edge.admit.admission import Admission
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
+from server.edge.admit.slow_work import LONG_CHARACTERS
 from server.edge.endpoints.body import ValidatedBody
 from server.edge.endpoints.middleware import RequestContext
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.schemas import EmbedRequest
 from server.edge.endpoints.schemas_openai import EmbeddingRequest
 from server.edge.endpoints.tei_tgi import TeiTgi
-from server.edge.service import LONG_CHARACTERS, Target
+from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.images import Images, ImageTooLarge, looks_like_image
 from tests.stand.tiny_bases import image, image_file
@@ -52,10 +53,10 @@ def test_all_pixels_of_a_request_are_bounded_before_any_is_decoded() -> None:
     images = Images(processor, shape=(3, 2, 2), tokens=5, max_pixels=300, max_request_pixels=500)
     file = image_file(image(10, 25))
     with pytest.raises(ImageTooLarge) as caught:
-        images.encode([file] * 3, "image-classification")
+        images.tokenize([file] * 3, "image-classification")
     assert (caught.value.code, caught.value.found) == ("input_too_long", "750 pixels in 3 images")
     assert decoded == []
-    two = images.encode([file] * 2, "image-classification")
+    two = images.tokenize([file] * 2, "image-classification")
     assert [len(one.pixels) for one in two] == [images.pixel_bytes] * 2
     assert len(decoded) == 2
 
@@ -77,7 +78,7 @@ def test_images_that_do_not_fit_beside_others_are_not_even_decoded() -> None:
     files = (image_file(image(10, 25)),) * 2
     with pytest.raises(Refusal, match="overloaded") as caught:
         asyncio.run(
-            TeiTgi(service)._encoded(call, "-", files, "image-classification", truncation=False)
+            TeiTgi(service)._tokenized(call, "-", files, "image-classification", truncation=False)
         )
     assert "bytes of pixels" in str(caught.value.faults[0].found)
 
@@ -101,9 +102,9 @@ def test_a_small_file_of_many_pixels_is_not_decoded_on_the_event_loop(verb: str)
         settings=SimpleNamespace(max_inputs=8),
         base=SimpleNamespace(inputs=images),
         dispatcher=SimpleNamespace(admission=Admission(SharedLoad(1), Bounds(9, 1000, 9), 1)),
-        tokenize=tokenize,
+        slow_work=SimpleNamespace(tokenize=tokenize),
         deadline=lambda began, asked: began + 30,
-        target=lambda *_, **__: Target(None, None, "feature-extraction"),
+        targets=SimpleNamespace(resolve=lambda *_, **__: Target(None, None, "feature-extraction")),
     )
     call: Any = SimpleNamespace(
         scope={"hira": RequestContext("id", time.monotonic())},

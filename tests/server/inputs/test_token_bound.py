@@ -180,7 +180,7 @@ def test_span_task_cuts_as_the_whole_text_is_cut(kind: str, task: Any, side: str
     for _ in range(40):
         long = "".join(choose.choices(PIECES + (" film",) * 9, k=300)) + " end"
         given: Any = long if task == "token-classification" else ("a film", long)
-        (cut,) = text.encode([given], task, truncation=True)
+        (cut,) = text.tokenize([given], task, truncation=True)
         pair = (given,) if isinstance(given, str) else given
         whole = text.tokenizer(
             *pair,
@@ -201,7 +201,7 @@ def test_first_of_a_pair_that_fills_the_context_is_refused_without_being_tokeniz
     text = Text(demo_tokenizer(), max_tokens=512)
     text.tokenizer = Untouched(text.tokenizer)
     with pytest.raises(InputTooLong, match="too long") as caught:
-        text.encode([("word " * 200_000, "short")], "question-answering", truncation=True)
+        text.tokenize([("word " * 200_000, "short")], "question-answering", truncation=True)
     assert caught.value.found == "a first text that fills the context"
 
 
@@ -216,7 +216,7 @@ def test_no_character_is_composed_of_more_than_the_bound_allows() -> None:
 
 def test_word_of_any_length_that_is_one_unknown_token_is_not_refused() -> None:
     text = Text(tiny_bases.tokenizer("bert"), max_tokens=8, vocab_size=tiny_bases.VOCABULARY)
-    (item,) = text.encode(["x" * 100_000], "text-classification")
+    (item,) = text.tokenize(["x" * 100_000], "text-classification")
     assert len(item.token_ids) == 3
 
 
@@ -231,11 +231,11 @@ def test_megabytes_without_a_place_to_cut_are_refused_without_being_tokenized(
     text.tokenizer = Untouched(text.tokenizer)
     for cut in (False, True):
         with pytest.raises(InputTooLong):
-            text.encode([long], "text-classification", truncation=cut)
+            text.tokenize([long], "text-classification", truncation=cut)
         with pytest.raises(InputTooLong):
-            text.encode([("a", long)], "question-answering", truncation=cut)
+            text.tokenize([("a", long)], "question-answering", truncation=cut)
         with pytest.raises(InputTooLong):
-            text.encode_prompt(long, max_new_tokens=4, truncation=cut)
+            text.tokenize_prompt(long, max_new_tokens=4, truncation=cut)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -302,11 +302,11 @@ def test_text_that_cannot_fit_is_refused_without_being_tokenized() -> None:
     text.tokenizer = Untouched(text.tokenizer)
     for long in ("word " * 200_000, "x" * 1_000_000):
         with pytest.raises(InputTooLong) as caught:
-            text.encode([long], "text-classification")
+            text.tokenize([long], "text-classification")
         assert caught.value.found == "more than 512 tokens"
         assert caught.value.expected == "at most 512 tokens"
         with pytest.raises(InputTooLong):
-            text.encode_prompt(long, max_new_tokens=4)
+            text.tokenize_prompt(long, max_new_tokens=4)
 
 
 def test_truncation_of_a_long_text_tokenizes_only_what_is_kept() -> None:
@@ -321,9 +321,9 @@ def test_truncation_of_a_long_text_tokenizes_only_what_is_kept() -> None:
             return real(*given, **options)
 
     text.tokenizer = Noted(real)
-    (item,) = text.encode([long], "text-classification", truncation=True)
+    (item,) = text.tokenize([long], "text-classification", truncation=True)
     assert list(item.token_ids) == ids[:16]
-    prompt = text.encode_prompt(long, max_new_tokens=4, truncation=True)
+    prompt = text.tokenize_prompt(long, max_new_tokens=4, truncation=True)
     assert list(prompt) == [ids[0], *ids[-11:]]
     assert max(seen) < 1000
 
@@ -333,7 +333,7 @@ def test_tokenizer_for_long_texts_shares_neither_state_nor_lock() -> None:
     assert text.apart is text.apart
     assert text.apart.tokenizer is not text.tokenizer
     with text._lock:
-        assert text.apart.encode_prompt("a film") == text.apart.encode_prompt("a film")
+        assert text.apart.tokenize_prompt("a film") == text.apart.tokenize_prompt("a film")
     short = text.limited(4)
     assert short.max_tokens == short.apart.max_tokens == 4
     assert text.max_tokens == text.apart.max_tokens == 512

@@ -84,7 +84,7 @@ def test_ids_are_those_of_the_file(case: str, tmp_path: Path) -> None:
     assert text.note == loaded.note
     for probe in (*PROBES, "w1 film 2024 W3", "GOOD good"):
         wanted = tuple(made.encode(probe, add_special_tokens=False).ids)
-        assert text.encode_prompt(probe) == wanted, probe
+        assert text.tokenize_prompt(probe) == wanted, probe
 
 
 def test_a_setting_serves_the_class_that_is_named(tmp_path: Path) -> None:
@@ -144,12 +144,12 @@ def test_a_text_that_is_lost_in_tokenizing_is_refused(tmp_path: Path) -> None:
     )
     folder = folder_with(tmp_path, "llama", made, bos_token="<s>", eos_token="</s>")
     text = Text.load(folder, max_tokens=20)
-    assert text.encode_prompt("film") == (1, 3, 4, 5, 6)
+    assert text.tokenize_prompt("film") == (1, 3, 4, 5, 6)
     with pytest.raises(InvalidInput, match="left"):
-        text.encode_prompt("2024")
+        text.tokenize_prompt("2024")
     with pytest.raises(InvalidInput, match="Nothing of input 1"):
-        text.encode(["film", "2024"], "text-classification")
+        text.tokenize(["film", "2024"], "text-classification")
     with pytest.raises(InvalidInput, match="left"):
-        text.encode([("film", "2024")], "question-answering")
-    assert text.encode_prompt("<s>") == (1, 1)
-    assert text.encode_prompt("") == (1,)
+        text.tokenize([("film", "2024")], "question-answering")
+    assert text.tokenize_prompt("<s>") == (1, 1)
+    assert text.tokenize_prompt("") == (1,)

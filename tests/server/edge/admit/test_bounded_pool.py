@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,17 +16,17 @@ import pytest
 from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, PoolLate
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
-from server.edge.endpoints import answers as calls
-from server.edge.endpoints.middleware import RequestContext
-from server.edge.link.dispatcher import Dispatcher
-from server.edge.service import (
+from server.edge.admit.slow_work import (
     AT_ONCE_CHARACTERS,
     LONG_CHARACTERS,
     POOLS,
     UNHURRIED,
     UNHURRIED_WAITING,
-    Service,
+    SlowWork,
 )
+from server.edge.endpoints import answers as calls
+from server.edge.endpoints.middleware import RequestContext
+from server.edge.link.dispatcher import Dispatcher
 from server.errors import Refusal
 from server.settings import Settings
 
@@ -136,6 +137,10 @@ def test_call_whose_client_leaves_stops_waiting_for_the_encoders(leaves: bool) -
     class Served:
         cancelled = False
 
+        @property
+        def slow_work(self) -> Any:
+            return self
+
         def deadline(self, began: float, asked: str | None) -> float:
             return began + 30
 
@@ -176,26 +181,17 @@ class Encoder:
 
 @contextmanager
 def service(**changes: Any) -> Iterator[Any]:
-    """A service of threads and their bounds alone, and of a dispatcher that ends nothing."""
-    served: Any = Service.__new__(Service)
-    served.settings = Settings().model_copy(update=changes)
+    """Slow work and its bounds alone, and a dispatcher that ends nothing."""
+    settings = Settings().model_copy(update=changes)
+    served: Any = SimpleNamespace(ended=[])
     served.dispatcher = Dispatcher(SharedLoad(1), Bounds(9, 9, 9), 1, Path("none"))
     served.dispatcher.end = lambda: served.ended.append(True)
-    served.ended = []
-    served._reader = None
-    served._templates = None
-    served._trials = Closed()
-    served.registry = Closed()
-    served.open_pools()
+    served.slow_work = SlowWork(settings, served.dispatcher.admission, served.dispatcher.give_up)
+    served.slow_work.open()
     try:
         yield served
     finally:
-        served.close()
-
-
-class Closed:
-    def close(self) -> None:
-        pass
+        served.slow_work.close()
 
 
 async def until(event: threading.Event) -> None:
@@ -217,12 +213,14 @@ def test_long_text_at_work_holds_up_neither_the_loop_nor_short_and_middling_text
 
         with service() as served:
             running = asyncio.create_task(
-                served.tokenize(encoder, LONG_CHARACTERS + 1, long, "inputs", soon())
+                served.slow_work.tokenize(encoder, LONG_CHARACTERS + 1, long, "inputs", soon())
             )
             await until(at_work)
-            at_once = await served.tokenize(encoder, 10, brief, "inputs", soon())
+            at_once = await served.slow_work.tokenize(encoder, 10, brief, "inputs", soon())
             assert at_once == (encoder, threading.current_thread())
-            given, thread = await served.tokenize(encoder, LONG_CHARACTERS, brief, "inputs", soon())
+            given, thread = await served.slow_work.tokenize(
+                encoder, LONG_CHARACTERS, brief, "inputs", soon()
+            )
             assert given is encoder
             assert thread is not threading.current_thread()
             assert not running.done()
@@ -245,11 +243,13 @@ def test_short_text_leaves_the_loop_while_a_thread_has_its_tokenizer() -> None:
 
         with service() as served:
             first = asyncio.create_task(
-                served.tokenize(Encoder(), AT_ONCE_CHARACTERS + 1, middling, "inputs", soon())
+                served.slow_work.tokenize(
+                    Encoder(), AT_ONCE_CHARACTERS + 1, middling, "inputs", soon()
+                )
             )
             await until(at_work)
             second = asyncio.create_task(
-                served.tokenize(
+                served.slow_work.tokenize(
                     Encoder(),
                     1,
                     lambda _: seen.append(threading.current_thread()),
@@ -273,13 +273,13 @@ def test_one_kind_of_slow_work_at_its_limit_stops_no_other(full: Any) -> None:
         gate = threading.Event()
         with service() as served:
             waiting = [
-                asyncio.create_task(served.in_thread(lambda: gate.wait(30), full))
+                asyncio.create_task(served.slow_work.run(lambda: gate.wait(30), full))
                 for _ in range(POOLS[full] + 4)
             ]
             await asyncio.sleep(0.01)
             for other in POOLS:
                 if other != full:
-                    assert await served.in_thread(lambda: 7, other) == 7
+                    assert await served.slow_work.run(lambda: 7, other) == 7
             gate.set()
             await asyncio.gather(*waiting)
 
@@ -293,20 +293,20 @@ def test_every_kind_of_slow_work_is_bounded_in_number_but_for_what_is_owed(pool:
         most = UNHURRIED_WAITING if pool in UNHURRIED else UNHURRIED_WAITING + 6
         with service(max_queue_requests=UNHURRIED_WAITING + 6, api_processes=1) as served:
             waiting = [
-                asyncio.create_task(served.in_thread(lambda: gate.wait(30), pool))
+                asyncio.create_task(served.slow_work.run(lambda: gate.wait(30), pool))
                 for _ in range(most)
             ]
             await asyncio.sleep(0.01)
             with pytest.raises(Refusal) as caught:
-                await served.in_thread(lambda: 7, pool)
+                await served.slow_work.run(lambda: 7, pool)
             assert caught.value.faults[0].code == "overloaded"
             assert int(caught.value.headers["Retry-After"]) >= 1
-            owed = asyncio.create_task(served.in_thread(lambda: 8, pool, owed=True))
+            owed = asyncio.create_task(served.slow_work.run(lambda: 8, pool, owed=True))
             await asyncio.sleep(0.01)
             gate.set()
             assert await owed == 8
             await asyncio.gather(*waiting)
-            assert await served.in_thread(lambda: 7, pool) == 7
+            assert await served.slow_work.run(lambda: 7, pool) == 7
 
     asyncio.run(scenario())
 
@@ -316,15 +316,15 @@ def test_what_waits_is_bounded_in_bytes_but_one_alone_may_have_more() -> None:
         gate = threading.Event()
         with service(max_pending_body_bytes=1000) as served:
             first = asyncio.create_task(
-                served.in_thread(lambda: gate.wait(30), "bodies", size_bytes=5000)
+                served.slow_work.run(lambda: gate.wait(30), "bodies", size_bytes=5000)
             )
             await asyncio.sleep(0.01)
             with pytest.raises(Refusal) as caught:
-                await served.in_thread(lambda: 7, "bodies", size_bytes=1)
+                await served.slow_work.run(lambda: 7, "bodies", size_bytes=1)
             assert "5000 bytes" in (caught.value.faults[0].found or "")
             gate.set()
             await first
-            assert await served.in_thread(lambda: 7, "bodies", size_bytes=999) == 7
+            assert await served.slow_work.run(lambda: 7, "bodies", size_bytes=999) == 7
 
     asyncio.run(scenario())
 
@@ -380,7 +380,7 @@ def test_service_ends_its_process_for_work_that_hangs() -> None:
         gate = threading.Event()
         with service(hang_s=0.3) as served:
             with pytest.raises(Refusal) as caught:
-                await served.in_thread(lambda: gate.wait(60), "metrics", deadline=soon())
+                await served.slow_work.run(lambda: gate.wait(60), "metrics", deadline=soon())
             assert caught.value.faults[0].code == "restarting"
             assert served.ended == [True]
             assert served.dispatcher.status == "restarting"

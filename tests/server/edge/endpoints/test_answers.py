@@ -22,7 +22,8 @@ from server.edge.link.worker_state import WorkerState, write_state
 from server.edge.processes import start as prepare
 from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.run import banner
-from server.edge.service import Base, Service
+from server.edge.service import Service
+from server.edge.target import Base
 from server.errors import Refusal
 from server.settings import AdapterSource, Settings, load_settings
 from tests.stand.fake_server import FakeRegistry

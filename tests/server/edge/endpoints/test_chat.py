@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from server.edge.endpoints.chat import with_defaults
 from server.edge.endpoints.schemas_openai import ChatMessage
-from server.edge.service import Target
+from server.edge.target import Target
 from server.messages import SamplingOptions
 
 OWN = {"do_sample": True, "temperature": 0.6, "top_k": -1, "end_ids": [5, 7], "max_new_tokens": 9}

@@ -53,7 +53,11 @@ class Threads:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
 
-    async def in_thread(self, work: Callable[[], T], pool: str, *, size_bytes: int) -> T:
+    @property
+    def slow_work(self) -> Any:
+        return self
+
+    async def run(self, work: Callable[[], T], pool: str, *, size_bytes: int) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 

@@ -46,7 +46,7 @@ def live(base: Path, folder: Path) -> Iterator[Live]:
 def logits(base: Path, folder: Path) -> list[float]:
     """Of each text with the query, by transformers in float64."""
     reference = Reference(base, folder, "text-ranking")
-    items = tiny_bases.text_of(base).encode([(QUERY, one) for one in TEXTS], "text-ranking")
+    items = tiny_bases.text_of(base).tokenize([(QUERY, one) for one in TEXTS], "text-ranking")
     return [float(reference(one.token_ids, one.type_ids).logits[0, 0]) for one in items]
 
 

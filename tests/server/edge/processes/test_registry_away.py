@@ -15,10 +15,12 @@ from adapters.errors import RegistryUnavailable
 from adapters.registry.names import Names
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
+from server.edge.admit.slow_work import SlowWork
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.processes import serve
 from server.edge.processes.serve import Collector
 from server.edge.service import Service
+from server.edge.target import Targets
 from server.errors import Refusal
 from server.settings import Settings
 
@@ -47,9 +49,11 @@ def process(registry: Registry, load: SharedLoad, number: int) -> Service:
     made.names.refresh()
     made._number, made._changing, made._reading = number, threading.Lock(), None
     made._reader = ThreadPoolExecutor(1)
-    made.settings = Settings()
+    nothing: Any = None
+    made.targets = Targets(made.names, nothing)
     made.dispatcher = Dispatcher(load, Bounds(9, 9, 9), 1, Path("none"))
-    made.open_pools()
+    made.slow_work = SlowWork(Settings(), made.dispatcher.admission, made.dispatcher.give_up)
+    made.slow_work.open()
     return made
 
 
@@ -62,7 +66,7 @@ def test_a_change_that_one_process_acknowledged_is_known_to_all_at_once() -> Non
             await writer.change_registry(lambda row=row: registry.rows.update(a=row), "records")  # type: ignore[misc]
             for one in (reader, writer):
                 await one.catch_up()
-                assert one.record("a").version == f"v{turn}"
+                assert one.targets.record("a").version == f"v{turn}"
 
     asyncio.run(run())
 
@@ -79,7 +83,7 @@ def test_an_event_loop_never_waits_for_a_database_that_hangs() -> None:
         assert not any(task.done() for task in waiting)
         registry.gate.set()
         await asyncio.gather(*waiting)
-        assert one.record("a").version == "v1"
+        assert one.targets.record("a").version == "v1"
 
     asyncio.run(run())
 
@@ -91,20 +95,20 @@ def test_while_the_database_is_away_answers_go_on_and_changes_are_refused() -> N
         registry.away = True
         await one._read_registry()
         await one.catch_up()
-        assert one.record("a").version == "v1"
+        assert one.targets.record("a").version == "v1"
         with pytest.raises(RegistryUnavailable):
             await one.change_registry(registry.records, "records")
         await one.catch_up()
-        assert one.record("a").version == "v1"  # a change that failed spoils nothing
+        assert one.targets.record("a").version == "v1"  # a change that failed spoils nothing
         load.registry_changed(1)  # but one that succeeded elsewhere is not guessed
         await one.catch_up()
         with pytest.raises(Refusal) as caught:
-            one.record("a")
+            one.targets.record("a")
         assert caught.value.status == 503
         assert int(caught.value.all_headers()["Retry-After"]) >= 1
         registry.away = False
         await one._read_registry()
-        assert one.record("a").version == "v1"
+        assert one.targets.record("a").version == "v1"
 
     asyncio.run(run())
 
@@ -119,7 +123,7 @@ def test_a_change_that_succeeds_ends_the_time_in_which_the_database_is_away() ->
         row = SimpleNamespace(version="v9", fits=lambda _: True)
         await one.change_registry(lambda: registry.rows.update(new=row), "records")
         await one.catch_up()
-        assert one.record("new").version == "v9"
+        assert one.targets.record("new").version == "v9"
 
     asyncio.run(run())
 
