@@ -32,7 +32,7 @@ def add_cluster_commands(app: typer.Typer, settings: Sequence[inspect.Parameter]
     cluster = typer.Typer(help="Several engine replicas, on Ray Serve.", no_args_is_help=True)
     cluster.command("up")(_with_settings(_up, settings))
     cluster.command("config")(_with_settings(_print_config, settings))
-    cluster.command("status")(_status)
+    cluster.command("status")(_show_status)
     cluster.command("down")(_down)
     app.add_typer(cluster, name="cluster", rich_help_panel="Server")
 
@@ -162,7 +162,7 @@ def _print_config(
     )
 
 
-def _status(data_dir: DataDir = Path("hira-data")) -> None:
+def _show_status(data_dir: DataDir = Path("hira-data")) -> None:
     """Say how the cluster of this machine is; status 1 where none runs."""
     found = _known(data_dir)
     _need_ray()
