@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Where a launch costs more than what it does: vectors are pooled by few operators, and all answers
-# of a batch come back in one copy.
-TOGETHER_ON: frozenset[str] = frozenset({"cuda"})
-# Heads of one shape run as one up to this size, by device; any size where none is named. Their
-# numbers are put side by side for it. On a CPU, 32 heads took 0.26 to 0.41 of the time with 6 KB
-# each and 1.7 to 2.4 times the time with 2.4 MB each.
+# Devices on which vectors are pooled by few operators, and all answers of a batch come back in one
+# copy. It is meant for CUDA, where a launch costs more than what it does; none is listed until one
+# has run it and compared.
+TOGETHER_ON: frozenset[str] = frozenset()
+# Heads of one shape run as one up to this size, by device. Their numbers are put side by side for
+# it. On a CPU, 32 heads took 0.26 to 0.41 of the time with 6 KB each and 1.7 to 2.4 times the time
+# with 2.4 MB each; a device that is not named has not been measured, and stacks none.
 STACKED_HEAD_BYTES: Mapping[str, int] = {"cpu": 64 << 10}
 
 
@@ -223,7 +224,7 @@ class Reader:
         found: dict[int, Computed] = {}
         if self._alone:
             return found
-        most_bytes = STACKED_HEAD_BYTES.get(self._base.device.type)
+        most_bytes = STACKED_HEAD_BYTES.get(self._base.device.type, 0)
         alike: dict[Hashable, list[tuple[int, TaskHead]]] = {}
         for number, (group, weights) in enumerate(groups):
             try:
@@ -232,7 +233,7 @@ class Reader:
                 if is_lost(error):
                     raise
                 continue  # it is raised again where the group runs alone
-            if head is None or (most_bytes is not None and head.nbytes > most_bytes):
+            if head is None or head.nbytes > most_bytes:
                 continue
             if head.alike not in self._apart:
                 alike.setdefault(head.alike, []).append((number, head))

@@ -89,7 +89,9 @@ def streamed(answer: Any) -> str:
     return text
 
 
-@pytest.mark.parametrize(("field", "fits"), FIELDS, ids=lambda one: str(one)[:60])
+@pytest.mark.parametrize(
+    ("field", "fits"), FIELDS, ids=lambda one: getattr(one, "__name__", str(one)[:60])
+)
 def test_openai_and_vllm_fields_hold_answers(live: Live, field: dict[str, Any], fits: Any) -> None:
     body = {"prompt": "The film was", "max_tokens": 90, "temperature": 0.7, "seed": 3, **field}
     plain = live.client.post("/v1/completions", json=body)
