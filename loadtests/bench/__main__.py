@@ -1,6 +1,6 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
-[choice] [http] [residency] [deterministic] [gpu] [--quick] [--one-thread] [--json FILE]
-[--markdown FILE]`. Without a name it runs
+[choice] [http] [residency] [deterministic] [gpu] [--dtype auto] [--quick]
+[--one-thread] [--json FILE] [--markdown FILE]`. Without a name it runs
 all of them."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from loadtests.bench import peers
-from loadtests.bench.timing import Report, machine, print_machine
+from loadtests.bench.timing import Report, dtype_of, machine, print_machine
 
 BENCHES = ("modulation", "choice", "generation", "http", "residency", "deterministic", "gpu")
 
@@ -33,13 +33,20 @@ def main() -> int:
         action="store_true",
         help="modulation and choice in one thread, by its processor time: for a busy machine",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of all on the processor; auto: as a server on it (default)",
+    )
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(BENCHES))
     if unknown:
         parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     peers.quiet()
     began = time.monotonic()
-    report = Report(machine(), options.quick, options.one_thread)
+    dtype = dtype_of(options.dtype)
+    report = Report({**machine(), "dtype": dtype}, options.quick, options.one_thread, dtype)
     print_machine(report.machine)
     for name in BENCHES:
         if not options.names or name in options.names:

@@ -1,9 +1,8 @@
 """The automatic choice against every strategy that can be forced, case by case.
 
-Single layers with random weights and factors, seeded; NF4 base, in bfloat16 where the processor
-multiplies it, else in float32. ``auto`` may keep folded weights in the same budget that ``cached``
-has, and has timed its candidates on a few calls before, as in a running server.
-Every strategy's answer is compared with float64 before it is timed.
+Single layers with random weights and factors, seeded; NF4 base. ``auto`` may keep folded weights in
+the same budget that ``cached`` has, and has timed its candidates on a few calls before, as in a
+running server. Every strategy's answer is compared with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -73,7 +72,8 @@ CASES = (
 
 def bench(report: Report) -> None:
     """Run all cases."""
-    report.section(f"Choice: auto against the best forced strategy, {report.threads} threads")
+    title = "Choice: auto against the best forced strategy"
+    report.section(f"{title}, {report.dtype}, {report.threads} threads")
     torch.set_num_threads(report.threads)
     budget = Budget(0.0, 1, 1) if report.quick else Budget(4.0, 5, 25)
     cases = CASES[::4] if report.quick else CASES
@@ -85,8 +85,7 @@ def bench(report: Report) -> None:
 def _measure(case: Case, budget: Budget, report: Report) -> None:
     generator = torch.Generator().manual_seed(0)
     out_features, in_features = case.shape
-    # The kernel's own dtype where it runs; others multiply bfloat16 much slower than float32.
-    dtype = torch.bfloat16 if native_ops.available() else torch.float32
+    dtype = report.torch_dtype
     dense = torch.randn(case.shape, generator=generator).to(dtype)
     weight = QuantizedWeight.from_dense(dense, "nf4", double_quant=False)
     slots = {}

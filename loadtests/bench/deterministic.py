@@ -32,8 +32,8 @@ def bench(report: Report) -> None:
     budget = Budget(0.0, 1, 1) if report.quick else Budget(60.0, 3, 7)
     with (
         made() as folders,
-        built(folders) as usual,
-        built(folders, deterministic=True) as deterministic,
+        built(folders, report.dtype) as usual,
+        built(folders, report.dtype, deterministic=True) as deterministic,
     ):
         for one in (usual, deterministic):
             generate_all(one)

@@ -3,7 +3,7 @@
 The base is saved to a folder and loaded from it as a server would; PEFT loads the same base with
 transformers and the same adapter folders, and calls ``generate`` for one request at a time. It is
 timed on some of the requests: its time for all of them is their number times its mean. How many
-leading tokens agree is shown only to be seen: on random weights bfloat16 parts near ties early.
+leading tokens agree is shown only to be seen: on random weights roundings part near ties early.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from loadtests.bench.modulation import (
     llama_config,
     random_factors,
 )
-from loadtests.bench.peers import in_bfloat16, nf4_options, prepare_for_peft
+from loadtests.bench.peers import factors_in, nf4_options, prepare_for_peft
 from loadtests.bench.runs import run_to_end
-from loadtests.bench.timing import THREADS, Budget, Figure, Report, ratio_of
+from loadtests.bench.timing import THREADS, Budget, DTypeName, Figure, Report, ratio_of
 from server.engine.engine import Engine
 from server.messages import (
     GenerateRequest,
@@ -68,8 +68,8 @@ def bench(report: Report) -> None:
     report.section(f"Generation: Llama shape, {ADAPTERS} adapters, {NEW_TOKENS} new tokens, greedy")
     torch.set_num_threads(THREADS)
     budget = Budget(0.0, 1, 1) if report.quick else Budget(40.0, 4, 8)
-    with made() as folders, built(folders) as alone:
-        wrapped, tokenizer = _peft(folders)
+    with made() as folders, built(folders, report.dtype) as alone:
+        wrapped, tokenizer = _peft(folders, report.torch_dtype)
         numbers = itertools.cycle(range(ADAPTERS))
         texts = generate_all(alone)
         if not report.quick:
@@ -137,7 +137,7 @@ def made() -> Iterator[Made]:
 
 
 @contextmanager
-def built(folders: Made, *, deterministic: bool = False) -> Iterator[Alone]:
+def built(folders: Made, dtype: DTypeName, *, deterministic: bool = False) -> Iterator[Alone]:
     """An engine on the base, with all adapters in its store."""
     with tempfile.TemporaryDirectory(prefix="hira-bench-store-") as name:
         root = Path(name)
@@ -151,7 +151,7 @@ def built(folders: Made, *, deterministic: bool = False) -> Iterator[Alone]:
                 base=str(folders.base),
                 store_dir=root / "store",
                 cache_dir=root / "cache",
-                dtype="bf16",
+                dtype=dtype,
                 device="cpu",
                 threads=THREADS,
                 deterministic=deterministic,
@@ -188,15 +188,15 @@ def generate_all(alone: Alone) -> list[list[int]]:
     return tokens
 
 
-def _peft(folders: Made) -> tuple[Any, Any]:
+def _peft(folders: Made, dtype: torch.dtype) -> tuple[Any, Any]:
     """The same base and adapters in PEFT; adapter n is named "n"."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base: Any = AutoModelForCausalLM.from_pretrained(
         folders.base,
-        dtype=torch.bfloat16,
-        quantization_config=nf4_options(),
+        dtype=dtype,
+        quantization_config=nf4_options(dtype),
         device_map={"": "cpu"},
     )
     prepare_for_peft(base)
@@ -205,7 +205,7 @@ def _peft(folders: Made) -> tuple[Any, Any]:
     )
     for number, folder in enumerate(folders.generators[1:], start=1):
         wrapped.load_adapter(folder, adapter_name=str(number), autocast_adapter_dtype=False)
-    in_bfloat16(wrapped)
+    factors_in(wrapped, dtype)
     return wrapped.eval(), AutoTokenizer.from_pretrained(folders.base)
 
 

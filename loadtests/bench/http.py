@@ -57,8 +57,8 @@ def bench(report: Report) -> None:
     torch.set_num_threads(THREADS)
     with (
         made() as folders,
-        built(folders) as alone,
-        running(folders.base, (*folders.generators, *folders.classifiers)) as server,
+        built(folders, report.dtype) as alone,
+        running(folders.base, (*folders.generators, *folders.classifiers), report.dtype) as server,
     ):
         _streaming(report, server, alone)
         _flood(report, server)

@@ -150,8 +150,8 @@ class Server:
 
 
 @contextmanager
-def running(base: Path, adapters: Sequence[Path]) -> Iterator[Server]:
-    """`hira serve` with all adapters; ended with all its processes."""
+def running(base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Server]:
+    """`hira serve` in ``dtype`` with all adapters; ended with all its processes."""
     with tempfile.TemporaryDirectory(prefix="hira-bench-server-") as name:
         root = Path(name)
         port = _free_port()
@@ -159,7 +159,7 @@ def running(base: Path, adapters: Sequence[Path]) -> Iterator[Server]:
         command = [
             *(sys.executable, "-c", "from server.cli.main import main; main()", "serve"),
             *("--base", str(base), "--host=127.0.0.1", f"--port={port}"),
-            *("--dtype=bf16", "--device=cpu", f"--threads={THREADS}"),
+            *(f"--dtype={dtype}", "--device=cpu", f"--threads={THREADS}"),
             *(f"--data-dir={root / 'data'}", *named),
         ]
         kept = {

@@ -1,10 +1,10 @@
 """What the modulation is measured against, each as fast as its own settings make it.
 
 - bitsandbytes' 4-bit base without adapters, in both of its layouts: packed for the CPU, which its
-  forward makes in place, and plain, which it dequantizes. The faster one of a case counts.
+  forward makes in place for bfloat16, and plain, which it dequantizes. The faster one counts.
 - PEFT: ``set_adapter`` between the sub-batches of single adapters, on the 4-bit base. Packing is
-  off, or its answers would be wrong, and it computes in bfloat16 throughout.
-- One merged bfloat16 model per adapter.
+  off, or its answers would be wrong, and it computes in the dtype of the base throughout.
+- One merged dense model per adapter.
 
 Scales of 4-bit weights are float32, which spares both peers the second dequantization.
 """
@@ -66,12 +66,12 @@ def quantized(dense: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def nf4_options() -> Any:
-    """transformers' setting for a base in NF4 that computes in bfloat16."""
+def nf4_options(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """transformers' setting for a base in NF4 that computes in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
 
 
@@ -94,7 +94,7 @@ def layouts(dense: nn.Module) -> dict[str, nn.Module]:
 
     found = {"plain": quantized(dense)}
     set_packing(found["plain"], False)
-    if has_avx512bf16():
+    if has_avx512bf16() and next(dense.parameters()).dtype == torch.bfloat16:
         found["packed"] = quantized(dense)
         set_packing(found["packed"], True)
     return found
@@ -142,15 +142,15 @@ def prepare_for_peft(base: Any) -> None:
     base.is_loaded_in_4bit = True
 
 
-def in_bfloat16(wrapped: Any) -> None:
-    """Hold the factors in bfloat16: in float32, PEFT would compute in float32."""
+def factors_in(wrapped: Any, dtype: torch.dtype) -> None:
+    """Hold the factors in ``dtype``: PEFT computes in theirs."""
     for name, parameter in wrapped.named_parameters():
         if "hira_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(dtype)
 
 
 def merged(dense: nn.Module, adapters: Sequence[Factors]) -> list[nn.Module]:
-    """For each adapter a bfloat16 copy of the 4-bit base with the adapter folded in."""
+    """For each adapter a dense copy of the 4-bit base with the adapter folded in."""
     base = copy.deepcopy(dense)
     output = output_layer(base)
     copies: list[nn.Module] = []

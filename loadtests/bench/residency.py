@@ -78,9 +78,9 @@ class _Clocks:
 def bench(report: Report) -> None:
     """Run all cases."""
     size = _Size(60, 64, 1, 1) if report.quick else _Size(1000, 256, 4, 6)
-    report.section(f"Residency: {size.adapters} adapters, NF4, bfloat16, {THREADS} threads")
+    report.section(f"Residency: {size.adapters} adapters, NF4, {report.dtype}, {THREADS} threads")
     torch.set_num_threads(THREADS)
-    with stocked(size.adapters) as stock:
+    with stocked(size.adapters, report.dtype) as stock:
         _registrations(report, stock, size)
         _cold_bytes(report, stock)
         _zipf(report, stock, size)
@@ -212,7 +212,7 @@ def _resident_adapter(report: Report, engine: Engine) -> None:
         case = f"{len(slots)} resident adapters"
         report.add(Figure("residency", case, what, value, at_most=at_most, **more))
 
-    add("bytes of their bf16 tensors", snapshot.adapter_bytes["device"] / tensors, 1.05)
+    add("bytes of their tensors", snapshot.adapter_bytes["device"] / tensors, 1.05)
     per = snapshot.base_bytes["linear"] / weights
     add("base, linear layers", per, 0.57, unit="bytes/weight")
 

@@ -26,7 +26,7 @@ from adapters.signature import BaseSignature, describe
 from loadtests.bench.generation import LABELS, save_base
 from loadtests.bench.modulation import RANK, dense_model, llama_config
 from loadtests.bench.runs import raise_if_failed
-from loadtests.bench.timing import THREADS
+from loadtests.bench.timing import THREADS, DTypeName
 from server.engine.engine import Engine
 from server.messages import TERMINAL, EncodeRequest, TokenizedInput
 from server.options import EngineOptions
@@ -44,6 +44,7 @@ class Stock:
         root: Holds the registry and the store.
         base: The base's folder.
         signature: Of the base.
+        dtype: That its engines compute in.
         versions: In the order of their registration.
         seconds: That each registration took.
     """
@@ -51,6 +52,7 @@ class Stock:
     root: Path
     base: Path
     signature: BaseSignature
+    dtype: DTypeName
     versions: tuple[str, ...]
     seconds: tuple[float, ...]
 
@@ -61,7 +63,7 @@ class Stock:
                 base=str(self.base),
                 store_dir=self.root / "store",
                 cache_dir=self.root / "cache",
-                dtype="bf16",
+                dtype=self.dtype,
                 device="cpu",
                 threads=THREADS,
                 **changes,
@@ -70,8 +72,13 @@ class Stock:
 
 
 @contextmanager
-def stocked(count: int) -> Iterator[Stock]:
-    """Make the base and register ``count`` adapters; all is gone afterwards."""
+def stocked(count: int, dtype: DTypeName) -> Iterator[Stock]:
+    """Make the base and register ``count`` adapters; all is gone afterwards.
+
+    Args:
+        count: Of adapters.
+        dtype: That engines on it compute in.
+    """
     with tempfile.TemporaryDirectory(prefix="hira-bench-") as name:
         root = Path(name)
         model: Any = dense_model("llama")
@@ -91,7 +98,7 @@ def stocked(count: int) -> Iterator[Stock]:
             seconds.append(time.perf_counter() - began)
             versions.append(record.version)
         registry.close()
-        yield Stock(root, base, signature, tuple(versions), tuple(seconds))
+        yield Stock(root, base, signature, dtype, tuple(versions), tuple(seconds))
 
 
 class Source:

@@ -16,10 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 THREADS = 2
 _SHORTEST_SAMPLE_S = 0.05
+DTypeName = Literal["bf16", "fp32"]
+_DTYPES: Mapping[DTypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "litserve")
 
 
@@ -106,7 +111,13 @@ class Report:
     machine: Mapping[str, Any]
     quick: bool
     one_thread: bool = False
+    dtype: DTypeName = "bf16"
     figures: list[Figure] = field(default_factory=list)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the sides compute in."""
+        return _DTYPES[self.dtype]
 
     @property
     def threads(self) -> int:
@@ -183,8 +194,6 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
-    import torch
-
     from adapters.kernels import native_ops
     from adapters.modulation.autotune import processor
 
@@ -198,10 +207,26 @@ def machine() -> dict[str, Any]:
             "avx512": torch.cpu._is_avx512_bf16_supported(),
             "amx": torch.cpu._is_amx_tile_supported(),
         },
-        "compiled kernel": native_ops.available(),
+        "compiled kernel": {
+            "bf16": native_ops.instruction_set(torch.bfloat16) or "none",
+            "fp32": native_ops.instruction_set(torch.float32) or "none",
+        },
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in (*_PACKAGES, "kernels")},
     }
+
+
+def dtype_of(name: Literal["auto", "bf16", "fp32"]) -> DTypeName:
+    """What to compute in; ``auto``: what a server on this processor takes by itself."""
+    if name != "auto":
+        return name
+    from server.base.load import choose_dtype
+    from server.options import EngineOptions
+
+    found = choose_dtype(
+        EngineOptions(base="", store_dir=Path(), cache_dir=Path()), torch.device("cpu")
+    )
+    return "bf16" if found == torch.bfloat16 else "fp32"
 
 
 def print_machine(known: Mapping[str, Any]) -> None:
