@@ -12,7 +12,6 @@ from server.edge.endpoints.answers import context_of
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.schemas import MAX_COPIES, MAX_STOPS
 from server.edge.endpoints.tei_tgi import Named, adapter_names
-from server.edge.link.worker_state import read_state
 from server.edge.service import Service
 from server.inputs.text import Text
 
@@ -76,7 +75,7 @@ class ServedModelEndpoint:
         record = service.targets.named_record(adapter_names(request, adapter))
         context_of(request).adapter = name = None if record is None else record.name
         facts = ModelFacts.of(service, record)
-        state = read_state(settings.run_dir)
+        state = service.dispatcher.state()
         loaded: dict[str, Any] = {} if state is None else dict(state.snapshot)
         prompt = None if base.prompts is None else base.prompts.max_tokens
         return Json(
