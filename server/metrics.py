@@ -235,12 +235,16 @@ class Live:
         processes: Process id by role.
         running: Admitted requests and tokens.
         worker_ready: Whether the worker answers.
+        replicas: In a cluster, the snapshot of each engine replica by its name.
+        routed: In a cluster, requests that this HTTP replica sent, by why they went where.
     """
 
     snapshot: Mapping[str, Any] = field(default_factory=dict)
     processes: Mapping[str, int] = field(default_factory=dict)
     running: Mapping[str, float] = field(default_factory=dict)
     worker_ready: bool = False
+    replicas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    routed: Mapping[str, int] = field(default_factory=dict)
 
 
 # Of the engine's snapshot: its field, the metric and its text, and the label of the values.
@@ -254,6 +258,13 @@ SNAPSHOT_GAUGES: Final = (
     ("static_bytes", "hira_static_step_bytes", "Memory of static decode steps.", "part"),
     ("grammars", "hira_grammars", "Of structured output.", "kind"),
     ("cuda_bytes", "hira_cuda_bytes", "Memory of the CUDA device.", "kind"),
+)
+
+
+# The same of each engine replica of a cluster.
+REPLICA_GAUGES: Final = (
+    ("queue_depth", "hira_replica_queue_depth", "Requests in an engine replica.", "lane"),
+    ("adapters", "hira_replica_adapters", "Adapters of an engine replica.", "state"),
 )
 
 
@@ -309,6 +320,35 @@ class LiveCollector:
         yield GaugeMetricFamily(
             "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)
         )
+        yield from self._of_a_cluster()
+
+    def _of_a_cluster(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+        replicas, routed = self.live.replicas, self.live.routed
+        if replicas:
+            for key, name, text, label in REPLICA_GAUGES:
+                gauge = GaugeMetricFamily(name, text, labels=["replica", label])
+                for replica, said in sorted(replicas.items()):
+                    for value, amount in sorted(said.get(key, {}).items()):
+                        gauge.add_metric([replica, value], amount)
+                yield gauge
+            events = CounterMetricFamily(
+                "hira_replica_residency", "Loads and evictions of an engine replica.",
+                labels=["replica", "event"],
+            )  # fmt: skip
+            for replica, said in sorted(replicas.items()):
+                for value, amount in sorted(said.get("totals", {}).items()):
+                    events.add_metric([replica, value], amount)
+            yield events
+        if routed:
+            reasons = CounterMetricFamily(
+                "hira_routed", "Requests sent to engine replicas, by why to which.",
+                labels=["reason"],
+            )  # fmt: skip
+            for value, amount in sorted(routed.items()):
+                reasons.add_metric([value], amount)
+            yield reasons
 
 
 def resident_bytes(processes: Mapping[str, int], *, private: bool = False) -> dict[str, float]:

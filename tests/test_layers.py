@@ -49,7 +49,12 @@ SERVER = {
         *("version", "messages", "options", "errors", "settings", "metrics", "base", "inputs"),
         *("stages", "demo"),
     ),
-    "server.cli": ("version", "stages", "options", "settings", "base", "edge", "training"),
+    "server.cluster": (
+        *("version", "messages", "options", "errors", "settings", "metrics", "edge"),
+    ),
+    "server.cli": (
+        *("version", "stages", "options", "settings", "base", "edge", "cluster", "training"),
+    ),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
 }
@@ -73,8 +78,9 @@ CONFINED = {
     "llguidance": ("server/inputs/grammar_engine.py",),
     "triton": ("adapters/kernels/triton_ops.py", "adapters/kernels/triton_scratch.py"),
     "litserve": ("server/edge/litserve/",),
-    "fastapi": ("server/edge/",),
-    "starlette": ("server/edge/",),
+    "ray": ("server/cluster/",),
+    "fastapi": ("server/edge/", "server/cluster/"),
+    "starlette": ("server/edge/", "server/cluster/"),
     "uvicorn": ("server/edge/",),
     "locust": ("loadtests/",),
     "peft": ("server/training/", "loadtests/bench/"),
@@ -93,6 +99,7 @@ TORCH_FREE = (
     "server/edge/processes/preflight.py",
     "server/edge/endpoints/schemas.py",
     "server/errors.py",
+    "server/cluster/routing.py",
 )
 
 

@@ -14,12 +14,13 @@ import typer
 from server.cli import adapters as cli_adapters
 from server.cli import apply as cli_apply
 from server.cli import client as cli_client
+from server.cli import cluster as cli_cluster
 from server.cli import convert as cli_convert
 from server.cli import inspect as cli_inspect
 from server.cli import status as cli_status
 from server.cli import train as cli_train
 from server.cli.layout import print_fault
-from server.cli.serve import serve_command
+from server.cli.serve import serve_command, setting_parameters
 from server.version import package_version
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ cli_apply.add_apply_command(app)
 cli_inspect.add_inspect_command(app)
 cli_convert.add_convert_command(app)
 cli_train.add_train_command(app)
+cli_cluster.add_cluster_commands(app, setting_parameters())
 
 
 def _show_version(wanted: bool) -> None:

@@ -64,8 +64,8 @@ def run_server(config: Path | None = None, **flags: Any) -> None:
         raise SystemExit(FAILED) from None
 
 
-def serve_command() -> Callable[..., None]:
-    """The command, with an option for every setting."""
+def setting_parameters() -> list[inspect.Parameter]:
+    """What every command that serves takes: the file of the settings, and all of them."""
     config = inspect.Parameter(
         "config",
         inspect.Parameter.KEYWORD_ONLY,
@@ -79,6 +79,11 @@ def serve_command() -> Callable[..., None]:
             ),
         ],
     )
+    return [config, *_flags()]
+
+
+def serve_command() -> Callable[..., None]:
+    """The command, with an option for every setting."""
 
     def serve(**flags: Any) -> None:
         run_server(**{name: value for name, value in flags.items() if value is not None})
@@ -88,7 +93,7 @@ def serve_command() -> Callable[..., None]:
     Every option is also HIRA_... in the environment and a key in hira.toml. Sizes are bytes, or
     with a unit: 512MiB, 4GiB.
     {EXAMPLES}"""
-    parameters = [config, *_flags()]
+    parameters = setting_parameters()
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     serve.__annotations__ = {one.name: one.annotation for one in parameters}
     return serve

@@ -23,6 +23,7 @@ from server.edge.admit.shared_load import SharedLoad
 from server.edge.admit.slow_work import Pool, SlowWork
 from server.edge.grammars import Grammars
 from server.edge.link.dispatcher import Dispatcher
+from server.edge.link.link import Link
 from server.edge.target import Base, Targets
 from server.edge.templates import Templates
 from server.errors import Refusal
@@ -79,6 +80,7 @@ class Service:
         base: What is served.
         registry: Opened anew in every process.
         reload: Reads the settings again, for the part that may change while the server runs.
+        link: Makes the way to the engines; without it, the one to the worker of this machine.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Service:
         base: Base,
         registry: Registry,
         reload: Callable[[], Settings],
+        link: Callable[[SharedLoad, Bounds], Link] | None = None,
     ) -> None:
         self.settings = settings
         self.base = base
@@ -94,12 +97,14 @@ class Service:
         self.load = SharedLoad(settings.api_processes)
         self.names = Names(registry, self.load.registry_changes, base_digest=base.signature.digest)
         self.names.refresh()  # an HTTP process that starts while the database is away has these
-        self.targets = Targets(self.names, base)
+        self.targets = Targets(self.names, base, settings.default_adapter)
         self._number = 0
         self._changing = threading.Lock()
         self._reading: asyncio.Future[bool] | None = None
-        self.dispatcher = Dispatcher(
-            self.load, bounds_of(settings), settings.api_processes, settings.run_dir
+        self.dispatcher: Link = (
+            Dispatcher(self.load, bounds_of(settings), settings.api_processes, settings.run_dir)
+            if link is None
+            else link(self.load, bounds_of(settings))
         )
         self.slow_work = SlowWork(settings, self.dispatcher.admission, self.dispatcher.give_up)
         self.bodies = BodyBudget()
@@ -185,6 +190,7 @@ class Service:
         changed = {name: getattr(fresh, name) for name in RELOADABLE}
         self.settings = self.settings.model_copy(update=changed)
         self.slow_work.settings = self.settings
+        self.targets.default = self.settings.default_adapter
         self.dispatcher.bounds = bounds_of(self.settings)
         self.keys = self._keyring()
 

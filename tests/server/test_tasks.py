@@ -21,11 +21,11 @@ from adapters.tasks import (
     of_task_type,
     tasks_at,
 )
+from server.edge.endpoints.inference import inference_routes
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.schemas import PredictParameters
 from server.edge.endpoints.tei_tgi import TeiTgi
-from server.edge.litserve.spec import inference_routes
 from server.encoding.postprocess import POSTPROCESSORS
 
 API_PAGE = Path(__file__).parents[2] / "docs" / "api.md"

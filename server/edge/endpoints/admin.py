@@ -41,7 +41,6 @@ from server.edge.endpoints.schemas import (
     RegisterRequest,
 )
 from server.edge.endpoints.uploads import Upload, received
-from server.edge.link.worker_state import read_state
 from server.edge.service import Service
 from server.errors import Fault, Refusal
 from server.messages import Preload, ReleaseQuarantine
@@ -300,7 +299,7 @@ class Admin:
         return _answer(record, known, served=record.fits(self.service.names.base_digest))
 
     async def _known(self) -> AdapterStatus:
-        state = read_state(self.service.settings.run_dir)
+        state = self.service.dispatcher.state()
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
         return AdapterStatus(

@@ -24,7 +24,7 @@ from server.edge.admit.slow_work import (
 from server.edge.endpoints.json_text import AT_ONCE_VALUES, weight, written
 from server.edge.endpoints.middleware import Json, RequestContext
 from server.edge.endpoints.schemas_openai import OpenAIBody
-from server.edge.link.dispatcher import Dispatcher
+from server.edge.link.link import Link
 from server.edge.link.ticket import Ticket
 from server.edge.service import Service
 from server.edge.target import Target
@@ -177,15 +177,13 @@ async def _left(request: HttpRequest) -> None:
 
 
 @contextmanager
-def watching(
-    request: HttpRequest, dispatcher: Dispatcher, tickets: Sequence[Ticket]
-) -> Iterator[None]:
+def watching(request: HttpRequest, link: Link, tickets: Sequence[Ticket]) -> Iterator[None]:
     """Cancel the tickets as soon as the client leaves."""
 
     async def watch() -> None:
         await _left(request)
         for ticket in tickets:
-            dispatcher.cancel(ticket)
+            link.cancel(ticket)
 
     task = asyncio.create_task(watch(), name="client-watch")
     try:

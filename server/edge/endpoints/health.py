@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from fastapi import Request, Response
 
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import Health
-from server.edge.link.dispatcher import STALE_S, WHY_NOT
-from server.edge.link.worker_state import WorkerState, read_state
+from server.edge.endpoints.schemas_tokens import Version
+from server.edge.link.link import STALE_S, WHY_NOT, silence_s
 from server.edge.service import Service
 from server.metrics import Live, exposition
 
@@ -46,6 +44,10 @@ class HealthEndpoints:
         """200 while this process answers at all."""
         return Json({"status": "live"})
 
+    async def version_of(self, request: Request) -> Response:
+        """The version of this server, as vLLM tells its own."""
+        return Json({"version": self.version})
+
     async def ready(self, request: Request) -> Response:
         """200 when inference requests would be admitted now, else 503 and why."""
         status, detail = self.readiness()
@@ -57,8 +59,8 @@ class HealthEndpoints:
         status = self.service.dispatcher.status
         if status != "ready":
             return status, WHY_NOT[status]
-        state = read_state(self.service.settings.run_dir)
-        silent_s = self.service.dispatcher.silent_s()
+        state = self.service.dispatcher.state()
+        silent_s = silence_s(state)
         if silent_s > STALE_S:
             return "worker_silent", f"The worker has not been heard for {silent_s:.0f} s."
         if state is not None and state.busy_s > self.service.settings.max_step_s:
@@ -75,23 +77,19 @@ class HealthEndpoints:
 
     def _live(self) -> Live:
         service = self.service
-        state = read_state(service.settings.run_dir)
+        state = service.dispatcher.state()
         status, _ = self.readiness()
         return Live(
             {} if state is None else state.snapshot,
-            processes=self._processes(state),
+            processes=service.dispatcher.pids(),
             running={
                 "requests": float(service.load.requests()),
                 "tokens": float(service.load.tokens()),
             },
             worker_ready=status == "ready",
+            replicas=service.dispatcher.replicas(),
+            routed=service.dispatcher.routed(),
         )
-
-    def _processes(self, state: WorkerState | None) -> dict[str, int]:
-        roles = {"main": os.getppid(), **service_pids(self.service)}
-        if state is not None:
-            roles["worker-0"] = state.pid
-        return roles
 
 
 def observe_routes(observe: HealthEndpoints) -> list[Endpoint]:
@@ -103,9 +101,7 @@ def observe_routes(observe: HealthEndpoints) -> list[Endpoint]:
         Endpoint("/health", observe.ready, get, tag, Health, also=(503,), statuses=()),
         Endpoint("/health/live", observe.live, get, tag, Health, statuses=()),
         Endpoint("/health/ready", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/ping", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/version", observe.version_of, get, tag, Version, statuses=()),
         Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=()),
     ]
-
-
-def service_pids(service: Service) -> dict[str, int]:
-    return {role: pid for role, pid in service.load.pids().items() if pid}

@@ -6,29 +6,26 @@ LitAPI, whatever the number of endpoints.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final
 
 from litserve import LitAPI
 from litserve.loops import LitLoop
 from litserve.specs.base import LitSpec
 
+from server.edge.link.engine_like import ENGINE, ENGINE_FAILED, EngineLike, build_engine
 from server.edge.link.thread_deaths import watch_threads
 from server.edge.link.worker_state import fault_path, replace_text, write_stage
 from server.edge.litserve import logs
 from server.edge.litserve.parent_death import die_with_parent
-from server.messages import Event, Message
 from server.options import EngineOptions
 from server.stages import listen_to_stages, tell_stage
 
-ENGINE: Final = "server.engine.engine:Engine.build"
 SETUP_FAILED: Final = 3  # exit status of a worker whose engine could not be built
-ENGINE_FAILED: Final = 70  # exit status of one that lost a part that it cannot do without
 
 logger = logging.getLogger(__name__)
 
@@ -37,43 +34,6 @@ def abandon(part: str) -> None:
     """End the worker at once: HTTP processes see it and tell clients, the main one restarts it."""
     logger.error("The worker ends without its %s, and is started anew", part)
     os._exit(ENGINE_FAILED)
-
-
-class StepLike(Protocol):
-    """The latest forward, for the metrics."""
-
-    @property
-    def lane(self) -> str: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def adapters(self) -> int: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-
-class EngineLike(Protocol):
-    """What the loop needs of an engine; `server.engine.engine.Engine` is the real one."""
-
-    def submit(self, message: Message) -> None: ...
-
-    def step(self) -> list[Event]: ...
-
-    def has_work(self) -> bool: ...
-
-    def wait(self, timeout: float) -> None: ...
-
-    def wake(self) -> None: ...
-
-    @property
-    def last_step(self) -> StepLike | None: ...
-
-    def snapshot(self) -> Any: ...
-
-    def close(self) -> list[Event]: ...
 
 
 class HiraAPI(LitAPI):
@@ -118,12 +78,8 @@ class HiraAPI(LitAPI):
         watch_threads(abandon)  # before the engine makes its own
         listen_to_stages(lambda stage: write_stage(self.run_dir, stage))
         tell_stage("loading torch in the worker")
-        module, _, attribute = self.engine_path.partition(":")
         try:
-            build: Any = importlib.import_module(module)
-            for part in attribute.split("."):
-                build = getattr(build, part)
-            self.engine = cast(EngineLike, build(self.options))
+            self.engine = build_engine(self.engine_path, self.options)
         except Exception as error:  # noqa: BLE001  # whatever it is, the operator must read it
             line = " ".join(str(error).split()) or type(error).__name__
             if not hasattr(error, "code"):

@@ -22,10 +22,11 @@ from typing import Any, Final
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
+from server.edge.link.engine_like import EngineLike
 from server.edge.link.envelopes import EVENTS_UID, Events, Requests, WorkerReady, http_process_of
 from server.edge.link.http_processes import HttpProcesses, RunningRequests
 from server.edge.link.worker_state import WorkerState, stopping_path, write_state
-from server.edge.litserve.api import EngineLike, HiraAPI, abandon
+from server.edge.litserve.api import HiraAPI, abandon
 from server.messages import Cancel, Event
 from server.metrics import WorkerMetrics, count_as
 

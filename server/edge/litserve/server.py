@@ -14,53 +14,42 @@ import logging
 import multiprocessing
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkProcess
-from reprlib import Repr
 from typing import Any, Final
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request, Security
-from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import FastAPI
 from litserve import LitServer
 from litserve.server import response_queue_to_buffer
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
-from starlette.routing import Match, Route
+from starlette.middleware.cors import CORSMiddleware
 
 from server.edge.admit.connections import Connection, ConnectionLimits, make_room_for_connections
-from server.edge.endpoints.middleware import BodyRefused, RequestMiddleware, error_response
-from server.edge.endpoints.openapi import amended
-from server.edge.endpoints.queries import check_query
+from server.edge.endpoints.application import add_endpoints, describe_app
+from server.edge.endpoints.middleware import RequestMiddleware
 from server.edge.endpoints.routes import Endpoint
 from server.edge.link.thread_deaths import watch_threads, watched
 from server.edge.litserve.api import HiraAPI
 from server.edge.litserve.spec import HiraSpec
 from server.edge.service import Service
-from server.errors import Fault, Refusal
 from server.metrics import count_as
+from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-TITLE: Final = "hira-server"
-DESCRIPTION: Final = "Many HiRA and LoRA adapters on one 4-bit base model."
 CLOSE_CONNECTIONS_S: Final = (
     2.0  # for an HTTP process whose requests have ended, to close its connections
 )
 CHORE_S: Final = 1.0
 JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
-BRANCHES: Final = frozenset({"str", "int", "float", "bool", "none"})  # of unions, in locations
-# What a fault shows of a value: repr() of all of a large one would take its time.
-SHORT_REPR: Final = Repr()
-SHORT_REPR.maxlevel = 2
-SHORT_REPR.maxlist = SHORT_REPR.maxtuple = 120
-SHORT_REPR.maxstring = SHORT_REPR.maxlong = SHORT_REPR.maxother = 400
-_bearer_scheme = HTTPBearer(auto_error=False)
+CORS_METHODS: Final = ("GET", "POST", "PATCH", "DELETE", "OPTIONS")
+CORS_EXPOSED: Final = (  # headers of answers that a page may read
+    *("X-Request-Id", "X-Adapter", "X-Adapter-Version", "X-Queue-Ms", "X-Compute-Ms"),
+    "Retry-After",
+)
 
 
 class AnswersLost(Exception):
@@ -109,13 +98,10 @@ class HiraServer(LitServer):
             devices=1,
             timeout=False,  # deadlines are the dispatcher's
             restart_workers=True,
-            middlewares=[(RequestMiddleware, {"service": service})],
+            middlewares=[(RequestMiddleware, {"service": service}), *_cors(service.settings)],
         )
         self.uvicorn_graceful_timeout = service.settings.drain_s + JOIN_S
-        self.app.title, self.app.version, self.app.description = TITLE, version, DESCRIPTION
-        self.app.add_exception_handler(Refusal, _on_refusal)
-        self.app.add_exception_handler(RequestValidationError, _on_invalid)
-        self.app.add_exception_handler(HTTPException, _on_http)
+        describe_app(self.app, version)
 
     @property
     def spec(self) -> HiraSpec:
@@ -126,24 +112,8 @@ class HiraServer(LitServer):
     # What LitServer calls
 
     def register_endpoints(self) -> None:
-        """Our pages only, with what the OpenAPI document needs."""
-        theirs = {"/docs", "/redoc", "/docs/oauth2-redirect"}  # they ask other machines for scripts
-        self.app.router.routes[:] = [
-            one for one in self.app.router.routes if getattr(one, "path", "") not in theirs
-        ]
-        inference = [Depends(self._admit_inference), Depends(check_query)]
-        for route in self.spec.routes:
-            self.app.add_api_route(
-                route.path, route.endpoint, dependencies=inference, **route.options()
-            )
-        for route in self.routes:
-            admin = [Depends(self._admit_admin), Depends(check_query)]
-            guards = admin if route.tag == "Admin" else []
-            self.app.add_api_route(
-                route.path, route.endpoint, dependencies=guards, **route.options()
-            )
-        openapi = amended(self.app, [*self.spec.routes, *self.routes])
-        self.app.openapi = openapi  # FastAPI's own way
+        """Our pages only."""
+        add_endpoints(self.app, self.service, self.spec.routes, self.routes)
 
     def verify_worker_status(self) -> None:
         """Do not wait for the worker: until it is ready, clients are told so."""
@@ -229,7 +199,8 @@ class HiraServer(LitServer):
         count_as(f"http-{number}")
         service.open(number)
         self.spec.attach(self.response_buffer)
-        dispatcher, loop = service.dispatcher, asyncio.get_running_loop()
+        dispatcher, loop = self.spec.dispatcher, asyncio.get_running_loop()
+        assert dispatcher is not None
         watch_threads(lambda name: _tell(loop, dispatcher.give_up, name))
         await dispatcher.start(number, self._get_request_queue(self.spec.api_path))
         ending = asyncio.Event()
@@ -270,110 +241,23 @@ class HiraServer(LitServer):
         if not ending.is_set():
             raise AnswersLost("LitServe's response task ended at an error")
 
-    # Guards
 
-    async def _admit_inference(
-        self,
-        request: Request,
-        key: HTTPAuthorizationCredentials | None = Security(_bearer_scheme),  # noqa: B008
-    ) -> None:
-        self.service.keys.admit_inference(request.headers.get("authorization"))
-        await self.service.catch_up()
-
-    async def _admit_admin(
-        self,
-        request: Request,
-        key: HTTPAuthorizationCredentials | None = Security(_bearer_scheme),  # noqa: B008
-    ) -> None:
-        self.service.keys.admit_admin(request.headers.get("authorization"))
-        await self.service.catch_up()
+def _cors(settings: Settings) -> list[tuple[type[CORSMiddleware], dict[str, Any]]]:
+    """Outside of everything else, so that errors and streams have its headers too; none unless
+    the operator names origins. Keys travel in a header, so no browser is asked for credentials.
+    """
+    if not settings.cors_origins:
+        return []
+    options = {
+        "allow_origins": settings.cors_origins,
+        "allow_methods": CORS_METHODS,
+        "allow_headers": ("*",),
+        "expose_headers": CORS_EXPOSED,
+    }
+    return [(CORSMiddleware, options)]
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[str], None], name: str) -> None:
     """From a thread; not when the loop has ended already, and the process with it."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call, name)
-
-
-async def _on_refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return error_response(request.scope, error)
-
-
-async def _on_http(request: Request, error: Exception) -> Response:
-    """Starlette's own errors: no such page, wrong method, a body that broke a limit."""
-    assert isinstance(error, HTTPException)
-    if isinstance(error, BodyRefused):
-        return error_response(request.scope, error.refusal)
-    path = request.scope["path"]
-    match error.status_code:
-        case 404:
-            refusal = Refusal.because(
-                "not_found", "There is no such page.", found=path[:200], fix="See /docs."
-            )
-        case 405:
-            refusal = Refusal.because(
-                "method_not_allowed",
-                f"{request.method} is not allowed here.",
-                found=request.method,
-                expected=(allowed := _allowed(request)),
-                headers={"Allow": allowed},
-            )
-        case 400:
-            refusal = Refusal.because(
-                "malformed_body", "The body cannot be read.", expected="JSON in UTF-8"
-            )
-        case _:
-            refusal = Refusal.because("internal", str(error.detail))
-    return error_response(request.scope, refusal)
-
-
-def _allowed(request: Request) -> str:
-    """All methods of a path: Starlette names those of its first route only."""
-    methods: set[str] = set()
-    for route in request.app.routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
-            methods |= route.methods or set()
-    return ", ".join(sorted(methods))
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    """A body or a query that does not fit its schema: every fault names its field."""
-    assert isinstance(error, RequestValidationError)
-    by_field: dict[str | None, Fault] = {}
-    for one in error.errors()[:100]:
-        fault = _fault(dict(one), request)
-        before = by_field.get(fault.field)
-        # The branches of a union fail one by one at the same field: one fault for people.
-        by_field[fault.field] = (
-            fault
-            if before is None
-            else replace(before, message=f"{before.message}; or: {fault.message}")
-        )
-    return error_response(request.scope, Refusal(list(by_field.values())[:20]))
-
-
-def _fault(found: Mapping[str, Any], request: Request) -> Fault:
-    if found["type"] == "json_invalid":
-        reason = str(found.get("ctx", {}).get("error", "not JSON"))
-        at = f" at character {found['loc'][-1]}"
-        return Fault("malformed_body", "The body is not JSON.", reason + at, "JSON in UTF-8")
-    content_type = request.headers.get("content-type", "")
-    fix = None
-    if tuple(found["loc"]) == ("body",) and "json" not in content_type:
-        fix = "Send the header Content-Type: application/json."
-    value = found.get("input")
-    shown = (
-        None if isinstance(value, dict | bytes) or value is None else SHORT_REPR.repr(value)[:120]
-    )
-    return Fault("invalid_request", str(found["msg"]), shown, fix=fix, field=_field(found["loc"]))
-
-
-def _field(location: Sequence[int | str]) -> str | None:
-    """``inputs.0`` of pydantic's location: without the names of a union's branches."""
-    kept: list[str] = []
-    for part in location[1:]:
-        if isinstance(part, str) and (not part.isidentifier() or part in BRANCHES):
-            continue
-        kept.append(str(part))
-    return ".".join(kept) or None

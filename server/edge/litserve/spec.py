@@ -10,49 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, cast
 
 from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
-from pydantic import BaseModel
 
-from server.edge.endpoints.body import described_json, form_schema
+from server.edge.endpoints.inference import inference_routes
 from server.edge.endpoints.openai import OpenAI
-from server.edge.endpoints.openapi import SSE_TYPE
 from server.edge.endpoints.ranking import Ranking
-from server.edge.endpoints.responses import Responses
-from server.edge.endpoints.root import AnyBody, RootEndpoint
-from server.edge.endpoints.routes import OPENAI_STATUSES, Endpoint
-from server.edge.endpoints.schemas import (
-    EmbedRequest,
-    GenerateAnswer,
-    GenerateRequestBody,
-    Prediction,
-    PredictRequest,
-    StreamEvent,
-)
-from server.edge.endpoints.schemas_openai import (
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    EmbeddingList,
-    EmbeddingRequest,
-    Model,
-    ModelList,
-    OpenAIError,
-)
-from server.edge.endpoints.schemas_ranking import (
-    AnyRerankRequest,
-    DocumentsRequest,
-    Rank,
-    Reranked,
-    ScoreList,
-    ScoreRequest,
-    SimilarityRequest,
-)
-from server.edge.endpoints.schemas_responses import ResponseAnswer, ResponseRequest
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.envelopes import EVENTS_UID
@@ -102,74 +68,3 @@ class HiraSpec(LitSpec):
     def encode_response(self, output: Any, context_kwargs: Any = None) -> Any:
         """Unused: the endpoints encode."""
         return output
-
-
-def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[Endpoint]:
-    def plain(
-        path: str, endpoint: Callable[..., Any], answer: Any, body: dict[str, Any], **more: Any
-    ) -> Endpoint:
-        return Endpoint(path, endpoint, ("POST",), "Native", answer, extra=body, **more)
-
-    def v1(
-        path: str,
-        endpoint: Callable[..., Any],
-        answer: Any,
-        body: type[BaseModel] | None = None,
-        *,
-        streams: bool = False,
-    ) -> Endpoint:
-        return Endpoint(
-            path,
-            endpoint,
-            ("GET",) if body is None else ("POST",),
-            "OpenAI",
-            answer,
-            error=OpenAIError,
-            statuses=OPENAI_STATUSES,
-            streams=streams,
-            extra=described_json(body) if body else {},
-        )
-
-    generation = described_json(GenerateRequestBody)
-    documents, pairs = described_json(DocumentsRequest), described_json(SimilarityRequest)
-    return [
-        Endpoint(
-            "/",
-            RootEndpoint(native, ranking).answer,
-            ("POST",),
-            "Native",
-            streams=True,
-            extra=described_json(AnyBody),
-        ),
-        plain(
-            "/predict", native.predict, Prediction | list[Prediction], form_schema(PredictRequest)
-        ),
-        plain("/embed", native.embed, list[list[float]], form_schema(EmbedRequest)),
-        plain("/rerank", ranking.rerank, list[Rank] | Reranked, described_json(AnyRerankRequest)),
-        plain("/v2/rerank", ranking.rerank_documents, Reranked, documents),
-        plain("/similarity", ranking.similarity, list[float], pairs),
-        plain("/generate", native.generate, GenerateAnswer, generation, streams=True),
-        plain(
-            "/generate_stream", native.generate_stream, StreamEvent, generation, media_type=SSE_TYPE
-        ),
-        v1("/v1/models", openai.models, ModelList),
-        v1("/v1/models/{model:path}", openai.model, Model),
-        v1("/v1/completions", openai.completions, Completion, CompletionRequest, streams=True),
-        v1(
-            "/v1/chat/completions",
-            openai.chat_completions,
-            ChatCompletion,
-            ChatRequest,
-            streams=True,
-        ),
-        v1(
-            "/v1/responses",
-            Responses(openai).create,
-            ResponseAnswer,
-            ResponseRequest,
-            streams=True,
-        ),
-        v1("/v1/rerank", ranking.rerank_documents, Reranked, DocumentsRequest),
-        v1("/v1/score", ranking.score, ScoreList, ScoreRequest),
-        v1("/v1/embeddings", openai.embeddings, EmbeddingList, EmbeddingRequest),
-    ]

@@ -14,6 +14,7 @@ from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.tei_tgi import TeiTgi
+from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.worker_state import read_state
 from server.edge.litserve.api import HiraAPI
 from server.edge.litserve.loop import EngineLoop
@@ -52,12 +53,13 @@ def run_service(
     Raises:
         StartFailed: One line that says why the server cannot run.
     """
-    settings = service.settings
+    settings, dispatcher = service.settings, service.dispatcher
+    assert isinstance(dispatcher, Dispatcher)  # the link of a service with one worker
     version = package_version()
     api = HiraAPI(
         settings.engine_options(base),
         settings.run_dir,
-        spec=HiraSpec(TeiTgi(service), Ranking(service), OpenAI(service), service.dispatcher),
+        spec=HiraSpec(TeiTgi(service), Ranking(service), OpenAI(service), dispatcher),
         loop=EngineLoop(settings.api_processes),
         engine=engine,
         log_level=settings.log_level,

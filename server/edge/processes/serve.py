@@ -19,9 +19,8 @@ from server import metrics
 from server.edge.admit.keys import resolve_admin_key
 from server.edge.endpoints.admin import Admin, admin_routes
 from server.edge.endpoints.pages import page_routes
-from server.edge.link.worker_state import read_state
+from server.edge.link.engine_like import ENGINE
 from server.edge.litserve import logs
-from server.edge.litserve.api import ENGINE
 from server.edge.processes import start as prepare
 from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.preflight import check_port, exclusive
@@ -141,7 +140,7 @@ class Collector:
         # No request lives longer than max_timeout_s, so none can still need what is older. One
         # that was admitted before the limit was lowered has the longer one still.
         self._grace_s = max(self._grace_s, settings.max_timeout_s + 60.0)
-        state = read_state(settings.run_dir)
+        state = self._service.dispatcher.state()
         resident = set() if state is None else set(state.snapshot.get("residency", {}))
         try:
             self._service.registry.collect_garbage(resident, grace_s=self._grace_s)

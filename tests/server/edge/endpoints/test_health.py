@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from server.edge.endpoints.health import HealthEndpoints
-from server.edge.link.worker_state import WorkerState, write_state
+from server.edge.link.worker_state import WorkerState
 
 
 @pytest.mark.parametrize(
     ("busy_s", "status"), [(0.0, "ready"), (150.0, "ready"), (299.0, "ready"), (301.0, "stuck")]
 )
 def test_step_is_stuck_when_the_main_process_would_end_it_and_not_before(
-    tmp_path: Path, busy_s: float, status: str
+    busy_s: float, status: str
 ) -> None:
     now = time.monotonic()
-    write_state(tmp_path, WorkerState(0, "first", 7, now, now, busy_s))
+    state = WorkerState(0, "first", 7, now, now, busy_s)
     service: Any = SimpleNamespace(
-        settings=SimpleNamespace(run_dir=tmp_path, max_step_s=300.0),
-        dispatcher=SimpleNamespace(status="ready", silent_s=lambda: 0.0),
+        settings=SimpleNamespace(max_step_s=300.0),
+        dispatcher=SimpleNamespace(status="ready", state=lambda: state),
     )
     found, _ = HealthEndpoints(service, "1").readiness()
     assert found.removeprefix("worker_") == status

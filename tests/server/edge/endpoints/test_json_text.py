@@ -20,6 +20,7 @@ from starlette.types import Message
 from server.edge.endpoints import body as bodies
 from server.edge.endpoints import json_text
 from server.edge.endpoints.answers import json_response
+from server.edge.endpoints.application import SHORT_REPR
 from server.edge.endpoints.body import posted, read_json
 from server.edge.endpoints.json_text import (
     AT_ONCE_BYTES,
@@ -32,7 +33,6 @@ from server.edge.endpoints.json_text import (
 )
 from server.edge.endpoints.schemas import MAX_UNKNOWN, GenerateRequestBody, PredictRequest
 from server.edge.endpoints.schemas_openai import CompletionRequest
-from server.edge.litserve.server import SHORT_REPR
 from server.errors import Refusal
 
 T = TypeVar("T")

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import Phase, SharedLoad
-from server.edge.link.dispatcher import LOOK_TICKS, STALE_S, TICK_S, Dispatcher
+from server.edge.link.dispatcher import LOOK_TICKS, TICK_S, Dispatcher
 from server.edge.link.envelopes import Events, Requests, WorkerReady, http_process_of, request_id
+from server.edge.link.link import STALE_S
 from server.edge.link.thread_deaths import watch_threads
 from server.edge.link.worker_state import WorkerState, read_state, state_path, write_state
 from server.errors import Refusal

@@ -1,0 +1,153 @@
+"""One replica of the HTTP surface: the same endpoints as on one machine, over another link."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters.registry.registry import Registry
+from adapters.registry.store import Store
+from server.cluster.cluster_link import ClusterLink
+from server.cluster.metric_files import count_on_node
+from server.edge.endpoints.admin import Admin, admin_routes
+from server.edge.endpoints.application import add_endpoints, describe_app
+from server.edge.endpoints.health import HealthEndpoints, observe_routes
+from server.edge.endpoints.inference import inference_routes
+from server.edge.endpoints.middleware import RequestMiddleware
+from server.edge.endpoints.openai import OpenAI
+from server.edge.endpoints.pages import page_routes
+from server.edge.endpoints.ranking import Ranking
+from server.edge.endpoints.tei_tgi import TeiTgi
+from server.edge.link.thread_deaths import watched
+from server.edge.processes.serve import Collector
+from server.edge.processes.start import describe_base
+from server.edge.service import Service
+from server.settings import Settings
+from server.version import package_version
+
+logger = logging.getLogger(__name__)
+
+COLLECTOR_LOOKS_S: Final = 1.0
+REQUEST_ID_HEADER: Final = b"x-request-id"
+
+
+@dataclass(frozen=True, slots=True)
+class IngressPlan:
+    """What a replica of the HTTP surface is made of.
+
+    Args:
+        settings: Of the cluster.
+        place: Folder or hub id of the base.
+        base_name: As ``/v1`` shows it.
+        engines: Name of the engines' deployment.
+    """
+
+    settings: Settings
+    place: str
+    base_name: str
+    engines: str
+
+
+class Ingress:
+    """See the module. A Ray Serve deployment makes it.
+
+    Args:
+        plan: What it is made of.
+        engines: Handle to the engine replicas.
+        name: Of this replica.
+    """
+
+    def __init__(self, plan: IngressPlan, engines: Any, name: str) -> None:
+        settings = plan.settings
+        logging.getLogger().setLevel(settings.log_level.upper())
+        count_on_node("http", settings.metrics_dir)
+        base = describe_base(settings, plan.place, plan.base_name)
+        store_bytes = None if settings.store_bytes is None else int(settings.store_bytes)
+        registry = Registry(settings.database, Store(settings.store_dir, store_bytes))
+        link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
+        self.service = Service(settings, base, registry, lambda: settings, link)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The app, which Ray Serve asks for when the replica is made."""
+        return build_app(self.service)
+
+
+def build_app(service: Service) -> FastAPI:
+    """The same app as LitServe runs on one machine."""
+    version = package_version()
+    app = FastAPI(
+        lifespan=partial(_life, service),
+        middleware=[
+            Middleware(OneRequestId),
+            Middleware(RequestMiddleware, service=service),
+        ],
+    )
+    describe_app(app, version)
+    inference = inference_routes(TeiTgi(service), Ranking(service), OpenAI(service))
+    health = observe_routes(HealthEndpoints(service, version))
+    others = [*health, *admin_routes(Admin(service)), *page_routes()]
+    add_endpoints(app, service, inference, others)
+    return app
+
+
+@asynccontextmanager
+async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
+    service.open(0)
+    link = service.dispatcher
+    assert isinstance(link, ClusterLink)
+    link.end = lambda: os.kill(os.getpid(), signal.SIGKILL)  # Ray Serve starts another
+    await link.start()
+    tasks = [
+        watched(service.follow_registry(), "registry", link.give_up),
+        watched(_do_chores(service), "chores", link.give_up),
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await link.stop()
+        service.close()
+
+
+async def _do_chores(service: Service) -> None:
+    """Collect, now and then, what nobody names any more, whatever becomes of a single try."""
+    collector = Collector(service)
+    while True:
+        await asyncio.sleep(COLLECTOR_LOOKS_S)
+        try:
+            await service.slow_work.run(collector.look, "collecting", owed=True)
+        except Exception:
+            logger.exception("A chore failed and is tried again")
+
+
+class OneRequestId:
+    """Leaves a response's id to Ray Serve's proxy, which adds the request's to every response.
+
+    Both would else say the same twice.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = any(name == REQUEST_ID_HEADER for name, _ in scope.get("headers", ()))
+
+        async def once(message: Message) -> None:
+            if given and message["type"] == "http.response.start":
+                headers = message.get("headers", ())
+                message["headers"] = [one for one in headers if one[0] != REQUEST_ID_HEADER]
+            await send(message)
+
+        await self.app(scope, receive, once)

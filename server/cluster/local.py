@@ -1,0 +1,121 @@
+"""A cluster on one machine, for a try: Ray is started for it, and ends with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from server import metrics
+from server.edge.link.worker_state import replace_text
+from server.edge.litserve import logs
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.cluster.application import ClusterOptions
+
+# Ray's own switches. What the operator has set goes before.
+ENVIRONMENT: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # messages go past Ray's object store
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # On a busy machine a start takes its time.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",
+    "RAY_worker_niceness": "0",  # of 15, as Ray has it, anything else on the machine goes first
+}
+OBJECT_STORE_BYTES: Final = 80 << 20  # the least that Ray takes: nothing of ours goes through it
+SPARE_CPUS: Final = 2  # of Ray's own count, for what it starts itself
+
+
+def prepare_environment(settings: Settings) -> None:
+    """Before Ray or the metrics are imported: their switches, and where counts are kept."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ[metrics.FOLDER_VARIABLE] = str(settings.metrics_dir)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str], None]) -> None:
+    """Serve on this machine until SIGTERM or SIGINT, then drain and return.
+
+    Args:
+        settings: Of the cluster.
+        options: How large it is.
+        say: Shows a line to whoever started it.
+
+    Raises:
+        StartFailed: One line that says why it cannot run.
+    """
+    import ray
+    from ray import serve
+
+    from server.cluster.application import APPLICATION, application_of, open_registry
+    from server.edge.processes.preflight import check_port, exclusive
+    from server.edge.processes.run_folder import run_folder
+
+    os.umask(0o077)
+    processes = (options.max_replicas or options.replicas) + options.http_replicas
+    need = metrics.most_bytes(processes)
+    with exclusive(settings.data_dir):
+        check_port(settings.host, settings.port)
+        shutil.rmtree(settings.data_dir / "staging", ignore_errors=True)
+        (settings.data_dir / "staging").mkdir(mode=0o700)
+        logs.configure(settings.log_level, access=settings.access_log)
+        note = settings.data_dir / "cluster.json"
+        with run_folder(settings.run_dir, need):
+            settings.metrics_dir.mkdir(parents=True, exist_ok=True)
+            open_registry(settings, check=True).close()
+            application = application_of(settings, options)
+            cpus = processes * max(1.0, options.cpus) + SPARE_CPUS
+            here = ray.init(
+                num_cpus=max(os.cpu_count() or 1, int(cpus)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=settings.log_level in {"info", "debug"},
+                logging_level=settings.log_level.upper(),
+            )
+            ended = threading.Event()
+            # Now: Ray has just put handlers of its own in place, which end this process at once.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: ended.set())
+            try:
+                serve.start(http_options={"host": settings.host, "port": settings.port})
+                serve.run(application, name=APPLICATION, route_prefix="/")
+                url = f"http://{settings.host}:{settings.port}"
+                address = here.address_info["address"]
+                told = {"pid": os.getpid(), "address": address, "url": url}
+                replace_text(note, json.dumps(told))
+                say(f"hira-server is ready at {url}")
+                say(f"  engines    {options.replicas}, HTTP replicas {options.http_replicas}")
+                ended.wait()
+                say("hira-server drains")
+                serve.delete(APPLICATION)
+                serve.shutdown()
+            finally:
+                note.unlink(missing_ok=True)
+                ray.shutdown()
+
+
+def status_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """How the application and its deployments are, a line each.
+
+    Args:
+        found: What the running cluster wrote of itself.
+    """
+    import ray
+    from ray import serve
+
+    ray.init(address=found["address"], logging_level="ERROR", log_to_driver=False)
+    yield f"{found['url']} (process {found['pid']})"
+    for name, application in serve.status().applications.items():
+        yield f"{name}: {application.status.value.lower()}"
+        for part, deployment in application.deployments.items():
+            states = {str(state): count for state, count in deployment.replica_states.items()}
+            shown = ", ".join(f"{count} {state.lower()}" for state, count in states.items())
+            yield f"  {part}: {deployment.status.value.lower()} ({shown})"
+    ray.shutdown()

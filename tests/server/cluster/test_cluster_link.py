@@ -1,0 +1,214 @@
+"""The link to many engines, over a handle that answers as Ray Serve's does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="the extra cluster is not installed: no ray")
+
+from ray.exceptions import ActorUnavailableError
+
+from server.cluster.cluster_link import ClusterLink
+from server.cluster.router_table import ROUTERS
+from server.edge.admit.bounds import Bounds
+from server.edge.admit.shared_load import SharedLoad
+from server.errors import Refusal
+from server.messages import (
+    EncodeRequest,
+    EncodeResult,
+    Event,
+    Failure,
+    GenerateRequest,
+    GenerateResult,
+    Request,
+    TokenEvent,
+    TokenizedInput,
+)
+
+BOUNDS = Bounds(requests=8, tokens=1000, adapter_requests=8, adapter_tokens=1000, pixel_bytes=None)
+Answer = Callable[[Request], Awaitable[Event]]
+
+
+def died() -> ActorUnavailableError:
+    return ActorUnavailableError("gone", b"0" * 16)
+
+
+def encode_request() -> EncodeRequest:
+    inputs = (TokenizedInput((1, 2)),)
+    return EncodeRequest(
+        "", "text-classification", "imdb", "v1", inputs,
+        submitted=time.monotonic(), deadline=time.monotonic() + 5,
+    )  # fmt: skip
+
+
+def generate_request(*, stream: bool) -> GenerateRequest:
+    return GenerateRequest("", "story", "v2", (1,), stream=stream, submitted=time.monotonic())
+
+
+def result(request: Request) -> Event:
+    if isinstance(request, EncodeRequest):
+        return EncodeResult(request.id, ("x",), request.version, 2, 0.0, 0.0)
+    return GenerateResult(request.id, "", "", (), "length", request.version, 1, 0.0, 0.0)
+
+
+class Response:
+    """Of a call through the handle: awaited, or iterated."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+        self.cancelled = False
+
+    def __await__(self) -> Any:
+        return self.work.__await__()
+
+    def __aiter__(self) -> Any:
+        return self.work.__aiter__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Engines:
+    """The handle: each answer is made by the next of ``answers``."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[Request, float, float | None]] = []
+        self.responses: list[Response] = []
+        self.answer = self.stream = SimpleNamespace(remote=self._remote)
+        self.state = SimpleNamespace(remote=lambda to: Response(self._said()))
+
+    async def _said(self) -> dict[str, Any]:
+        return {"name": "r0", "pid": 1, "busy_s": 0.0, "snapshot": {"residency": {}}}
+
+    def options(self, **_: Any) -> Engines:
+        return self
+
+    def _remote(self, request: Request, waited_s: float, left_s: float | None) -> Response:
+        self.asked.append((request, waited_s, left_s))
+        response = Response(self.answers.pop(0)(request))
+        self.responses.append(response)
+        return response
+
+
+async def answered(request: Request) -> Event:
+    return result(request)
+
+
+async def fails(request: Request) -> Event:
+    raise died()
+
+
+async def never(request: Request) -> Event:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@asynccontextmanager
+async def linked(engines: Engines) -> AsyncIterator[ClusterLink]:
+    ROUTERS.pop("engine", None)
+    link = ClusterLink(SharedLoad(1), BOUNDS, engines, "engine", "http-a")
+    await link.start()
+    try:
+        async with asyncio.timeout(10):
+            while link.status != "ready":
+                await asyncio.sleep(0.01)
+            yield link
+    finally:
+        await link.stop()
+
+
+def outcome(engines: Engines, request: Request) -> list[Event]:
+    async def scenario() -> list[Event]:
+        async with linked(engines) as link:
+            with link.admit(request) as ticket:
+                events: list[Event] = []
+                while not ticket.ended:
+                    events.append(await ticket.next())
+                while (more := ticket.next_if_there()) is not None:
+                    events.append(more)
+                return events
+
+    return asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_an_answer_comes_under_the_id_of_its_request_with_times_as_durations() -> None:
+    engines = Engines(answered)
+    (event,) = outcome(engines, encode_request())
+    assert isinstance(event, EncodeResult)
+    assert event.id == "http-a.0"
+    ((_, waited_s, left_s),) = engines.asked
+    assert 0 <= waited_s < 5
+    assert left_s is not None
+    assert 0 < left_s <= 5
+
+
+def test_a_request_for_one_forward_is_asked_once_more_when_its_replica_dies() -> None:
+    engines = Engines(fails, answered)
+    (event,) = outcome(engines, encode_request())
+    assert isinstance(event, EncodeResult)
+    assert len({request.id for request, _, _ in engines.asked}) == 2
+
+
+def test_a_request_that_loses_two_replicas_is_told_and_not_asked_again() -> None:
+    engines = Engines(fails, fails)
+    (event,) = outcome(engines, encode_request())
+    assert isinstance(event, Failure)
+    assert event.code == "worker_lost"
+    assert len(engines.asked) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_generation_is_never_asked_again(stream: bool) -> None:
+    async def tokens(request: Request) -> AsyncIterator[list[Event]]:
+        yield [TokenEvent(request.id, 7, "x", None, special=False)]
+        raise died()
+
+    engines = Engines(tokens if stream else fails)
+    events = outcome(engines, generate_request(stream=stream))
+    assert [type(one) for one in events[:-1]] == [TokenEvent] * stream
+    assert isinstance(events[-1], Failure)
+    assert events[-1].code == "worker_lost"
+    assert len(engines.asked) == 1
+
+
+def test_who_leaves_early_has_the_call_cancelled() -> None:
+    engines = Engines(never)
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            with link.admit(encode_request()):
+                while not engines.responses:
+                    await asyncio.sleep(0.01)
+            for _ in range(100):
+                if engines.responses[0].cancelled:
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("the call goes on")
+
+    asyncio.run(scenario())
+
+
+def test_requests_wait_for_nobody_where_no_replica_is_left() -> None:
+    engines = Engines(never)
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            with link.admit(encode_request()) as ticket:
+                router: Any = SimpleNamespace(curr_replicas={})
+                ROUTERS["engine"] = router
+                event = await asyncio.wait_for(ticket.next(), 2)
+                assert isinstance(event, Failure)
+                assert event.code == "worker_lost"
+                with pytest.raises(Refusal, match="restarted"):
+                    link.admit(encode_request()).__enter__()
+        ROUTERS.pop("engine")
+
+    asyncio.run(scenario())
