@@ -169,3 +169,8 @@ def test_a_response_is_held_to_its_format_whole_and_streamed(live: Live, client:
     check_call("rate", text)
     anything = client.responses.create(**{**asked, "text": {"format": {"type": "json_object"}}})
     assert anything.output_text.startswith("{")
+    bad = {"input": "x", "text": {"format": {**written, "schema": {"not": {}}}}}
+    refused = live.client.post("/v1/responses", json=bad)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_grammar", "text.format.schema")
