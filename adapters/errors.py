@@ -46,6 +46,7 @@ class ExplainedError(Exception):
     """
 
     code: ClassVar[str] = "internal"
+    limit_tokens: int | None = None  # of the context, where a text or a prompt exceeds it
 
     def __init__(
         self,

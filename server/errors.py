@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 from adapters.errors import AdapterFaults, ExplainedError
 from server.messages import Failure
 
+CONTEXT_CODE: Final = "context_length_exceeded"  # OpenAI's, by which clients choose another model
 PROBLEM_TYPE: Final = "application/problem+json"
 
 
@@ -40,6 +41,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "invalid_request": ErrorCode(422, "The request is not valid"),
     "invalid_input": ErrorCode(422, "An input cannot be given to the model"),
     "input_too_long": ErrorCode(413, "The input is too long"),
+    "context_length_exceeded": ErrorCode(400, "The prompt does not fit the context"),
     "body_too_large": ErrorCode(413, "The body is too large"),
     "request_too_large": ErrorCode(413, "The request can never fit"),
     "body_too_slow": ErrorCode(408, "The body came too slowly"),
@@ -99,10 +101,12 @@ class Fault:
     expected: str | None = None
     fix: str | None = None
     field: str | None = None  # where in the body or the query, dotted
+    limit_tokens: int | None = None  # of the context, where that was exceeded
 
     @classmethod
     def of(cls, error: ExplainedError | Failure, field: str | None = None) -> Self:
-        return cls(error.code, error.message, error.found, error.expected, error.fix, field)
+        parts = (error.message, error.found, error.expected, error.fix)
+        return cls(error.code, *parts, field, error.limit_tokens)
 
     def parts(self) -> dict[str, str]:
         """The details that are there, in the order in which people want them."""
@@ -137,9 +141,11 @@ class Refusal(Exception):
         expected: str | None = None,
         fix: str | None = None,
         field: str | None = None,
+        limit_tokens: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Self:
-        return cls((Fault(code, message, found, expected, fix, field),), headers or {})
+        fault = Fault(code, message, found, expected, fix, field, limit_tokens)
+        return cls((fault,), headers or {})
 
     @classmethod
     def of(cls, error: ExplainedError | Failure, field: str | None = None) -> Self:
@@ -207,16 +213,34 @@ class Refusal(Exception):
             return "validation"
         return {429: "overloaded", 500: "generation"}.get(status, self.code)
 
+    @property
+    def openai_code(self) -> str:
+        """The code under /v1: a text that exceeds the context has OpenAI's there."""
+        return self.code if self.faults[0].limit_tokens is None else CONTEXT_CODE
+
+    @property
+    def openai_status(self) -> int:
+        """The status under /v1, where what a body has wrong is a bad request."""
+        status = row_of(self.openai_code).status
+        return 400 if status == 422 else status
+
     def openai(self) -> dict[str, Any]:
-        """OpenAI's error object, with the same code."""
+        """OpenAI's error object, with the same code but for `openai_code`."""
         first = self.faults[0]
         details = [f"{name}: {text}" for name, text in first.parts().items() if name != "field"]
+        message = first.message
+        if first.limit_tokens is not None:
+            # In the words by which clients know it, and find the number.
+            message = (
+                f"This model's maximum context length is {first.limit_tokens} tokens. However, "
+                f"your request has {first.found or 'more'}. Please reduce its length"
+            )
         return {
             "error": {
-                "message": "; ".join([first.message, *details]),
-                "type": _openai_type(self.status),
+                "message": "; ".join([message, *details]),
+                "type": _openai_type(self.openai_status),
                 "param": first.field,
-                "code": first.code,
+                "code": self.openai_code,
             }
         }
 

@@ -273,6 +273,7 @@ class Failure:
     expected: str | None = None
     fix: str | None = None
     retry_after_s: int | None = None
+    limit_tokens: int | None = None  # of the context, where that was exceeded
 
 
 Request = EncodeRequest | GenerateRequest

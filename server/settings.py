@@ -50,6 +50,7 @@ SETTINGS_FILE: Final = Path("hira.toml")
 NOT_SETTINGS: Final = frozenset({"HIRA_CONFIG", "HIRA_URL", "HIRA_KEY"})
 HOSTS: Final = ("127.0.0.1", "0.0.0.0", "::")
 KEY_BYTES_MIN: Final = 8
+ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
@@ -114,6 +115,15 @@ def _reachable_port(port: int) -> int:
     return port
 
 
+def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin!r} is no origin; expected * or scheme://host[:port], without a path"
+            )
+    return origins
+
+
 def _strong(keys: dict[str, SecretStr]) -> dict[str, SecretStr]:
     for name, key in keys.items():
         if len(key.get_secret_value()) < KEY_BYTES_MIN:
@@ -130,6 +140,7 @@ def _strong_admin(key: SecretStr | None) -> SecretStr | None:
 StringPairs = Annotated[dict[str, str], NoDecode, BeforeValidator(_paired)]
 Keys = Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_paired), AfterValidator(_strong)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_listed)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_origins)]
 Positive = Annotated[int, Field(ge=1)]
 Bytes = Annotated[ByteSize, Field(ge=0)]
 
@@ -186,6 +197,9 @@ class Settings(BaseSettings):
     api_processes: Annotated[int, Field(ge=1, le=64)] = setting(1, "HTTP processes.", "Server")
     log_level: LogLevel = setting("warning", "Least severity that is logged.", "Server")
     access_log: bool = setting(False, "Log a line for each request.", "Server")
+    cors_origins: Origins = setting(
+        (), "Origin whose pages may call this server from a browser, or *; repeatable.", "Server"
+    )
     drain_s: Annotated[float, Field(ge=0, le=3600)] = setting(
         30.0, "Seconds that running requests get when the server stops.", "Server"
     )

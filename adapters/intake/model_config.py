@@ -187,6 +187,12 @@ def read_task_config(raw: bytes) -> TaskConfig:
     architectures = content.get("architectures")
     problem_type = content.get("problem_type")
     head = {name: content[name] for name in sorted(HEAD_FIELDS & content.keys())}
+    nested = content.get("text_config")
+    if isinstance(nested, dict):
+        # Of a model of texts and images, heads read the padding token of the part for texts.
+        head.pop("pad_token_id", None)
+        if "pad_token_id" in nested:
+            head["pad_token_id"] = nested["pad_token_id"]
     for name, value in head.items():
         if name == "pad_token_id" and not (value is None or type(value) is int):
             raise _malformed_field(name, value, "a token id, or null")

@@ -146,12 +146,14 @@ class Skeletons:
         from huggingface_hub.errors import StrictDataclassError
 
         try:
+            text_config = config.get_text_config()  # of a model of texts alone: itself
             for name, value in own.items():
-                if hasattr(config, name):  # what the family does not know means nothing to it
-                    setattr(config, name, value)
-            if getattr(config, "pad_token_id", None) is None:
+                place = text_config if name == "pad_token_id" else config
+                if hasattr(place, name):  # what the family does not know means nothing to it
+                    setattr(place, name, value)
+            if getattr(text_config, "pad_token_id", None) is None:
                 # An id that no token has: the last token is then the last that is not padding.
-                config.pad_token_id = self._vocab_size
+                text_config.pad_token_id = self._vocab_size
             with torch.device("meta"):
                 made = _without_padding_rows(task_class, config)
         except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
@@ -237,8 +239,9 @@ def _task_class(config: Any, task: Task) -> type[Any]:
 
 def _without_padding_rows(task_class: type[Any], config: Any) -> Any:
     """Build the class; its backbone is thrown away, so its padding row may be any that exists."""
-    sentinel = config.pad_token_id
-    config.pad_token_id = max(0, min(sentinel, getattr(config, "vocab_size", 1) - 1))
+    text_config = config.get_text_config()
+    sentinel = text_config.pad_token_id
+    text_config.pad_token_id = max(0, min(sentinel, getattr(text_config, "vocab_size", 1) - 1))
     built = task_class(config)
-    built.config.pad_token_id = sentinel
+    built.config.get_text_config().pad_token_id = sentinel
     return built

@@ -97,7 +97,7 @@ class Service:
         self.load = SharedLoad(settings.api_processes)
         self.names = Names(registry, self.load.registry_changes, base_digest=base.signature.digest)
         self.names.refresh()  # an HTTP process that starts while the database is away has these
-        self.targets = Targets(self.names, base)
+        self.targets = Targets(self.names, base, settings.default_adapter)
         self._number = 0
         self._changing = threading.Lock()
         self._reading: asyncio.Future[bool] | None = None
@@ -190,6 +190,7 @@ class Service:
         changed = {name: getattr(fresh, name) for name in RELOADABLE}
         self.settings = self.settings.model_copy(update=changed)
         self.slow_work.settings = self.settings
+        self.targets.default = self.settings.default_adapter
         self.dispatcher.bounds = bounds_of(self.settings)
         self.keys = self._keyring()
 

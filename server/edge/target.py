@@ -84,11 +84,13 @@ class Targets:
     Args:
         names: What the registry has.
         base: What is served.
+        default: The adapter for calls that name none and that the bare base cannot answer.
     """
 
-    def __init__(self, names: Names, base: Base) -> None:
+    def __init__(self, names: Names, base: Base, default: str | None = None) -> None:
         self.names = names
         self.base = base
+        self.default = default
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The registry's record of an adapter, from memory; of whatever base.
@@ -136,9 +138,11 @@ class Targets:
                 base_mismatch or task_mismatch.
         """
         name = self._one_name(names, field)
-        if name is None:
-            return self._bare_base(path, field, call or path)
-        return self._adapter(name, path, field)
+        if name is not None:
+            return self._adapter(name, path, field)
+        if all(one is None for one in names) and (default := self._default(path)):
+            return default
+        return self._bare_base(path, field, call or path)
 
     def _one_name(self, names: Sequence[str | None], field: str) -> str | None:
         """The adapter that is named, None for the bare base.
@@ -161,17 +165,25 @@ class Targets:
             )
         return None if not distinct or self.base.answers_to(distinct[0]) else distinct[0]
 
+    def named_record(
+        self, names: Sequence[str | None], field: str = "adapter"
+    ) -> AdapterRecord | None:
+        """The record of the one adapter that is named, None for the bare base.
+
+        Raises:
+            Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
+        """
+        name = self._one_name(names, field)
+        return None if name is None else self.served_record(name, field)
+
     def own_path(self, names: Sequence[str | None]) -> str:
         """The native call for what the one adapter that is named is for, or else the base.
 
         Raises:
             Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
         """
-        name = self._one_name(names, "adapter")
-        task: str = self.base.task
-        if name is not None:
-            task = self.served_record(name, "adapter").task
-        row = BY_NAME.get(task)
+        record = self.named_record(names)
+        row = BY_NAME.get(self.base.task if record is None else record.task)
         return "/predict" if row is None else row.path
 
     def _adapter(self, name: str, path: str, field: str) -> Target:
@@ -194,6 +206,14 @@ class Targets:
                 field=field,
             )
         return Target(name, record.version, task, record.chat_template, record.generation)
+
+    def _default(self, path: str) -> Target | None:
+        """The adapter that the operator named, for a call that the bare base cannot answer."""
+        if self.default is None or asked_at(self.base.task, path) is not None:
+            return None
+        record = self.served_record(self.default)
+        task = asked_at(cast(Task, record.task), path) if record.task in BY_NAME else None
+        return None if task is None else self._adapter(self.default, path, "adapter")
 
     def _bare_base(self, path: str, field: str, call: str) -> Target:
         task = asked_at(self.base.task, path)

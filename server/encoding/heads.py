@@ -234,7 +234,7 @@ class Heads:
         labels = weights.labels.names if named and weights.labels is not None else ()
         problem = weights.labels.problem_type if weights.labels is not None else None
         stub: Stub = getattr(module, module.base_model_prefix)
-        pad_id = int(module.config.pad_token_id) if "texts" in row.takes else None
+        pad_id = int(module.config.get_text_config().pad_token_id) if "texts" in row.takes else None
         shapes = tuple((name, tuple(one.shape)) for name, one in module.named_parameters())
         own = tuple((name, str(value)) for name, value in sorted(weights.head_config.items()))
         alike = (type(module), shapes, own, pad_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -55,6 +56,35 @@ class InputTooLong(TextError):
     """More tokens than the base, or this server, takes."""
 
     code = "input_too_long"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit_tokens: int,
+        found: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(message, found=found, expected=expected, fix=fix)
+        self.limit_tokens = limit_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPlace:
+    """One token of a text, and where it stands there, in characters.
+
+    Args:
+        text: That part of the text; of a token that was added to it, the vocabulary's spelling.
+        special: Whether it was added.
+        start, stop: None for one that was added.
+    """
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
 
 
 class Text:
@@ -285,6 +315,53 @@ class Text:
         self._check(ids, 0)
         return tuple(ids)
 
+    def tokens(self, text: str, index: int = 0, *, special_tokens: bool = True) -> list[TokenPlace]:
+        """The tokens of a text, with their places; none for one that has none.
+
+        Args:
+            text: Of at most ``max_tokens``.
+            index: Of the text in its request, for an error.
+            special_tokens: Add those of the tokenizer's template.
+
+        Raises:
+            InputTooLong: It has more tokens.
+            InvalidInput: A lone surrogate.
+        """
+        _check_unicode(text, index)
+        if self._surely_exceeds(text, self.max_tokens, special_tokens=special_tokens):
+            raise _too_many_tokens(index, f"more than {self.max_tokens} tokens", self.max_tokens)
+        with self._lock:
+            encoding = self.tokenizer(
+                text,
+                add_special_tokens=special_tokens,
+                truncation=False,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                verbose=False,
+            )
+            spelled = encoding.tokens(0)
+        ids: list[int] = encoding["input_ids"]
+        if len(ids) > self.max_tokens:
+            raise _too_many_tokens(index, f"{len(ids)} tokens", self.max_tokens)
+        return [
+            TokenPlace(id_, token, True, None, None)
+            if special
+            else TokenPlace(id_, text[start:stop], False, int(start), int(stop))
+            for id_, token, special, (start, stop) in zip(
+                ids,
+                spelled,
+                encoding["special_tokens_mask"],
+                encoding["offset_mapping"],
+                strict=True,
+            )
+        ]
+
+    def spellings(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+        with self._lock:
+            found = self.tokenizer.convert_ids_to_tokens(list(token_ids))
+        return ["" if one is None else str(one) for one in found]
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The readable text of some ids."""
         with self._lock:
@@ -500,6 +577,7 @@ def _check_characters(text: str, index: int, tokens: int) -> None:
             found=f"{len(text)} characters, most of them without a space or an end of line",
             expected=f"at most {most} characters in which there is no place to cut",
             fix="Cut it before it is sent.",
+            limit_tokens=tokens,
         )
 
 
@@ -512,6 +590,7 @@ def _no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:
         "The prompt and the tokens asked for do not fit the context.",
         found=f"{found} + {max_new_tokens} new tokens",
         expected=f"at most {max_tokens} tokens together",
+        limit_tokens=max_tokens,
         fix="Shorten the prompt or lower max_new_tokens.",
     )
 
@@ -525,10 +604,21 @@ def _lost(index: int) -> InvalidInput:
     )
 
 
+def _too_many_tokens(index: int, found: str, max_tokens: int) -> InputTooLong:
+    return InputTooLong(
+        f"Input {index} has more tokens than this base takes.",
+        found=found,
+        expected=f"at most {max_tokens} tokens",
+        fix="Send it in parts.",
+        limit_tokens=max_tokens,
+    )
+
+
 def _input_too_long(index: int, found: str, max_tokens: int) -> InputTooLong:
     return InputTooLong(
         f"Input {index} is too long.",
         found=found,
         expected=f"at most {max_tokens} tokens",
         fix='Shorten it, or send "truncation": true.',
+        limit_tokens=max_tokens,
     )

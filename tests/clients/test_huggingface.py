@@ -164,25 +164,3 @@ def test_the_root_answers_as_the_call_of_the_task(encoder: Live, decoder: Live) 
     assert post(encoder, "/", ranked).json() == post(encoder, "/rerank", ranked).json()
     for body in (asked, {**asked, "adapter": "story"}):
         assert post(decoder, "/", body).json() == [post(decoder, "/generate", body).json()]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's own, of pydantic
-def test_text_generation_client_and_its_errors(decoder: Live) -> None:
-    library = pytest.importorskip(
-        "text_generation", reason="the client text-generation is not installed (extra clients)"
-    )
-    errors = pytest.importorskip("text_generation.errors")
-    client = library.Client(f"{decoder.url}/?adapter=story")
-    whole = client.generate("a fine", max_new_tokens=5)
-    assert whole.details.generated_tokens <= 5
-    last = None
-    for last in client.generate_stream("a fine", max_new_tokens=5):
-        assert last.token.text is not None
-    assert last is not None
-    assert last.generated_text == whole.generated_text
-    drawn = client.generate("a fine", max_new_tokens=5, typical_p=0.95, do_sample=True, seed=1)
-    assert drawn.generated_text is not None
-    with pytest.raises(errors.ValidationError):
-        client.generate("very " * 90, max_new_tokens=5)
-    with pytest.raises(errors.NotFoundError):
-        library.Client(f"{decoder.url}/?adapter=nobody").generate("a fine")

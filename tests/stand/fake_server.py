@@ -104,7 +104,7 @@ class Characters(Text):
             raise InvalidInput("An input is empty.")
         found = [tuple(map(ord, "".join(one))) for one in texts]
         if not truncation and any(len(ids) > self.max_tokens for ids in found):
-            raise InputTooLong("An input is too long.")
+            raise InputTooLong("An input is too long.", limit_tokens=self.max_tokens)
         return tuple(TokenizedInput(ids[: self.max_tokens]) for ids in found)
 
     def tokenize_prompt(
@@ -116,7 +116,7 @@ class Characters(Text):
         special_tokens: bool = True,
     ) -> tuple[int, ...]:
         if len(prompt) + max_new_tokens > self.max_tokens:
-            raise InputTooLong("The prompt is too long.")
+            raise InputTooLong("The prompt is too long.", limit_tokens=self.max_tokens)
         return tuple(map(ord, prompt))
 
 

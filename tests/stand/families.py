@@ -310,7 +310,11 @@ def classify(engine: Engine, family: str, place: Path, folder: Path) -> tuple[st
     try:
         whole = factory.from_pretrained(place, num_labels=3, dtype=torch.float32)
         backbone = whole.base_model_prefix
-        heads = [name for name, _ in whole.named_children() if name != backbone]
+        heads = [
+            name
+            for name, child in whole.named_children()
+            if name != backbone and any(True for _ in child.parameters())
+        ]
         layers = engine.base.adapted.signature.layers.values()
         target = next(
             one.path.rpartition(".")[2]

@@ -7,6 +7,7 @@ from fastapi import Request, Response
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import Health
+from server.edge.endpoints.schemas_tokens import Version
 from server.edge.link.link import STALE_S, WHY_NOT, silence_s
 from server.edge.service import Service
 from server.metrics import Live, exposition
@@ -42,6 +43,10 @@ class HealthEndpoints:
     async def live(self, request: Request) -> Response:
         """200 while this process answers at all."""
         return Json({"status": "live"})
+
+    async def version_of(self, request: Request) -> Response:
+        """The version of this server, as vLLM tells its own."""
+        return Json({"version": self.version})
 
     async def ready(self, request: Request) -> Response:
         """200 when inference requests would be admitted now, else 503 and why."""
@@ -96,5 +101,7 @@ def observe_routes(observe: HealthEndpoints) -> list[Endpoint]:
         Endpoint("/health", observe.ready, get, tag, Health, also=(503,), statuses=()),
         Endpoint("/health/live", observe.live, get, tag, Health, statuses=()),
         Endpoint("/health/ready", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/ping", observe.ready, get, tag, Health, also=(503,), statuses=()),
+        Endpoint("/version", observe.version_of, get, tag, Version, statuses=()),
         Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=()),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from server.edge.endpoints.body import described_json, form_schema
+from server.edge.endpoints.model_facts import ServedModelEndpoint
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.openapi import SSE_TYPE
 from server.edge.endpoints.ranking import Ranking
@@ -43,7 +44,18 @@ from server.edge.endpoints.schemas_ranking import (
     SimilarityRequest,
 )
 from server.edge.endpoints.schemas_responses import ResponseAnswer, ResponseRequest
+from server.edge.endpoints.schemas_tokens import (
+    AnyDetokenizeRequest,
+    AnyTokenizeRequest,
+    CountedTokens,
+    DecodeRequest,
+    DetokenizedPrompt,
+    PlacedToken,
+    ServedModel,
+)
 from server.edge.endpoints.tei_tgi import TeiTgi
+from server.edge.endpoints.tokens import TokenEndpoints
+from server.version import package_version
 
 
 def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[Endpoint]:
@@ -72,6 +84,8 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
             extra=described_json(body) if body else {},
         )
 
+    tokens = TokenEndpoints(native.service)
+    facts = ServedModelEndpoint(native.service, package_version())
     generation = described_json(GenerateRequestBody)
     documents, pairs = described_json(DocumentsRequest), described_json(SimilarityRequest)
     return [
@@ -94,6 +108,20 @@ def inference_routes(native: TeiTgi, ranking: Ranking, openai: OpenAI) -> list[E
         plain(
             "/generate_stream", native.generate_stream, StreamEvent, generation, media_type=SSE_TYPE
         ),
+        Endpoint("/info", facts.describe, ("GET",), "Native", ServedModel),
+        plain(
+            "/tokenize",
+            tokens.tokenize,
+            list[PlacedToken] | list[list[PlacedToken]] | CountedTokens,
+            described_json(AnyTokenizeRequest),
+        ),
+        plain(
+            "/detokenize",
+            tokens.detokenize,
+            list[str] | DetokenizedPrompt,
+            described_json(AnyDetokenizeRequest),
+        ),
+        plain("/decode", tokens.decode, list[str], described_json(DecodeRequest)),
         v1("/v1/models", openai.models, ModelList),
         v1("/v1/models/{model:path}", openai.model, Model),
         v1("/v1/completions", openai.completions, Completion, CompletionRequest, streams=True),

@@ -36,6 +36,8 @@ REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 INFERENCE: Final = frozenset(
     {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank", "/generate", "/generate_stream"}
 )
+# What needs a key where inference does, and no worker.
+LOOKUPS: Final = frozenset({"/info", "/tokenize", "/detokenize", "/decode"})
 UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
 IGNORED_HEADER: Final = b"x-ignored-fields"
 # As ASGI has headers: they go out with every response, so they are not made anew for each.
@@ -81,12 +83,11 @@ class Json(JSONResponse):
 def error_response(scope: Scope, refusal: Refusal) -> Response:
     """The refusal in the shape that the path calls for."""
     context = scope.get("hira")
+    openai = is_openai(scope)
     if isinstance(context, RequestContext):
-        context.refused = refusal.code
-    if is_openai(scope):
-        # There, what a body has wrong is a bad request.
-        status = 400 if refusal.status == 422 else refusal.status
-        return Json(refusal.openai(), status, headers=refusal.all_headers())
+        context.refused = refusal.openai_code if openai else refusal.code
+    if openai:
+        return Json(refusal.openai(), refusal.openai_status, headers=refusal.all_headers())
     return Json(
         refusal.problem(),
         refusal.status,
@@ -164,6 +165,8 @@ class RequestMiddleware:
         path = scope["path"]
         if path.startswith("/admin"):
             self.service.keys.admit_admin(headers.get("authorization"))
+        elif path in LOOKUPS:
+            self.service.keys.admit_inference(headers.get("authorization"))
         elif (
             path in INFERENCE
             or path.startswith("/v1/")
@@ -249,7 +252,7 @@ class RequestMiddleware:
     def _note(self, scope: Scope, context: RequestContext) -> None:
         seconds = time.monotonic() - context.began
         path = scope["path"]
-        unmatched = path if path in INFERENCE else "unmatched"
+        unmatched = path if path in INFERENCE | LOOKUPS else "unmatched"
         endpoint = str(getattr(scope.get("route"), "path", unmatched))
         status = context.status or 499
         metrics = self.service.metrics

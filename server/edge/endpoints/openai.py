@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, Request, Response
 
-from adapters.tasks import BY_NAME
 from server.edge.admit.slow_work import INPUT_CHARACTERS
 from server.edge.endpoints.answers import (
     VALUE_BYTES,
@@ -32,6 +31,7 @@ from server.edge.endpoints.body import sent_json
 from server.edge.endpoints.chat import chat_prompt, template_for, with_defaults
 from server.edge.endpoints.json_text import AT_ONCE_VALUES
 from server.edge.endpoints.middleware import Json
+from server.edge.endpoints.model_facts import ModelFacts
 from server.edge.endpoints.openai_format import (
     ChatFormat,
     CompletionFormat,
@@ -124,6 +124,7 @@ class OpenAI:
             )
             if scores and not alternatives
             else None,
+            fingerprint=self.fingerprint,
         )
         return await self._generate(
             request,
@@ -157,6 +158,7 @@ class OpenAI:
             bool(body.logprobs),
             body.top_logprobs or 0,
             reading,
+            fingerprint=self.fingerprint,
         )
         return await self._generate(
             request, body, target, prompts=[prompt], wanted=wanted, shape=shape, field="messages"
@@ -409,6 +411,11 @@ class OpenAI:
         context_of(request).adapter = target.adapter
         return target
 
+    @property
+    def fingerprint(self) -> str:
+        """Which base computes, as OpenAI's clients and TGI's want it told."""
+        return f"fp_{self.service.base.signature.digest[:12]}"
+
     def answering(self, body: ModelNamed, target: Target) -> str:
         """Who answers, for the answer: as the request has it, if it names anybody."""
         model = body.model
@@ -427,17 +434,7 @@ class OpenAI:
     def _model(self, name: str, created: float, record: AdapterRecord | None) -> dict[str, Any]:
         base = self.service.base
         parent = None if record is None else base.name
-        task = base.task if record is None else record.task
-        labels = None if record is None else record.labels
-        context: int | None = None
-        chats = False
-        if base.prompts is not None:
-            row = BY_NAME.get(task)
-            generates = row is not None and row.lane == "generate"
-            holder = base.prompts if generates or not isinstance(base.inputs, Text) else base.inputs
-            context = holder.max_tokens
-            own = record is not None and record.chat_template
-            chats = generates and (own or base.prompts.chat_template is not None)
+        facts = ModelFacts.of(self.service, record)
         return {
             "id": name,
             "object": "model",
@@ -445,10 +442,10 @@ class OpenAI:
             "owned_by": "hira-server",
             "parent": parent,
             "root": parent or name,
-            "task": task,
-            "labels": None if labels is None else list(labels),
-            "context": context,
-            "chat": chats,
+            "task": facts.task,
+            "labels": facts.labels,
+            "context": facts.context,
+            "chat": facts.chat,
         }
 
     async def _prompts(
@@ -501,6 +498,7 @@ class OpenAI:
                     found=f"{len(ids)} + {room} tokens",
                     expected=f"at most {most}",
                     field=field,
+                    limit_tokens=most,
                 )
         return [tuple(ids) for ids in lists]
 

@@ -72,6 +72,7 @@ class CompletionFormat:
     logprobs: bool
     alternatives: int = 0
     spelled: Sequence[Sequence[Piece]] | None = None  # the tokens of each prompt that is scored
+    fingerprint: str = ""  # of the base, as ``system_fingerprint``
 
     def head(self) -> dict[str, Any]:
         return {
@@ -79,6 +80,7 @@ class CompletionFormat:
             "object": "text_completion",
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
         }
 
     def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]:
@@ -198,6 +200,7 @@ class ChatFormat:
     alternatives: int = 0
     tools: ToolReading | None = None
     readers: dict[int, ToolCallReader] = field(default_factory=dict)  # of the choices of a stream
+    fingerprint: str = ""  # of the base, as ``system_fingerprint``
 
     def head(self) -> dict[str, Any]:
         return {
@@ -205,6 +208,7 @@ class ChatFormat:
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
         }
 
     def answer(self, results: Sequence[GenerateResult], copies: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class RootEndpoint:
         own = content.get("adapter")
         names = (*adapter_names(request, adapter), own if isinstance(own, str) else None)
         inputs = content.get("inputs")
-        if isinstance(inputs, dict):
+        if isinstance(inputs, dict) and "question" not in inputs:
             body = checked(SimilarityRequest, content)
             return await self.ranking.similarity(request, body, adapter)
         path = "/rerank" if "query" in content else self.tei_tgi.service.targets.own_path(names)

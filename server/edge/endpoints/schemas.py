@@ -25,7 +25,41 @@ Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Pair = Annotated[tuple[str, str], Field(description="Two texts, such as question and context.")]
+
+
+def _question(one: Any) -> Any:
+    """A question with its context, as the Hugging Face hub's clients write the pair."""
+    if isinstance(one, dict) and set(one) == {"question", "context"}:
+        return (one["question"], one["context"])
+    return one
+
+
+Pair = Annotated[
+    tuple[str, str],
+    BeforeValidator(_question),
+    Field(description="Two texts, such as question and context."),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "array",
+                    "prefixItems": [{"type": "string"}, {"type": "string"}],
+                    "minItems": 2,
+                    "maxItems": 2,
+                },
+                {
+                    "type": "object",
+                    "required": ["question", "context"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "question": {"type": "string"},
+                        "context": {"type": "string"},
+                    },
+                },
+            ]
+        }
+    ),
+]
 # One wrong item of a list is told, not each of a million: to list those stops everybody.
 Texts = Annotated[list[str], Field(fail_fast=True)]
 

@@ -377,24 +377,17 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-class ChatRequest(Sampling):
+class ConversationBody(ModelNamed):
+    """What a chat template writes out: the same for a call that answers and one that counts."""
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(
-        default=True, description="False: the first call of an answer is given alone."
-    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="What the chat template reads beside the messages."
     )
     reasoning_effort: str | None = Field(
         default=None, description="The same as a variable of the chat template."
-    )
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
-        default=None, description="With logprobs: so many of the likeliest in each token's place."
     )
 
     def ignored_within(self) -> list[str]:
@@ -484,6 +477,18 @@ class ChatRequest(Sampling):
                 "tools or eos_token",
             )
 
+
+class ChatRequest(ConversationBody, Sampling):
+    parallel_tool_calls: bool | None = Field(
+        default=True, description="False: the first call of an answer is given alone."
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
+        default=None, description="With logprobs: so many of the likeliest in each token's place."
+    )
+
     @model_validator(mode="after")
     def _told(self) -> Self:
         if self.top_logprobs and not self.logprobs:
@@ -523,6 +528,7 @@ class Completion(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str = Field(description="Of the base's checkpoint.")
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -571,6 +577,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str = Field(description="Of the base's checkpoint.")
     choices: list[ChatChoice]
     usage: Usage
 

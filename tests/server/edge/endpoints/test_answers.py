@@ -59,8 +59,8 @@ def test_the_bases_name_means_the_bare_base(live: Live, name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "expected"),
     [
-        ("completions", {"prompt": "x" * 300}, (413, "input_too_long", "prompt")),
-        ("completions", {"prompt": [[1] * 300]}, (413, "input_too_long", "prompt")),
+        ("completions", {"prompt": "x" * 300}, (400, "context_length_exceeded", "prompt")),
+        ("completions", {"prompt": [[1] * 300]}, (400, "context_length_exceeded", "prompt")),
         (
             "completions",
             {"prompt": "x", "max_tokens": 9999},
@@ -75,8 +75,8 @@ def test_the_bases_name_means_the_bare_base(live: Live, name: str) -> None:
         ),
         ("completions", {"prompt": "x", "top_p": 2}, (400, "invalid_request", "top_p")),
         ("completions", {"prompt": None}, (400, "invalid_request", "prompt")),
-        ("embeddings", {"input": "x" * 300}, (413, "input_too_long", "input")),
-        ("embeddings", {"input": [1] * 300}, (413, "input_too_long", "input")),
+        ("embeddings", {"input": "x" * 300}, (400, "context_length_exceeded", "input")),
+        ("embeddings", {"input": [1] * 300}, (400, "context_length_exceeded", "input")),
         ("embeddings?adapter=imdb", {"input": "x"}, (400, "adapter_conflict", "model")),
         ("completions?adapter=base", {"prompt": "x"}, (400, "adapter_conflict", "model")),
     ],
