@@ -25,14 +25,16 @@ __all__ = ["world"]  # the fixture
 def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """Make the heads of one version raise."""
     reader: Any = engine._parts.encode._reader
-    read = reader.read
+    read_all = reader.read_all
 
-    def broken(group: Any, weights: Any) -> Any:
-        if group.version == version:
-            raise RuntimeError("a head of stone")
-        return read(group, weights)
+    def broken(groups: Any) -> list[list[Any]]:
+        found: list[list[Any]] = read_all(groups)
+        for (group, _), answers in zip(groups, found, strict=True):
+            if group.version == version:
+                answers[:] = [RuntimeError("a head of stone")] * len(answers)
+        return found
 
-    monkeypatch.setattr(reader, "read", broken)
+    monkeypatch.setattr(reader, "read_all", broken)
 
 
 def test_adapter_that_keeps_failing_is_quarantined_alone_until_it_is_lifted(

@@ -265,7 +265,7 @@ def test_drain_has_a_bound(tmp_path: Path) -> None:
         wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
         began = time.monotonic()
         assert live.end(signal.SIGINT) == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 25  # the generation alone would take 30 s
         client.join(5)
         assert (answers[0].status_code, answers[0].json()["code"]) == (503, "draining")
         wait_for(lambda: live.left_over() == [], 2)
@@ -281,7 +281,7 @@ def test_work_that_outlives_the_drain_is_dropped_and_not_killed(tmp_path: Path, 
             wait_for(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
             began = time.monotonic()
             assert live.end() == 0
-            assert time.monotonic() - began < 8  # one generation alone would take 30 s
+            assert time.monotonic() - began < 25  # one generation alone would take 30 s
             assert running.result().json()["code"] == "draining"
         log = live.log.read_text()
         assert "SIGKILL" not in log

@@ -37,6 +37,7 @@ WALL_CLOCK = frozenset(
         "server/edge/service.py",
         "server/edge/endpoints/openai.py",
         "server/edge/endpoints/ranking.py",
+        "server/edge/endpoints/responses.py",
         "server/edge/litserve/loop.py",
         "server/edge/processes/start.py",
         "server/engine/snapshot.py",
