@@ -36,6 +36,9 @@ CALLS: Final[dict[tuple[str, str], tuple[str | None, dict[str, Any] | None]]] = 
         "hira-shakespeare",
         {"inputs": "The king", "parameters": {"max_new_tokens": 16}},
     ),
+    ("/tokenize", "post"): (None, {"inputs": TEXT}),
+    ("/detokenize", "post"): (None, {"ids": [[5, 6, 7]]}),
+    ("/decode", "post"): (None, {"ids": [[5, 6, 7]]}),
     ("/v1/completions", "post"): (
         None,
         {"model": "hira-shakespeare", "prompt": "The king", "max_tokens": 16},

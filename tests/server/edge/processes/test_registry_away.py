@@ -135,6 +135,7 @@ def test_the_collector_takes_over_a_longer_limit_and_keeps_it(
     graces: list[float] = []
     service: Any = SimpleNamespace(
         settings=limited(tmp_path, 300.0),  # of the start
+        dispatcher=SimpleNamespace(state=lambda: None),  # the worker has not spoken
         registry=SimpleNamespace(collect_garbage=lambda _, grace_s: graces.append(grace_s)),
     )
     collector = Collector(service)
