@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.registry.registry import Registry
@@ -22,6 +23,7 @@ from server.cluster.cluster_link import ClusterLink
 from server.cluster.metric_files import count_on_node
 from server.edge.endpoints.admin import Admin, admin_routes
 from server.edge.endpoints.application import add_endpoints, describe_app
+from server.edge.endpoints.cross_origin import cors_options
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.inference import inference_routes
 from server.edge.endpoints.middleware import RequestMiddleware
@@ -86,9 +88,11 @@ class Ingress:
 def build_app(service: Service) -> FastAPI:
     """The same app as LitServe runs on one machine."""
     version = package_version()
+    cors = cors_options(service.settings)
     app = FastAPI(
         lifespan=partial(_life, service),
         middleware=[
+            *([] if cors is None else [Middleware(CORSMiddleware, **cors)]),
             Middleware(OneRequestId),
             Middleware(RequestMiddleware, service=service),
         ],

@@ -29,6 +29,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.edge.admit.connections import Connection, ConnectionLimits, make_room_for_connections
 from server.edge.endpoints.application import add_endpoints, describe_app
+from server.edge.endpoints.cross_origin import cors_options
 from server.edge.endpoints.middleware import RequestMiddleware
 from server.edge.endpoints.routes import Endpoint
 from server.edge.link.thread_deaths import watch_threads, watched
@@ -36,7 +37,6 @@ from server.edge.litserve.api import HiraAPI
 from server.edge.litserve.spec import HiraSpec
 from server.edge.service import Service
 from server.metrics import count_as
-from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,6 @@ CLOSE_CONNECTIONS_S: Final = (
 )
 CHORE_S: Final = 1.0
 JOIN_S: Final = 10.0  # from SIGTERM to SIGKILL for an HTTP process
-CORS_METHODS: Final = ("GET", "POST", "PATCH", "DELETE", "OPTIONS")
-CORS_EXPOSED: Final = (  # headers of answers that a page may read
-    *("X-Request-Id", "X-Adapter", "X-Adapter-Version", "X-Queue-Ms", "X-Compute-Ms"),
-    "Retry-After",
-)
 
 
 class AnswersLost(Exception):
@@ -92,13 +87,15 @@ class HiraServer(LitServer):
         # Called about once a second in a thread of the first HTTP process.
         self.chore: Callable[[], None] = lambda: None
         self.queues: Any = None  # the process of LitServe's queues
+        cors = cors_options(service.settings)
+        outer: list[tuple[Any, dict[str, Any]]] = [] if cors is None else [(CORSMiddleware, cors)]
         super().__init__(
             api,
             accelerator="cpu",  # one worker: the engine chooses its device by its own options
             devices=1,
             timeout=False,  # deadlines are the dispatcher's
             restart_workers=True,
-            middlewares=[(RequestMiddleware, {"service": service}), *_cors(service.settings)],
+            middlewares=[(RequestMiddleware, {"service": service}), *outer],
         )
         self.uvicorn_graceful_timeout = service.settings.drain_s + JOIN_S
         describe_app(self.app, version)
@@ -240,21 +237,6 @@ class HiraServer(LitServer):
         )
         if not ending.is_set():
             raise AnswersLost("LitServe's response task ended at an error")
-
-
-def _cors(settings: Settings) -> list[tuple[type[CORSMiddleware], dict[str, Any]]]:
-    """Outside of everything else, so that errors and streams have its headers too; none unless
-    the operator names origins. Keys travel in a header, so no browser is asked for credentials.
-    """
-    if not settings.cors_origins:
-        return []
-    options = {
-        "allow_origins": settings.cors_origins,
-        "allow_methods": CORS_METHODS,
-        "allow_headers": ("*",),
-        "expose_headers": CORS_EXPOSED,
-    }
-    return [(CORSMiddleware, options)]
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[str], None], name: str) -> None:
