@@ -14,6 +14,7 @@ import pytest
 
 from server.demo import ADAPTERS_DIR
 from tests.stand.live import Live, hira
+from tests.stand.waits import until
 
 pytestmark = pytest.mark.http
 
@@ -224,4 +225,5 @@ def test_a_crowd_with_and_without_grammars_survives_a_lost_worker_and_a_replacem
         check([one.result() for one in running])
         live.wait_ready()
         assert check(list(pool.map(ask, range(16)))) == 16
-    assert live.metric('hira_grammars{kind="compiled"}') >= 1
+    # The worker's figures reach /metrics a moment after the answers.
+    until(lambda: live.metric('hira_grammars{kind="compiled"}') >= 1, every_s=0.1)
