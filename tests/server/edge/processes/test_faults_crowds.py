@@ -48,7 +48,7 @@ WALL_CLOCK = frozenset(
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with fake(tmp_path_factory.mktemp("crowds") / "data") as server:
+    with fake(tmp_path_factory.mktemp("crowds") / "data", anew=True) as server:
         yield server
 
 
@@ -68,7 +68,7 @@ def admitted(live: Live) -> float:
     return live.metric('hira_admitted{kind="requests"}')
 
 
-def wait_until(what: str, live: Live, value: float, within_s: float = 20.0) -> None:
+def wait_until(what: str, live: Live, value: float, within_s: float = 120.0) -> None:
     until = time.monotonic() + within_s
     while live.metric(what) != value:
         assert time.monotonic() < until, f"{what} is {live.metric(what)}"
