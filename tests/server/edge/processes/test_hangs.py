@@ -86,7 +86,7 @@ def accepting(main: psutil.Process) -> list[psutil.Process]:
 
 
 def test_stopped_http_process_is_replaced(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", hang_s=5, api_processes=2) as live:
+    with fake(tmp_path / "data", hang_s=6, api_processes=2) as live:
         main = psutil.Process(live.child.pid)
         holding = accepting(main)
         _, first, _ = sorted(holding, key=lambda one: one.create_time())
@@ -131,7 +131,7 @@ def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_pat
 
 
 def test_text_on_which_the_tokenizer_hangs_costs_one_http_process(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", hang_s=5) as live:
+    with fake(tmp_path / "data", hang_s=6) as live:
         body = {"inputs": HANGING}
         first = live.client.post(
             "/predict?adapter=imdb", json=body, headers={"X-Timeout-Seconds": "1"}
