@@ -183,7 +183,8 @@ def _become(told: dict[str, Any]) -> Callable[[], object]:
     os.close(nothing)
     os.close(log)
     sys.argv = [told["module"], *told["arguments"]]
-    process.ORIGINAL_DIR = told["folder"]  # type: ignore[attr-defined]
+    ours: Any = process
+    ours.ORIGINAL_DIR = told["folder"]
     sys.modules["__main__"] = ModuleType("__main__")  # a worker has nothing to import of it
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     main = os.getpid()
@@ -192,7 +193,8 @@ def _become(told: dict[str, Any]) -> Callable[[], object]:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         return _be_twin(far, main)
     far.close()
-    util.spawnv_passfds = partial(_spawn, near, util.spawnv_passfds)  # type: ignore[attr-defined]
+    spawning: Any = util
+    spawning.spawnv_passfds = partial(_spawn, near, spawning.spawnv_passfds)
     entry = importlib.import_module(told["module"]).main
     return partial(entry, *told["arguments"]) if entry.__code__.co_argcount else entry
 

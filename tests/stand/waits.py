@@ -17,7 +17,7 @@ def until(
     what: str = "what was waited for did not come",
     *,
     within_s: float = TIMEOUT_S,
-    every_s: float = 0.05,
+    every_s: float = 0.01,
 ) -> None:
     """Return as soon as ``condition()`` is true; fail with ``what`` when it never is.
 

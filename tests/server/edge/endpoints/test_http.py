@@ -21,7 +21,6 @@ import pytest
 from server.demo import BASE_DIR
 from tests.stand.live import Live, hira
 from tests.stand.made import make_adapter
-from tests.stand.waits import until
 
 pytestmark = [
     pytest.mark.http,
@@ -51,7 +50,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, made: Path) -> Iterator[Live]
     arguments = ["--base", str(BASE_DIR), "--base-name", "demo", "--dtype", "fp32"]
     for name in ("mood", "topic", "teller", "poet"):
         arguments += ["--adapter", f"{name}={made / name}"]
-    with hira(folder, *arguments, "--source-root", str(made), anew=True, slots=4) as server:
+    with hira(folder, *arguments, "--source-root", str(made), slots=4) as server:
         yield server
 
 
@@ -400,23 +399,25 @@ def test_killed_worker_comes_back_with_its_adapters(live: Live) -> None:
     body = {"inputs": "Once", "parameters": {"max_new_tokens": 400, "ignore_eos_token": True}}
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(post, live, "/generate?adapter=teller", body) for _ in range(4)]
-        until(lambda: live.metric('hira_admitted{kind="requests"}') == 4)
+        until = time.monotonic() + 10
+        while live.metric('hira_admitted{kind="requests"}') < 4 and time.monotonic() < until:
+            time.sleep(0.02)
         os.kill(live.worker_pid, signal.SIGKILL)
         killed = time.monotonic()
         assert {one.result().status_code for one in running} == {503}
         assert time.monotonic() - killed < 20
-    live.wait_ready()
+    live.wait_ready(60)
     after = post(live, "/predict?adapter=mood", {"inputs": "a fine day"}).json()
     assert [one["label"] for one in after] == [one["label"] for one in before]
     # A new worker may choose another exact strategy, which rounds otherwise.
     scores = [one["score"] for one in before]
     assert [one["score"] for one in after] == pytest.approx(scores, rel=1e-3, abs=1e-9)
-
-    def residency() -> str:
+    until = time.monotonic() + 10
+    record: dict[str, Any] = {}
+    while record.get("residency") != "device":
+        assert time.monotonic() < until, "the pinned adapter was not brought back"
         record = live.client.get("/admin/adapters/topic", headers=live.admin).json()
-        return str(record["residency"])
-
-    until(lambda: residency() == "device", "the pinned adapter was not brought back")
+        time.sleep(0.1)
 
 
 def test_end_leaves_nothing(live: Live) -> None:
