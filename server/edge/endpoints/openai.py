@@ -20,9 +20,9 @@ from server.edge.endpoints.answers import (
     answer_headers,
     check_fields,
     check_inputs,
-    context_of,
     encode,
     json_response,
+    resolved,
     target_headers,
     tokenize,
     tokenized,
@@ -86,8 +86,13 @@ class OpenAI:
         base = self.service.base
         records = self.service.names.listed(fitting=True)[:MAX_MODELS]
         own = [self._model(base.name, base.created, None)]
-        adapters = [self._model(one.name, one.created.timestamp(), one) for one in records]
-        return await json_response(self.service, {"object": "list", "data": own + adapters}, {})
+        adapters = [
+            self._model(name, one.created.timestamp(), one)
+            for one in records
+            for name in (one.name, *one.aliases)
+        ]
+        listed = own + adapters[:MAX_MODELS]
+        return await json_response(self.service, {"object": "list", "data": listed}, {})
 
     async def model(self, request: Request, model: str) -> Response:
         """One of them."""
@@ -95,7 +100,7 @@ class OpenAI:
         if self.service.base.answers_to(model):
             return Json(self._model(base.name, base.created, None))
         record = self.service.targets.served_record(model, "model")
-        return Json(self._model(record.name, record.created.timestamp(), record))
+        return Json(self._model(model, record.created.timestamp(), record))
 
     async def completions(
         self, request: Request, body: CompletionRequest = COMPLETION_BODY
@@ -413,9 +418,8 @@ class OpenAI:
         if self._names_nobody(model):
             model = None if named else self.service.default_model
         names = [model, *named]
-        target = self.service.targets.resolve(names, path, "model", call=verb)
-        context_of(request).adapter = target.adapter
-        return target
+        user = getattr(body, "user", None)
+        return resolved(request, self.service, names, path, "model", call=verb, user=user)
 
     @property
     def fingerprint(self) -> str:
@@ -433,7 +437,7 @@ class OpenAI:
         """Whether there is no model, or what a client writes that has none."""
         return not model or (
             model in PLACEHOLDERS
-            and model not in self.service.names.records
+            and not self.service.names.knows(model)
             and not self.service.base.answers_to(model)
         )
 
@@ -452,6 +456,7 @@ class OpenAI:
             "labels": facts.labels,
             "context": facts.context,
             "chat": facts.chat,
+            "alias_of": None if record is None or record.name == name else record.name,
         }
 
     async def _prompts(

@@ -412,6 +412,42 @@ class RollbackRequest(Body):
     )
 
 
+class CanaryRequest(Body):
+    version: str | None = Field(
+        None,
+        max_length=64,
+        description="As a registration with stage has answered it, or one that the name was on; "
+        "left out: the present canary's.",
+    )
+    share: Number = Field(description="Percent of the requests for the name, 0 to 100.")
+
+
+class AliasRequest(Body):
+    adapter: str = Field(max_length=128, description="The name that the alias points to.")
+
+
+class AliasAnswer(Answer):
+    alias: str
+    adapter: str
+    before: str | None = Field(description="Where it pointed; null: there was no such alias.")
+
+
+class AliasList(Answer):
+    aliases: dict[str, str] = Field(description="The name that each alias points to.")
+
+
+class CanaryAnswer(Answer):
+    """The version that answers a share of a name's requests."""
+
+    version: str
+    share: float = Field(description="Percent of the requests.")
+    started: str
+    source: str
+    served: bool = Field(description="Whether it was checked on the base that is served.")
+    residency: str
+    quarantined_until: str | None
+
+
 class AdapterAnswer(Answer):
     """What the registry knows of an adapter, and where its factors are now."""
 
@@ -440,6 +476,8 @@ class AdapterAnswer(Answer):
         description="Its own end tokens (end_ids) and defaults for what a request leaves out."
     )
     notes: list[str]
+    aliases: list[str] = Field(description="Other names for it.")
+    canary: CanaryAnswer | None
 
 
 class MoveAnswer(AdapterAnswer):
