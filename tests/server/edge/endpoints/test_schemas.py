@@ -7,18 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.edge.endpoints.openai_body import NEUTRAL
 from server.edge.endpoints.schemas import (
     GenerateParameters,
     GenerateRequestBody,
     PatchRequest,
     PredictRequest,
 )
-from server.edge.endpoints.schemas_openai import (
-    NEUTRAL,
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-)
+from server.edge.endpoints.schemas_conversation import ChatRequest
+from server.edge.endpoints.schemas_openai import CompletionRequest, EmbeddingRequest
 
 
 @pytest.mark.parametrize(
