@@ -22,7 +22,7 @@ from server.inputs.text_errors import (
     check_characters,
     check_unicode,
     input_too_long,
-    lost,
+    lost_text,
     most_characters,
     no_room,
     too_many_tokens,
@@ -270,7 +270,7 @@ class Text:
             )["input_ids"]
             lost = self._loses(prompt, ids)
         if lost:
-            raise lost(0)
+            raise lost_text(0)
         start = self.tokenizer.bos_token_id
         ids = self._without_final_eos(prompt, ids)
         if not ids and start is not None:
@@ -468,7 +468,7 @@ class Text:
         ids: list[int] = encoding["input_ids"]
         for number, text in enumerate((first, second)):
             if text and text.strip() and number not in sequence_ids and len(ids) < self.max_tokens:
-                raise lost(index)
+                raise lost_text(index)
         if len(ids) > self.max_tokens:
             raise input_too_long(index, f"{len(ids)} tokens", self.max_tokens)
         wanted = 0 if second is None else 1

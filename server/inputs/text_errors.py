@@ -79,7 +79,7 @@ def no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:
     )
 
 
-def lost(index: int) -> InvalidInput:
+def lost_text(index: int) -> InvalidInput:
     return InvalidInput(
         f"Nothing of input {index} is left when it is tokenized.",
         found="a text without a token",
