@@ -6,21 +6,24 @@ the name that it points to, so that it moves from one adapter to another in one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from adapters.errors import (
     AdapterAliased,
+    AdapterError,
     AdapterExists,
+    AdapterFaults,
     AdapterNotFound,
     AliasOfAlias,
     AliasToItself,
 )
-from adapters.registry.naming import check_name, name_not_found
-from adapters.registry.records import AdapterRecord, count_change, read_one
-from adapters.registry.tables import ALIASES
+from adapters.registry.naming import NAME, check_name, name_not_found
+from adapters.registry.records import AdapterRecord, Change, count_change, read_one
+from adapters.registry.tables import ADAPTERS, ALIASES
 
 
 class Aliases:
@@ -58,27 +61,10 @@ class Aliases:
             AdapterNotFound: There is no adapter ``name``.
         """
         check_name(alias)
-        if alias == name:
-            raise AliasToItself(
-                f"{alias} cannot be an alias of itself.",
-                found=f"{alias} -> {name}",
-                expected="the name of an adapter",
-            )
         with self._transaction() as connection:
-            if (further := _pointed_to(connection, name)) is not None:
-                raise AliasOfAlias(
-                    f"{name} is an alias itself.",
-                    found=f"{alias} -> {name} -> {further}",
-                    expected="the name of an adapter",
-                    fix=f"Point it to {further}.",
-                )
-            if read_one(connection, alias) is not None:
-                raise AdapterExists(
-                    f"{alias} is the name of an adapter.",
-                    found=alias,
-                    expected="a name that is free, or an alias",
-                    fix="Remove the adapter, or choose another alias.",
-                )
+            further = _pointed_to(connection, name)
+            taken = [alias] if read_one(connection, alias) is not None else []
+            _check_pointing(alias, name, taken, {} if further is None else {name: further})
             if read_one(connection, name) is None:
                 raise name_not_found(name)
             before = _pointed_to(connection, alias)
@@ -113,6 +99,107 @@ class Aliases:
         return name
 
 
+@dataclass(frozen=True, slots=True)
+class AliasChange:
+    """What applying a set does to one alias; ``name`` is None where it goes, ``before`` where it
+    was not there."""
+
+    alias: str
+    name: str | None
+    before: str | None
+
+    @property
+    def change(self) -> Change:
+        """In a word."""
+        if self.name is None:
+            return "removed"
+        if self.before is None:
+            return "created"
+        return "unchanged" if self.name == self.before else "replaced"
+
+
+def plan_aliases(
+    connection: sa.Connection,
+    wanted: Collection[str],
+    removed: Collection[str],
+    aliases: Mapping[str, str] | None,
+    *,
+    dry_run: bool,
+) -> list[AliasChange]:
+    """Check the aliases that there will be beside the names that there will be, and set them.
+
+    Args:
+        connection: Of the transaction.
+        wanted: Names that will be there.
+        removed: Names that will not.
+        aliases: All that there shall be; None: as they are.
+        dry_run: Only check.
+
+    Returns:
+        One entry for every alias that is there before or afterwards; none where they stay.
+
+    Raises:
+        AdapterFaults: All that is wrong with them.
+    """
+    present = {row.alias: row.name for row in connection.execute(sa.select(ALIASES))}
+    after = present if aliases is None else dict(aliases)
+    names = set(connection.execute(sa.select(ADAPTERS.c.name)).scalars())
+    names = (names | set(wanted)) - set(removed)
+    faults: list[AdapterError] = []
+    for alias, name in after.items():
+        try:
+            check_name(alias)
+            _check_pointing(alias, name, names, after)
+            if name in removed:
+                raise _aliased(name, [alias])
+            if name not in names:
+                raise name_not_found(name)
+        except AdapterError as error:
+            faults.append(error)
+    if faults:
+        raise AdapterFaults(faults)
+    if aliases is None:
+        return []
+    changes = [
+        AliasChange(alias, after.get(alias), present.get(alias))
+        for alias in sorted(present.keys() | after.keys())
+    ]
+    for one in changes:
+        if dry_run or one.change == "unchanged":
+            continue
+        connection.execute(sa.delete(ALIASES).where(ALIASES.c.alias == one.alias))
+        if one.name is not None:
+            connection.execute(sa.insert(ALIASES), {"alias": one.alias, "name": one.name})
+        count_change(connection)
+    return changes
+
+
+def _check_pointing(
+    alias: str, name: str, names: Collection[str], aliases: Mapping[str, str]
+) -> None:
+    """Raise what is wrong with an alias of ``name`` beside these names and aliases."""
+    if alias == name:
+        raise AliasToItself(
+            f"{alias} cannot be an alias of itself.",
+            found=f"{alias} -> {name}",
+            expected="the name of an adapter",
+        )
+    if name in aliases:
+        raise AliasOfAlias(
+            f"{name} is an alias itself.",
+            found=f"{alias} -> {name} -> {aliases[name]}",
+            expected="the name of an adapter",
+            fix=f"Point it to {aliases[name]}.",
+        )
+    if alias in names:
+        raise AdapterExists(
+            f"{alias} is the name of an adapter.",
+            found=alias,
+            expected="a name that is free, or an alias",
+            fix="Remove the adapter, or choose another alias.",
+        )
+
+
 def check_no_alias(connection: sa.Connection, name: str) -> None:
     """Raise AdapterExists when ``name`` is an alias, which no adapter may be registered under."""
     pointed = _pointed_to(connection, name)
@@ -128,15 +215,21 @@ def check_no_alias(connection: sa.Connection, name: str) -> None:
 def check_not_aliased(record: AdapterRecord) -> None:
     """Raise AdapterAliased when aliases point to a name that is to go."""
     if record.aliases:
-        raise AdapterAliased(
-            f"Aliases point to {record.name}.",
-            found=", ".join(record.aliases[:8]),
-            expected="no alias of a name that goes",
-            fix="Remove them, or point them to another adapter.",
-        )
+        raise _aliased(record.name, record.aliases)
+
+
+def _aliased(name: str, aliases: Sequence[str]) -> AdapterAliased:
+    return AdapterAliased(
+        f"Aliases point to {name}.",
+        found=", ".join(aliases[:8]),
+        expected="no alias of a name that goes",
+        fix="Remove them, or point them to another adapter.",
+    )
 
 
 def _pointed_to(connection: sa.Connection, alias: str) -> str | None:
+    if not NAME.fullmatch(alias):
+        return None  # nor would every database take it
     query = sa.select(ALIASES.c.name).where(ALIASES.c.alias == alias)
     name = connection.execute(query).scalar_one_or_none()
     return None if name is None else str(name)

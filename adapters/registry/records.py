@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from adapters.intake.checkpoint import AdapterWeights
 from adapters.intake.conversation import UsedConversation
 from adapters.registry.history import Act, HistoryEntry, forget_name, note_move
+from adapters.registry.naming import NAME
 from adapters.registry.tables import ADAPTERS, ALIASES, CANARIES, STATE
 
 _NAMES_A_QUERY = 500  # fewer than the variables that a database takes in one statement
@@ -281,6 +282,8 @@ def set_checked(connection: sa.Connection, record: AdapterRecord) -> None:
 
 def read_one(connection: sa.Connection, name: str) -> AdapterRecord | None:
     """The record of a name, as this transaction sees it."""
+    if not NAME.fullmatch(name):
+        return None  # nor would every database take it
     row = connection.execute(sa.select(ADAPTERS).where(ADAPTERS.c.name == name)).first()
     if row is None:
         return None

@@ -29,7 +29,13 @@ from adapters.errors import (
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.intake.conversation import Conversation, UsedConversation, unused
-from adapters.registry.aliases import Aliases, check_no_alias, check_not_aliased
+from adapters.registry.aliases import (
+    AliasChange,
+    Aliases,
+    check_no_alias,
+    check_not_aliased,
+    plan_aliases,
+)
 from adapters.registry.faults import connected, time_limit
 from adapters.registry.history import (
     Act,
@@ -258,27 +264,38 @@ class Registry:
         )
 
     def apply(
-        self, wanted: Sequence[WantedName], removed: Collection[str] = (), *, dry_run: bool = False
-    ) -> builtins.list[NameChange]:
+        self,
+        wanted: Sequence[WantedName],
+        removed: Collection[str] = (),
+        *,
+        aliases: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+    ) -> tuple[builtins.list[NameChange], builtins.list[AliasChange]]:
         """Put many names on checked versions, and take others away: all of it, or nothing.
 
         Args:
             wanted: With records of ``staged``.
             removed: Names that go.
+            aliases: All that there shall be, and where each points; None: as they are.
             dry_run: Say what would change, and change nothing.
 
         Returns:
-            One entry for every name in ``wanted``, then one for every name that goes.
+            One entry for every name in ``wanted``, then one for every name that goes; and one for
+            every alias that is there before or afterwards.
 
         Raises:
             AdapterNotFound: A name that is to go is not there, or a version's bytes are gone.
+            AdapterFaults: Of the aliases, all of them: as ``Aliases.set`` has them, and
+                AdapterAliased where one points to a name that goes.
         """
         writing = self.reading() if dry_run else self.transaction()
         changes = []
         with writing as connection:
+            moved = plan_aliases(
+                connection, [one.name for one in wanted], removed, aliases, dry_run=dry_run
+            )
             for one in wanted:
                 check_name(one.name)
-                check_no_alias(connection, one.name)
                 present = read_one(connection, one.name)
                 kept_pin = present is not None and present.pinned
                 record = replace(
@@ -303,13 +320,12 @@ class Registry:
                 present = read_one(connection, name)
                 if present is None:
                     raise name_not_found(name)
-                check_not_aliased(present)
                 changes.append(NameChange(name, "removed", present, present))
                 if not dry_run:
                     delete(connection, name)
                     if self.store.has(present.version):
                         self.store.touch(present.version)
-        return changes
+        return changes, moved
 
     def resolve(self, name: str) -> AdapterRecord:
         """The record of ``name`` as last committed by any process; quick when nothing changed.

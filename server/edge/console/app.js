@@ -318,7 +318,7 @@ function versionRow(name, path, one) {
   );
   const actions = made("td");
   if (one.kept && !one.current) {
-    const back = made("button", "Roll back", { type: "button", "aria-label": `Roll ${name} back to number ${one.number}` });
+    const back = made("button", "Roll back", { type: "button", "aria-label": `Roll back ${name} to number ${one.number}` });
     back.addEventListener("click", async () => {
       try {
         if (!await sure(`Put ${name} back on ${one.version.slice(0, 12)}? No later request is answered otherwise.`, "Roll back")) return;

@@ -25,6 +25,7 @@ from adapters.errors import AdapterError, full_disk_refused
 from adapters.inspection.audit import audit
 from adapters.inspection.proofs import prove, rank_of
 from adapters.intake.file_names import CARD_FILE
+from adapters.registry.aliases import AliasChange
 from adapters.registry.naming import check_name
 from adapters.registry.records import Canary, NameChange, WantedName
 from adapters.registry.registry import AdapterRecord
@@ -37,6 +38,7 @@ from server.edge.endpoints.schemas import (
     AdapterAnswer,
     AdapterList,
     AliasAnswer,
+    AliasChangeAnswer,
     AliasList,
     AliasRequest,
     ApplyAnswer,
@@ -307,9 +309,9 @@ class Admin:
             raise Refusal(faults)
         work = partial(self._apply, body)
         if body.dry_run:
-            changes = await self._in_thread(work, "registrations")
+            changes, aliases = await self._in_thread(work, "registrations")
         else:
-            changes = await self._change(work, "registrations")
+            changes, aliases = await self._change(work, "registrations")
         for one in changes if not body.dry_run else ():
             if one.change not in ("removed", "unchanged"):
                 self.service.dispatcher.tell(ReleaseQuarantine(one.record.version))
@@ -328,10 +330,21 @@ class Admin:
                     )
                     for one in changes
                 ],
+                aliases=[
+                    AliasChangeAnswer.model_validate(
+                        {
+                            "alias": one.alias,
+                            "change": one.change,
+                            "adapter": one.name,
+                            "before": one.before,
+                        }
+                    )
+                    for one in aliases
+                ],
             ).model_dump()
         )
 
-    def _apply(self, body: ApplyRequest) -> Sequence[NameChange]:
+    def _apply(self, body: ApplyRequest) -> tuple[Sequence[NameChange], Sequence[AliasChange]]:
         """Check every version first, then change the names in one transaction; in a thread.
 
         Raises:
@@ -349,6 +362,11 @@ class Admin:
                 faults += refusal.faults_of(one.name, f"adapters.{place}")
             else:
                 wanted.append(WantedName(one.name, record, one.source or "upload", one.pinned))
+        for alias in body.aliases or ():
+            try:
+                self._check_free_of_base(alias)
+            except Refusal as refusal:
+                faults += refusal.faults_of(alias, "aliases")
         known = service.registry.records()
         faults += [
             Fault("adapter_not_found", f"There is no adapter {name[:80]}.", field="remove")
@@ -357,7 +375,9 @@ class Admin:
         ]
         if faults:
             raise Refusal(faults)
-        return service.registry.apply(wanted, body.remove, dry_run=body.dry_run)
+        return service.registry.apply(
+            wanted, body.remove, aliases=body.aliases, dry_run=body.dry_run
+        )
 
     def _check_free_of_base(self, name: str) -> None:
         if name in {BASE_LABEL, self.service.base.name}:

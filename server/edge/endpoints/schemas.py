@@ -389,6 +389,12 @@ class ApplyRequest(Body):
 
     adapters: list[AppliedAdapter] = Field(default_factory=list, max_length=10_000)
     remove: list[str] = Field(default_factory=list, max_length=10_000, description="Names that go.")
+    aliases: dict[str, str] | None = Field(
+        None,
+        max_length=10_000,
+        description="All aliases that there shall be, and the name that each points to; left out: "
+        "as they are.",
+    )
     dry_run: Flag = Field(False, description="Say what would change, and change nothing.")
 
 
@@ -530,9 +536,19 @@ class NameChangeAnswer(Answer):
     pinned: bool
 
 
+class AliasChangeAnswer(Answer):
+    """What applying does to one alias."""
+
+    alias: str
+    change: Literal["created", "replaced", "removed", "unchanged"]
+    adapter: str | None = Field(description="Where it points; null: it goes.")
+    before: str | None = Field(description="Where it pointed.")
+
+
 class ApplyAnswer(Answer):
     applied: bool = Field(description="False: it was a dry run.")
     changes: list[NameChangeAnswer]
+    aliases: list[AliasChangeAnswer]
 
 
 class AdapterList(Answer):

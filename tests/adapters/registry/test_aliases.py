@@ -12,6 +12,7 @@ from adapters.errors import (
     AdapterAliased,
     AdapterError,
     AdapterExists,
+    AdapterFaults,
     AdapterNotFound,
     AliasOfAlias,
     AliasToItself,
@@ -90,6 +91,8 @@ def test_an_alias_is_resolved_moved_and_removed(registry: Registry) -> None:
         ("b", "a", AdapterExists),
         ("more", "nobody", AdapterNotFound),
         ("More", "a", InvalidName),
+        ("more", "\0", AdapterNotFound),
+        ("more", "\ud800", AdapterNotFound),
     ],
 )
 def test_what_is_no_alias_is_refused_and_changes_nothing(
@@ -111,9 +114,9 @@ def test_no_adapter_takes_the_name_of_an_alias_and_no_target_goes(
             registry.register("prod", folder, base, source="x", replace=replace)
     wanted = WantedName("prod", registry.resolve("a"), "x")
     for dry_run in (False, True):
-        with pytest.raises(AdapterExists):
+        with pytest.raises(AdapterFaults, match="is the name of an adapter"):
             registry.apply([wanted], dry_run=dry_run)
-        with pytest.raises(AdapterAliased):
+        with pytest.raises(AdapterFaults, match="Aliases point to a"):
             registry.apply([], ["b", "a"], dry_run=dry_run)
     with pytest.raises(AdapterAliased) as caught:
         registry.remove("a")
@@ -124,6 +127,40 @@ def test_no_adapter_takes_the_name_of_an_alias_and_no_target_goes(
     registry.remove("a")
     with pytest.raises(AdapterNotFound):
         registry.aliases.remove("prod")
+
+
+def test_aliases_are_applied_with_the_names_or_not_at_all(registry: Registry) -> None:
+    registry.aliases.set("old", "a")
+    registry.aliases.set("prod", "a")
+    wanted = [WantedName("c", registry.resolve("a"), "x")]
+    asked = {"prod": "c", "new": "b"}
+    for dry_run in (True, False):
+        names, aliases = registry.apply(wanted, ["a"], aliases=asked, dry_run=dry_run)
+        assert [(one.name, one.change) for one in names] == [("c", "created"), ("a", "removed")]
+        assert [(one.alias, one.change, one.name, one.before) for one in aliases] == [
+            ("new", "created", "b", None),
+            ("old", "removed", None, "a"),
+            ("prod", "replaced", "c", "a"),
+        ]
+        assert (registry.aliases.all() == asked) != dry_run
+    assert {one.name: one.aliases for one in registry.list()[0]} == {"b": ("new",), "c": ("prod",)}
+    _, again = registry.apply([], aliases=asked)
+    assert {one.change for one in again} == {"unchanged"}
+    assert registry.apply([])[1] == []
+    before = registry.generation()
+    with pytest.raises(AdapterFaults) as caught:
+        registry.apply(
+            [], ["b"], aliases={"x": "x", "y": "prod", "prod": "c", "new": "b", "c": "c"}
+        )
+    assert [one.code for one in caught.value.faults] == [
+        "alias_to_itself",
+        "alias_of_alias",
+        "alias_of_alias",  # c would be one
+        "adapter_aliased",
+        "adapter_not_found",
+        "adapter_exists",
+    ]
+    assert registry.generation() == before
 
 
 def test_a_registry_without_aliases_and_canaries_is_taken_over(registry: Registry) -> None:
