@@ -433,6 +433,7 @@ class GenerateLane:
         for sequence, choice in ran.chosen:
             if sequence.request.id not in failed:
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         events += self._settled(faults)
 
     def _launch_after(self, before: LaunchedStep | None) -> LaunchedStep | None:
@@ -473,6 +474,7 @@ class GenerateLane:
             if self._running.get(sequence.request.id) is sequence:
                 self._note_written(sequence, 1)
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         self._let_go()
         events += self._settled(faults)
 
@@ -532,7 +534,8 @@ class GenerateLane:
         elif sequence.exhausted and sequence.constraint is None:
             reason = "length"
         if reason is None and sequence.constraint is not None:
-            sequence.constraint.advance(token)  # which may end it: see _end_constrained
+            # Which may end it: see _end_constrained.
+            self._constraints.follow(sequence.constraint, token)
         if reason is not None:
             events.append(self._result(sequence, reason))
         elif self._forward.rereads(len(sequence.ids) - 1):
