@@ -41,7 +41,8 @@ SLOW_S: Final = 0.003  # of processor; a constraint that took more is worked out
 SUSPECT_TOKENS: Final = 2  # after a slow call, each of its constraints is alone for so many
 SLOW_TOKENS: Final = 8  # and one that was slow is so for so many, twice as many each time
 MOST_SLOW_TOKENS: Final = 8192
-_SLOW_NICE: Final = 10
+_COMPILING_NICE: Final = 10
+_SLOW_NICE: Final = 15  # a thirtieth of a core that others want
 _NOTHING: Final = np.zeros(0, np.uint8)
 # Measured over a thousand public schemas: what a compiled one takes, about.
 KEPT_BYTES_EACH: Final = 64 << 10
@@ -56,8 +57,6 @@ class Matcher(Protocol):
     def is_error(self) -> bool: ...
 
     def get_error(self) -> str: ...
-
-    def consume_token(self, sampled_token: int) -> bool: ...
 
     def compute_bitmask(self) -> bytes: ...
 
@@ -210,11 +209,17 @@ class Constraints:
         self._vocabulary = vocabulary
         self.kept = CompiledGrammars(vocabulary, budget_bytes)
         cores = len(os.sched_getaffinity(0))
-        self._masks = Masks(vocabulary, max(1, cores // CORES_PER_THREAD))
+        self._shared_masks = Masks(vocabulary, max(1, cores // CORES_PER_THREAD))
+        self._own = threading.local()
         self._noted: list[Work] = []  # what may follow is to be worked out
         self._fast = ThreadPoolExecutor(FAST_THREADS, thread_name_prefix="grammars")
+        self._compiling = ThreadPoolExecutor(
+            SLOW_THREADS,
+            thread_name_prefix="grammars",
+            initializer=partial(_give_way, _COMPILING_NICE),
+        )
         self._slow = ThreadPoolExecutor(
-            SLOW_THREADS, thread_name_prefix="slow-grammars", initializer=_give_way
+            SLOW_THREADS, thread_name_prefix="slow-grammars", initializer=self._begin_slow
         )
 
     def begin(self, grammar: Grammar, ends: Collection[int]) -> Constraint:
@@ -230,7 +235,7 @@ class Constraints:
             bits[at >> 3] |= 1 << (at & 7)
         made = Constraint(partial(self.kept.matcher, grammar), bits)
         made.work = Work([(made, None)])
-        made.work.future = self._slow.submit(self._work_out, made.work)
+        made.work.future = self._compiling.submit(self._work_out, made.work)
         return made
 
     def follow(self, constraint: Constraint, token_id: int) -> None:
@@ -256,8 +261,12 @@ class Constraints:
             work.future = (self._slow if slow else self._fast).submit(self._work_out, work)
 
     def close(self) -> None:
-        for pool in (self._fast, self._slow):
+        for pool in (self._fast, self._compiling, self._slow):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_slow(self) -> None:
+        _give_way(_SLOW_NICE)
+        self._own.masks = Masks(self._vocabulary, 1)
 
     def _work_out(self, work: Work) -> list[Allowed]:
         """In a thread. Whatever happens in it is the end of these constraints only."""
@@ -269,25 +278,25 @@ class Constraints:
             return [Allowed(_NOTHING, fault=fault) for _ in work.rows]
 
     def _taken_in(self, rows: list[tuple[Constraint, int | None]]) -> list[Allowed]:
-        began, began_here = time.monotonic(), time.thread_time()
+        began = time.monotonic()
         (first, _), *others = rows
         if not others and first.closed:
             return [Allowed(_NOTHING, complete=True)]
         if first.matcher is None:
             first.matcher = first.begin()
-            began_here = time.thread_time()  # compiling is no measure of what follows
-        matchers: list[Matcher] = []
-        for one, token_id in rows:
-            assert one.matcher is not None
-            if token_id is not None:
-                one.matcher.consume_token(token_id)
-            matchers.append(one.matcher)
+        masks_of: Masks = getattr(self._own, "masks", self._shared_masks)
+        matchers = [one.matcher for one, _ in rows if one.matcher is not None]
+        assert len(matchers) == len(rows)
+        told = [(one.matcher, token) for one, token in rows if token is not None]
+        if told:
+            masks_of.take(told)
         if others:
-            masks = self._masks(matchers)
+            masks = masks_of(matchers)
             if time.monotonic() - began > SLOW_TOGETHER_S:
                 for one, _ in rows:
                     one.alone_tokens = SUSPECT_TOKENS
         else:
+            began_here = time.thread_time()
             masks = np.frombuffer(matchers[0].compute_bitmask(), np.uint8)[None]
             first.took_alone(time.thread_time() - began_here)
         ends = np.stack([one.ends for one, _ in rows])
@@ -353,6 +362,6 @@ def constraint_failure(request_id: str, code: str, found: str) -> Failure:
     )
 
 
-def _give_way() -> None:
+def _give_way(nice: int) -> None:
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SLOW_NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

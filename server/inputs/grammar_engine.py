@@ -82,12 +82,24 @@ class Masks:
 
     Args:
         vocabulary: Of all of them.
-        threads: That share the matchers of a call.
+        threads: That share the matchers of a call; they have the priority of the thread that makes
+            this.
     """
 
     def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
         self._executor = llguidance.LLExecutor(threads)
         self._ids = vocabulary.size + 1
+        # The library keeps Python's lock where a call has one matcher alone: this one has an error,
+        # and does nothing with what it is told.
+        self._beside = (vocabulary.matcher("beside"), vocabulary.end)
+
+    def take(self, tokens: Sequence[tuple[Any, int]]) -> None:
+        """Tell each matcher its token; one that does not fit leaves the matcher with an error.
+
+        Args:
+            tokens: Matchers, none of them twice, with the id of a token each.
+        """
+        llguidance.numpy.consume_token_par(self._executor, [*tokens, self._beside])
 
     def __call__(self, matchers: Sequence[Any]) -> npt.NDArray[np.uint8]:
         """What may come next in each; of one that has an error only its end.

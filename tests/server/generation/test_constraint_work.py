@@ -117,9 +117,6 @@ class WithoutErrors:
     def get_error(self) -> str:
         return ""
 
-    def consume_token(self, sampled_token: int) -> bool:
-        return True
-
     def compute_bitmask(self) -> bytes:
         return b""
 
