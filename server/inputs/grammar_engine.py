@@ -89,8 +89,8 @@ class Masks:
     def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
         self._executor = llguidance.LLExecutor(threads)
         self._ids = vocabulary.size + 1
-        # The library keeps Python's lock where a call has one matcher alone: this one has an error,
-        # and does nothing with what it is told.
+        # The library keeps Python's lock where a call has one matcher alone. A copy of this goes
+        # beside it: it has an error, and does nothing with what it is told.
         self._beside = (vocabulary.matcher("beside"), vocabulary.end)
 
     def take(self, tokens: Sequence[tuple[Any, int]]) -> None:
@@ -99,7 +99,11 @@ class Masks:
         Args:
             tokens: Matchers, none of them twice, with the id of a token each.
         """
-        llguidance.numpy.consume_token_par(self._executor, [*tokens, self._beside])
+        told = list(tokens)
+        if len(told) == 1:
+            matcher, end = self._beside
+            told.append((matcher.deep_copy(), end))
+        llguidance.numpy.consume_token_par(self._executor, told)
 
     def __call__(self, matchers: Sequence[Any]) -> npt.NDArray[np.uint8]:
         """What may come next in each; of one that has an error only its end.
