@@ -136,7 +136,7 @@ class Constraint:
         self.slow = False
         self.alone_tokens = 0  # so many more are worked out by themselves
         self._slow_tokens = SLOW_TOKENS
-        self.work: Work | None = None
+        self.work: MaskWork | None = None
         self.place = 0  # in the work
 
     @property
@@ -170,7 +170,7 @@ class Constraint:
             self.alone_tokens -= 1
 
 
-class Work:
+class MaskWork:
     """Constraints that are worked out in one call, and what came of it.
 
     Args:
@@ -211,7 +211,7 @@ class Constraints:
         cores = len(os.sched_getaffinity(0))
         self._shared_masks = Masks(vocabulary, max(1, cores // CORES_PER_THREAD))
         self._own = threading.local()
-        self._noted: list[Work] = []  # what may follow is to be worked out
+        self._noted: list[MaskWork] = []  # what may follow is to be worked out
         self._fast = ThreadPoolExecutor(FAST_THREADS, thread_name_prefix="grammars")
         self._compiling = ThreadPoolExecutor(
             SLOW_THREADS,
@@ -234,7 +234,7 @@ class Constraints:
         for at in (self._vocabulary.end, *(one for one in ends if 0 <= one < size)):
             bits[at >> 3] |= 1 << (at & 7)
         made = Constraint(partial(self.kept.matcher, grammar), bits)
-        made.work = Work([(made, None)])
+        made.work = MaskWork([(made, None)])
         made.work.future = self._compiling.submit(self._work_out, made.work)
         return made
 
@@ -248,7 +248,7 @@ class Constraints:
             or len(last.rows) >= ROWS_TOGETHER
             or last.rows[0][0].alone_tokens
         ):
-            last = Work([])
+            last = MaskWork([])
             self._noted.append(last)
         constraint.work, constraint.place = last, len(last.rows)
         last.rows.append((constraint, token_id))
@@ -268,7 +268,7 @@ class Constraints:
         _give_way(_SLOW_NICE)
         self._own.masks = Masks(self._vocabulary, 1)
 
-    def _work_out(self, work: Work) -> list[Allowed]:
+    def _work_out(self, work: MaskWork) -> list[Allowed]:
         """In a thread. Whatever happens in it is the end of these constraints only."""
         try:
             return self._taken_in(work.rows)

@@ -166,11 +166,11 @@ def only_allowed(
         bits = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little")
         may = torch.from_numpy(bits.view(np.bool_))
     else:
-        may = unpacked(torch.from_numpy(packed).to(logits.device), vocabulary)
+        may = unpacked_bits(torch.from_numpy(packed).to(logits.device), vocabulary)
     return logits.masked_fill(~may, float("-inf"))
 
 
-def unpacked(packed: torch.Tensor, count: int) -> torch.Tensor:
+def unpacked_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
     """The first bits of each row, the lowest of a byte first, where the bytes are: an eighth of
     them goes to a device.
 

@@ -20,7 +20,7 @@ from server.generation.constraints import (
     Constraints,
     told_apart,
 )
-from server.generation.sampling import only_allowed, unpacked
+from server.generation.sampling import only_allowed, unpacked_bits
 from server.inputs.grammar_engine import Masks, Vocabulary, engine_text
 from server.messages import Grammar
 
@@ -199,7 +199,7 @@ def test_ends_come_where_a_text_is_complete() -> None:
 def test_bits_are_unpacked_on_a_device_as_on_the_processor(count: int) -> None:
     packed = np.random.default_rng(count).integers(0, 256, (5, 8), np.uint8)
     wanted = np.unpackbits(packed, axis=1, count=count, bitorder="little").astype(bool)
-    assert unpacked(torch.from_numpy(packed), count).tolist() == wanted.tolist()
+    assert unpacked_bits(torch.from_numpy(packed), count).tolist() == wanted.tolist()
     logits = torch.randn(5, count)
     kept = only_allowed(logits, list(packed))
     assert torch.equal(kept, torch.where(torch.from_numpy(wanted), logits, -torch.inf))
