@@ -54,6 +54,19 @@ ModelInput = TokenizedInput | ProcessedImage
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Which call a request belongs to, for logs, counts and traces: no answer depends on it.
+
+    Args:
+        request_id: Of the HTTP call, which may make several requests.
+        key: The name of the key that it was admitted with.
+    """
+
+    request_id: str = ""
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EncodeRequest:
     """Run the encode lane on one or more inputs with one adapter version (None: the bare base)."""
 
@@ -66,6 +79,7 @@ class EncodeRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     submitted: float = 0.0  # time.monotonic(), seconds
     deadline: float | None = None  # time.monotonic(), seconds
+    origin: Origin = Origin()
 
     @property
     def tokens(self) -> int:
@@ -134,6 +148,7 @@ class GenerateRequest:
     stream: bool = False
     submitted: float = 0.0
     deadline: float | None = None
+    origin: Origin = Origin()
 
     @property
     def tokens(self) -> int:

@@ -312,6 +312,9 @@ class Settings(BaseSettings):
     api_keys: Keys = setting(
         {}, "NAME=KEY of those who may infer (default: everybody); repeatable.", "Keys"
     )
+    keys_file: Path | None = setting(
+        None, "TOML file with keys as hashes, what each may ask, how much and how long.", "Keys"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -26,6 +26,7 @@ from server.edge.endpoints.application import add_endpoints, describe_app
 from server.edge.endpoints.cross_origin import cors_options
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.inference import inference_routes
+from server.edge.endpoints.key_report import KeyReport, key_routes
 from server.edge.endpoints.middleware import RequestMiddleware
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.pages import page_routes
@@ -100,7 +101,8 @@ def build_app(service: Service) -> FastAPI:
     describe_app(app, version)
     inference = inference_routes(TeiTgi(service), Ranking(service), OpenAI(service))
     health = observe_routes(HealthEndpoints(service, version))
-    others = [*health, *admin_routes(Admin(service)), *page_routes()]
+    admin = [*admin_routes(Admin(service)), *key_routes(KeyReport(service))]
+    others = [*health, *admin, *page_routes()]
     add_endpoints(app, service, inference, others)
     return app
 
@@ -114,6 +116,7 @@ async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
     await link.start()
     tasks = [
         watched(service.follow_registry(), "registry", link.give_up),
+        watched(service.follow_keys(), "keys", link.give_up),
         watched(_do_chores(service), "chores", link.give_up),
     ]
     try:

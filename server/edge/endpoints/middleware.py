@@ -22,7 +22,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.edge.admit.body_budget import HeldBody
+from server.edge.admit.callers import Caller, set_caller
 from server.edge.admit.connections import HEAD_FAULT
+from server.edge.admit.key_file import ApiKey
 from server.edge.endpoints.json_text import written
 from server.edge.service import Service
 from server.errors import PROBLEM_TYPE, Refusal
@@ -63,6 +65,7 @@ class RequestContext:
     adapter: str | None = ""  # "": none resolved, None: the base
     refused: str | None = None  # the code of an error response
     ignored: tuple[str, ...] = ()  # fields of the body without effect, in ASCII
+    caller: Caller | None = None
 
 
 class BodyRefused(HTTPException):
@@ -96,6 +99,14 @@ def error_response(scope: Scope, refusal: Refusal) -> Response:
     )
 
 
+def admit_caller(scope: Scope, key: ApiKey | None) -> None:
+    """Say with which key a call was admitted; without any, None."""
+    context = scope["hira"]
+    assert isinstance(context, RequestContext)
+    assert context.caller is not None
+    context.caller.key = key
+
+
 def is_openai(scope: Scope) -> bool:
     """Whether a call is under /v1, where errors have OpenAI's shape and statuses."""
     return str(scope.get("path", "")).startswith("/v1/")
@@ -118,6 +129,8 @@ class RequestMiddleware:
             request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
             began=time.monotonic(),
         )
+        context.caller = Caller(context.request_id)
+        set_caller(context.caller)
         scope["hira"], scope["hira_service"] = context, self.service
         self.service.refresh()
 
@@ -162,19 +175,29 @@ class RequestMiddleware:
 
         The endpoints have guards of their own; this one makes refusals cheap.
         """
-        path = scope["path"]
+        path, keys = scope["path"], self.service.keys
+        authorization = headers.get("authorization")
         if path.startswith("/admin"):
-            self.service.keys.admit_admin(headers.get("authorization"))
-        elif path in LOOKUPS:
-            self.service.keys.admit_inference(headers.get("authorization"))
-        elif (
-            path in INFERENCE
-            or path.startswith("/v1/")
-            or (path == "/" and scope["method"] == "POST")
-        ):
-            self.service.keys.admit_inference(headers.get("authorization"))
-            if scope["method"] == "POST":
-                self.service.dispatcher.check_early(_adapter_of(scope["query_string"]))
+            admit_caller(scope, keys.admit_admin(authorization))
+            return
+        if path == "/metrics":
+            keys.admit_metrics(authorization)
+            return
+        lookup = path in LOOKUPS
+        posted_to_root = path == "/" and scope["method"] == "POST"
+        if not (lookup or path in INFERENCE or path.startswith("/v1/") or posted_to_root):
+            return
+        key = keys.admit_inference(authorization)
+        admit_caller(scope, key)
+        named = _adapter_of(scope["query_string"])
+        if named is not None:
+            self.service.targets.check_scope(named, "adapter")
+        if scope["method"] != "POST":
+            return
+        if not lookup:
+            self.service.dispatcher.check_early(named)
+        if key is not None:
+            self.service.key_usage.count_request(key)
 
     def _limit(self, scope: Scope, headers: Headers, *, uploads: bool) -> int:
         settings = self.service.settings
@@ -244,6 +267,9 @@ class RequestMiddleware:
         headers.append((b"x-request-id", context.request_id.encode("ascii")))
         if context.ignored:
             headers.append((IGNORED_HEADER, ", ".join(context.ignored).encode("ascii")))
+        key = None if context.caller is None else context.caller.key
+        if key is not None and key.quotas.any:
+            headers += self.service.key_usage.headers(key)
         headers += [one for one in SAFE_HEADERS if one[0] not in there]
         if CONTENT_POLICY[0] not in there:
             headers.append(CONTENT_POLICY)
@@ -258,6 +284,8 @@ class RequestMiddleware:
         metrics = self.service.metrics
         if metrics is not None:
             metrics.request(endpoint, context.adapter, status, seconds)
+            if context.caller is not None and context.caller.key is not None:
+                metrics.key_request(context.caller.key.name, status)
             if context.refused:
                 metrics.refusal(context.refused)
         if self.service.settings.access_log:

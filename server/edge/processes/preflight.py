@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from server.edge.admit.key_file import read_key_file
+from server.edge.admit.keys import keyring_of
 from server.edge.processes.failed_start import StartFailed
-from server.settings import Settings
+from server.settings import Settings, SettingsFault
 
 DATA_DIR_LOCK_FILE: Final = "server.lock"
 ARCHIVE_ENDS: Final = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -45,14 +47,15 @@ def check_before_loading(settings: Settings) -> None:
         lambda: _look_at_base(settings.base),
         lambda: _check_template(settings.chat_template),
         lambda: _check_device(settings.device),
+        lambda: _check_keys(settings),
         *((lambda one=one: _check_source(*one)) for one in settings.adapters),
     )
-    found = []
+    found: list[StartFailed] = []
     for check in checks:
         try:
             check()
         except StartFailed as fault:
-            found.append(fault)
+            found += fault.faults
     if found:
         first = found[0]
         raise StartFailed(
@@ -190,6 +193,26 @@ def _check_template(path: Path | None) -> None:
             expected="a file with a Jinja template",
             fix=_nearest(path) or "check the path",
         )
+
+
+def _check_keys(settings: Settings) -> None:
+    if settings.keys_file is None:
+        return
+    try:
+        keyring_of(settings, read_key_file(settings.keys_file))
+    except SettingsFault as fault:
+        found = [
+            StartFailed(one.text, found=one.found, expected=one.expected, fix=one.fix)
+            for one in fault.faults
+        ]
+        first = found[0]
+        raise StartFailed(
+            first.message,
+            found=first.found,
+            expected=first.expected,
+            fix=first.fix,
+            others=found[1:],
+        ) from None
 
 
 def _check_source(name: str, source: str) -> None:
