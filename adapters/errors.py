@@ -144,6 +144,30 @@ class AdapterExists(AdapterError):
     code = "adapter_exists"
 
 
+class VersionNotFound(AdapterError):
+    """A name was never on the version that is asked for."""
+
+    code = "version_not_found"
+
+
+class VersionGone(AdapterError):
+    """A name was on a version whose bytes are not kept any more."""
+
+    code = "version_gone"
+
+
+class AlreadyCurrent(AdapterError):
+    """A name shall move to the version that it is on."""
+
+    code = "already_current"
+
+
+class NameMoved(AdapterError):
+    """A name went to another version while a change of it was prepared."""
+
+    code = "name_moved"
+
+
 class SourceForbidden(AdapterError):
     code = "source_forbidden"
 

@@ -59,6 +59,10 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     # An adapter
     "adapter_not_found": ErrorCode(404, "No such adapter"),
     "adapter_exists": ErrorCode(409, "The name is taken"),
+    "version_not_found": ErrorCode(404, "The name was never on this version"),
+    "version_gone": ErrorCode(410, "The bytes of this version are gone"),
+    "already_current": ErrorCode(409, "The name is on this version already"),
+    "name_moved": ErrorCode(409, "The name has moved meanwhile"),
     "unsafe_format": ErrorCode(422, "The adapter's files are not safe to read"),
     "corrupt_file": ErrorCode(422, "A file is damaged"),
     "unsupported_method": ErrorCode(422, "The adapter's method is not supported"),

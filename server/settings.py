@@ -219,6 +219,9 @@ class Settings(BaseSettings):
     allow_hub: bool = setting(False, "Accept hf:// sources.", "Adapters")
     allow_s3: bool = setting(False, "Accept s3:// sources.", "Adapters")
     registry_url: str | None = setting(None, "SQLAlchemy URL of the registry.", "Adapters")
+    kept_versions: Annotated[int, Field(ge=0, le=50)] = setting(
+        3, "Old versions of each name whose bytes are kept, to roll back to.", "Adapters"
+    )
     store_bytes: Bytes | None = setting(None, "Size limit of the adapter store.", "Adapters")
     max_upload_bytes: Bytes = setting(2048 * MIB, "Size limit of one upload.", "Adapters")
 

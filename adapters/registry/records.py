@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from adapters.intake.checkpoint import AdapterWeights
 from adapters.intake.conversation import UsedConversation
+from adapters.registry.history import Act, HistoryEntry, forget_name, note_move
 from adapters.registry.tables import ADAPTERS, STATE
 
 _NAMES_A_QUERY = 500  # fewer than the variables that a database takes in one statement
@@ -136,8 +137,22 @@ def record_of(
     )
 
 
-def write(connection: sa.Connection, record: AdapterRecord, *, update: bool) -> None:
-    """Insert the row of a record, or move the present one to it."""
+def write(
+    connection: sa.Connection,
+    record: AdapterRecord,
+    *,
+    update: bool,
+    act: Act,
+    restores: int | None = None,
+) -> None:
+    """Insert the row of a record, or move the present one to it, and write down that it was so.
+
+    Args:
+        connection: Of a transaction.
+        record: As the name shall be.
+        update: Whether there is a row.
+        act, restores: For the history.
+    """
     values = {
         "version": record.version,
         "pinned": record.pinned,
@@ -150,6 +165,16 @@ def write(connection: sa.Connection, record: AdapterRecord, *, update: bool) -> 
         connection.execute(sa.update(ADAPTERS).where(ADAPTERS.c.name == record.name), values)
     else:
         connection.execute(sa.insert(ADAPTERS), {"name": record.name, **values})
+    moved = HistoryEntry(
+        number=0,
+        version=record.version,
+        act=act,
+        acted=record.created,
+        source=record.source,
+        tensor_bytes=record.tensor_bytes,
+        restores=restores,
+    )
+    note_move(connection, record.name, moved)
     count_change(connection)
 
 
@@ -275,8 +300,9 @@ def checked_anew(record: AdapterRecord, now: AdapterRecord) -> AdapterRecord:
 
 
 def delete(connection: sa.Connection, name: str) -> None:
-    """Take a name away."""
+    """Take a name away, and its history."""
     connection.execute(sa.delete(ADAPTERS).where(ADAPTERS.c.name == name))
+    forget_name(connection, name)
     count_change(connection)
 
 

@@ -25,7 +25,6 @@ from sqlalchemy.exc import IntegrityError
 from adapters.errors import (
     AdapterError,
     AdapterExists,
-    AdapterNotFound,
     InvalidName,
     RegistryUnavailable,
     StoreFull,
@@ -33,6 +32,14 @@ from adapters.errors import (
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.faults import connected, time_limit
+from adapters.registry.history import (
+    Act,
+    entries_of,
+    kept_versions,
+    oldest_first,
+    was_rolled_back_from,
+)
+from adapters.registry.moves import Moves, name_not_found
 from adapters.registry.records import (
     AdapterRecord,
     Change,
@@ -54,6 +61,7 @@ from adapters.registry.tables import ADAPTERS, STATE, migrate
 from adapters.signature import BaseSignature
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+KEPT_VERSIONS = 3  # old versions of a name whose bytes are kept
 UNNAMED_BYTES_KEPT_S = (
     300.0  # bytes that no row names any more are kept this long for requests under way
 )
@@ -66,22 +74,37 @@ logger = logging.getLogger(__name__)
 class Registry:
     """The adapters of one server; safe in many threads and processes.
 
-    After a fork, call ``reopen`` in the child before anything else.
+    After a fork, call ``reopen`` in the child before anything else. ``moves`` has the history of
+    names and rolls them back.
 
     Args:
         url: A SQLAlchemy URL, or the path of an SQLite file, made when missing.
         store: Where the bytes are.
+        kept_versions: Old versions of each name whose bytes are kept, so that it can be rolled
+            back to them. Where the store has no room for a new adapter, the oldest make place.
+        grace_s: Bytes that were added, named or left by a name within this many seconds never
+            make place: requests under way may need them.
     """
 
-    def __init__(self, url: str | Path, store: Store) -> None:
+    def __init__(
+        self,
+        url: str | Path,
+        store: Store,
+        *,
+        kept_versions: int = KEPT_VERSIONS,
+        grace_s: float = UNNAMED_BYTES_KEPT_S,
+    ) -> None:
         self.url = url if isinstance(url, str) and "://" in url else f"sqlite:///{url}"
         self.store = store
+        self.kept_versions = kept_versions
+        self.grace_s = grace_s
+        self.moves = Moves(self.reading, self.transaction, store)
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
         self._watch: sa.Connection | None = None
         self._known: dict[str, AdapterRecord] = {}
         self._known_at: Any = None
-        with self._transaction() as connection:
+        with self.transaction(alone=False) as connection:  # there may be no table yet
             migrate(connection)
 
     def register(
@@ -93,6 +116,7 @@ class Registry:
         source: str,
         replace: bool = False,
         pinned: bool = False,
+        spare_rollback: bool = False,
         check: Callable[[AdapterWeights], None] | None = None,
         settle: Callable[[Conversation], UsedConversation] = unused,
     ) -> tuple[AdapterRecord, bool]:
@@ -108,6 +132,7 @@ class Registry:
             source: For the record.
             replace: Whether ``name`` may move from another version to this one.
             pinned: Keep it on the device. A name that is pinned stays so until ``update``.
+            spare_rollback: Leave ``name`` where it is if it was rolled back from this version.
             check: Raises what else may be wrong with an adapter, such as its head.
             settle: Says what is used of the chat template and the end tokens that it brings.
 
@@ -125,17 +150,17 @@ class Registry:
         if check is not None:
             check(weights)
         if not replace:
-            with self._reading() as connection:
+            with self.reading() as connection:
                 taken = read_one(connection, name)
             if taken is not None:  # else nothing is hashed twice
                 _check_free(name, taken, folder)
         settled = settle(weights.conversation)
-        version = self.store.add(folder)
+        version = self._stored(folder)
         record = record_of(
             *(name, version, weights, settled),
             source=source, pinned=pinned, base_digest=base.digest,
         )  # fmt: skip
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             present = read_one(connection, name)
             if present is not None and present.version == version:
                 if pinned and not present.pinned:
@@ -147,16 +172,25 @@ class Registry:
                 return present, False
             if not replace:
                 _check_free(name, present, folder)
+            if (
+                present is not None
+                and spare_rollback
+                and was_rolled_back_from(entries_of(connection, name), version)
+            ):
+                return present, False
             if present is not None and present.pinned:
                 record = with_pin(record, pinned=True)  # the pin is the name's, not the content's
             self.store.touch(version)  # or the collector could take it before the row is there
+            act: Act = "registered" if present is None else "replaced"
             try:
-                write(connection, record, update=present is not None)
+                write(connection, record, update=present is not None, act=act)
             except IntegrityError as cause:
                 raise AdapterExists(
                     f"The name {name} was registered by someone else at the same moment.",
                     fix="Set replace to true, or choose another name.",
                 ) from cause
+            if present is not None and self.store.has(present.version):
+                self.store.touch(present.version)  # the grace of what it was on starts now
         return record, True
 
     def stage(
@@ -185,7 +219,7 @@ class Registry:
         if check is not None:
             check(weights)
         settled = settle(weights.conversation)
-        version = self.store.add(folder)
+        version = self._stored(folder)
         return record_of(
             "", version, weights, settled, source="", pinned=False, base_digest=base.digest
         )
@@ -231,7 +265,7 @@ class Registry:
         Raises:
             AdapterNotFound: A name that is to go is not there, or a version's bytes are gone.
         """
-        writing = self._reading() if dry_run else self._transaction()
+        writing = self.reading() if dry_run else self.transaction()
         changes = []
         with writing as connection:
             for one in wanted:
@@ -253,11 +287,13 @@ class Registry:
                 if change in ("pinned", "unpinned"):
                     set_pinned(connection, one.name, pinned=record.pinned)
                 else:
-                    write(connection, record, update=present is not None)
+                    write(connection, record, update=present is not None, act="applied")
+                    if present is not None and self.store.has(present.version):
+                        self.store.touch(present.version)
             for name in removed:
                 present = read_one(connection, name)
                 if present is None:
-                    raise _not_found(name)
+                    raise name_not_found(name)
                 changes.append(NameChange(name, "removed", present, present))
                 if not dry_run:
                     delete(connection, name)
@@ -275,7 +311,7 @@ class Registry:
             self._refresh()
             record = self._known.get(name)
         if record is None:
-            raise _not_found(name)
+            raise name_not_found(name)
         return record
 
     def list(
@@ -291,10 +327,10 @@ class Registry:
         Raises:
             AdapterNotFound: There is no such name.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             present = read_one(connection, name)
             if present is None:
-                raise _not_found(name)
+                raise name_not_found(name)
             set_pinned(connection, name, pinned=pinned)
         return with_pin(present, pinned=pinned)
 
@@ -304,10 +340,10 @@ class Registry:
         Raises:
             AdapterNotFound: There is no such name.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             present = read_one(connection, name)
             if present is None:
-                raise _not_found(name)
+                raise name_not_found(name)
             delete(connection, name)
             if self.store.has(present.version):
                 self.store.touch(present.version)  # the grace starts now
@@ -323,29 +359,57 @@ class Registry:
 
     def generation(self) -> int:
         """A number that grows with every change, by whatever process."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())
 
     def collect_garbage(
         self, in_use: Collection[str] = (), *, grace_s: float = UNNAMED_BYTES_KEPT_S
     ) -> builtins.list[str]:
-        """Delete the bytes of versions that no name is on; returns which.
+        """Delete the bytes of versions that no name is on, and none keeps; returns which.
 
         Args:
             in_use: Versions that requests or a device still need.
             grace_s: Versions added, named or removed within this many seconds are kept.
         """
         candidates = self.store.versions() - set(in_use) - self.versions()
-        removed = []
-        for version in sorted(candidates):
-            # Inside a write transaction nobody can put a name on it meanwhile.
-            with self._transaction() as connection:
-                column = ADAPTERS.c.version
-                query = sa.select(sa.func.count()).where(column == version)
-                named = connection.execute(query).scalar_one()
-                if not named and self.store.remove(version, idle_s=grace_s):
-                    removed.append(version)
-        return removed
+        if candidates:
+            candidates -= self.versions_kept()
+        return [one for one in sorted(candidates) if self._remove_bytes(one, grace_s, kept=True)]
+
+    def versions_kept(self) -> set[str]:
+        """Old versions of all names whose bytes are kept."""
+        with self.reading() as connection:
+            return kept_versions(connection, self.kept_versions)
+
+    def _remove_bytes(self, version: str, grace_s: float, *, kept: bool) -> bool:
+        """Delete the bytes of a version unless a name is on it, or they are younger than that.
+
+        Args:
+            kept: Whether those of old versions that are kept stay as well.
+        """
+        # Inside a write transaction nobody can put a name on it meanwhile.
+        with self.transaction() as connection:
+            query = sa.select(sa.func.count()).where(ADAPTERS.c.version == version)
+            if connection.execute(query).scalar_one():
+                return False
+            if kept and version in kept_versions(connection, self.kept_versions, version):
+                return False
+            return self.store.remove(version, idle_s=grace_s)
+
+    def _stored(self, folder: Path) -> str:
+        """Store the adapter in ``folder``; where there is no room, old versions make place.
+
+        Raises:
+            StoreFull: There is still none.
+        """
+        while True:
+            try:
+                return self.store.add(folder)
+            except StoreFull:
+                with self.reading() as connection:
+                    old = [one for one in oldest_first(connection) if self.store.has(one)]
+                if not any(self._remove_bytes(one, self.grace_s, kept=False) for one in old):
+                    raise
 
     def records(self) -> Mapping[str, AdapterRecord]:
         """Every record by name, in the order of names, as last committed by any process."""
@@ -375,7 +439,7 @@ class Registry:
             except (AdapterError, OSError) as error:
                 logger.warning("Version %s does not fit the base: %s", version, error)
                 continue
-            with self._transaction() as connection:
+            with self.transaction() as connection:
                 set_base(connection, version, base.digest)
         return [one for one in self._all() if not one.fits(base.digest)]
 
@@ -423,7 +487,8 @@ class Registry:
             return self._engine
 
     @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection to read with, within the bounds of time that all have."""
         with (
             _typed_database_errors(),
             self._connected().connect() as connection,
@@ -433,8 +498,12 @@ class Registry:
             yield connection
 
     @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        """One write transaction; it holds the database's write lock from its first statement."""
+    def transaction(self, *, alone: bool = True) -> Iterator[sa.Connection]:
+        """One write transaction; from its first statement no other one changes a name.
+
+        Args:
+            alone: False where the tables may not be there yet; SQLite's are alone always.
+        """
         with (
             _typed_database_errors(),
             self._connected().connect() as connection,
@@ -443,6 +512,8 @@ class Registry:
         ):
             if self._is_sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
+            elif alone:
+                connection.execute(sa.select(STATE.c.id).with_for_update())
             yield connection
 
     def _all(self) -> builtins.list[AdapterRecord]:
@@ -556,12 +627,3 @@ def _typed_database_errors() -> Iterator[None]:
             expected="a database that answers",
             fix="Try again in a few seconds; if it stays so, the operator must look at it.",
         ) from error
-
-
-def _not_found(name: str) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"There is no adapter {name[:80]}.",
-        found=name[:80],
-        expected="a registered name",
-        fix="GET /v1/models lists the names.",
-    )

@@ -1,4 +1,4 @@
-"""`hira adapters`: list, show, add, remove and pin adapters of a running server."""
+"""`hira adapters`: list, show, add, remove, pin and roll back adapters of a running server."""
 
 from __future__ import annotations
 
@@ -143,6 +143,77 @@ def remove(name: NameArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = No
     """Remove an adapter; requests that run finish."""
     with reach(url, key_or_local_admin_key(key)) as client:
         ask(client, "DELETE", _path(name))
+
+
+@adapters_app.command()
+def history(
+    name: NameArgument,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every version that a name was on, the newest first.
+
+    What is kept can be rolled back to.
+
+    Example:
+
+      hira adapters history imdb
+    """
+    with reach(url, key_or_local_admin_key(key)) as client:
+        told = ask(client, "GET", f"{_path(name)}/versions").json()
+    if as_json:
+        print_json(told)
+        return
+    columns = ("number", "version", "at", "act", "bytes", "kept", "source")
+    rows = [[_version_cell(one, column) for column in columns] for one in told["versions"]]
+    show_table(columns, rows)
+
+
+@adapters_app.command()
+def rollback(
+    name: NameArgument,
+    version: Annotated[
+        str | None,
+        typer.Argument(
+            help="That the name was on, or its first six digits; without: the one before.",
+        ),
+    ] = None,
+    *,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a name back on a version that it was on before.
+
+    When this returns, no new request is answered by the version that it left. Rolling back once
+    more goes further back.
+
+    Examples:
+
+      hira adapters rollback imdb
+
+      hira adapters rollback imdb 3f9a1c
+    """
+    body = {} if version is None else {"version": version}
+    with reach(url, key_or_local_admin_key(key)) as client:
+        row = ask(client, "POST", f"{_path(name)}/rollback", json=body).json()
+    if as_json:
+        print_json(row)
+        return
+    print(f"{name} is on {row['version']}; it was on {row['before']}")
+
+
+def _version_cell(entry: dict[str, Any], column: str) -> str:
+    match column:
+        case "version":
+            return f"{entry['version']}{' *' if entry['current'] else ''}"
+        case "at":
+            return str(entry["at"])[:19]
+        case "act" if entry["restores"] is not None:
+            return f"rolled back to {entry['restores']}"
+        case _:
+            return _cell(column, entry[column])
 
 
 @adapters_app.command()

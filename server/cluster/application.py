@@ -105,7 +105,12 @@ def open_registry(settings: Settings, *, check: bool = False) -> Registry:
     """
     try:
         with database_faults(settings.database):
-            registry = Registry(settings.database, Store(settings.store_dir))
+            registry = Registry(
+                settings.database,
+                Store(settings.store_dir),
+                kept_versions=settings.kept_versions,
+                grace_s=settings.max_timeout_s + 60.0,
+            )
             if check:
                 registry.check()
     except RegistryUnusable as error:

@@ -77,7 +77,12 @@ class Ingress:
         count_on_node("http", settings.metrics_dir)
         base = describe_base(settings, plan.place, plan.base_name)
         store_bytes = None if settings.store_bytes is None else int(settings.store_bytes)
-        registry = Registry(settings.database, Store(settings.store_dir, store_bytes))
+        registry = Registry(
+            settings.database,
+            Store(settings.store_dir, store_bytes),
+            kept_versions=settings.kept_versions,
+            grace_s=settings.max_timeout_s + 60.0,
+        )
         link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
         self.service = Service(settings, base, registry, lambda: settings, link)
 

@@ -1,4 +1,4 @@
-"""The admin calls: register, list, show, pin and remove adapters while traffic runs.
+"""The admin calls: register, list, show, pin, roll back and remove adapters while traffic runs.
 
 Checking and storing take seconds and happen on threads of their own. A name is answered with the
 new version from the moment its row is committed; requests admitted before finish on the old one.
@@ -36,9 +36,13 @@ from server.edge.endpoints.schemas import (
     ApplyAnswer,
     ApplyRequest,
     AuditAnswer,
+    MoveAnswer,
     NameChangeAnswer,
     PatchRequest,
     RegisterRequest,
+    RollbackRequest,
+    VersionAnswer,
+    VersionsAnswer,
 )
 from server.edge.endpoints.uploads import Upload, received
 from server.edge.service import Service
@@ -49,12 +53,19 @@ from server.metrics import BASE_LABEL, adapter_usage
 logger = logging.getLogger(__name__)
 
 PAGE_MAX: Final = 1000
-ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 413, 422, 429, 431, 500, 503, 507)
+ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 410, 413, 422, 429, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
 REGISTRATION_FLAGS: Final = ("replace", "pinned", "preload", "stage")
 APPLY_BODY: Any = Depends(sent_json(ApplyRequest))
 PATCH_BODY: Any = Depends(sent_json(PatchRequest))
+ROLLBACK_BODY: Any = Depends(sent_json(RollbackRequest))
+# By method and path below /admin: the bodies that their endpoints check by themselves.
+DESCRIBED: Final = {
+    ("PATCH", "/admin/adapters/{name}"): PatchRequest,
+    ("POST", "/admin/apply"): ApplyRequest,
+    ("POST", "/admin/adapters/{name}/rollback"): RollbackRequest,
+}
 NamePath = PathParameter(max_length=128, description="The adapter's name.")
 
 
@@ -160,6 +171,62 @@ class Admin:
             self.service.dispatcher.tell(Preload(record.version))
         return Json(self._answer(record, await self._known()))
 
+    async def versions(self, request: Request, name: str = NamePath) -> Response:
+        """The history of a name: each version that it was on, since when, and by what."""
+        registry = self.service.registry
+        found = await self._in_thread(
+            lambda: [
+                (one, registry.store.has(one.version)) for one in registry.moves.history(name)
+            ],
+            "records",
+        )
+        current = found[0][0].version if found else None
+        answer = VersionsAnswer(
+            name=name,
+            kept_versions=registry.kept_versions,
+            versions=[
+                VersionAnswer(
+                    number=one.number,
+                    version=one.version,
+                    act=one.act,
+                    at=one.acted.isoformat(),
+                    source=one.source,
+                    bytes=one.tensor_bytes,
+                    current=one.version == current,
+                    kept=kept,
+                    restores=one.restores,
+                )
+                for one, kept in found
+            ],
+        )
+        return Json(answer.model_dump())
+
+    async def rollback(
+        self, request: Request, body: RollbackRequest = ROLLBACK_BODY, name: str = NamePath
+    ) -> Response:
+        """Put a name back on a version that it was on; no later request is answered otherwise."""
+        record, before = await self._change(
+            lambda: self.service.registry.moves.rollback(name, body.version, self._staged),
+            "records",
+        )
+        self.service.dispatcher.tell(ReleaseQuarantine(record.version))
+        self.service.dispatcher.tell(Preload(record.version))
+        return Json({**self._answer(record, await self._known()), "before": before.version})
+
+    def _staged(self, version: str) -> AdapterRecord:
+        """The record of a version whose bytes are in the store, checked on the base; in a thread.
+
+        Raises:
+            AdapterError: Whatever is wrong with them.
+        """
+        service = self.service
+        return service.registry.staged(
+            version,
+            service.base.signature,
+            check=service.base.check_head,
+            settle=service.settle,
+        )
+
     async def remove(self, request: Request, name: str = NamePath) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
         await self._change(lambda: self.service.registry.remove(name), "records")
@@ -214,12 +281,7 @@ class Admin:
             try:
                 self._check_free_of_base(one.name)
                 check_name(one.name)
-                record = service.registry.staged(
-                    one.version,
-                    service.base.signature,
-                    check=service.base.check_head,
-                    settle=service.settle,
-                )
+                record = self._staged(one.version)
             except AdapterError as error:
                 faults += Refusal.of(error).faults_of(one.name, f"adapters.{place}")
             except Refusal as refusal:
@@ -394,10 +456,8 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
 
     def route(method: str, path: str, endpoint: Any, answer: Any, success: int = 200) -> Endpoint:
         extra = {"openapi_extra": REGISTER_BODY} if success == 201 else {}
-        if method == "PATCH":
-            extra = described_json(PatchRequest)
-        if path == "/admin/apply":
-            extra = described_json(ApplyRequest)
+        if (method, path) in DESCRIBED:
+            extra = described_json(DESCRIBED[method, path])
         return Endpoint(
             path,
             endpoint,
@@ -416,6 +476,8 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
         route("GET", "/admin/adapters", admin.list, AdapterList),
         route("GET", one, admin.show, AdapterAnswer),
         route("GET", f"{one}/audit", admin.audit, AuditAnswer),
+        route("GET", f"{one}/versions", admin.versions, VersionsAnswer),
+        route("POST", f"{one}/rollback", admin.rollback, MoveAnswer),
         route("PATCH", one, admin.change, AdapterAnswer),
         route("DELETE", one, admin.remove, None, 204),
         route("POST", "/admin/apply", admin.apply, ApplyAnswer),

@@ -61,6 +61,10 @@ CALLS: Final[dict[tuple[str, str], tuple[str | None, dict[str, Any] | None]]] = 
         {"name": "my-adapter", "source": "/srv/adapters/my-adapter", "replace": False},
     ),
     ("/admin/adapters/{name}", "patch"): (None, {"pinned": True}),
+    ("/admin/adapters/{name}/rollback", "post"): (
+        None,
+        {"version": "0123456789abcdef0123456789abcdef"},
+    ),
     ("/admin/apply", "post"): (
         None,
         {

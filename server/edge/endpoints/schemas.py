@@ -403,6 +403,15 @@ class PatchRequest(Body):
         return self
 
 
+class RollbackRequest(Body):
+    version: str | None = Field(
+        None,
+        max_length=64,
+        description="That the name was on, or its first six digits or more; left out: the one "
+        "before, and after a rollback the one before what came back.",
+    )
+
+
 class AdapterAnswer(Answer):
     """What the registry knows of an adapter, and where its factors are now."""
 
@@ -431,6 +440,34 @@ class AdapterAnswer(Answer):
         description="Its own end tokens (end_ids) and defaults for what a request leaves out."
     )
     notes: list[str]
+
+
+class MoveAnswer(AdapterAnswer):
+    """The record of a name that has moved."""
+
+    before: str = Field(description="The version that it was on.")
+
+
+class VersionAnswer(Answer):
+    """One time that a name was put on a version."""
+
+    number: int = Field(description="Counts from 1, for each name.")
+    version: str
+    act: Literal["registered", "replaced", "applied", "rolled_back", "promoted"]
+    at: str
+    source: str
+    bytes: int
+    current: bool = Field(description="Whether the name is on this version now.")
+    kept: bool = Field(description="Whether the bytes are there, so that it can be gone back to.")
+    restores: int | None = Field(description="Of a rollback: the number of what came back.")
+
+
+class VersionsAnswer(Answer):
+    """The history of a name, the newest first."""
+
+    name: str
+    kept_versions: int = Field(description="Old versions whose bytes are kept, of each name.")
+    versions: list[VersionAnswer]
 
 
 class AuditAnswer(Answer):

@@ -91,7 +91,12 @@ def _serve_in(
     )
     try:
         with database_faults(settings.database):
-            registry = Registry(settings.database, store)
+            registry = Registry(
+                settings.database,
+                store,
+                kept_versions=settings.kept_versions,
+                grace_s=grace_of(settings),
+            )
             registry.check()
     except RegistryUnusable as error:
         raise StartFailed(str(error)) from None
@@ -126,6 +131,11 @@ def _serve_in(
     service.keep_usage()  # what was counted since the last writing
 
 
+def grace_of(settings: Settings) -> float:
+    """Seconds after which no request can need the bytes of a version that a name has left."""
+    return settings.max_timeout_s + 60.0
+
+
 class Collector:
     """Deletes, now and then, the bytes of versions that nobody names or needs any more.
 
@@ -137,7 +147,7 @@ class Collector:
         self._service = service
         self._at = time.monotonic()
         # As the main process has it: an HTTP process that starts later may know a shorter limit.
-        self._grace_s = service.settings.max_timeout_s + 60.0
+        self._grace_s = grace_of(service.settings)
 
     def look(self) -> None:
         """Collect, if it is time; what goes wrong is logged, and tried again the next time."""
@@ -147,7 +157,7 @@ class Collector:
         settings = self._service.settings
         # No request lives longer than max_timeout_s, so none can still need what is older. One
         # that was admitted before the limit was lowered has the longer one still.
-        self._grace_s = max(self._grace_s, settings.max_timeout_s + 60.0)
+        self._grace_s = max(self._grace_s, grace_of(settings))
         state = self._service.dispatcher.state()
         resident = set() if state is None else set(state.snapshot.get("residency", {}))
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from adapters.errors import AdapterError
 from adapters.registry.registry import Registry
+from adapters.registry.store import versions_of
 from server.edge.endpoints.allowed_sources import sources_of
 from server.edge.processes.failed_start import StartFailed
 from server.edge.service import settle_on
@@ -170,15 +171,22 @@ def register(
             )
         try:
             with process, sources.fetch(one.source, trusted=True) as folder:
-                registry.register(
+                record, _ = registry.register(
                     one.name,
                     folder,
                     base.signature,
                     source=one.source,
                     replace=True,
+                    spare_rollback=True,
                     check=base.check_head,
                     settle=lambda one: settle_on(base, one, process),
                 )
+                if record.version not in versions_of(folder):
+                    logger.warning(
+                        "adapter %s stays on version %s: it was rolled back from what %s holds; "
+                        "register that again to have it",
+                        *(one.name, record.version, one.source),
+                    )
         except AdapterError as error:
             raise StartFailed.of(error, f"adapter {one.name}: {error.code}: ") from None
 
