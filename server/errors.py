@@ -77,6 +77,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "source_unavailable": ErrorCode(422, "The source cannot be read"),
     "upload_too_large": ErrorCode(413, "The upload is too large"),
     "store_full": ErrorCode(507, "The adapter store is full"),
+    "audit_unwritable": ErrorCode(507, "The audit log cannot be written"),
     # The server
     "overloaded": ErrorCode(429, "Too many requests are waiting"),
     "too_many_connections": ErrorCode(503, "Too many connections are open"),

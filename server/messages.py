@@ -60,10 +60,12 @@ class Origin:
     Args:
         request_id: Of the HTTP call, which may make several requests.
         key: The name of the key that it was admitted with.
+        traceparent: Of the span that its own belong to, as W3C's Trace Context writes it.
     """
 
     request_id: str = ""
     key: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,3 +296,20 @@ class Failure:
 Request = EncodeRequest | GenerateRequest
 Event = EncodeResult | TokenEvent | GenerateResult | Failure
 TERMINAL = (EncodeResult, GenerateResult, Failure)
+
+
+def log_fields(request: Request) -> dict[str, str | None]:
+    """What a line of a log about a request has beside its text, where logs are JSON."""
+    origin = request.origin
+    return {
+        "request_id": origin.request_id or request.id,
+        "key": origin.key,
+        "adapter": request.adapter,
+        "version": request.version,
+        "trace_id": trace_id_of(origin.traceparent),
+    }
+
+
+def trace_id_of(traceparent: str | None) -> str | None:
+    """The trace that a ``traceparent`` belongs to."""
+    return None if traceparent is None else traceparent.split("-")[1]

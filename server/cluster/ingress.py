@@ -33,6 +33,7 @@ from server.edge.endpoints.pages import page_routes
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.thread_deaths import watched
+from server.edge.litserve import logs
 from server.edge.processes.serve import Collector
 from server.edge.processes.start import describe_base
 from server.edge.service import Service
@@ -73,6 +74,8 @@ class Ingress:
 
     def __init__(self, plan: IngressPlan, engines: Any, name: str) -> None:
         settings = plan.settings
+        if settings.log_format == "json":
+            logs.configure(settings.log_level, access=settings.access_log, form="json")
         logging.getLogger().setLevel(settings.log_level.upper())
         count_on_node("http", settings.metrics_dir)
         base = describe_base(settings, plan.place, plan.base_name)

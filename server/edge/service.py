@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.names import POLL_S, Names
+from server.edge.admit.audit_log import audit_log_of
 from server.edge.admit.body_budget import BodyBudget
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.callers import may_ask
@@ -32,6 +33,7 @@ from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.link import Link
 from server.edge.target import Base, Targets
 from server.edge.templates import Templates
+from server.edge.tracing import Tracing
 from server.errors import Refusal
 from server.inputs.conversation import settle
 from server.inputs.grammars import GrammarLimits
@@ -126,6 +128,8 @@ class Service:
             self.usage_file.restore()
         self.slow_work = SlowWork(settings, self.dispatcher.admission, self.dispatcher.give_up)
         self.bodies = BodyBudget()
+        self.audit_log = audit_log_of(settings)
+        self.tracing: Tracing | None = None  # in a process that is open, where it is asked for
         self.metrics: HttpMetrics | None = None
         self.started = time.time()
         self.read_settings = reload
@@ -153,6 +157,10 @@ class Service:
         self.key_usage.number = number
         self.registry.reopen()
         self.metrics = HttpMetrics()
+        if self.settings.otel_endpoint is not None:
+            self.tracing = Tracing.to_collector(
+                self.settings.otel_endpoint, self.settings.otel_ratio
+            )
         self._templates = Templates(self._render_limits, self.registry.store.conversation)
         self.slow_work.open()
         self._grammars = Grammars(
@@ -170,6 +178,8 @@ class Service:
 
     def close(self) -> None:
         self.slow_work.close()
+        if self.tracing is not None:
+            self.tracing.close()
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
         if self._key_reader is not None:
@@ -390,6 +400,8 @@ class Service:
     def _count(self, request: Request, event: Event) -> None:
         """Metrics of what comes back, and what its key has used, as it comes back."""
         self._settle(request, event)
+        if self.tracing is not None and not isinstance(event, TokenEvent):
+            self.tracing.request(request, event)
         metrics, adapter = self.metrics, request.adapter
         if metrics is None:
             return

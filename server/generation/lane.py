@@ -61,6 +61,7 @@ from server.messages import (
     GenerateResult,
     SamplingOptions,
     TokenEvent,
+    log_fields,
 )
 from server.options import EngineOptions
 from server.stages import tell_stage
@@ -505,7 +506,8 @@ class GenerateLane:
         try:
             events += self._advance(sequence, choice)
         except Exception as error:
-            logger.exception("Request %s failed", sequence.request.id)
+            request = sequence.request
+            logger.exception("Request %s failed", request.id, extra=log_fields(request))
             faults.append((sequence, failures.broken(sequence.request, error)))
 
     def _advance(self, sequence: Sequence, choice: Choice) -> list[Event]:

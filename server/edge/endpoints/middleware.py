@@ -25,8 +25,10 @@ from server.edge.admit.body_budget import HeldBody
 from server.edge.admit.callers import Caller, set_caller
 from server.edge.admit.connections import HEAD_FAULT
 from server.edge.admit.key_file import ApiKey
+from server.edge.endpoints.audited import INCOMPLETE_HEADER, AuditedCall, is_audited
 from server.edge.endpoints.json_text import written
 from server.edge.service import Service
+from server.edge.tracing import traceparent_of
 from server.errors import PROBLEM_TYPE, Refusal
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class RequestContext:
     refused: str | None = None  # the code of an error response
     ignored: tuple[str, ...] = ()  # fields of the body without effect, in ASCII
     caller: Caller | None = None
+    span: Any = None  # of OpenTelemetry, where there is one
 
 
 class BodyRefused(HTTPException):
@@ -129,14 +132,25 @@ class RequestMiddleware:
             request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
             began=time.monotonic(),
         )
-        context.caller = Caller(context.request_id)
+        context.caller = Caller(
+            context.request_id, traceparent=traceparent_of(headers.get("traceparent", ""))
+        )
         set_caller(context.caller)
+        tracing = self.service.tracing
+        if tracing is not None:
+            context.span = tracing.begin(scope["method"], context.caller)
         scope["hira"], scope["hira_service"] = context, self.service
         self.service.refresh()
+
+        call: AuditedCall | None = None
 
         async def finish(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
+                if call is not None:
+                    await call.end(context.status, context.refused)
+                    if call.incomplete:
+                        message["headers"] = [*message.get("headers", ()), INCOMPLETE_HEADER]
                 self._add_headers(scope, context, message)
             await send(message)
 
@@ -147,6 +161,11 @@ class RequestMiddleware:
             uploads = form and scope["path"] == UPLOADS and scope["method"] == "POST"
             limit = self._limit(scope, headers, uploads=uploads)
             self._admit(scope, headers)
+            log = self.service.audit_log
+            if log is not None and is_audited(scope):
+                asked = AuditedCall(log, self.service.slow_work, scope, context.caller)
+                await asked.begin()
+                call = asked
             bounded = self._bounded(receive, limit, None if uploads else held)
             if not uploads:
                 self._hold(held, _stated_bytes(headers))
@@ -169,6 +188,8 @@ class RequestMiddleware:
         finally:
             held.release()
             self._note(scope, context)
+            if call is not None:  # nobody was there to be answered
+                await call.end(499, context.refused)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """Turn away whom no body could help, before it is read: without a key, or too many.
@@ -288,6 +309,16 @@ class RequestMiddleware:
                 metrics.key_request(context.caller.key.name, status)
             if context.refused:
                 metrics.refusal(context.refused)
+        tracing = self.service.tracing
+        if tracing is not None and context.span is not None and context.caller is not None:
+            tracing.end(
+                context.span,
+                method=scope["method"],
+                route=endpoint,
+                status=status,
+                caller=context.caller,
+                code=context.refused,
+            )
         if self.service.settings.access_log:
             access_logger.info(
                 "%s %s %d %.1f ms id=%s adapter=%s%s",
@@ -298,6 +329,13 @@ class RequestMiddleware:
                 context.request_id,
                 context.adapter or "-",
                 f" code={context.refused}" if context.refused else "",
+                extra={
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "ms": round(seconds * 1e3, 1),
+                    "code": context.refused,
+                },
             )
 
 

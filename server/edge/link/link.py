@@ -163,7 +163,10 @@ class Link(ABC):
         loop = asyncio.get_running_loop()
         self._check_quota(request.tokens)
         caller = current_caller()
-        origin = Origin() if caller is None else caller.origin
+        origin = Origin()
+        if caller is not None:
+            origin = caller.origin
+            caller.adapter, caller.version = request.adapter, request.version
         request = replace(request, id=self._next_id(), origin=origin)
         if caller is not None and caller.key is not None and self.key_usage is not None:
             self.key_usage.reserve(caller.key, request.id, request.tokens)

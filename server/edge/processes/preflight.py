@@ -28,6 +28,7 @@ DATA_DIR_LOCK_FILE: Final = "server.lock"
 ARCHIVE_ENDS: Final = (".zip", ".tar", ".tar.gz", ".tgz")
 _ADAPTER_CONFIG: Final = "adapter_config.json"
 _COUNT_S: Final = 2.0
+_OTLP_MODULE: Final = "opentelemetry.exporter.otlp.proto.http"
 # In a process of its own: a driver that is asked keeps files open, and forks would inherit them.
 _COUNT_DEVICES: Final = (
     "import ctypes as c; d = c.CDLL('libcuda.so.1'); n = c.c_int(0); "
@@ -48,6 +49,7 @@ def check_before_loading(settings: Settings) -> None:
         lambda: _check_template(settings.chat_template),
         lambda: _check_device(settings.device),
         lambda: _check_keys(settings),
+        lambda: _check_tracing(settings.otel_endpoint),
         *((lambda one=one: _check_source(*one)) for one in settings.adapters),
     )
     found: list[StartFailed] = []
@@ -192,6 +194,28 @@ def _check_template(path: Path | None) -> None:
             found=f"--chat-template {path}",
             expected="a file with a Jinja template",
             fix=_nearest(path) or "check the path",
+        )
+
+
+def _check_tracing(endpoint: str | None) -> None:
+    if endpoint is None:
+        return
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
+        raise StartFailed(
+            "otel_endpoint is no URL",
+            found=f"--otel-endpoint {endpoint}",
+            expected="such as http://collector:4318/v1/traces",
+        )
+    try:
+        found = importlib.util.find_spec(_OTLP_MODULE) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise StartFailed(
+            "traces need packages that are not installed",
+            found=f"--otel-endpoint {endpoint}, and no {_OTLP_MODULE}",
+            expected="the extra otel",
+            fix="pip install 'hira-server[otel]'",
         )
 
 

@@ -63,6 +63,7 @@ def run_service(
         loop=EngineLoop(settings.api_processes),
         engine=engine,
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
     server = HiraServer(
         api, service, [*observe_routes(HealthEndpoints(service, version)), *routes], version

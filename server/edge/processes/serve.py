@@ -64,7 +64,7 @@ def serve(
         staging = settings.data_dir / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(mode=0o700)
-        logs.configure(settings.log_level, access=settings.access_log)
+        logs.configure(settings.log_level, access=settings.access_log, form=settings.log_format)
         need_bytes = metrics.most_bytes(settings.api_processes)
         with run_folder(settings.run_dir, need_bytes) as folder:
             _serve_in(folder, settings, reload=reload, say=say, engine=engine)
