@@ -303,7 +303,7 @@ PRIVATE_READS = {
     "server/engine/test_quarantine.py": 1,
     "server/engine/test_self_check.py": 1,
     "server/generation/test_attention.py": 1,
-    "server/generation/test_lane.py": 2,
+    "server/generation/test_lane.py": 1,
     "server/inputs/test_images.py": 1,
     "server/inputs/test_token_bound.py": 3,
     "server/training/test_recipe.py": 3,

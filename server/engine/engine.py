@@ -37,7 +37,8 @@ from server.engine.snapshot import (
     cuda_bytes,
 )
 from server.generation.failures import cannot_generate
-from server.generation.lane import GenerateFigures, GenerateLane
+from server.generation.figures import GenerateFigures
+from server.generation.lane import GenerateLane
 from server.inputs.images import ImageInput, Images
 from server.inputs.text import Text, TextInput
 from server.messages import (

@@ -20,7 +20,8 @@ from typing import Any
 from adapters.tasks import Task
 from server import metrics
 from server.edge.admit.shared_load import SharedLoad
-from server.inputs.text import InputTooLong, InvalidInput, Side, Text, TextInput
+from server.inputs.text import Side, Text, TextInput
+from server.inputs.text_errors import InputTooLong, InvalidInput
 from server.messages import TokenizedInput
 from server.settings import load_settings
 from tests.stand import shifted_clock

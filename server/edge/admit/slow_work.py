@@ -13,7 +13,8 @@ from server.edge.admit.admission import Admission
 from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, PoolLate
 from server.errors import Refusal
 from server.inputs.images import Images
-from server.inputs.text import Text, TextError
+from server.inputs.text import Text
+from server.inputs.text_errors import TextError
 from server.settings import Settings
 
 T = TypeVar("T")

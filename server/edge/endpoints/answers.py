@@ -23,7 +23,7 @@ from server.edge.admit.slow_work import (
 )
 from server.edge.endpoints.json_text import AT_ONCE_VALUES, weight, written
 from server.edge.endpoints.middleware import Json, RequestContext
-from server.edge.endpoints.schemas_openai import OpenAIBody
+from server.edge.endpoints.openai_body import OpenAIBody
 from server.edge.link.link import Link
 from server.edge.link.ticket import Ticket
 from server.edge.service import Service

@@ -32,6 +32,7 @@ from server.edge.endpoints.chat import chat_prompt, template_for, with_defaults
 from server.edge.endpoints.json_text import AT_ONCE_VALUES
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.model_facts import ModelFacts
+from server.edge.endpoints.openai_body import ModelNamed
 from server.edge.endpoints.openai_format import (
     ChatFormat,
     CompletionFormat,
@@ -45,13 +46,8 @@ from server.edge.endpoints.sampling_options import (
     likeliest_first,
     openai_options,
 )
-from server.edge.endpoints.schemas_openai import (
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    ModelNamed,
-    Sampling,
-)
+from server.edge.endpoints.schemas_conversation import ChatRequest
+from server.edge.endpoints.schemas_openai import CompletionRequest, EmbeddingRequest, Sampling
 from server.edge.endpoints.structured import asked_of_openai, settled_grammar
 from server.edge.endpoints.tei_tgi import check_new_tokens
 from server.edge.endpoints.tool_calls import CALL_MARKS, FORMS, MARKERS, form_of

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.edge.endpoints.schemas_openai import (
+from server.edge.endpoints.openai_body import ModelNamed
+from server.edge.endpoints.schemas_conversation import (
     CalledFunction,
     ChatMessage,
     ContentPart,
-    ModelNamed,
     ToolCall,
 )
 from server.errors import Refusal

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from server.edge.endpoints.openai_format import ToolReading
-from server.edge.endpoints.schemas_openai import ChatRequest, NamedTool, Tool
+from server.edge.endpoints.schemas_conversation import ChatRequest, NamedTool, Tool
 from server.edge.endpoints.structured import ANY_OBJECT, AskedGrammar
 from server.edge.endpoints.tool_calls import MARKERS
 from server.errors import Refusal

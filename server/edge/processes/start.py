@@ -73,7 +73,8 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
     from server.base.plan import plan_base
     from server.base.skeletons import Skeletons, beside_backbone
     from server.inputs.images import ImageProcessorError, Images
-    from server.inputs.text import Text, TokenizerError
+    from server.inputs.text import Text
+    from server.inputs.tokenizer import TokenizerError
 
     torch.set_num_threads(1)
     options = settings.engine_options(place)

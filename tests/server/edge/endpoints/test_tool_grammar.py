@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.edge.endpoints.openai_format import ToolReading
-from server.edge.endpoints.schemas_openai import ChatRequest
+from server.edge.endpoints.schemas_conversation import ChatRequest
 from server.edge.endpoints.structured import AskedGrammar
 from server.edge.endpoints.tool_calls import CallBegun, MoreArguments, Words
 from server.edge.endpoints.tool_grammar import asked_of_tools
