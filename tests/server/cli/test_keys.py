@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -82,3 +83,35 @@ def test_check_lists_the_keys_or_the_faults(tmp_path: Path) -> None:
     status, _, err = run("check", str(file))
     assert status == 1
     assert "clear" in err
+
+
+def test_usage_is_shown_with_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"requests_per_day": 10, "tokens_per_day": None}
+    row = {"requests": 3, "prompt_tokens": 7, "generated_tokens": 0}
+    told = {
+        "keys": [{"name": "app", "limits": limits}],
+        "days": [
+            {"day": "2026-11-26", "key": "gone", **row},
+            {"day": "2026-11-27", "key": "app", **row},
+        ],
+        "fault": None,
+    }
+    seen: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200, json=told)
+
+    original = httpx.Client
+    monkeypatch.setattr(
+        httpx, "Client", lambda **more: original(transport=httpx.MockTransport(handle), **more)
+    )
+    status, out, _ = run("usage", "--days", "2", "--key", "k-1")
+    assert status == 0
+    assert str(seen[0].url).endswith("/admin/keys?days=2")
+    assert [line.split("\t") for line in out.splitlines()[1:]] == [
+        ["2026-11-26", "gone", "3", "-", "7", "0", "-"],
+        ["2026-11-27", "app", "3", "10", "7", "0", "-"],
+    ]
+    told["fault"] = "keys.toml: not TOML"
+    assert run("usage", "--key", "k-1")[0] == 1

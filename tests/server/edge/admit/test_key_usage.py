@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from server.edge.admit.key_file import ApiKey, Quotas
 from server.edge.admit.key_usage import DAY_S, DayUsage, SharedUsage, duration
+from server.edge.admit.key_usage_file import KeyUsageFile
 from server.errors import Refusal
 
 MIDNIGHT = 20_000 * DAY_S
@@ -183,6 +185,41 @@ def test_counts_are_those_of_a_plain_counter(steps: list[tuple[str, int, float]]
         else:
             refused(shared.count_request, app)
         assert shared.of(name).minute_requests == plain[name, minute]
+
+
+def test_a_restart_gives_nobody_his_day_anew(tmp_path: Path) -> None:
+    app = key(requests_per_day=3, tokens_per_day=100)
+    before = SharedUsage(2)
+    for process in (0, 1):
+        before.number = process
+        before.count_request(app)
+    before.reserve(app, "1", 60)
+    before.settle("1", prompt=30, generated=20)
+    KeyUsageFile(tmp_path / "usage.json", before).write(["app", "never-used"])
+    after = SharedUsage(1)
+    file = KeyUsageFile(tmp_path / "usage.json", after)
+    file.restore()
+    assert after.of("app").day == DayUsage(2, 30, 20)
+    assert after.of("app").day_tokens == 50
+    after.count_request(app)
+    refused(after.count_request, app)
+    refused(after.check_tokens, app, 51)
+    file.write(["app"])
+    (day,) = file.read().days.values()
+    assert {name: row.usage for name, row in day.items()} == {"app": DayUsage(3, 30, 20)}
+
+
+def test_a_damaged_file_is_put_aside_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "usage.json"
+    path.write_text('{"days": {"2026-')
+    file = KeyUsageFile(path, SharedUsage(1))
+    file.restore()
+    assert "put aside" in caplog.text
+    assert (tmp_path / "usage.broken").read_text() == '{"days": {"2026-'
+    file.write(["app"])
+    assert file.read().days == {}
 
 
 @pytest.mark.parametrize(

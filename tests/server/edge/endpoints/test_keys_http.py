@@ -222,7 +222,6 @@ def test_the_file_may_change_and_a_broken_one_changes_nothing(live: Live, file: 
     soon(lambda: "not TOML" in live.log.read_text())
     time.sleep(2)
     assert post(live, IMDB, "late").status_code == 200
-    assert live.metric("hira_keys_file_good") == 0.0  # 401 without a key
     said = live.client.get("/metrics", headers=bearer("ops")).text
     assert "hira_keys_file_good 0.0" in said
     assert live.log.read_text().count("The keys were not changed") <= 2 * 2
