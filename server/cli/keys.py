@@ -30,6 +30,7 @@ from server.settings import SettingsFault
 
 keys_app = typer.Typer(help="Keys of callers: make, check, what they used.", no_args_is_help=True)
 DAYS: Final = re.compile(r"(\d{1,4})d")
+BARE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")  # that TOML takes without quotes
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A keys file.")]
 CountOption = Annotated[int | None, typer.Option(metavar="N", min=1)]
@@ -73,7 +74,7 @@ def make_key(
       hira keys new ops --admin --file keys.toml
     """
     key = new_key()
-    lines = [f"[{json.dumps(name)}]" if "." in name else f"[{name}]"]
+    lines = [f"[{name}]" if BARE_NAME.fullmatch(name) else f"[{json.dumps(name)}]"]
     lines.append(f'sha256 = "{digest_of(key.encode())}"')
     lines += ["admin = true"] if admin else []
     lines += ["metrics = true"] if metrics else []

@@ -170,8 +170,9 @@ def parse_keys(content: bytes, path: Path) -> dict[str, ApiKey]:
         )
     found: dict[str, ApiKey] = {}
     for name, table in tables.items():
-        faults += _name_faults(path, name, table)
-        if faults:
+        wrong = _name_faults(path, name, table)
+        if wrong:
+            faults += wrong
             continue
         try:
             entry = KeyEntry.model_validate(table)
