@@ -404,6 +404,7 @@ class GenerateLane:
         for sequence, choice in ran.chosen:
             if sequence.request.id not in failed:
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         events += self._settled(faults)
 
     def _launch_after(self, before: LaunchedStep | None) -> LaunchedStep | None:
@@ -444,6 +445,7 @@ class GenerateLane:
             if self._running.get(sequence.request.id) is sequence:
                 self._note_written(sequence, 1)
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         self._let_go()
         events += self._settled(faults)
 
