@@ -99,7 +99,7 @@ def make_key(
 
 
 @keys_app.command("check")
-def check_keys(file: FileArgument) -> None:
+def check_command(file: FileArgument) -> None:
     """Check a keys file, and list its keys."""
     try:
         keys = read_key_file(file)
@@ -108,7 +108,7 @@ def check_keys(file: FileArgument) -> None:
         raise SystemExit(FAILED) from None
     for key in sorted(keys.values(), key=lambda one: one.name):
         what = "admin" if key.admin else ", ".join(key.adapters)
-        until = "" if key.expires is None else _shown(key.expires)
+        until = "" if key.expires is None else _utc_text(key.expires)
         print(f"{key.name}\t{what}\t{until}{' (expired)' if key.is_expired() else ''}".rstrip())
 
 
@@ -210,5 +210,5 @@ def _moment(text: str) -> str:
     return found.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _shown(seconds: float) -> str:
+def _utc_text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

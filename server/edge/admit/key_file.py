@@ -38,7 +38,7 @@ ALL_ADAPTERS: Final = ("*",)
 KEY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CLEAR_WORDS: Final = frozenset({"key", "secret", "token", "value"})
 
-Limit = Annotated[int, Strict(), Field(ge=1, le=1 << 53)]
+QuotaLimit = Annotated[int, Strict(), Field(ge=1, le=1 << 53)]
 Pattern = Annotated[
     str, StringConstraints(pattern=r"^[a-z0-9._*?\[\]!-]+$", min_length=1, max_length=64)
 ]
@@ -95,10 +95,10 @@ class KeyEntry(BaseModel):
     admin: Annotated[bool, Strict()] = False
     metrics: Annotated[bool, Strict()] = False
     adapters: tuple[Pattern, ...] = Field(default=ALL_ADAPTERS, min_length=1, max_length=1024)
-    requests_per_minute: Limit | None = None
-    requests_per_day: Limit | None = None
-    tokens_per_minute: Limit | None = None
-    tokens_per_day: Limit | None = None
+    requests_per_minute: QuotaLimit | None = None
+    requests_per_day: QuotaLimit | None = None
+    tokens_per_minute: QuotaLimit | None = None
+    tokens_per_day: QuotaLimit | None = None
     expires: datetime | None = None
 
     @model_validator(mode="after")
@@ -145,9 +145,9 @@ def read_key_file(path: Path) -> dict[str, ApiKey]:
         with path.open("rb") as file:
             content = file.read(KEY_FILE_BYTES + 1)
     except OSError as error:
-        raise _unreadable(path, f"it cannot be read: {error.strerror}") from None
+        raise _unusable_key_file(path, f"it cannot be read: {error.strerror}") from None
     if len(content) > KEY_FILE_BYTES:
-        raise _unreadable(path, f"it is larger than {KEY_FILE_BYTES} bytes")
+        raise _unusable_key_file(path, f"it is larger than {KEY_FILE_BYTES} bytes")
     return parse_keys(content, path)
 
 
@@ -160,7 +160,7 @@ def parse_keys(content: bytes, path: Path) -> dict[str, ApiKey]:
     try:
         tables = tomllib.loads(content.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _unreadable(path, f"it is not TOML: {error}") from None
+        raise _unusable_key_file(path, f"it is not TOML: {error}") from None
     faults: list[SettingFault] = []
     if len(tables) > MAX_KEYS:
         faults.append(
@@ -239,7 +239,7 @@ def _entry_fault(path: Path, name: str, fault: dict[str, Any]) -> SettingFault:
     )
 
 
-def _unreadable(path: Path, why: str) -> SettingsFault:
+def _unusable_key_file(path: Path, why: str) -> SettingsFault:
     return SettingsFault(
         SettingFault(f"the keys file {path} cannot be used: {why}", expected="TOML, a table a key")
     )

@@ -29,7 +29,7 @@ from server.errors import Refusal
 MINUTE_S: Final = 60
 DAY_S: Final = 86400
 MAX_NAMES: Final = 4 * MAX_KEYS  # that are counted between two starts, with those since removed
-_FORK = multiprocessing.get_context("fork")
+_FORKED = multiprocessing.get_context("fork")
 
 
 class Cell(IntEnum):
@@ -106,7 +106,7 @@ class SharedUsage:
         self._processes = processes
         self._clock = clock
         self._wall = wall
-        self._cells = _FORK.RawArray("q", processes * MAX_NAMES * len(Cell))
+        self._cells = _FORKED.RawArray("q", processes * MAX_NAMES * len(Cell))
         self._places: dict[tuple[int, str], int] = {}
         # Of requests under way here, by their id: key, tokens, and the windows they count in.
         self._reserved: dict[str, tuple[str, int, int, int]] = {}
@@ -311,7 +311,7 @@ class SharedUsage:
         return None
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[_Row]:
+    def _writing(self, name: str) -> Iterator[_OwnCells]:
         """The own cells of a key, those of a minute or a day that is over set to nothing."""
         place = self._place(self.number, name, make=True)
         if place is None:
@@ -321,7 +321,7 @@ class SharedUsage:
                 expected=f"at most {MAX_NAMES}",
                 fix="Tell the operator to start the server anew.",
             )
-        row = _Row(self._cells, place)
+        row = _OwnCells(self._cells, place)
         minute, day = self._minute(), self._day()
         if row[Cell.MINUTE] != minute:
             # The counts first: who reads in between finds less than there was, never more.
@@ -338,7 +338,7 @@ class SharedUsage:
         yield row
 
 
-class _Row:
+class _OwnCells:
     """The cells of one key in one process."""
 
     __slots__ = ("_cells", "_place")

@@ -48,7 +48,7 @@ def check_before_loading(settings: Settings) -> None:
         lambda: _look_at_base(settings.base),
         lambda: _check_template(settings.chat_template),
         lambda: _check_device(settings.device),
-        lambda: _check_keys(settings),
+        lambda: _check_key_file(settings),
         lambda: _check_tracing(settings.otel_endpoint),
         *((lambda one=one: _check_source(*one)) for one in settings.adapters),
     )
@@ -219,7 +219,7 @@ def _check_tracing(endpoint: str | None) -> None:
         )
 
 
-def _check_keys(settings: Settings) -> None:
+def _check_key_file(settings: Settings) -> None:
     if settings.keys_file is None:
         return
     try:
