@@ -263,7 +263,7 @@ class WrittenResponse:
         tokens = (result.prompt_tokens, len(result.tokens))
         usage = {
             "input_tokens": tokens[0],
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": tokens[1],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": sum(tokens),
