@@ -31,6 +31,7 @@ from adapters.registry.records import Canary, NameChange, WantedName
 from adapters.registry.registry import AdapterRecord
 from server.edge.admit.slow_work import Pool
 from server.edge.endpoints.allowed_sources import fetched, unpacked
+from server.edge.endpoints.audited import note_change
 from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
@@ -181,6 +182,7 @@ class Admin:
             record = await self._change(
                 lambda: self.service.registry.update(name, pinned=pinned), "records"
             )
+        note_change(name, record.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if asks_device:
             self.service.dispatcher.tell(Preload(record.version))
@@ -224,6 +226,7 @@ class Admin:
             lambda: self.service.registry.moves.rollback(name, body.version, self._staged),
             "records",
         )
+        note_change(name, before.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         self.service.dispatcher.tell(Preload(record.version))
         return Json({**self._answer(record, await self._known()), "before": before.version})
@@ -239,6 +242,7 @@ class Admin:
             "registrations",
         )
         assert record.canary is not None
+        note_change(name, record.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.canary.record.version))
         self.service.dispatcher.tell(Preload(record.canary.record.version))
         return Json(self._answer(record, await self._known()))
@@ -248,11 +252,13 @@ class Admin:
         record, before = await self._change(
             lambda: self.service.registry.moves.promote(name), "records"
         )
+        note_change(name, before.version, record.version)
         return Json({**self._answer(record, await self._known()), "before": before.version})
 
     async def abort_canary(self, request: Request, name: str = NamePath) -> Response:
         """End a canary: the version that the name is on answers all requests."""
         record, _ = await self._change(lambda: self.service.registry.moves.abort(name), "records")
+        note_change(name, record.version, record.version)
         return Json(self._answer(record, await self._known()))
 
     async def list_aliases(self, request: Request) -> Response:
@@ -292,7 +298,9 @@ class Admin:
 
     async def remove(self, request: Request, name: str = NamePath) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
+        known = self.service.names.records.get(name)
         await self._change(lambda: self.service.registry.remove(name), "records")
+        note_change(name, None if known is None else known.version, None)
         return Response(status_code=204)
 
     async def apply(self, request: Request, body: ApplyRequest = APPLY_BODY) -> Response:
@@ -313,6 +321,8 @@ class Admin:
         else:
             changes, aliases = await self._change(work, "registrations")
         for one in changes if not body.dry_run else ():
+            before = None if one.before is None else one.before.version
+            note_change(one.name, before, None if one.change == "removed" else one.record.version)
             if one.change not in ("removed", "unchanged"):
                 self.service.dispatcher.tell(ReleaseQuarantine(one.record.version))
                 if one.record.pinned:
@@ -406,6 +416,7 @@ class Admin:
         self._check_free_of_base(registration.name)
         if registration.stage:
             return await self._stage(registration.name, folder, source)
+        known = self.service.names.records.get(registration.name)
         record, created = await self._change(
             lambda: self.service.registry.register(
                 registration.name,
@@ -419,6 +430,7 @@ class Admin:
             ),
             "registrations",
         )
+        note_change(record.name, None if known is None else known.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if registration.preload or registration.pinned:
             self.service.dispatcher.tell(Preload(record.version))
