@@ -198,7 +198,7 @@ class CanaryNotFound(AdapterError):
     code = "canary_not_found"
 
 
-class TaskMismatch(AdapterError):
+class OtherTask(AdapterError):
     """A version that does another task than the one whose requests it shall answer."""
 
     code = "task_mismatch"

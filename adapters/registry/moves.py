@@ -20,7 +20,7 @@ from adapters.errors import (
     CanaryNotFound,
     InvalidShare,
     NameMoved,
-    TaskMismatch,
+    OtherTask,
     VersionGone,
     VersionNotFound,
 )
@@ -141,7 +141,7 @@ class Moves:
             VersionNotFound: Nobody knows this version.
             VersionGone: Its bytes are not kept any more.
             AlreadyCurrent: The name is on it.
-            TaskMismatch: It does another task than the name.
+            OtherTask: It does another task than the name.
             AdapterError: Whatever is wrong with its bytes.
         """
         if not 0.0 <= share <= 100.0:
@@ -160,7 +160,7 @@ class Moves:
         self.hold_bytes(name, wanted)
         found = checked(wanted)
         if found.task != before.task:
-            raise TaskMismatch(
+            raise OtherTask(
                 f"{name} answers another task than this version does.",
                 found=found.task,
                 expected=before.task,

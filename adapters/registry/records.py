@@ -335,7 +335,7 @@ def _beside(
         query, rows = query.where(ALIASES.c.name == name), rows.where(CANARIES.c.name == name)
     for named, alias in connection.execute(query):
         aliases.setdefault(named, []).append(alias)
-    canaries = {row.name: _canary(row) for row in connection.execute(rows)}
+    canaries = {row.name: _canary_of_row(row) for row in connection.execute(rows)}
     for one, record in records.items():
         others, canary = tuple(aliases.get(one, ())), canaries.get(one)
         if (record.aliases, record.canary) != (others, canary):
@@ -343,7 +343,7 @@ def _beside(
     return records
 
 
-def _canary(row: Any) -> Canary:
+def _canary_of_row(row: Any) -> Canary:
     record = _of_facts(
         row.facts,
         name=row.name,

@@ -15,7 +15,7 @@ from adapters.errors import (
     BaseMismatch,
     CanaryNotFound,
     InvalidShare,
-    TaskMismatch,
+    OtherTask,
     VersionGone,
     VersionNotFound,
 )
@@ -141,7 +141,7 @@ def test_what_cannot_be_a_canary_is_refused(
         start(registry, base, "f" * 32, 10)
     with pytest.raises(CanaryNotFound):
         start(registry, base, None, 10)
-    with pytest.raises(TaskMismatch) as caught:
+    with pytest.raises(OtherTask) as caught:
         registry.moves.start_canary(
             "a",
             oldest.version,
