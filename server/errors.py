@@ -53,6 +53,9 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     # Keys
     "key_missing": ErrorCode(401, "A key is needed"),
     "key_wrong": ErrorCode(403, "The key is not accepted"),
+    "key_expired": ErrorCode(403, "The key has expired"),
+    "adapter_forbidden": ErrorCode(403, "The key is not for this adapter"),
+    "rate_limit_exceeded": ErrorCode(429, "The key's quota is used up"),
     # An adapter
     "adapter_not_found": ErrorCode(404, "No such adapter"),
     "adapter_exists": ErrorCode(409, "The name is taken"),
@@ -74,6 +77,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "source_unavailable": ErrorCode(422, "The source cannot be read"),
     "upload_too_large": ErrorCode(413, "The upload is too large"),
     "store_full": ErrorCode(507, "The adapter store is full"),
+    "audit_unwritable": ErrorCode(507, "The audit log cannot be written"),
     # The server
     "overloaded": ErrorCode(429, "Too many requests are waiting"),
     "too_many_connections": ErrorCode(503, "Too many connections are open"),

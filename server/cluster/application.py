@@ -139,6 +139,7 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         max_step_s=settings.max_step_s,
         metrics_dir=settings.metrics_dir,
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
     engines = serve.deployment(
         _EngineDeployment,

@@ -85,19 +85,46 @@ class Targets:
         names: What the registry has.
         base: What is served.
         default: The adapter for calls that name none and that the bare base cannot answer.
+        may_ask: Whether the present call may ask for an adapter of a name, be there one or not.
     """
 
-    def __init__(self, names: Names, base: Base, default: str | None = None) -> None:
+    def __init__(
+        self,
+        names: Names,
+        base: Base,
+        default: str | None = None,
+        may_ask: Callable[[str], bool] = lambda name: True,
+    ) -> None:
         self.names = names
         self.base = base
         self.default = default
+        self.may_ask = may_ask
+
+    def check_scope(self, name: str, field: str | None = None) -> None:
+        """Refuse a name that is not for the key of the present call.
+
+        Before the name is looked up: what is answered, and how long it takes, does not depend on
+        whether there is such an adapter.
+
+        Raises:
+            Refusal: adapter_forbidden.
+        """
+        if not self.may_ask(BASE_LABEL if self.base.answers_to(name) else name):
+            raise Refusal.because(
+                "adapter_forbidden",
+                "This key is not for this adapter.",
+                expected="a name that GET /v1/models lists with this key",
+                fix="Ask the operator for a key that is.",
+                field=field,
+            )
 
     def record(self, name: str, field: str | None = None) -> AdapterRecord:
         """The registry's record of an adapter, from memory; of whatever base.
 
         Raises:
-            Refusal: adapter_not_found or registry_unavailable.
+            Refusal: adapter_forbidden, adapter_not_found or registry_unavailable.
         """
+        self.check_scope(name, field)
         try:
             return self.names.resolve(name)
         except AdapterError as error:
@@ -107,7 +134,7 @@ class Targets:
         """The record of an adapter that can be asked for answers on this base.
 
         Raises:
-            Refusal: adapter_not_found, registry_unavailable or base_mismatch.
+            Refusal: adapter_forbidden, adapter_not_found, registry_unavailable or base_mismatch.
         """
         record = self.record(name, field)
         try:
@@ -134,8 +161,8 @@ class Targets:
             call: What the client called, for the error, where that is another.
 
         Raises:
-            Refusal: adapter_conflict, adapter_required, adapter_not_found, registry_unavailable,
-                base_mismatch or task_mismatch.
+            Refusal: adapter_conflict, adapter_required, adapter_forbidden, adapter_not_found,
+                registry_unavailable, base_mismatch or task_mismatch.
         """
         name = self._one_name(names, field)
         if name is not None:
@@ -171,16 +198,20 @@ class Targets:
         """The record of the one adapter that is named, None for the bare base.
 
         Raises:
-            Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
+            Refusal: adapter_conflict, adapter_forbidden, adapter_not_found, registry_unavailable
+                or base_mismatch.
         """
         name = self._one_name(names, field)
+        if name is None and any(one is not None for one in names):
+            self.check_scope(BASE_LABEL, field)
         return None if name is None else self.served_record(name, field)
 
     def own_path(self, names: Sequence[str | None]) -> str:
         """The native call for what the one adapter that is named is for, or else the base.
 
         Raises:
-            Refusal: adapter_conflict, adapter_not_found, registry_unavailable or base_mismatch.
+            Refusal: adapter_conflict, adapter_forbidden, adapter_not_found, registry_unavailable
+                or base_mismatch.
         """
         record = self.named_record(names)
         row = BY_NAME.get(self.base.task if record is None else record.task)
@@ -190,7 +221,8 @@ class Targets:
         """Resolve one adapter for an endpoint.
 
         Raises:
-            Refusal: adapter_not_found, registry_unavailable, base_mismatch or task_mismatch.
+            Refusal: adapter_forbidden, adapter_not_found, registry_unavailable, base_mismatch or
+                task_mismatch.
         """
         record = self.served_record(name, field)
         # A record of another program's may hold a task that this one does not know.
@@ -211,6 +243,8 @@ class Targets:
         """The adapter that the operator named, for a call that the bare base cannot answer."""
         if self.default is None or asked_at(self.base.task, path) is not None:
             return None
+        if not self.may_ask(self.default):  # nor is anybody told of it
+            return None
         record = self.served_record(self.default)
         task = asked_at(cast(Task, record.task), path) if record.task in BY_NAME else None
         return None if task is None else self._adapter(self.default, path, "adapter")
@@ -230,4 +264,5 @@ class Targets:
                 fix="GET /v1/models lists the adapters.",
                 field=field,
             )
+        self.check_scope(BASE_LABEL, field)
         return Target(None, None, task)

@@ -55,6 +55,7 @@ from server.messages import (
     GenerateRequest,
     GenerateResult,
     SamplingOptions,
+    log_fields,
 )
 from server.options import EngineOptions
 from server.stages import tell_stage
@@ -477,7 +478,8 @@ class GenerateLane:
         try:
             events += self._advance(sequence, choice)
         except Exception as error:
-            logger.exception("Request %s failed", sequence.request.id)
+            request = sequence.request
+            logger.exception("Request %s failed", request.id, extra=log_fields(request))
             faults.append((sequence, failures.broken(sequence.request, error)))
 
     def _advance(self, sequence: Sequence, choice: Choice) -> list[Event]:

@@ -153,7 +153,7 @@ def main(engine: str) -> None:
     from server.edge.service import Service
     from server.edge.target import Base
 
-    logs.configure(settings.log_level, access=settings.access_log)
+    logs.configure(settings.log_level, access=settings.access_log, form=settings.log_format)
     nothing: Any = None
     signature: Any = SimpleNamespace(digest="")
     file = settings.chat_template

@@ -149,7 +149,7 @@ let rates = new Map();
 let errors = new Map();
 
 async function lookMetrics() {
-  const answer = await fetch("/metrics");
+  const answer = await fetch("/metrics", key() ? { headers: { Authorization: `Bearer ${key()}` } } : {});
   if (!answer.ok) return;
   const now = parsed(await answer.text());
   const at = performance.now();

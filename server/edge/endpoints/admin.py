@@ -27,6 +27,7 @@ from adapters.registry.records import NameChange, WantedName
 from adapters.registry.registry import AdapterRecord, check_name
 from server.edge.admit.slow_work import Pool
 from server.edge.endpoints.allowed_sources import fetched, unpacked
+from server.edge.endpoints.audited import note_change
 from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
@@ -166,6 +167,7 @@ class Admin:
             record = await self._change(
                 lambda: self.service.registry.update(name, pinned=pinned), "records"
             )
+        note_change(name, record.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if asks_device:
             self.service.dispatcher.tell(Preload(record.version))
@@ -209,6 +211,7 @@ class Admin:
             lambda: self.service.registry.moves.rollback(name, body.version, self._staged),
             "records",
         )
+        note_change(name, before.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         self.service.dispatcher.tell(Preload(record.version))
         return Json({**self._answer(record, await self._known()), "before": before.version})
@@ -229,7 +232,9 @@ class Admin:
 
     async def remove(self, request: Request, name: str = NamePath) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
+        known = self.service.names.records.get(name)
         await self._change(lambda: self.service.registry.remove(name), "records")
+        note_change(name, None if known is None else known.version, None)
         return Response(status_code=204)
 
     async def apply(self, request: Request, body: ApplyRequest = APPLY_BODY) -> Response:
@@ -250,6 +255,8 @@ class Admin:
         else:
             changes = await self._change(work, "registrations")
         for one in changes if not body.dry_run else ():
+            before = None if one.before is None else one.before.version
+            note_change(one.name, before, None if one.change == "removed" else one.record.version)
             if one.change not in ("removed", "unchanged"):
                 self.service.dispatcher.tell(ReleaseQuarantine(one.record.version))
                 if one.record.pinned:
@@ -325,6 +332,7 @@ class Admin:
         self._check_free_of_base(registration.name)
         if registration.stage:
             return await self._stage(registration.name, folder, source)
+        known = self.service.names.records.get(registration.name)
         record, created = await self._change(
             lambda: self.service.registry.register(
                 registration.name,
@@ -338,6 +346,7 @@ class Admin:
             ),
             "registrations",
         )
+        note_change(record.name, None if known is None else known.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if registration.preload or registration.pinned:
             self.service.dispatcher.tell(Preload(record.version))

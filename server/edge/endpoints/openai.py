@@ -57,6 +57,7 @@ from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.text import Text
 from server.messages import GenerateResult, TokenizedInput
+from server.metrics import BASE_LABEL
 
 if TYPE_CHECKING:
     from adapters.registry.records import AdapterRecord
@@ -78,10 +79,11 @@ class OpenAI:
         self.service = service
 
     async def models(self, request: Request) -> Response:
-        """The base and every adapter."""
-        base = self.service.base
-        records = self.service.names.listed(fitting=True)[:MAX_MODELS]
-        own = [self._model(base.name, base.created, None)]
+        """The base and every adapter, of what the key is for."""
+        base, may_ask = self.service.base, self.service.targets.may_ask
+        records = self.service.names.listed(fitting=True)
+        records = [one for one in records if may_ask(one.name)][:MAX_MODELS]
+        own = [self._model(base.name, base.created, None)] if may_ask(BASE_LABEL) else []
         adapters = [self._model(one.name, one.created.timestamp(), one) for one in records]
         return await json_response(self.service, {"object": "list", "data": own + adapters}, {})
 
@@ -89,6 +91,7 @@ class OpenAI:
         """One of them."""
         base = self.service.base
         if self.service.base.answers_to(model):
+            self.service.targets.check_scope(model, "model")
             return Json(self._model(base.name, base.created, None))
         record = self.service.targets.served_record(model, "model")
         return Json(self._model(record.name, record.created.timestamp(), record))
@@ -437,7 +440,7 @@ class OpenAI:
         """Whether there is no model, or what a client writes that has none."""
         return not model or (
             model in PLACEHOLDERS
-            and model not in self.service.names.records
+            and not (model in self.service.names.records and self.service.targets.may_ask(model))
             and not self.service.base.answers_to(model)
         )
 

@@ -524,3 +524,46 @@ class ProblemDetail(Answer):
     error: str = Field(description="As detail, under the name that TGI and TEI have for it.")
     error_type: str = Field(description="TGI's type, else the code.")
     problems: list[dict[str, Any]] | None = None
+
+
+class KeyLimits(Answer):
+    """Quotas of a key, or what it has used of them; of quotas null where there is none."""
+
+    requests_per_minute: int | None
+    requests_per_day: int | None
+    tokens_per_minute: int | None
+    tokens_per_day: int | None
+
+
+class KeyAnswer(Answer):
+    """A key, without the key itself."""
+
+    name: str
+    admin: bool
+    metrics: bool
+    adapters: list[str] = Field(description="Patterns of the names that it may ask for.")
+    expires: str | None
+    expired: bool
+    limits: KeyLimits
+    used: KeyLimits = Field(description="Of this minute and of this day, in UTC.")
+    prompt_tokens: int = Field(description="Of this day, as they were read.")
+    generated_tokens: int
+    last_used: str | None
+
+
+class KeyDay(Answer):
+    """What a key used on one day."""
+
+    day: str
+    key: str
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class KeyList(Answer):
+    """The keys, what they used, and why the keys file is not used as it is now."""
+
+    keys: list[KeyAnswer]
+    days: list[KeyDay]
+    fault: str | None
