@@ -163,6 +163,16 @@ class HttpMetrics:
         self._refused = counter(
             "hira_refusals_total", "Error responses and refused connections.", "code"
         )
+        self._canary = counter(
+            "hira_canary_requests_total",
+            "Requests answered for names with a canary, by which version answered.",
+            *("adapter", "arm", "status"),
+        )
+        self._canary_failed = counter(
+            "hira_canary_failures_total",
+            "Admitted requests for names with a canary that ended without an answer.",
+            *("adapter", "arm", "code"),
+        )
         self._key_requests = counter(
             "hira_key_requests_total", "Requests answered, by the key's name.", "key", "status"
         )
@@ -210,6 +220,13 @@ class HttpMetrics:
 
     def failure(self, adapter: str | None, code: str) -> None:
         self._child(self._failed, self._labels.of(adapter), code).inc()
+
+    def canary_request(self, adapter: str, arm: str, status: int) -> None:
+        """One response for a name whose requests two versions share."""
+        self._child(self._canary, self._labels.of(adapter), arm, str(status)).inc()
+
+    def canary_failure(self, adapter: str, arm: str, code: str) -> None:
+        self._child(self._canary_failed, self._labels.of(adapter), arm, code).inc()
 
     def refusal(self, code: str) -> None:
         """An error response, or a connection that ended before it had a request."""

@@ -417,6 +417,9 @@ class Service:
             case Failure():
                 self._tokens_at.pop(request.id, None)
                 metrics.failure(adapter, event.code)
+                arm = self.targets.arm_of(adapter, request.version)
+                if adapter is not None and arm is not None:
+                    metrics.canary_failure(adapter, arm, event.code)
             case GenerateResult():
                 self._tokens_at.pop(request.id, None)
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=len(event.tokens))

@@ -41,6 +41,11 @@ class Record:
     labels: tuple[str, ...] | None = None
     chat_template: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    canary: None = None
+
+    def versions(self) -> tuple[str, ...]:
+        return (self.version,)
 
     def fits(self, base_digest: str) -> bool:
         return not base_digest

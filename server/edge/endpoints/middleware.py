@@ -65,6 +65,7 @@ class RequestContext:
     began: float  # monotonic
     status: int = 0
     adapter: str | None = ""  # "": none resolved, None: the base
+    arm: str | None = None  # which of the versions that share its adapter's requests
     refused: str | None = None  # the code of an error response
     ignored: tuple[str, ...] = ()  # fields of the body without effect, in ASCII
     caller: Caller | None = None
@@ -305,6 +306,8 @@ class RequestMiddleware:
         metrics = self.service.metrics
         if metrics is not None:
             metrics.request(endpoint, context.adapter, status, seconds)
+            if context.arm is not None and context.adapter:
+                metrics.canary_request(context.adapter, context.arm, status)
             if context.caller is not None and context.caller.key is not None:
                 metrics.key_request(context.caller.key.name, status)
             if context.refused:

@@ -20,9 +20,9 @@ from server.edge.endpoints.answers import (
     answer_headers,
     check_fields,
     check_inputs,
-    context_of,
     encode,
     json_response,
+    resolved,
     target_headers,
     tokenize,
     tokenized,
@@ -79,13 +79,19 @@ class OpenAI:
         self.service = service
 
     async def models(self, request: Request) -> Response:
-        """The base and every adapter, of what the key is for."""
+        """The base and every adapter with its aliases, of what the key is for."""
         base, may_ask = self.service.base, self.service.targets.may_ask
-        records = self.service.names.listed(fitting=True)
-        records = [one for one in records if may_ask(one.name)][:MAX_MODELS]
         own = [self._model(base.name, base.created, None)] if may_ask(BASE_LABEL) else []
-        adapters = [self._model(one.name, one.created.timestamp(), one) for one in records]
-        return await json_response(self.service, {"object": "list", "data": own + adapters}, {})
+        adapters = [
+            (name, one)
+            for one in self.service.names.listed(fitting=True)
+            for name in (one.name, *one.aliases)
+            if may_ask(name)
+        ]
+        listed = [
+            self._model(name, one.created.timestamp(), one) for name, one in adapters[:MAX_MODELS]
+        ]
+        return await json_response(self.service, {"object": "list", "data": own + listed}, {})
 
     async def model(self, request: Request, model: str) -> Response:
         """One of them."""
@@ -94,7 +100,7 @@ class OpenAI:
             self.service.targets.check_scope(model, "model")
             return Json(self._model(base.name, base.created, None))
         record = self.service.targets.served_record(model, "model")
-        return Json(self._model(record.name, record.created.timestamp(), record))
+        return Json(self._model(model, record.created.timestamp(), record))
 
     async def completions(
         self, request: Request, body: CompletionRequest = COMPLETION_BODY
@@ -420,9 +426,8 @@ class OpenAI:
         if self._names_nobody(model):
             model = None if named else self.service.default_model
         names = [model, *named]
-        target = self.service.targets.resolve(names, path, "model", call=verb)
-        context_of(request).adapter = target.adapter
-        return target
+        user = getattr(body, "user", None)
+        return resolved(request, self.service, names, path, "model", call=verb, user=user)
 
     @property
     def fingerprint(self) -> str:
@@ -440,7 +445,7 @@ class OpenAI:
         """Whether there is no model, or what a client writes that has none."""
         return not model or (
             model in PLACEHOLDERS
-            and not (model in self.service.names.records and self.service.targets.may_ask(model))
+            and not (self.service.names.knows(model) and self.service.targets.may_ask(model))
             and not self.service.base.answers_to(model)
         )
 
@@ -459,6 +464,7 @@ class OpenAI:
             "labels": facts.labels,
             "context": facts.context,
             "chat": facts.chat,
+            "alias_of": None if record is None or record.name == name else record.name,
         }
 
     async def _prompts(

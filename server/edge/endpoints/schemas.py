@@ -389,6 +389,12 @@ class ApplyRequest(Body):
 
     adapters: list[AppliedAdapter] = Field(default_factory=list, max_length=10_000)
     remove: list[str] = Field(default_factory=list, max_length=10_000, description="Names that go.")
+    aliases: dict[str, str] | None = Field(
+        None,
+        max_length=10_000,
+        description="All aliases that there shall be, and the name that each points to; left out: "
+        "as they are.",
+    )
     dry_run: Flag = Field(False, description="Say what would change, and change nothing.")
 
 
@@ -410,6 +416,42 @@ class RollbackRequest(Body):
         description="That the name was on, or its first six digits or more; left out: the one "
         "before, and after a rollback the one before what came back.",
     )
+
+
+class CanaryRequest(Body):
+    version: str | None = Field(
+        None,
+        max_length=64,
+        description="As a registration with stage has answered it, or one that the name was on; "
+        "left out: the present canary's.",
+    )
+    share: Number = Field(description="Percent of the requests for the name, 0 to 100.")
+
+
+class AliasRequest(Body):
+    adapter: str = Field(max_length=128, description="The name that the alias points to.")
+
+
+class AliasAnswer(Answer):
+    alias: str
+    adapter: str
+    before: str | None = Field(description="Where it pointed; null: there was no such alias.")
+
+
+class AliasList(Answer):
+    aliases: dict[str, str] = Field(description="The name that each alias points to.")
+
+
+class CanaryAnswer(Answer):
+    """The version that answers a share of a name's requests."""
+
+    version: str
+    share: float = Field(description="Percent of the requests.")
+    started: str
+    source: str
+    served: bool = Field(description="Whether it was checked on the base that is served.")
+    residency: str
+    quarantined_until: str | None
 
 
 class AdapterAnswer(Answer):
@@ -440,6 +482,8 @@ class AdapterAnswer(Answer):
         description="Its own end tokens (end_ids) and defaults for what a request leaves out."
     )
     notes: list[str]
+    aliases: list[str] = Field(description="Other names for it.")
+    canary: CanaryAnswer | None
 
 
 class MoveAnswer(AdapterAnswer):
@@ -492,9 +536,19 @@ class NameChangeAnswer(Answer):
     pinned: bool
 
 
+class AliasChangeAnswer(Answer):
+    """What applying does to one alias."""
+
+    alias: str
+    change: Literal["created", "replaced", "removed", "unchanged"]
+    adapter: str | None = Field(description="Where it points; null: it goes.")
+    before: str | None = Field(description="Where it pointed.")
+
+
 class ApplyAnswer(Answer):
     applied: bool = Field(description="False: it was a dry run.")
     changes: list[NameChangeAnswer]
+    aliases: list[AliasChangeAnswer]
 
 
 class AdapterList(Answer):
