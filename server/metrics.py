@@ -302,14 +302,18 @@ class LiveCollector:
             for value, amount in sorted(said["totals"].items()):
                 counter.add_metric([value], amount)
             yield counter
-        if said.get("generate_steps"):
-            steps = CounterMetricFamily(
-                "hira_generate_steps", "Steps of the generate lane, by how they ran.",
-                labels=["how"],
-            )  # fmt: skip
-            for value, amount in sorted(said["generate_steps"].items()):
-                steps.add_metric([value], amount)
-            yield steps
+        steps_of = [
+            ("hira_encode_steps", "encode", said.get("encode_steps")),
+            ("hira_generate_steps", "generate", said.get("generate_steps")),
+        ]
+        for name, lane, counts in steps_of:
+            if counts:
+                steps = CounterMetricFamily(
+                    name, f"Steps of the {lane} lane, by how they ran.", labels=["how"]
+                )
+                for value, amount in sorted(counts.items()):
+                    steps.add_metric([value], amount)
+                yield steps
         if said.get("weights_digest"):
             held = GaugeMetricFamily(
                 "hira_base_weights", "The digest of the base's quantized weights.",

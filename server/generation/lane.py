@@ -27,6 +27,7 @@ from adapters import segments
 from adapters.errors import SlotNotResident
 from server import failures
 from server.base.plan import PAGE_TOKENS
+from server.base.varlen import varlen_obstacle
 from server.failures import NotFinite, is_lost
 from server.generation import failures as refusals
 from server.generation.constraints import (
@@ -43,7 +44,7 @@ from server.generation.forward import (
     whole_parts,
 )
 from server.generation.kv_cache import KVCache
-from server.generation.page_attention import VARLEN_PAGE_TOKENS, varlen_obstacle
+from server.generation.page_attention import VARLEN_PAGE_TOKENS
 from server.generation.prefill import prefill_tokens_of
 from server.generation.sampling import Choice, TokenChooser
 from server.generation.sequences import ScheduledRows, Sequence
