@@ -503,7 +503,7 @@ def _as_graph(run: Callable[[], torch.Tensor]) -> Any:
     """Many launches as one graph, so that it is the device that is timed and not the host."""
     run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph: Any = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(_TIMED_LAUNCHES):
             run()
@@ -512,7 +512,8 @@ def _as_graph(run: Callable[[], torch.Tensor]) -> Any:
 
 
 def _replay_ms(graph: Any) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     begin.record()
     graph.replay()
     end.record()

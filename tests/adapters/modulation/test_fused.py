@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,8 +74,12 @@ def kernels() -> Iterator[ModuleType]:
             assert spec.loader is not None
             other = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(other)
-            patch.setattr(fused, used_by, lambda other=other: other)
+            patch.setattr(fused, used_by, giving(other))
         yield module
+
+
+def giving(module: ModuleType) -> Callable[[], ModuleType]:
+    return lambda: module
 
 
 def both(name: str, targets: tuple[str, ...]) -> tuple[AdaptedModel, AdaptedModel, list[str]]:
