@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import logging
-import re
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,14 +24,28 @@ from sqlalchemy.exc import IntegrityError
 from adapters.errors import (
     AdapterError,
     AdapterExists,
-    AdapterNotFound,
-    InvalidName,
     RegistryUnavailable,
     StoreFull,
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.intake.conversation import Conversation, UsedConversation, unused
+from adapters.registry.aliases import (
+    AliasChange,
+    Aliases,
+    check_no_alias,
+    check_not_aliased,
+    plan_aliases,
+)
 from adapters.registry.faults import connected, time_limit
+from adapters.registry.history import (
+    Act,
+    entries_of,
+    kept_versions,
+    oldest_first,
+    was_rolled_back_from,
+)
+from adapters.registry.moves import Moves
+from adapters.registry.naming import check_name, name_not_found
 from adapters.registry.records import (
     AdapterRecord,
     Change,
@@ -50,15 +63,15 @@ from adapters.registry.records import (
     write,
 )
 from adapters.registry.store import Store, version_of, versions_of
-from adapters.registry.tables import ADAPTERS, STATE, migrate
+from adapters.registry.tables import ADAPTERS, CANARIES, STATE, migrate
 from adapters.signature import BaseSignature
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+KEPT_VERSIONS = 3  # old versions of a name whose bytes are kept
 UNNAMED_BYTES_KEPT_S = (
     300.0  # bytes that no row names any more are kept this long for requests under way
 )
 
-__all__ = ["AdapterRecord", "Registry", "check_name"]
+__all__ = ["AdapterRecord", "Registry"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,22 +79,39 @@ logger = logging.getLogger(__name__)
 class Registry:
     """The adapters of one server; safe in many threads and processes.
 
-    After a fork, call ``reopen`` in the child before anything else.
+    After a fork, call ``reopen`` in the child before anything else. ``moves`` has the history of
+    names, rolls them back and gives others a share of their traffic; ``aliases`` has other names
+    for them.
 
     Args:
         url: A SQLAlchemy URL, or the path of an SQLite file, made when missing.
         store: Where the bytes are.
+        kept_versions: Old versions of each name whose bytes are kept, so that it can be rolled
+            back to them. Where the store has no room for a new adapter, the oldest make place.
+        grace_s: Bytes that were added, named or left by a name within this many seconds never
+            make place: requests under way may need them.
     """
 
-    def __init__(self, url: str | Path, store: Store) -> None:
+    def __init__(
+        self,
+        url: str | Path,
+        store: Store,
+        *,
+        kept_versions: int = KEPT_VERSIONS,
+        grace_s: float = UNNAMED_BYTES_KEPT_S,
+    ) -> None:
         self.url = url if isinstance(url, str) and "://" in url else f"sqlite:///{url}"
         self.store = store
+        self.kept_versions = kept_versions
+        self.grace_s = grace_s
+        self.moves = Moves(self.reading, self.transaction, store)
+        self.aliases = Aliases(self.reading, self.transaction)
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
         self._watch: sa.Connection | None = None
         self._known: dict[str, AdapterRecord] = {}
         self._known_at: Any = None
-        with self._transaction() as connection:
+        with self.transaction(alone=False) as connection:  # there may be no table yet
             migrate(connection)
 
     def register(
@@ -93,6 +123,7 @@ class Registry:
         source: str,
         replace: bool = False,
         pinned: bool = False,
+        spare_rollback: bool = False,
         check: Callable[[AdapterWeights], None] | None = None,
         settle: Callable[[Conversation], UsedConversation] = unused,
     ) -> tuple[AdapterRecord, bool]:
@@ -108,6 +139,7 @@ class Registry:
             source: For the record.
             replace: Whether ``name`` may move from another version to this one.
             pinned: Keep it on the device. A name that is pinned stays so until ``update``.
+            spare_rollback: Leave ``name`` where it is if it was rolled back from this version.
             check: Raises what else may be wrong with an adapter, such as its head.
             settle: Says what is used of the chat template and the end tokens that it brings.
 
@@ -116,7 +148,8 @@ class Registry:
 
         Raises:
             InvalidName: The name is malformed.
-            AdapterExists: The name is on another version, and ``replace`` is false.
+            AdapterExists: The name is on another version, and ``replace`` is false; or it is an
+                alias.
             StoreFull: There is no room for its bytes.
             AdapterError: Whatever ``load_adapter`` finds wrong. Nothing has changed in any case.
         """
@@ -124,18 +157,19 @@ class Registry:
         weights = load_adapter(folder, base)
         if check is not None:
             check(weights)
-        if not replace:
-            with self._reading() as connection:
-                taken = read_one(connection, name)
-            if taken is not None:  # else nothing is hashed twice
-                _check_free(name, taken, folder)
+        with self.reading() as connection:
+            check_no_alias(connection, name)
+            taken = None if replace else read_one(connection, name)
+        if taken is not None:  # else nothing is hashed twice
+            _check_free(name, taken, folder)
         settled = settle(weights.conversation)
-        version = self.store.add(folder)
+        version = self._stored(folder)
         record = record_of(
             *(name, version, weights, settled),
             source=source, pinned=pinned, base_digest=base.digest,
         )  # fmt: skip
-        with self._transaction() as connection:
+        with self.transaction() as connection:
+            check_no_alias(connection, name)
             present = read_one(connection, name)
             if present is not None and present.version == version:
                 if pinned and not present.pinned:
@@ -147,16 +181,26 @@ class Registry:
                 return present, False
             if not replace:
                 _check_free(name, present, folder)
+            if (
+                present is not None
+                and spare_rollback
+                and was_rolled_back_from(entries_of(connection, name), version)
+            ):
+                return present, False
             if present is not None and present.pinned:
                 record = with_pin(record, pinned=True)  # the pin is the name's, not the content's
             self.store.touch(version)  # or the collector could take it before the row is there
+            act: Act = "registered" if present is None else "replaced"
             try:
-                write(connection, record, update=present is not None)
+                write(connection, record, update=present is not None, act=act)
             except IntegrityError as cause:
                 raise AdapterExists(
                     f"The name {name} was registered by someone else at the same moment.",
                     fix="Set replace to true, or choose another name.",
                 ) from cause
+            if present is not None and self.store.has(present.version):
+                self.store.touch(present.version)  # the grace of what it was on starts now
+            record = read_one(connection, name) or record  # with its aliases and its canary
         return record, True
 
     def stage(
@@ -185,7 +229,7 @@ class Registry:
         if check is not None:
             check(weights)
         settled = settle(weights.conversation)
-        version = self.store.add(folder)
+        version = self._stored(folder)
         return record_of(
             "", version, weights, settled, source="", pinned=False, base_digest=base.digest
         )
@@ -204,7 +248,11 @@ class Registry:
             AdapterNotFound: They are not there, or not any more.
             AdapterError: Whatever is wrong with them.
         """
-        named = next((one for one in self._all() if one.version == version), None)
+        records = self._all()
+        canaries = [one.canary.record for one in records if one.canary is not None]
+        named = next((one for one in (*records, *canaries) if one.version == version), None)
+        if named is not None:
+            named = replace(named, aliases=(), canary=None)
         if named is not None and named.fits(base.digest) and self.store.has(version):
             return named
         weights = load_adapter(self.store.sound_path(version), base)
@@ -216,24 +264,36 @@ class Registry:
         )
 
     def apply(
-        self, wanted: Sequence[WantedName], removed: Collection[str] = (), *, dry_run: bool = False
-    ) -> builtins.list[NameChange]:
+        self,
+        wanted: Sequence[WantedName],
+        removed: Collection[str] = (),
+        *,
+        aliases: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+    ) -> tuple[builtins.list[NameChange], builtins.list[AliasChange]]:
         """Put many names on checked versions, and take others away: all of it, or nothing.
 
         Args:
             wanted: With records of ``staged``.
             removed: Names that go.
+            aliases: All that there shall be, and where each points; None: as they are.
             dry_run: Say what would change, and change nothing.
 
         Returns:
-            One entry for every name in ``wanted``, then one for every name that goes.
+            One entry for every name in ``wanted``, then one for every name that goes; and one for
+            every alias that is there before or afterwards.
 
         Raises:
             AdapterNotFound: A name that is to go is not there, or a version's bytes are gone.
+            AdapterFaults: Of the aliases, all of them: as ``Aliases.set`` has them, and
+                AdapterAliased where one points to a name that goes.
         """
-        writing = self._reading() if dry_run else self._transaction()
+        writing = self.reading() if dry_run else self.transaction()
         changes = []
         with writing as connection:
+            moved = plan_aliases(
+                connection, [one.name for one in wanted], removed, aliases, dry_run=dry_run
+            )
             for one in wanted:
                 check_name(one.name)
                 present = read_one(connection, one.name)
@@ -253,17 +313,19 @@ class Registry:
                 if change in ("pinned", "unpinned"):
                     set_pinned(connection, one.name, pinned=record.pinned)
                 else:
-                    write(connection, record, update=present is not None)
+                    write(connection, record, update=present is not None, act="applied")
+                    if present is not None and self.store.has(present.version):
+                        self.store.touch(present.version)
             for name in removed:
                 present = read_one(connection, name)
                 if present is None:
-                    raise _not_found(name)
+                    raise name_not_found(name)
                 changes.append(NameChange(name, "removed", present, present))
                 if not dry_run:
                     delete(connection, name)
                     if self.store.has(present.version):
                         self.store.touch(present.version)
-        return changes
+        return changes, moved
 
     def resolve(self, name: str) -> AdapterRecord:
         """The record of ``name`` as last committed by any process; quick when nothing changed.
@@ -275,7 +337,7 @@ class Registry:
             self._refresh()
             record = self._known.get(name)
         if record is None:
-            raise _not_found(name)
+            raise name_not_found(name)
         return record
 
     def list(
@@ -291,10 +353,10 @@ class Registry:
         Raises:
             AdapterNotFound: There is no such name.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             present = read_one(connection, name)
             if present is None:
-                raise _not_found(name)
+                raise name_not_found(name)
             set_pinned(connection, name, pinned=pinned)
         return with_pin(present, pinned=pinned)
 
@@ -303,49 +365,81 @@ class Registry:
 
         Raises:
             AdapterNotFound: There is no such name.
+            AdapterAliased: Aliases point to it.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             present = read_one(connection, name)
             if present is None:
-                raise _not_found(name)
+                raise name_not_found(name)
+            check_not_aliased(present)
             delete(connection, name)
             if self.store.has(present.version):
                 self.store.touch(present.version)  # the grace starts now
         return present
 
     def pinned_versions(self) -> tuple[str, ...]:
-        """Versions that some pinned name is on, in the order of their names."""
-        return tuple(dict.fromkeys(record.version for record in self._all() if record.pinned))
+        """Versions that pinned names are on, in the order of names, each with its canary's."""
+        pinned = (version for one in self._all() if one.pinned for version in one.versions())
+        return tuple(dict.fromkeys(pinned))
 
     def versions(self) -> set[str]:
-        """Every version that some name is on."""
-        return {record.version for record in self._all()}
+        """Every version that some name is on, or gives a share of its traffic."""
+        return {version for record in self._all() for version in record.versions()}
 
     def generation(self) -> int:
         """A number that grows with every change, by whatever process."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())
 
     def collect_garbage(
         self, in_use: Collection[str] = (), *, grace_s: float = UNNAMED_BYTES_KEPT_S
     ) -> builtins.list[str]:
-        """Delete the bytes of versions that no name is on; returns which.
+        """Delete the bytes of versions that no name is on, and none keeps; returns which.
 
         Args:
             in_use: Versions that requests or a device still need.
             grace_s: Versions added, named or removed within this many seconds are kept.
         """
         candidates = self.store.versions() - set(in_use) - self.versions()
-        removed = []
-        for version in sorted(candidates):
-            # Inside a write transaction nobody can put a name on it meanwhile.
-            with self._transaction() as connection:
-                column = ADAPTERS.c.version
+        if candidates:
+            candidates -= self.versions_kept()
+        return [one for one in sorted(candidates) if self._remove_bytes(one, grace_s, kept=True)]
+
+    def versions_kept(self) -> set[str]:
+        """Old versions of all names whose bytes are kept."""
+        with self.reading() as connection:
+            return kept_versions(connection, self.kept_versions)
+
+    def _remove_bytes(self, version: str, grace_s: float, *, kept: bool) -> bool:
+        """Delete the bytes of a version unless a name is on it, or they are younger than that.
+
+        Args:
+            kept: Whether those of old versions that are kept stay as well.
+        """
+        # Inside a write transaction nobody can put a name on it meanwhile.
+        with self.transaction() as connection:
+            for column in (ADAPTERS.c.version, CANARIES.c.version):
                 query = sa.select(sa.func.count()).where(column == version)
-                named = connection.execute(query).scalar_one()
-                if not named and self.store.remove(version, idle_s=grace_s):
-                    removed.append(version)
-        return removed
+                if connection.execute(query).scalar_one():
+                    return False
+            if kept and version in kept_versions(connection, self.kept_versions, version):
+                return False
+            return self.store.remove(version, idle_s=grace_s)
+
+    def _stored(self, folder: Path) -> str:
+        """Store the adapter in ``folder``; where there is no room, old versions make place.
+
+        Raises:
+            StoreFull: There is still none.
+        """
+        while True:
+            try:
+                return self.store.add(folder)
+            except StoreFull:
+                with self.reading() as connection:
+                    old = [one for one in oldest_first(connection) if self.store.has(one)]
+                if not any(self._remove_bytes(one, self.grace_s, kept=False) for one in old):
+                    raise
 
     def records(self) -> Mapping[str, AdapterRecord]:
         """Every record by name, in the order of names, as last committed by any process."""
@@ -375,7 +469,7 @@ class Registry:
             except (AdapterError, OSError) as error:
                 logger.warning("Version %s does not fit the base: %s", version, error)
                 continue
-            with self._transaction() as connection:
+            with self.transaction() as connection:
                 set_base(connection, version, base.digest)
         return [one for one in self._all() if not one.fits(base.digest)]
 
@@ -423,7 +517,8 @@ class Registry:
             return self._engine
 
     @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection to read with, within the bounds of time that all have."""
         with (
             _typed_database_errors(),
             self._connected().connect() as connection,
@@ -433,8 +528,12 @@ class Registry:
             yield connection
 
     @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        """One write transaction; it holds the database's write lock from its first statement."""
+    def transaction(self, *, alone: bool = True) -> Iterator[sa.Connection]:
+        """One write transaction; from its first statement no other one changes a name.
+
+        Args:
+            alone: False where the tables may not be there yet; SQLite's are alone always.
+        """
         with (
             _typed_database_errors(),
             self._connected().connect() as connection,
@@ -443,6 +542,8 @@ class Registry:
         ):
             if self._is_sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
+            elif alone:
+                connection.execute(sa.select(STATE.c.id).with_for_update())
             yield connection
 
     def _all(self) -> builtins.list[AdapterRecord]:
@@ -503,17 +604,6 @@ def _change_of(present: AdapterRecord | None, record: AdapterRecord) -> Change:
     return "unchanged"
 
 
-def check_name(name: str) -> None:
-    """Raise InvalidName unless ``name`` is one that an adapter may have."""
-    if not NAME.fullmatch(name):
-        raise InvalidName(
-            "The name is not allowed.",
-            found=repr(name[:80]),
-            expected="1 to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit",
-            fix="Choose another name.",
-        )
-
-
 def _check_free(name: str, present: AdapterRecord | None, folder: Path) -> None:
     """Raise AdapterExists when the name is on other content than what is in ``folder``.
 
@@ -556,12 +646,3 @@ def _typed_database_errors() -> Iterator[None]:
             expected="a database that answers",
             fix="Try again in a few seconds; if it stays so, the operator must look at it.",
         ) from error
-
-
-def _not_found(name: str) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"There is no adapter {name[:80]}.",
-        found=name[:80],
-        expected="a registered name",
-        fix="GET /v1/models lists the names.",
-    )

@@ -1,7 +1,7 @@
 """The registry's tables, and how an older file becomes one of today.
 
-A migration is a function in a list; the schema's version is how many have run. With two tables and
-one writer that is all it takes, where a migration framework would bring its own configuration,
+A migration is a function in a list; the schema's version is how many have run. With few tables
+and one writer that is all it takes, where a migration framework would bring its own configuration,
 templates and command line.
 """
 
@@ -24,6 +24,39 @@ ADAPTERS = sa.Table(
     sa.Column("facts", sa.JSON, nullable=False),
     # Digest of the base that this version was checked on; null: written before it was kept.
     sa.Column("base_digest", sa.String(64), nullable=True),
+)
+# What each name was on, in order: a row for every time that it was put on another version.
+NAME_VERSIONS = sa.Table(
+    "versions",
+    METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),  # from 1, of the name
+    sa.Column("version", sa.String(64), nullable=False, index=True),
+    sa.Column("act", sa.String(16), nullable=False),
+    sa.Column("acted", sa.String(40), nullable=False),  # ISO 8601, UTC
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("tensor_bytes", sa.BigInteger, nullable=False),
+    # Of a rollback: the number of the row whose version came back.
+    sa.Column("restores", sa.Integer, nullable=True),
+)
+# Other names under which an adapter is asked for.
+ALIASES = sa.Table(
+    "aliases",
+    METADATA,
+    sa.Column("alias", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False, index=True),
+)
+# The version that gets a share of a name's traffic beside the one that the name is on.
+CANARIES = sa.Table(
+    "canaries",
+    METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.String(64), nullable=False, index=True),
+    sa.Column("share", sa.Float, nullable=False),  # percent
+    sa.Column("started", sa.String(40), nullable=False),  # ISO 8601, UTC
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("base_digest", sa.String(64), nullable=True),
+    sa.Column("facts", sa.JSON, nullable=False),
 )
 STATE = sa.Table(
     "state",
@@ -49,7 +82,33 @@ def _base_digest(connection: sa.Connection) -> None:
         connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN base_digest VARCHAR(64)")
 
 
-MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_first, _base_digest)
+def _begin_history(connection: sa.Connection) -> None:
+    """The history of a name begins with what it is on: more was not written down."""
+    NAME_VERSIONS.create(connection, checkfirst=True)  # _first of today has made it already
+    for row in connection.execute(sa.select(ADAPTERS)).all():
+        values = {
+            "name": row.name,
+            "number": 1,
+            "version": row.version,
+            "act": "registered",
+            "acted": row.created,
+            "source": row.source,
+            "tensor_bytes": int(row.facts.get("tensor_bytes", 0)),
+        }
+        connection.execute(sa.insert(NAME_VERSIONS), values)
+
+
+def _aliases_and_canaries(connection: sa.Connection) -> None:
+    for table in (ALIASES, CANARIES):
+        table.create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
+    _first,
+    _base_digest,
+    _begin_history,
+    _aliases_and_canaries,
+)
 
 
 def migrate(connection: sa.Connection) -> None:

@@ -105,7 +105,12 @@ def open_registry(settings: Settings, *, check: bool = False) -> Registry:
     """
     try:
         with database_faults(settings.database):
-            registry = Registry(settings.database, Store(settings.store_dir))
+            registry = Registry(
+                settings.database,
+                Store(settings.store_dir),
+                kept_versions=settings.kept_versions,
+                grace_s=settings.max_timeout_s + 60.0,
+            )
             if check:
                 registry.check()
     except RegistryUnusable as error:
@@ -134,6 +139,7 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         max_step_s=settings.max_step_s,
         metrics_dir=settings.metrics_dir,
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
     engines = serve.deployment(
         _EngineDeployment,

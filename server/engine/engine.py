@@ -37,7 +37,8 @@ from server.engine.snapshot import (
     cuda_bytes,
 )
 from server.generation.failures import cannot_generate
-from server.generation.lane import GenerateFigures, GenerateLane
+from server.generation.figures import GenerateFigures
+from server.generation.lane import GenerateLane
 from server.inputs.images import ImageInput, Images
 from server.inputs.text import Text, TextInput
 from server.messages import (
@@ -423,7 +424,12 @@ class Engine:
         """In the loader's thread: a version is ready, or has failed."""
         error = self._parts.residency.error(version)
         if error is not None:
-            logger.warning("Adapter version %s could not be loaded: %s", version, error)
+            logger.warning(
+                "Adapter version %s could not be loaded: %s",
+                version,
+                error,
+                extra={"version": version},
+            )
         self.wake()
 
     def _tidy(self) -> None:

@@ -3,10 +3,9 @@
 ``step`` runs at most one forward: the next token of every running sequence and, within a budget of
 tokens, pieces of prompts, flattened to one row per token; the adapted layers are told which rows
 belong to which slot. Keys and values are in pages (``server.generation.kv_cache``), reserved for a
-sequence's
-whole life when it is admitted, so want of room means waiting and never failure. Choosing tokens and
-making text of them are in ``server.generation.sampling`` and ``server.inputs.detokenize``. One
-thread owns a lane.
+sequence's whole life when it is admitted, so want of room means waiting and never failure. Tokens
+are chosen in ``server.generation.sampling``; what they come to is in
+``server.generation.sequence_events``. One thread owns a lane.
 
 With ``decode_steps = "ahead"`` a step is launched before what the one before it chose is taken
 in: each row reads its token on the device; detokenizing, stop strings and streaming go on
@@ -19,24 +18,20 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters import segments
 from adapters.errors import SlotNotResident
 from server import failures
-from server.base.plan import PAGE_TOKENS
-from server.base.varlen import varlen_obstacle
 from server.failures import NotFinite, is_lost
 from server.generation import failures as refusals
 from server.generation.constraints import (
-    Constraint,
     Constraints,
     constraint_failure,
     wait_for_one,
 )
 from server.generation.fair_queue import FairQueue
+from server.generation.figures import GenerateFigures
 from server.generation.forward import (
     MIN_PREFILL_TOKENS,
     PagedForward,
@@ -44,24 +39,23 @@ from server.generation.forward import (
     whole_parts,
 )
 from server.generation.kv_cache import KVCache
-from server.generation.page_attention import VARLEN_PAGE_TOKENS
+from server.generation.page_attention import page_tokens_of
 from server.generation.prefill import prefill_tokens_of
-from server.generation.sampling import Choice, TokenChooser
+from server.generation.sampling import Choice
+from server.generation.sequence_events import SequenceEvents, result_of
 from server.generation.sequences import ScheduledRows, Sequence
 from server.generation.static_step import LaunchedStep
 from server.generation.step_probe import step_fault
-from server.inputs.detokenize import TextStream, spelled_apart, spelling_of
 from server.inputs.grammar_engine import Vocabulary
 from server.inputs.token_bytes import token_bytes
 from server.messages import (
     Event,
     Failure,
     FinishReason,
-    GeneratedToken,
     GenerateRequest,
     GenerateResult,
     SamplingOptions,
-    TokenEvent,
+    log_fields,
 )
 from server.options import EngineOptions
 from server.stages import tell_stage
@@ -76,28 +70,6 @@ logger = logging.getLogger(__name__)
 # adapters that run nothing: a flood on one never makes another wait for a whole answer to end.
 SPARED_SHARE = 8
 HELD_S = 0.002  # a step waits so long for a grammar where no sequence has anything else to do
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateFigures:
-    """How the lane stands; counters count since it was made."""
-
-    waiting: int
-    waiting_tokens: int
-    running: int
-    kv_blocks_total: int
-    kv_blocks_used: int
-    kv_blocks_cached: int  # unused, kept for the prefix that they hold
-    steps: int
-    shared_tokens: int  # of prompts, found in the cache
-    generated_tokens: int
-    deferred_tokens: int  # that were not chosen in their step: what a grammar allows came too late
-    grammars_compiled: int
-    grammar_bytes: int  # kept compiled, about
-    steps_by: Mapping[str, int]  # that were static, or why they were not; {} where none may be
-    static_bytes: Mapping[str, int]  # of static steps on the device: buffers, graphs
-    last_rows: int  # token rows of the latest forward
-    last_adapters: int  # distinct adapters in it, the base not counted
 
 
 class GenerateLane:
@@ -126,13 +98,10 @@ class GenerateLane:
         options: EngineOptions,
     ) -> None:
         self._adapted = adapted
-        self._tokenizer = tokenizer
         self._residency = residency
         self._options = options
         model: Any = adapted.model
         self._context_tokens = adapted.signature.max_length
-        self._special_ids = spelling_of(tokenizer).special
-        self._eos_ids = _eos_ids(model, tokenizer)
         text = model.config.get_text_config(decoder=True)
         self._prefill_tokens = prefill_tokens_of(options, text, model)
         self._kv = KVCache(
@@ -153,6 +122,7 @@ class GenerateLane:
             self._forward.make_static(options.slots + 1, options.max_sequences)
         vocabulary = Vocabulary(token_bytes(tokenizer, adapted.signature.vocab_size))
         self._constraints = Constraints(vocabulary, options.grammar_bytes)
+        self._sequences = SequenceEvents(model, tokenizer, self._constraints)
         self._queue = FairQueue()
         self._running: dict[str, Sequence] = {}
         self._launched: LaunchedStep | None = None  # what it chose is not taken in
@@ -179,7 +149,7 @@ class GenerateLane:
         reason = "differs"
         try:
             # Before anything is captured, and then what was captured.
-            fault = step_fault(forward, self._adapted, self._kv, self._begun)
+            fault = step_fault(forward, self._adapted, self._kv, self._sequences.begin)
             if fault is None:
                 reason = "uncapturable"
                 for done, every in forward.capture_static():
@@ -187,7 +157,7 @@ class GenerateLane:
                     if done % 10 == 0 or done == every:
                         logger.warning("Capturing decode steps: %d of %d", done, every)
                 reason = "differs"
-                fault = step_fault(forward, self._adapted, self._kv, self._begun)
+                fault = step_fault(forward, self._adapted, self._kv, self._sequences.begin)
         except Exception as error:
             if is_lost(error):
                 raise
@@ -412,7 +382,7 @@ class GenerateLane:
                 self._kv.release(request.id)
                 self._residency.prefetch(request.version)
                 return None
-        self._running[request.id] = self._begun(request, slot, shared)
+        self._running[request.id] = self._sequences.begin(request, slot, shared)
         self._per_version[request.version] += 1
         self._counts["shared"] += shared
         return True
@@ -434,6 +404,7 @@ class GenerateLane:
         for sequence, choice in ran.chosen:
             if sequence.request.id not in failed:
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         events += self._settled(faults)
 
     def _launch_after(self, before: LaunchedStep | None) -> LaunchedStep | None:
@@ -474,6 +445,7 @@ class GenerateLane:
             if self._running.get(sequence.request.id) is sequence:
                 self._note_written(sequence, 1)
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         self._let_go()
         events += self._settled(faults)
 
@@ -506,67 +478,25 @@ class GenerateLane:
         try:
             events += self._advance(sequence, choice)
         except Exception as error:
-            logger.exception("Request %s failed", sequence.request.id)
+            request = sequence.request
+            logger.exception("Request %s failed", request.id, extra=log_fields(request))
             faults.append((sequence, failures.broken(sequence.request, error)))
 
     def _advance(self, sequence: Sequence, choice: Choice) -> list[Event]:
         """Take in a token; the events are the token's, if streamed, and the end, if it is one."""
-        request = sequence.request
-        token = choice.token_id
-        special = token in self._special_ids
-        sequence.ids.append(token)
-        sequence.chooser.note(token)
         self._counts["generated"] += 1
-        others = [(one, sequence.text.peek(one)) for one, _ in choice.likeliest]
-        text, shown = sequence.text.push(token)
-        alternatives = spelled_apart(self._tokenizer, (token, text), others, choice.likeliest)
-        known = (choice.logprob, special, alternatives)
-        sequence.tokens.append(GeneratedToken(token, text, *known))
-        events: list[Event] = []
-        if request.stream:
-            events.append(TokenEvent(request.id, token, shown, *known))
-        reason: FinishReason | None = None
-        if sequence.text.stopped or token in request.sampling.stop_ids:
-            reason = "stop_sequence"
-        elif token in self._ends_of(request):
-            reason = "eos_token"
-        elif sequence.exhausted and sequence.constraint is None:
-            reason = "length"
-        if reason is None and sequence.constraint is not None:
-            sequence.constraint.advance(token)  # which may end it: see _end_constrained
+        told, reason = self._sequences.advance(sequence, choice)
         if reason is not None:
-            events.append(self._result(sequence, reason))
-        elif self._forward.rereads(len(sequence.ids) - 1):
+            return [*told, self._result(sequence, reason)]
+        if self._forward.rereads(len(sequence.ids) - 1):
             sequence.written = 0
-            self._kv.rewind(request.id)
-        return events
-
-    def _ends_of(self, request: GenerateRequest) -> Collection[int]:
-        """Tokens that end the answer: the request's own, which are its adapter's, or the base's."""
-        own = () if request.sampling.ignore_eos else request.sampling.end_ids
-        return self._eos_ids if own is None else own
+            self._kv.rewind(sequence.request.id)
+        return list(told)
 
     def _result(self, sequence: Sequence, reason: FinishReason) -> GenerateResult:
-        request = sequence.request
-        tail = sequence.text.finish()
-        text = sequence.text.text
-        now = time.monotonic()
-        arrived = self._arrived[request.id]
+        made = result_of(sequence, reason, self._arrived[sequence.request.id])
         self._leave(sequence)
-        return GenerateResult(
-            id=request.id,
-            text=text,
-            tail=tail if request.stream else text,
-            tokens=tuple(sequence.tokens),
-            # Text that was held back at the end may turn out to hold a stop string.
-            finish_reason="stop_sequence" if sequence.text.stopped else reason,
-            version=request.version,
-            prompt_tokens=len(request.token_ids),
-            queue_ms=max(0.0, sequence.admitted - arrived) * 1000,
-            compute_ms=(now - sequence.admitted) * 1000,
-            prompt_logprobs=(None, *sequence.scores) if request.sampling.prompt_logprobs else (),
-            prompt_likeliest=((), *sequence.likeliest) if _tells_likeliest(request) else (),
-        )
+        return made
 
     def _settled(self, faults: list[tuple[Sequence, Failure]]) -> list[Event]:
         """End what has failed, as the adapter's fault only where the bare base does not fail, too.
@@ -607,7 +537,7 @@ class GenerateLane:
         )
         if reserved is None:
             return None  # others share what the failed text has left; nothing is known of the base
-        bare = self._begun(request, segments.BASE_SLOT)
+        bare = self._sequences.begin(request, segments.BASE_SLOT)
         try:
             ran = self._forward.apart([ScheduledRows(bare, len(ids))])
         finally:
@@ -615,35 +545,6 @@ class GenerateLane:
         if ran.broken:
             return ran.broken[0][1]
         return None if all(choice.finite for _, choice in ran.chosen) else NotFinite()
-
-    def _begun(self, request: GenerateRequest, slot: int, written: int = 0) -> Sequence:
-        return Sequence(
-            request=request,
-            slot=slot,
-            ids=list(request.token_ids),
-            written=written,
-            chooser=TokenChooser(
-                request.sampling,
-                request.token_ids,
-                {*self._ends_of(request), *request.sampling.stop_ids},
-            ),
-            text=TextStream(
-                self._tokenizer,
-                request.token_ids,
-                request.sampling.stop,
-                free_tokens=max(0, request.sampling.min_tokens - 1),
-                shown=request.sampling.shown_ids,
-            ),
-            constraint=self._constraint(request),
-            admitted=time.monotonic(),
-        )
-
-    def _constraint(self, request: GenerateRequest) -> Constraint | None:
-        options = request.sampling
-        if options.grammar is None:
-            return None
-        ends = {*self._ends_of(request), *options.stop_ids}
-        return self._constraints.begin(options.grammar, ends)
 
     def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Free what a running sequence holds: its blocks, its lease and its place."""
@@ -668,29 +569,3 @@ class GenerateLane:
     def _forget(self, request_id: str) -> None:
         self._deadlines.pop(request_id, None)
         self._arrived.pop(request_id, None)
-
-
-def page_tokens_of(text: Any, model: Any, options: EngineOptions) -> int:
-    """Tokens of a page: as many as torch's kernel for static steps takes, where it can be used."""
-    if options.decode_steps == "dynamic" or model.device.type != "cuda":
-        return PAGE_TOKENS
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    capped = getattr(text, "attn_logit_softcapping", None) is not None
-    reason = varlen_obstacle(int(width), model.dtype, model.device, capped=capped)
-    if reason is None:
-        return VARLEN_PAGE_TOKENS
-    logger.warning("Torch operators attend in decode steps, not FlashAttention: %s", reason)
-    return PAGE_TOKENS
-
-
-def _tells_likeliest(request: GenerateRequest) -> bool:
-    return request.sampling.prompt_logprobs and request.sampling.alternatives > 0
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer, as ``generate`` takes them, else the tokenizer's."""
-    generation = getattr(model, "generation_config", None)
-    for found in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()

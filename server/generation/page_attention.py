@@ -11,6 +11,7 @@ sequence on any device; ``attend_row_by_row`` takes any number, one row and head
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +20,13 @@ from typing import Any, Final, Protocol
 import torch
 from torch.nn import functional as F
 
+from server.base.plan import PAGE_TOKENS
+from server.base.varlen import varlen_obstacle
 from server.generation.attention import Call, Span
 from server.generation.kv_cache import READ_PAGE, SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
+from server.options import EngineOptions
+
+logger = logging.getLogger(__name__)
 
 VARLEN_PAGE_TOKENS: Final = 256  # FlashAttention 2 takes multiples of it
 
@@ -186,3 +192,16 @@ class VarlenBatch:
 
 def _on_device(numbers: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def page_tokens_of(text: Any, model: Any, options: EngineOptions) -> int:
+    """Tokens of a page: as many as torch's kernel for static steps takes, where it can be used."""
+    if options.decode_steps == "dynamic" or model.device.type != "cuda":
+        return PAGE_TOKENS
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    reason = varlen_obstacle(int(width), model.dtype, model.device, capped=capped)
+    if reason is None:
+        return VARLEN_PAGE_TOKENS
+    logger.warning("Torch operators attend in decode steps, not FlashAttention: %s", reason)
+    return PAGE_TOKENS

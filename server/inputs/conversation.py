@@ -17,7 +17,8 @@ from adapters.intake.conversation import (
     UsedConversation,
 )
 from server.inputs.rendering import ChatTemplate, ChatTemplateFailed, RenderProcess
-from server.inputs.text import Text, TextError
+from server.inputs.text import Text
+from server.inputs.text_errors import TextError
 
 # A short conversation that every template should take; the words are looked for in its prompt.
 TRIED: Final = ({"role": "user", "content": "Good morning"},)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from server.inputs.bounded_child import BoundedProcess
-from server.inputs.text import TextError
+from server.inputs.text_errors import TextError
 from server.messages import Grammar
 
 PROGRAM_FILE: Final = Path(__file__).with_name("grammar_program.py")

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from adapters.errors import ExplainedError
 from adapters.tasks import Task
-from server.inputs.text import InvalidInput, Side
+from server.inputs.text import Side
+from server.inputs.text_errors import InvalidInput
 from server.messages import ProcessedImage
 
 ImageInput = str | bytes | tuple[str, str]  # base64 or a data URL, a file; a pair is refused

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from server.inputs.bounded_child import BoundedProcess
-from server.inputs.text import InvalidInput, TextError
+from server.inputs.text_errors import InvalidInput, TextError
 
 PROGRAM: Final = Path(__file__).with_name("template_program.py")
 _ESCAPED_BYTES: Final = 12  # the most that one character takes in JSON

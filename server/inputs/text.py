@@ -15,59 +15,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from adapters.errors import ExplainedError
 from adapters.tasks import BY_NAME, Cut, Task
 from server.inputs.detokenize import Piece, spell
+from server.inputs.text_errors import (
+    InvalidInput,
+    check_characters,
+    check_unicode,
+    input_too_long,
+    lost_text,
+    most_characters,
+    no_room,
+    too_many_tokens,
+)
 from server.inputs.token_bound import TokenBound
-from server.inputs.tokenizer import TokenizerError, load_tokenizer
+from server.inputs.tokenizer import load_tokenizer
 from server.messages import Likeliest, TokenizedInput
 from server.options import TokenizerSource
-
-__all__ = [
-    "InputTooLong",
-    "InvalidInput",
-    "Text",
-    "TextError",
-    "TextInput",
-    "TokenizerError",
-]
 
 Side = Literal["left", "right"]
 TextInput = str | tuple[str, str]  # a text, or a pair such as (question, context)
 
 COUNTED_CHARACTERS: Final = 1 << 15  # longer texts are counted before their tokens are listed
-# More than these, and than so many for each token, no text has that anybody wrote: megabytes
-# without a space keep a tokenizer busy for a minute, and the lists of its tokens hold up everybody.
-UNCUT_CHARACTERS: Final = 1 << 17
-CHARACTERS_A_TOKEN: Final = 64
-
-
-class TextError(ExplainedError):
-    """An input that cannot be given to the model, with what was found and expected."""
-
-    code = "invalid_request"
-
-
-class InvalidInput(TextError):
-    """A text without a token, or a mask where one is needed; not Unicode; not an image."""
-
-
-class InputTooLong(TextError):
-    """More tokens than the base, or this server, takes."""
-
-    code = "input_too_long"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        limit_tokens: int,
-        found: str | None = None,
-        expected: str | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(message, found=found, expected=expected, fix=fix)
-        self.limit_tokens = limit_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,23 +254,23 @@ class Text:
             InputTooLong: Prompt and new tokens exceed ``max_tokens``.
             InvalidInput: An empty prompt without a start token, or a lone surrogate.
         """
-        _check_unicode(prompt, 0)
+        check_unicode(prompt, 0)
         room = self.max_tokens - max_new_tokens
         start_text = self.tokenizer.bos_token
         if not truncation:
             # One more: an end of sequence behind the text is left out.
             if self._surely_exceeds(prompt, room + 1, special_tokens=special_tokens):
-                raise _no_room(f"more than {room} prompt tokens", max_new_tokens, self.max_tokens)
+                raise no_room(f"more than {room} prompt tokens", max_new_tokens, self.max_tokens)
         elif room >= 1 and not (start_text and prompt.lstrip().startswith(start_text)):
             prompt = self._bound.tail(prompt, room + 1)
-        _check_characters(prompt, 0, self.max_tokens)
+        check_characters(prompt, 0, self.max_tokens)
         with self._lock:
             ids: list[int] = self.tokenizer(
                 prompt, add_special_tokens=special_tokens, truncation=False, verbose=False
             )["input_ids"]
             lost = self._loses(prompt, ids)
         if lost:
-            raise _lost(0)
+            raise lost_text(0)
         start = self.tokenizer.bos_token_id
         ids = self._without_final_eos(prompt, ids)
         if not ids and start is not None:
@@ -311,7 +279,7 @@ class Text:
             keep_start = bool(start is not None and ids[0] == start and room > 1)
             ids = ids[:1] + ids[len(ids) - room + 1 :] if keep_start else ids[-room:]
         if len(ids) > room:
-            raise _no_room(f"{len(ids)} prompt tokens", max_new_tokens, self.max_tokens)
+            raise no_room(f"{len(ids)} prompt tokens", max_new_tokens, self.max_tokens)
         self._check(ids, 0)
         return tuple(ids)
 
@@ -327,9 +295,9 @@ class Text:
             InputTooLong: It has more tokens.
             InvalidInput: A lone surrogate.
         """
-        _check_unicode(text, index)
+        check_unicode(text, index)
         if self._surely_exceeds(text, self.max_tokens, special_tokens=special_tokens):
-            raise _too_many_tokens(index, f"more than {self.max_tokens} tokens", self.max_tokens)
+            raise too_many_tokens(index, f"more than {self.max_tokens} tokens", self.max_tokens)
         with self._lock:
             encoding = self.tokenizer(
                 text,
@@ -342,7 +310,7 @@ class Text:
             spelled = encoding.tokens(0)
         ids: list[int] = encoding["input_ids"]
         if len(ids) > self.max_tokens:
-            raise _too_many_tokens(index, f"{len(ids)} tokens", self.max_tokens)
+            raise too_many_tokens(index, f"{len(ids)} tokens", self.max_tokens)
         return [
             TokenPlace(id_, token, True, None, None)
             if special
@@ -404,7 +372,7 @@ class Text:
         found: dict[tuple[int, ...], None] = {}
         unknown = self.tokenizer.unk_token_id
         for word in words:
-            _check_unicode(word, 0)
+            check_unicode(word, 0)
             for text in (word, " " + word.lstrip()):
                 with self._lock:
                     ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -420,7 +388,7 @@ class Text:
         return tuple(found)
 
     def _ids_of_word(self, word: str) -> list[int]:
-        _check_unicode(word, 0)
+        check_unicode(word, 0)
         with self._lock:
             known = self.tokenizer.get_vocab().get(word)
             if known is not None:
@@ -451,12 +419,12 @@ class Text:
     ) -> tuple[list[int], list[tuple[int, int]], list[int] | None]:
         for text in (first, second):
             if text is not None:
-                _check_unicode(text, index)
+                check_unicode(text, index)
         side = side or self.tokenizer.truncation_side
         nearest = self._bound.tail if side == "left" else self._bound.head
         whole = len(first if second is None else second)  # of the text that offsets are of
         if cuts == "second" and second is not None and self._surely_exceeds(first, self.max_tokens):
-            raise _input_too_long(index, "a first text that fills the context", self.max_tokens)
+            raise input_too_long(index, "a first text that fills the context", self.max_tokens)
         if cuts is not None:
             # Of two that are both too long, the longer one keeps the odd token: which it is, is
             # decided by all tokens of texts that are not huge.
@@ -469,9 +437,9 @@ class Text:
             text is not None and self._surely_exceeds(text, self.max_tokens)
             for text in (first, second)
         ):
-            raise _input_too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
-        _check_characters(first, index, self.max_tokens)
-        _check_characters(second or "", index, self.max_tokens)
+            raise input_too_long(index, f"more than {self.max_tokens} tokens", self.max_tokens)
+        check_characters(first, index, self.max_tokens)
+        check_characters(second or "", index, self.max_tokens)
         strategy: str | bool = cuts is not None
         if cuts == "second" and second is not None:
             # A limit that leaves no room for a token of the second text falls on the longer one.
@@ -491,7 +459,7 @@ class Text:
             except Exception as error:  # the Rust side raises bare exceptions
                 if cuts is None or second is None:
                     raise
-                raise _input_too_long(
+                raise input_too_long(
                     index, "a first text that fills the context", self.max_tokens
                 ) from (error)
             finally:
@@ -500,9 +468,9 @@ class Text:
         ids: list[int] = encoding["input_ids"]
         for number, text in enumerate((first, second)):
             if text and text.strip() and number not in sequence_ids and len(ids) < self.max_tokens:
-                raise _lost(index)
+                raise lost_text(index)
         if len(ids) > self.max_tokens:
-            raise _input_too_long(index, f"{len(ids)} tokens", self.max_tokens)
+            raise input_too_long(index, f"{len(ids)} tokens", self.max_tokens)
         wanted = 0 if second is None else 1
         left_out = whole - len(first if second is None else second) if side == "left" else 0
         offsets = [
@@ -519,7 +487,7 @@ class Text:
         a count that makes no list of them. False for a short text says nothing."""
         if self._bound.exceeds(text, tokens):
             return True
-        if len(text) <= COUNTED_CHARACTERS or len(text) > _most_characters(self.max_tokens):
+        if len(text) <= COUNTED_CHARACTERS or len(text) > most_characters(self.max_tokens):
             return False
         backend = self.tokenizer.backend_tokenizer
         with self._lock:
@@ -554,71 +522,3 @@ class Text:
                 expected=f"ids below {self.vocab_size}",
                 fix="The tokenizer and the base do not belong together; tell the operator.",
             )
-
-
-def _check_unicode(text: str, index: int) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidInput(
-            f"Input {index} is not Unicode text.",
-            found=f"a lone surrogate at character {error.start}",
-            expected="text that can be written as UTF-8",
-            fix="Decode the bytes properly before sending them.",
-        ) from error
-
-
-def _check_characters(text: str, index: int, tokens: int) -> None:
-    """Refuse what is left of a text, where it was cut, if it cannot be tokenized in time."""
-    most = _most_characters(tokens)
-    if len(text) > most:
-        raise InputTooLong(
-            f"Input {index} is too long.",
-            found=f"{len(text)} characters, most of them without a space or an end of line",
-            expected=f"at most {most} characters in which there is no place to cut",
-            fix="Cut it before it is sent.",
-            limit_tokens=tokens,
-        )
-
-
-def _most_characters(tokens: int) -> int:
-    return max(UNCUT_CHARACTERS, CHARACTERS_A_TOKEN * tokens)
-
-
-def _no_room(found: str, max_new_tokens: int, max_tokens: int) -> InputTooLong:
-    return InputTooLong(
-        "The prompt and the tokens asked for do not fit the context.",
-        found=f"{found} + {max_new_tokens} new tokens",
-        expected=f"at most {max_tokens} tokens together",
-        limit_tokens=max_tokens,
-        fix="Shorten the prompt or lower max_new_tokens.",
-    )
-
-
-def _lost(index: int) -> InvalidInput:
-    return InvalidInput(
-        f"Nothing of input {index} is left when it is tokenized.",
-        found="a text without a token",
-        expected="text that the base's vocabulary can spell",
-        fix="Send text in a script that the base knows.",
-    )
-
-
-def _too_many_tokens(index: int, found: str, max_tokens: int) -> InputTooLong:
-    return InputTooLong(
-        f"Input {index} has more tokens than this base takes.",
-        found=found,
-        expected=f"at most {max_tokens} tokens",
-        fix="Send it in parts.",
-        limit_tokens=max_tokens,
-    )
-
-
-def _input_too_long(index: int, found: str, max_tokens: int) -> InputTooLong:
-    return InputTooLong(
-        f"Input {index} is too long.",
-        found=found,
-        expected=f"at most {max_tokens} tokens",
-        fix='Shorten it, or send "truncation": true.',
-        limit_tokens=max_tokens,
-    )

@@ -20,7 +20,8 @@ from typing import Any
 from adapters.tasks import Task
 from server import metrics
 from server.edge.admit.shared_load import SharedLoad
-from server.inputs.text import InputTooLong, InvalidInput, Side, Text, TextInput
+from server.inputs.text import Side, Text, TextInput
+from server.inputs.text_errors import InputTooLong, InvalidInput
 from server.messages import TokenizedInput
 from server.settings import load_settings
 from tests.stand import shifted_clock
@@ -40,6 +41,11 @@ class Record:
     labels: tuple[str, ...] | None = None
     chat_template: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    canary: None = None
+
+    def versions(self) -> tuple[str, ...]:
+        return (self.version,)
 
     def fits(self, base_digest: str) -> bool:
         return not base_digest
@@ -152,7 +158,7 @@ def main(engine: str) -> None:
     from server.edge.service import Service
     from server.edge.target import Base
 
-    logs.configure(settings.log_level, access=settings.access_log)
+    logs.configure(settings.log_level, access=settings.access_log, form=settings.log_format)
     nothing: Any = None
     signature: Any = SimpleNamespace(digest="")
     file = settings.chat_template

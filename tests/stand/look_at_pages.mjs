@@ -62,12 +62,28 @@ await page.waitForSelector('button[aria-label="Unpin hira-imdb"]');
 await page.click('button[aria-label="Unpin hira-imdb"]');
 await page.waitForSelector('button[aria-label="Pin hira-imdb"]');
 await page.screenshot({ path: join(folder, "console.png"), fullPage: true });
+await page.click('button[aria-label="Versions of hira-imdb"]');
+await page.waitForSelector("#versions-rows tr");
+const before = await page.locator("#versions-rows tr").count();
+await page.screenshot({ path: join(folder, "versions.png") });
+const back = page.locator('#versions-rows button:has-text("Roll back")').first();
+seen.rolled = await back.count();
+if (seen.rolled) {
+  await back.click();
+  await page.click("#sure-yes");
+  await page.waitForFunction((count) => document.querySelectorAll("#versions-rows tr").length > count, before);
+}
+seen.current = await page.locator('#versions-rows td:has-text("current")').count();
+await page.click("#versions button:has-text('Close')");
 
 const checked = await open("/console", { width: 1280, height: 1000 }, true);
 await checked.fill("#key", key);
 await checked.press("#key", "Enter");
 await checked.waitForSelector("#adapter-rows button");
 await findings(checked, "wide");
+await checked.click('button[aria-label="Versions of hira-imdb"]');
+await checked.waitForSelector("#versions-rows tr");
+await findings(checked, "versions");
 const phone = await open("/console", { width: 375, height: 800 }, true);
 await phone.waitForSelector("#adapter-rows tr");
 await findings(phone, "phone");

@@ -13,7 +13,8 @@ from server.edge.admit.admission import Admission
 from server.edge.admit.bounded_pool import BoundedPool, PoolFull, PoolHung, PoolLate
 from server.errors import Refusal
 from server.inputs.images import Images
-from server.inputs.text import Text, TextError
+from server.inputs.text import Text
+from server.inputs.text_errors import TextError
 from server.settings import Settings
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ Pool = Literal[
     "registrations",
     "records",
     "collecting",
+    "audit",
     "metrics",
     "bodies",
     "answers",
@@ -43,13 +45,14 @@ POOLS: Final[dict[Pool, int]] = {
     "registrations": 2,
     "records": 2,
     "collecting": 1,
+    "audit": 1,  # lines in the order of the calls
     "metrics": 1,
     "bodies": 1,  # large ones, from bytes to values
     "answers": 1,  # large ones, from values to bytes
 }
 # Kinds that are as slow as a disk, or as somebody else's server, and that few ask for.
 UNHURRIED: Final[frozenset[Pool]] = frozenset(
-    {"sources", "uploads", "registrations", "records", "collecting"}
+    {"sources", "uploads", "registrations", "records", "collecting", "audit"}
 )
 UNHURRIED_WAITING: Final = 64  # requests that may wait for one of those
 UNHURRIED_HANG_S: Final = 3600.0  # longer than any source or disk takes for one adapter

@@ -17,7 +17,7 @@ from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.conversation import base_template, template_of
 from server.inputs.rendering import ChatTemplate, ChatTemplateUnread
-from server.inputs.text import TextError
+from server.inputs.text_errors import TextError
 from server.messages import SamplingOptions
 
 # What a request may leave to the defaults of its adapter.

@@ -61,6 +61,15 @@ CALLS: Final[dict[tuple[str, str], tuple[str | None, dict[str, Any] | None]]] = 
         {"name": "my-adapter", "source": "/srv/adapters/my-adapter", "replace": False},
     ),
     ("/admin/adapters/{name}", "patch"): (None, {"pinned": True}),
+    ("/admin/adapters/{name}/rollback", "post"): (
+        None,
+        {"version": "0123456789abcdef0123456789abcdef"},
+    ),
+    ("/admin/adapters/{name}/canary", "put"): (
+        None,
+        {"version": "0123456789abcdef0123456789abcdef", "share": 10.0},
+    ),
+    ("/admin/aliases/{alias}", "put"): (None, {"adapter": "hira-imdb"}),
     ("/admin/apply", "post"): (
         None,
         {
@@ -69,7 +78,7 @@ CALLS: Final[dict[tuple[str, str], tuple[str | None, dict[str, Any] | None]]] = 
         },
     ),
 }
-PATHS: Final = {"name": "hira-imdb", "model": "hira-imdb"}
+PATHS: Final = {"name": "hira-imdb", "model": "hira-imdb", "alias": "production"}
 
 
 def add_examples(path: str, method: str, operation: dict[str, Any]) -> None:

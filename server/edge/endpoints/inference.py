@@ -23,13 +23,12 @@ from server.edge.endpoints.schemas import (
     PredictRequest,
     StreamEvent,
 )
-from server.edge.endpoints.schemas_openai import (
+from server.edge.endpoints.schemas_conversation import ChatRequest
+from server.edge.endpoints.schemas_openai import CompletionRequest, EmbeddingRequest
+from server.edge.endpoints.schemas_openai_answers import (
     ChatCompletion,
-    ChatRequest,
     Completion,
-    CompletionRequest,
     EmbeddingList,
-    EmbeddingRequest,
     Model,
     ModelList,
     OpenAIError,

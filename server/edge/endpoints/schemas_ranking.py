@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, RootModel, Tag, model_validator
 
+from server.edge.endpoints.openai_body import OpenAIBody
 from server.edge.endpoints.schemas import (
     AdapterName,
     Answer,
@@ -20,7 +21,6 @@ from server.edge.endpoints.schemas import (
     Truncation,
     Whole,
 )
-from server.edge.endpoints.schemas_openai import OpenAIBody
 
 AnyTexts = str | Texts
 

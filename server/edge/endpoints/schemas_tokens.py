@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, RootModel, Tag
 
+from server.edge.endpoints.openai_body import OpenAIBody
 from server.edge.endpoints.schemas import AdapterName, Answer, Body, Flag, TextBatch
-from server.edge.endpoints.schemas_openai import ConversationBody, IdLists, Ids, OpenAIBody
+from server.edge.endpoints.schemas_conversation import ConversationBody
+from server.edge.endpoints.schemas_openai import IdLists, Ids
 
 
 class TokenizeRequest(Body):

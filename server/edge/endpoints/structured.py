@@ -14,7 +14,7 @@ from server.edge.endpoints.schemas import TgiGrammar
 from server.edge.endpoints.schemas_openai import Sampling
 from server.edge.service import Service
 from server.errors import Refusal
-from server.inputs.text import TextError
+from server.inputs.text_errors import TextError
 from server.messages import Grammar
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}

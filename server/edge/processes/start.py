@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from adapters.errors import AdapterError
 from adapters.registry.registry import Registry
+from adapters.registry.store import versions_of
 from server.edge.endpoints.allowed_sources import sources_of
 from server.edge.processes.failed_start import StartFailed
 from server.edge.service import settle_on
@@ -72,7 +73,8 @@ def describe_base(settings: Settings, place: str, name: str) -> Base:
     from server.base.plan import plan_base
     from server.base.skeletons import Skeletons, beside_backbone
     from server.inputs.images import ImageProcessorError, Images
-    from server.inputs.text import Text, TokenizerError
+    from server.inputs.text import Text
+    from server.inputs.tokenizer import TokenizerError
 
     torch.set_num_threads(1)
     options = settings.engine_options(place)
@@ -139,7 +141,7 @@ def _use_template(path: Path, inputs: Text | Images, settings: Settings) -> None
 def check_default(registry: Registry, settings: Settings) -> None:
     """Raises StartFailed where the adapter that answers by default is not registered."""
     name = settings.default_adapter
-    if name is not None and name not in registry.records():
+    if name is not None and name not in {*registry.records(), *registry.aliases.all()}:
         raise StartFailed(
             f"default_adapter {name}: there is no such adapter; register it first, "
             f"or with --adapter {name}=SOURCE"
@@ -170,15 +172,22 @@ def register(
             )
         try:
             with process, sources.fetch(one.source, trusted=True) as folder:
-                registry.register(
+                record, _ = registry.register(
                     one.name,
                     folder,
                     base.signature,
                     source=one.source,
                     replace=True,
+                    spare_rollback=True,
                     check=base.check_head,
                     settle=lambda one: settle_on(base, one, process),
                 )
+                if record.version not in versions_of(folder):
+                    logger.warning(
+                        "adapter %s stays on version %s: it was rolled back from what %s holds; "
+                        "register that again to have it",
+                        *(one.name, record.version, one.source),
+                    )
         except AdapterError as error:
             raise StartFailed.of(error, f"adapter {one.name}: {error.code}: ") from None
 

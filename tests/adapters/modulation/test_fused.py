@@ -341,7 +341,7 @@ def test_the_row_of_a_static_step_has_its_own_kernel(
             layer.quantized.dequantize(dtype=torch.float32),
             {s: (f.method, f.a, f.b, f.scale, f.bias) for s, f in layer.slots.items()},
             from_rows(slots),
-            layer.bias,
+            layer.get_parameter("bias"),
         )
         assert_close(y, truth, LAYER_TOLERANCE)
     static.rows = None

@@ -20,7 +20,7 @@ from server.base.plan import plan_base
 from server.base.skeletons import Skeletons
 from server.engine.engine import Engine, EngineFailure
 from server.inputs.images import ImageProcessorError, Images
-from server.inputs.text import InvalidInput
+from server.inputs.text_errors import InvalidInput
 from server.messages import EncodeRequest, EncodeResult, Failure, TokenizedInput
 from tests.stand import tiny_bases
 from tests.stand.pictures import LABELS, TASK, bomb, expected, logits_of, pictures, prepared

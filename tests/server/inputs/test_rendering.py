@@ -19,7 +19,7 @@ from server.inputs.rendering import (
     RenderLimits,
     RenderProcess,
 )
-from server.inputs.text import InvalidInput
+from server.inputs.text_errors import InvalidInput
 
 PIECES = (
     "{%- for m in messages %}\n  {{ m.role }}: {{ m.content | trim }}\n{%- endfor %}",

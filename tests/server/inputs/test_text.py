@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 
-from server.inputs.text import (
-    InputTooLong,
-    InvalidInput,
-    Text,
-    TokenizerError,
-)
+from server.inputs.text import Text
+from server.inputs.text_errors import InputTooLong, InvalidInput
+from server.inputs.tokenizer import TokenizerError
 from tests.stand import tiny_bases
 from tests.stand.dense import byte_tokenizer
 

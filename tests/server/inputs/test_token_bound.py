@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from server import demo
 from server.edge.endpoints.schemas import PredictRequest
 from server.edge.endpoints.schemas_openai import CompletionRequest
-from server.inputs.text import InputTooLong, Text
+from server.inputs.text import Text
+from server.inputs.text_errors import InputTooLong
 from server.inputs.token_bound import COMPOSED_CHARACTERS, TokenBound
 from tests.stand import tiny_bases
 

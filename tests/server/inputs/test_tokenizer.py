@@ -18,7 +18,8 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from server.inputs.text import InvalidInput, Text
+from server.inputs.text import Text
+from server.inputs.text_errors import InvalidInput
 from server.inputs.tokenizer import PROBES, TokenizerError, load_tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(40)), "film", "2024", "good"]

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from server.edge.endpoints.chat import with_defaults
-from server.edge.endpoints.schemas_openai import ChatMessage
+from server.edge.endpoints.schemas_conversation import ChatMessage
 from server.edge.target import Target
 from server.messages import SamplingOptions
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from server.demo import ADAPTERS_DIR
 from server.edge.endpoints.examples import CALLS
+from tests.stand.folders import change_config
 from tests.stand.live import ROOT, Live, hira
 
 pytestmark = pytest.mark.http
@@ -75,7 +77,7 @@ def test_every_call_with_a_body_has_an_example_and_the_demo_answers_it(live: Liv
         adapter = CALLS[path, method][0]
         answer = live.client.request(
             method,
-            path.replace("{name}", "hira-imdb"),
+            path.replace("{name}", "hira-imdb").replace("{alias}", "production"),
             json=example,
             params={} if adapter is None else {"adapter": adapter},
             headers=live.admin if path.startswith("/admin") else {},
@@ -83,6 +85,8 @@ def test_every_call_with_a_body_has_an_example_and_the_demo_answers_it(live: Liv
         expected = answer.status_code in (400, 404) if path in elsewhere else answer.is_success
         if path in {"/admin/adapters", "/admin/apply"}:
             expected = answer.json()["code"] in {"source_forbidden", "adapter_not_found"}
+        if path.endswith(("/rollback", "/canary")):
+            expected = answer.json()["code"] == "version_not_found"
         assert expected, f"{method} {path}: {answer.text}"
 
 
@@ -101,6 +105,17 @@ def test_a_browser_sees_the_pages_and_axe_finds_nothing(live: Live, tmp_path: Pa
     chromium = shutil.which("chromium")
     if modules is None or chromium is None or shutil.which("node") is None:
         pytest.skip("needs chromium, node, and PAGES_NODE_MODULES with playwright-core, axe-core")
+    other = change_config(
+        shutil.copytree(ADAPTERS_DIR / "hira-imdb", tmp_path / "other"), base_model_name_or_path="x"
+    )
+    files = [("files", (one.name, one.read_bytes())) for one in other.iterdir() if one.is_file()]
+    answer = live.client.post(
+        "/admin/adapters",
+        data={"name": "hira-imdb", "replace": "true"},
+        files=files,
+        headers=live.admin,
+    )
+    assert answer.status_code == 201, answer.text
     key = live.admin["Authorization"].removeprefix("Bearer ")
     looked = subprocess.run(
         ["node", str(LOOK), live.url, key, str(tmp_path)],
@@ -114,7 +129,9 @@ def test_a_browser_sees_the_pages_and_axe_finds_nothing(live: Live, tmp_path: Pa
     seen = json.loads(looked.stdout)
     assert seen["foreign"] == []
     assert seen["complaints"] == []
-    assert seen["axe"] == {"wide": [], "phone": []}
+    assert seen["axe"] == {"wide": [], "versions": [], "phone": []}
+    assert seen["rolled"] == 1
+    assert seen["current"] >= 1
     assert seen["wide"] == 0, "a phone need not scroll sideways"
     assert seen["state"] == "ready"
     assert seen["unkeyed"] == 0, "without a key nothing can be changed"

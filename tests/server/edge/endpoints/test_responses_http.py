@@ -71,7 +71,7 @@ def test_a_conversation_goes_on_with_what_came_of_it(client: Any) -> None:
     ]
     second = client.responses.create(model="fake-base", input=given)
     assert second.output_text == "two"
-    wanted = "system:x;user:«one»;assistant:one;assistant:fc1;tool:3c1;user:«two»;"
+    wanted = "system:x;user:«one»;assistant:onefc1;tool:3c1;user:«two»;"
     assert second.usage.input_tokens == len(wanted)
 
 
