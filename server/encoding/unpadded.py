@@ -36,26 +36,26 @@ from server.messages import TokenizedInput
 UNPADDED_ATTENTION: Final = "hira_unpadded"
 _LAYER_KINDS: Final = {"full_attention", "sliding_attention"}
 # Tokens of the texts that are compared, and the adapter of each; rank 0: the bare base.
-_PROBED_TOKENS: Final = (12, 5, 9, 5)
-_PROBED: Final[tuple[tuple[Method, int], ...]] = (
+_COMPARED_TOKENS: Final = (12, 5, 9, 5)
+_COMPARED_ADAPTERS: Final[tuple[tuple[Method, int], ...]] = (
     ("hira", 0),
     ("hira", 4),
     ("lora", 4),
     ("lora", 4),
 )
 # Of the states of a text, relative: what another order of sums may cost.
-_TOLERANCE: Final = {torch.float32: 1e-3}
-_HALF_TOLERANCE: Final = 0.1
+_STATES_TOLERANCE: Final = {torch.float32: 1e-3}
+_STATES_TOLERANCE_HALF: Final = 0.1
 
 # Attends to all texts of a batch: query, key and value ``[N, heads, dim]``, the texts, scale,
 # window and whether it is causal; returns ``[N, heads, dim]``.
 Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, "Texts", float | None, int | None, bool],
+    [torch.Tensor, torch.Tensor, torch.Tensor, "TextBounds", float | None, int | None, bool],
     torch.Tensor,
 ]
 
 
-class Texts:
+class TextBounds:
     """Where the texts of one flattened batch begin and end; what its attention layers are given.
 
     Args:
@@ -83,7 +83,7 @@ def attend_text_by_text(  # noqa: PLR0917  # as ``Attend``, which has no names
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    texts: Texts,
+    texts: TextBounds,
     scale: float | None,
     window: int | None,
     causal: bool,
@@ -113,7 +113,7 @@ def attend_by_varlen(  # noqa: PLR0917  # as ``Attend``, which has no names
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    texts: Texts,
+    texts: TextBounds,
     scale: float | None,
     window: int | None,
     causal: bool,
@@ -148,7 +148,7 @@ def unpadded_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    texts: Texts,
+    texts: TextBounds,
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
@@ -199,7 +199,7 @@ class UnpaddedForward:
         width = width or config.hidden_size // max(1, config.num_attention_heads)
         fast = varlen_obstacle(int(width), base.dtype, base.device, capped=False) is None
         self._attend: Attend = attend_by_varlen if fast else attend_text_by_text
-        self.windows: list[bool] = []  # of the latest forward: see ``Texts``
+        self.windows: list[bool] = []  # of the latest forward: see ``TextBounds``
 
     def __call__(self, items: Sequence[TokenizedInput], slots: Sequence[int]) -> BatchStates:
         """What the backbone makes of some texts, each in its slot, laid out with padding.
@@ -208,7 +208,7 @@ class UnpaddedForward:
         """
         feed = self._rows.side_by_side(items)
         lengths = feed.lengths
-        texts = Texts(lengths, feed.starts, self._attend)
+        texts = TextBounds(lengths, feed.starts, self._attend)
         tokens = segments.from_runs(zip(slots, lengths, strict=True))
         of_token = [[one for one in lengths for _ in range(one)]] if self._rope.kinds else [[]]
         with (
@@ -263,9 +263,11 @@ def unpadded_obstacle(
         Exception: Either way does.
     """
     adapted = base.adapted
-    slots = [place if rank else segments.BASE_SLOT for place, (_, rank) in enumerate(_PROBED)]
+    slots = [
+        place if rank else segments.BASE_SLOT for place, (_, rank) in enumerate(_COMPARED_ADAPTERS)
+    ]
     try:
-        for slot, (method, rank) in enumerate(_PROBED):
+        for slot, (method, rank) in enumerate(_COMPARED_ADAPTERS):
             if rank:
                 factors = probe_factors(adapted, slot, method, rank, dtype=base.dtype)
                 adapted.install(slot, factors)
@@ -273,7 +275,7 @@ def unpadded_obstacle(
             items = probe_texts(base)
             found, wanted = unpadded(items, slots), padded(items, slots)
     finally:
-        for slot, (_, rank) in enumerate(_PROBED):
+        for slot, (_, rank) in enumerate(_COMPARED_ADAPTERS):
             if rank:
                 adapted.uninstall(slot)
     expected = _windows_of(base.backbone.config.get_text_config())
@@ -288,18 +290,18 @@ def unpadded_obstacle(
         # No comparison of short texts would show it.
         return "window", "some layers do not tell the attention interface of their sliding window"
     error = _largest_error(found, wanted)
-    most = _TOLERANCE.get(base.dtype, _HALF_TOLERANCE)
+    most = _STATES_TOLERANCE.get(base.dtype, _STATES_TOLERANCE_HALF)
     return None if error <= most else ("differs", f"states differ by {error:.1e}, not {most:.0e}")
 
 
 def probe_texts(base: LoadedBase) -> list[TokenizedInput]:
-    """Texts of several lengths, no two alike; the same where a base takes only short ones."""
+    """TextBounds of several lengths, no two alike; the same where a base takes only short ones."""
     signature = base.adapted.signature
     vocabulary = signature.vocab_size or 1
     longest = max(1, signature.max_length)
     return [
         TokenizedInput(tuple((11 * place + 7 * at + 5) % vocabulary for at in range(tokens)))
-        for place, tokens in enumerate(min(one, longest) for one in _PROBED_TOKENS)
+        for place, tokens in enumerate(min(one, longest) for one in _COMPARED_TOKENS)
     ]
 
 

@@ -28,7 +28,7 @@ from server.encoding import unpadded
 from server.encoding.batch import Rows
 from server.encoding.read import BatchStates
 from server.encoding.unpadded import (
-    Texts,
+    TextBounds,
     UnpaddedForward,
     attend_by_varlen,
     attend_text_by_text,
@@ -255,7 +255,7 @@ def test_both_ways_to_attend_are_the_equation(
     torch.manual_seed(1)
     lengths = [5, 5, 1, 9, 5, 2, 2]
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    texts = Texts(lengths, starts, attend_text_by_text)
+    texts = TextBounds(lengths, starts, attend_text_by_text)
     query = torch.randn(sum(lengths), 4, 8)
     key, value = (torch.randn(sum(lengths), kv_heads, 8) for _ in range(2))
     calls: list[dict[str, Any]] = []
