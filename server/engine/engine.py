@@ -312,6 +312,9 @@ class Engine:
             slots={"used": known.slots_used, "free": known.slots - known.slots_used},
             kv_blocks=blocks,
             generate_steps={} if generate is None else generate.steps_by,
+            generate_tokens={}
+            if generate is None
+            else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
             static_bytes={} if generate is None else generate.static_bytes,
             grammars={}
             if generate is None

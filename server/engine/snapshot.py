@@ -49,6 +49,8 @@ class EngineSnapshot:
         generate_steps: Of the generate lane since the start, by how they ran; {} where none may be
             static.
         grammars: Of structured output: compiled, kept_bytes, deferred_tokens.
+        generate_tokens: Of the generate lane since the start: ``chosen``, and those of prompts that
+            were found in the cache (``shared``).
         static_bytes: Of static steps on the device, by what holds them.
         cuda_bytes: Of the device, by kind; empty on the CPU.
         totals: Counters since the start.
@@ -67,6 +69,7 @@ class EngineSnapshot:
     slots: Mapping[str, int]
     kv_blocks: Mapping[str, int]
     generate_steps: Mapping[str, int]
+    generate_tokens: Mapping[str, int]
     static_bytes: Mapping[str, int]
     grammars: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
