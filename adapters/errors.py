@@ -168,6 +168,42 @@ class NameMoved(AdapterError):
     code = "name_moved"
 
 
+class AliasToItself(AdapterError):
+    """An alias shall point to its own name."""
+
+    code = "alias_to_itself"
+
+
+class AliasOfAlias(AdapterError):
+    """An alias shall point to another alias."""
+
+    code = "alias_of_alias"
+
+
+class AdapterAliased(AdapterError):
+    """A name that aliases point to shall go."""
+
+    code = "adapter_aliased"
+
+
+class InvalidShare(AdapterError):
+    """A canary's share of the traffic that is none."""
+
+    code = "invalid_share"
+
+
+class CanaryNotFound(AdapterError):
+    """A name has no canary."""
+
+    code = "canary_not_found"
+
+
+class OtherTask(AdapterError):
+    """A version that does another task than the one whose requests it shall answer."""
+
+    code = "task_mismatch"
+
+
 class SourceForbidden(AdapterError):
     code = "source_forbidden"
 

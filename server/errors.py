@@ -53,6 +53,9 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     # Keys
     "key_missing": ErrorCode(401, "A key is needed"),
     "key_wrong": ErrorCode(403, "The key is not accepted"),
+    "key_expired": ErrorCode(403, "The key has expired"),
+    "adapter_forbidden": ErrorCode(403, "The key is not for this adapter"),
+    "rate_limit_exceeded": ErrorCode(429, "The key's quota is used up"),
     # An adapter
     "adapter_not_found": ErrorCode(404, "No such adapter"),
     "adapter_exists": ErrorCode(409, "The name is taken"),
@@ -60,6 +63,11 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "version_gone": ErrorCode(410, "The bytes of this version are gone"),
     "already_current": ErrorCode(409, "The name is on this version already"),
     "name_moved": ErrorCode(409, "The name has moved meanwhile"),
+    "alias_to_itself": ErrorCode(422, "An alias cannot point to itself"),
+    "alias_of_alias": ErrorCode(422, "An alias cannot point to an alias"),
+    "adapter_aliased": ErrorCode(409, "Aliases point to the adapter"),
+    "invalid_share": ErrorCode(422, "No share of the traffic"),
+    "canary_not_found": ErrorCode(404, "The name has no canary"),
     "unsafe_format": ErrorCode(422, "The adapter's files are not safe to read"),
     "corrupt_file": ErrorCode(422, "A file is damaged"),
     "unsupported_method": ErrorCode(422, "The adapter's method is not supported"),
@@ -74,6 +82,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "source_unavailable": ErrorCode(422, "The source cannot be read"),
     "upload_too_large": ErrorCode(413, "The upload is too large"),
     "store_full": ErrorCode(507, "The adapter store is full"),
+    "audit_unwritable": ErrorCode(507, "The audit log cannot be written"),
     # The server
     "overloaded": ErrorCode(429, "Too many requests are waiting"),
     "too_many_connections": ErrorCode(503, "Too many connections are open"),

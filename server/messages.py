@@ -54,6 +54,21 @@ ModelInput = TokenizedInput | ProcessedImage
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Which call a request belongs to, for logs, counts and traces: no answer depends on it.
+
+    Args:
+        request_id: Of the HTTP call, which may make several requests.
+        key: The name of the key that it was admitted with.
+        traceparent: Of the span that its own belong to, as W3C's Trace Context writes it.
+    """
+
+    request_id: str = ""
+    key: str | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EncodeRequest:
     """Run the encode lane on one or more inputs with one adapter version (None: the bare base)."""
 
@@ -66,6 +81,7 @@ class EncodeRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     submitted: float = 0.0  # time.monotonic(), seconds
     deadline: float | None = None  # time.monotonic(), seconds
+    origin: Origin = Origin()
 
     @property
     def tokens(self) -> int:
@@ -134,6 +150,7 @@ class GenerateRequest:
     stream: bool = False
     submitted: float = 0.0
     deadline: float | None = None
+    origin: Origin = Origin()
 
     @property
     def tokens(self) -> int:
@@ -279,3 +296,20 @@ class Failure:
 Request = EncodeRequest | GenerateRequest
 Event = EncodeResult | TokenEvent | GenerateResult | Failure
 TERMINAL = (EncodeResult, GenerateResult, Failure)
+
+
+def log_fields(request: Request) -> dict[str, str | None]:
+    """What a line of a log about a request has beside its text, where logs are JSON."""
+    origin = request.origin
+    return {
+        "request_id": origin.request_id or request.id,
+        "key": origin.key,
+        "adapter": request.adapter,
+        "version": request.version,
+        "trace_id": trace_id_of(origin.traceparent),
+    }
+
+
+def trace_id_of(traceparent: str | None) -> str | None:
+    """The trace that a ``traceparent`` belongs to."""
+    return None if traceparent is None else traceparent.split("-")[1]

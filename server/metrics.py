@@ -29,6 +29,8 @@ ADAPTER_BYTES: Final = 90_000  # that the series of one name take, about, for ea
 SPARE_BYTES: Final = 1_000_000
 FOLDER_CHECKED_EVERY_S: Final = 1.0
 MAX_ADAPTER_LABELS: Final = 512  # those beyond share one
+MAX_KEY_LABELS: Final = 512  # of keys; the same
+KEY_BYTES: Final = 4_000  # that the series of one key take, about
 
 REQUEST_SECONDS: Final = (
     0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
@@ -92,7 +94,8 @@ class _Files:
 
 def most_bytes(http_processes: int) -> int:
     """What all files of counts together may come to take."""
-    return http_processes * MAX_ADAPTER_LABELS * ADAPTER_BYTES + SPARE_BYTES
+    names = MAX_ADAPTER_LABELS * ADAPTER_BYTES + MAX_KEY_LABELS * KEY_BYTES
+    return http_processes * names + SPARE_BYTES
 
 
 class AdapterLabels:
@@ -128,7 +131,8 @@ class HttpMetrics:
         ) -> Histogram:
             return Histogram(name, text, labels, buckets=buckets, registry=registry)
 
-        self._labels = AdapterLabels(seen=_counted_before())
+        self._labels = AdapterLabels(seen=_counted_before("adapter"))
+        self._key_labels = AdapterLabels(MAX_KEY_LABELS, _counted_before("key"))
         self._requests = counter(
             "hira_requests_total", "Requests answered.", "endpoint", "adapter", "status"
         )
@@ -159,6 +163,22 @@ class HttpMetrics:
         self._refused = counter(
             "hira_refusals_total", "Error responses and refused connections.", "code"
         )
+        self._canary = counter(
+            "hira_canary_requests_total",
+            "Requests answered for names with a canary, by which version answered.",
+            *("adapter", "arm", "status"),
+        )
+        self._canary_failed = counter(
+            "hira_canary_failures_total",
+            "Admitted requests for names with a canary that ended without an answer.",
+            *("adapter", "arm", "code"),
+        )
+        self._key_requests = counter(
+            "hira_key_requests_total", "Requests answered, by the key's name.", "key", "status"
+        )
+        self._key_tokens = counter(
+            "hira_key_tokens_total", "Tokens of answers, by the key's name.", "key", "kind"
+        )
         self._last = Gauge(
             "hira_last_request_timestamp_seconds",
             "When the adapter was last asked for.",
@@ -188,8 +208,25 @@ class HttpMetrics:
     def next_token(self, adapter: str | None, seconds: float) -> None:
         self._child(self._between, self._labels.of(adapter)).observe(seconds)
 
+    def key_request(self, key: str, status: int) -> None:
+        """One response to the holder of a key."""
+        self._child(self._key_requests, self._key_labels.of(key), str(status)).inc()
+
+    def key_tokens(self, key: str, *, prompt: int, generated: int) -> None:
+        label = self._key_labels.of(key)
+        self._child(self._key_tokens, label, "prompt").inc(prompt)
+        if generated:
+            self._child(self._key_tokens, label, "generated").inc(generated)
+
     def failure(self, adapter: str | None, code: str) -> None:
         self._child(self._failed, self._labels.of(adapter), code).inc()
+
+    def canary_request(self, adapter: str, arm: str, status: int) -> None:
+        """One response for a name whose requests two versions share."""
+        self._child(self._canary, self._labels.of(adapter), arm, str(status)).inc()
+
+    def canary_failure(self, adapter: str, arm: str, code: str) -> None:
+        self._child(self._canary_failed, self._labels.of(adapter), arm, code).inc()
 
     def refusal(self, code: str) -> None:
         """An error response, or a connection that ended before it had a request."""
@@ -237,6 +274,7 @@ class Live:
         worker_ready: Whether the worker answers.
         replicas: In a cluster, the snapshot of each engine replica by its name.
         routed: In a cluster, requests that this HTTP replica sent, by why they went where.
+        keys_file_good: Whether the keys file is used as it is now; None where there is none.
     """
 
     snapshot: Mapping[str, Any] = field(default_factory=dict)
@@ -245,6 +283,7 @@ class Live:
     worker_ready: bool = False
     replicas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routed: Mapping[str, int] = field(default_factory=dict)
+    keys_file_good: bool | None = None
 
 
 # Of the engine's snapshot: its field, the metric and its text, and the label of the values.
@@ -322,6 +361,12 @@ class LiveCollector:
         yield GaugeMetricFamily(
             "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)
         )
+        if live.keys_file_good is not None:
+            yield GaugeMetricFamily(
+                "hira_keys_file_good",
+                "Whether the keys file is used as it is now.",
+                value=float(live.keys_file_good),
+            )
         yield from self._of_a_cluster()
 
     def _of_a_cluster(self) -> Iterator[Metric]:
@@ -388,8 +433,8 @@ def adapter_usage() -> dict[str, tuple[int, float | None]]:
     return {name: (int(count), last.get(name)) for name, count in counts.items()}
 
 
-def _counted_before() -> set[str]:
-    """Names in the files that this process has taken over."""
+def _counted_before(label: str) -> set[str]:
+    """Values of a label in the files that this process has taken over."""
     from prometheus_client import multiprocess, values
 
     if FOLDER_VARIABLE not in os.environ:
@@ -399,7 +444,7 @@ def _counted_before() -> set[str]:
     if not file.exists():
         return set()
     found = multiprocess.MultiProcessCollector.merge([str(file)])  # type: ignore[no-untyped-call]
-    names = {sample.labels.get("adapter") for metric in found for sample in metric.samples}
+    names = {sample.labels.get(label) for metric in found for sample in metric.samples}
     return names - {None, "", BASE_LABEL, OTHER_LABEL}
 
 

@@ -200,6 +200,19 @@ class Settings(BaseSettings):
     cors_origins: Origins = setting(
         (), "Origin whose pages may call this server from a browser, or *; repeatable.", "Server"
     )
+    log_format: Literal["text", "json"] = setting("text", "A line of the log.", "Server")
+    otel_endpoint: str | None = setting(
+        None, "URL that takes traces by OTLP over HTTP: http://HOST:4318/v1/traces.", "Server"
+    )
+    otel_ratio: Annotated[float, Field(ge=0, le=1)] = setting(
+        1.0, "Part of the calls that is traced, where they do not say themselves.", "Server"
+    )
+    audit_log: str | None = setting(
+        None, "File of the audit log, stdout, or off (default: DATA_DIR/audit.jsonl).", "Server"
+    )
+    audit_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = setting(
+        64 * MIB, "Size limit of the audit log with its older files.", "Server"
+    )
     drain_s: Annotated[float, Field(ge=0, le=3600)] = setting(
         30.0, "Seconds that running requests get when the server stops.", "Server"
     )
@@ -314,6 +327,9 @@ class Settings(BaseSettings):
     )
     api_keys: Keys = setting(
         {}, "NAME=KEY of those who may infer (default: everybody); repeatable.", "Keys"
+    )
+    keys_file: Path | None = setting(
+        None, "TOML file with keys as hashes, what each may ask, how much and how long.", "Keys"
     )
 
     @model_validator(mode="after")

@@ -64,8 +64,9 @@ EDGE = {
     "server.edge.link": ("admit",),
     "server.edge.templates": ("admit",),
     "server.edge.grammars": ("admit",),
-    "server.edge.service": ("target", "admit", "grammars", "link", "templates"),
-    "server.edge.endpoints": ("target", "admit", "link", "service"),
+    "server.edge.tracing": ("admit",),
+    "server.edge.service": ("target", "admit", "grammars", "link", "templates", "tracing"),
+    "server.edge.endpoints": ("target", "admit", "link", "service", "tracing"),
     "server.edge.litserve": ("target", "admit", "link", "service", "endpoints"),
     "server.edge.processes": ("target", "admit", "link", "service", "endpoints", "litserve"),
 }
@@ -83,6 +84,8 @@ CONFINED = {
     "starlette": ("server/edge/", "server/cluster/"),
     "uvicorn": ("server/edge/",),
     "locust": ("loadtests/",),
+    "opentelemetry": ("server/edge/tracing.py",),
+    "pythonjsonlogger": ("server/edge/litserve/logs.py",),
     "peft": ("server/training/", "loadtests/bench/"),
     "sqlalchemy": ("adapters/registry/",),
     "typer": ("server/cli/",),
@@ -304,6 +307,7 @@ PRIVATE_READS = {
     "server/inputs/test_images.py": 1,
     "server/inputs/test_token_bound.py": 3,
     "server/training/test_recipe.py": 3,
+    "stand/forked_servers.py": 6,  # four are os._exit, which is documented
 }
 
 

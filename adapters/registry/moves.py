@@ -1,20 +1,40 @@
-"""Moves of a name between versions that it was on: its history, and rolling back.
+"""Moves of a name between versions: its history, rolling back, and trying one on a share of the
+traffic before the name moves (a canary).
 
 Beside `Registry`, which puts names on new content. A move is one transaction, as there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from adapters.errors import AdapterNotFound, NameMoved, VersionGone
+from adapters.errors import (
+    AdapterNotFound,
+    AlreadyCurrent,
+    BaseMismatch,
+    CanaryNotFound,
+    InvalidShare,
+    NameMoved,
+    OtherTask,
+    VersionGone,
+    VersionNotFound,
+)
 from adapters.registry.history import HistoryEntry, chosen_entry, entries_of
-from adapters.registry.records import AdapterRecord, read_one, write
+from adapters.registry.naming import name_not_found
+from adapters.registry.records import (
+    AdapterRecord,
+    Canary,
+    count_change,
+    delete_canary,
+    read_one,
+    write,
+    write_canary,
+)
 from adapters.registry.store import Store
 
 Opened = Callable[[], AbstractContextManager[sa.Connection]]
@@ -48,7 +68,8 @@ class Moves:
     ) -> tuple[AdapterRecord, AdapterRecord]:
         """Put ``name`` back on a version that it was on, in one transaction.
 
-        Its pin stays. Rolling back once more goes further back, never to what was rolled back from.
+        Its pin stays and its canary ends. Rolling back once more goes further back, never to what
+        was rolled back from.
 
         Args:
             name: Of the adapter.
@@ -89,9 +110,148 @@ class Moves:
                 created=datetime.now(UTC),
             )
             write(connection, record, update=True, act="rolled_back", restores=entry.number)
-            if self._store.has(present.version):
-                self._store.touch(present.version)  # the grace of what it was on starts now
+            for left in present.versions():  # the grace of what it was on starts now
+                self._leave_bytes(left)
+            record = present_record(connection, name)  # with its aliases
         return record, present
+
+    def start_canary(
+        self,
+        name: str,
+        version: str | None,
+        share: float,
+        checked: Callable[[str], AdapterRecord],
+    ) -> AdapterRecord:
+        """Give a version a share of the requests for ``name``, or its canary another share.
+
+        Args:
+            name: Of the adapter.
+            version: Whose bytes are in the store: staged, or in the history of the name, then its
+                first digits do. None: the present canary's.
+            share: Percent of the requests, 0 to 100.
+            checked: As for ``rollback``.
+
+        Returns:
+            The record of the name, with its canary.
+
+        Raises:
+            InvalidShare: It is below 0 or above 100.
+            AdapterNotFound: There is no such name.
+            CanaryNotFound: No version is named, and there is no canary.
+            VersionNotFound: Nobody knows this version.
+            VersionGone: Its bytes are not kept any more.
+            AlreadyCurrent: The name is on it.
+            OtherTask: It does another task than the name.
+            AdapterError: Whatever is wrong with its bytes.
+        """
+        if not 0.0 <= share <= 100.0:
+            raise InvalidShare(
+                "This is no share of the traffic.",
+                found=f"{share:g} %",
+                expected="0 to 100 %",
+                fix="To move all of it, promote the canary.",
+            )
+        with self._reading() as connection:
+            before = present_record(connection, name)
+            entries = entries_of(connection, name)
+        if version is None:
+            version = _canary_of(before).record.version
+        wanted, source = self._known_version(before, entries, version)
+        self.hold_bytes(name, wanted)
+        found = checked(wanted)
+        if found.task != before.task:
+            raise OtherTask(
+                f"{name} answers another task than this version does.",
+                found=found.task,
+                expected=before.task,
+                fix="Register it under a name of its own.",
+            )
+        with self._transaction() as connection:
+            present = present_record(connection, name)
+            if present.version == wanted:
+                raise _is_current(name, wanted)
+            if present.task != found.task:
+                raise NameMoved(f"{name} does {present.task} now.", found=present.version)
+            self.hold_bytes(name, wanted)
+            running = present.canary
+            kept = running is not None and running.record.version == wanted
+            started = running.record.created if running and kept else datetime.now(UTC)
+            source = running.record.source if running and kept else source
+            record = replace(found, name=name, source=source, pinned=False, created=started)
+            write_canary(connection, Canary(record, float(share)))
+            if running is not None and not kept:
+                self._leave_bytes(running.record.version)
+            return present_record(connection, name)
+
+    def promote(self, name: str) -> tuple[AdapterRecord, AdapterRecord]:
+        """Put ``name`` on its canary's version, which ends the canary.
+
+        Returns:
+            The record of the name now, and that of before. The move is durable.
+
+        Raises:
+            AdapterNotFound: There is no such name.
+            CanaryNotFound: It has no canary.
+            VersionGone: Its bytes are gone.
+            BaseMismatch: It was checked on another base than what the name is on.
+        """
+        with self._transaction() as connection:
+            present = present_record(connection, name)
+            canary = _canary_of(present).record
+            if canary.base_digest != present.base_digest:
+                raise BaseMismatch(
+                    f"The canary of {name} was checked on another base than the name.",
+                    found=f"base {canary.base_digest or 'unknown'}",
+                    expected=f"base {present.base_digest or 'unknown'}",
+                    fix="Start the canary again on this base.",
+                )
+            self.hold_bytes(name, canary.version)
+            record = replace(canary, pinned=present.pinned, created=datetime.now(UTC))
+            write(connection, record, update=True, act="promoted")
+            self._leave_bytes(present.version)
+            return present_record(connection, name), present
+
+    def abort(self, name: str) -> tuple[AdapterRecord, str]:
+        """End the canary of ``name``: all requests are answered by the version that it is on.
+
+        Returns:
+            The record of the name, and the version that had a share.
+
+        Raises:
+            AdapterNotFound: There is no such name.
+            CanaryNotFound: It has no canary.
+        """
+        with self._transaction() as connection:
+            version = _canary_of(present_record(connection, name)).record.version
+            delete_canary(connection, name)
+            count_change(connection)
+            self._leave_bytes(version)
+            return present_record(connection, name), version
+
+    def _known_version(
+        self, present: AdapterRecord, entries: Sequence[HistoryEntry], version: str
+    ) -> tuple[str, str]:
+        """The whole version that is meant, and where it came from.
+
+        Raises:
+            AlreadyCurrent, VersionNotFound.
+        """
+        if version == present.version:
+            raise _is_current(present.name, version)
+        if present.canary is not None and present.canary.record.version == version:
+            return version, present.canary.record.source
+        try:
+            entry = chosen_entry(present.name, entries, present.version, version)
+        except VersionNotFound:
+            if not self._store.has(version):
+                raise
+            return version, "staged"
+        return entry.version, entry.source
+
+    def _leave_bytes(self, version: str) -> None:
+        """Start the grace of what answered until now: requests that were admitted may need it."""
+        if self._store.has(version):
+            self._store.touch(version)
 
     def hold_bytes(self, name: str, version: str) -> None:
         """Start the grace of a version anew, so that the collector leaves its bytes alone.
@@ -110,6 +270,23 @@ class Moves:
             ) from None
 
 
+def _canary_of(record: AdapterRecord) -> Canary:
+    if record.canary is None:
+        raise CanaryNotFound(
+            f"{record.name} has no canary.",
+            found="all requests on one version",
+            expected="a canary",
+            fix="Start one with a version and a share.",
+        )
+    return record.canary
+
+
+def _is_current(name: str, version: str) -> AlreadyCurrent:
+    return AlreadyCurrent(
+        f"{name} is on this version already.", found=version, expected="another version"
+    )
+
+
 def present_record(connection: sa.Connection, name: str) -> AdapterRecord:
     """The record of a name, as this transaction sees it.
 
@@ -120,13 +297,3 @@ def present_record(connection: sa.Connection, name: str) -> AdapterRecord:
     if record is None:
         raise name_not_found(name)
     return record
-
-
-def name_not_found(name: str) -> AdapterNotFound:
-    """The error for a name that is not there."""
-    return AdapterNotFound(
-        f"There is no adapter {name[:80]}.",
-        found=name[:80],
-        expected="a registered name",
-        fix="GET /v1/models lists the names.",
-    )

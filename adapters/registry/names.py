@@ -51,6 +51,7 @@ class Names:
     ) -> None:
         self.base_digest = base_digest
         self.records: Mapping[str, AdapterRecord] = {}
+        self._found: Mapping[str, AdapterRecord] = {}  # by name and by alias
         self.read_at = time.monotonic()  # when the last reading that succeeded began
         self.is_down = False  # the last reading failed
         self._registry = registry
@@ -86,18 +87,20 @@ class Names:
                 return False
             if self.is_down:
                 logger.warning("The registry can be read again, after %.1f s", began - self.read_at)
+            others = {alias: one for one in records.values() for alias in one.aliases}
+            self._found = {**others, **records}
             self.records, self._seen, self.read_at = records, changes, began
             self.is_down = False
             return True
 
     def resolve(self, name: str) -> AdapterRecord:
-        """The record of ``name``, from memory.
+        """The record of ``name``, or of the name that it is an alias of; from memory.
 
         Raises:
             AdapterNotFound: There is none.
             RegistryUnavailable: Whether there is one, or which, cannot be known now.
         """
-        record = self.records.get(name)
+        record = self._found.get(name)
         if self.is_down and (record is None or not self.is_current):
             raise RegistryUnavailable(
                 "The registry cannot be read now, and without it this adapter is not known.",
@@ -113,6 +116,10 @@ class Names:
                 fix="GET /v1/models lists the names.",
             )
         return record
+
+    def knows(self, name: str) -> bool:
+        """Whether it is the name of an adapter, or an alias."""
+        return name in self._found
 
     def check_fits(self, record: AdapterRecord) -> None:
         """Refuse an adapter that was checked on another base than the one that is served.
@@ -144,10 +151,17 @@ class Names:
         ]
 
     def versions(self) -> set[str]:
-        """Every version that some name is on."""
-        return {record.version for record in self.records.values()}
+        """Every version that some name is on, or gives a share of its traffic."""
+        return {version for record in self.records.values() for version in record.versions()}
 
     def pinned_versions(self) -> tuple[str, ...]:
-        """Versions that some pinned name is on and that fit the base, in the order of names."""
-        pinned = (one for one in self.listed(fitting=True) if one.pinned)
-        return tuple(dict.fromkeys(one.version for one in pinned))
+        """Versions that pinned names are on and that fit the base, in the order of names, each with
+        its canary's."""
+        pinned = [one for one in self.listed(fitting=True) if one.pinned]
+        answering = (
+            one
+            for record in pinned
+            for one in (record, *(() if record.canary is None else (record.canary.record,)))
+            if one.fits(self.base_digest)
+        )
+        return tuple(dict.fromkeys(one.version for one in answering))

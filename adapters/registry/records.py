@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from adapters.intake.checkpoint import AdapterWeights
 from adapters.intake.conversation import UsedConversation
 from adapters.registry.history import Act, HistoryEntry, forget_name, note_move
-from adapters.registry.tables import ADAPTERS, STATE
+from adapters.registry.naming import NAME
+from adapters.registry.tables import ADAPTERS, ALIASES, CANARIES, STATE
 
 _NAMES_A_QUERY = 500  # fewer than the variables that a database takes in one statement
 
@@ -41,6 +42,8 @@ class AdapterRecord:
         chat_template: Whether conversations are written with its own template.
         generation: ``end_ids``, where its own tokens end an answer, and its own defaults for what
             a request leaves out.
+        aliases: Other names for it, in order.
+        canary: Who gets a share of its traffic.
     """
 
     name: str
@@ -61,10 +64,29 @@ class AdapterRecord:
     base_digest: str | None = None
     chat_template: bool = False
     generation: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    canary: Canary | None = None
+
+    def versions(self) -> tuple[str, ...]:
+        """What answers for it: its version, and its canary's."""
+        return (self.version, *(() if self.canary is None else (self.canary.record.version,)))
 
     def fits(self, base_digest: str) -> bool:
         """Whether it was checked on the base of this digest; an empty one means any base."""
         return not base_digest or self.base_digest == base_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A version that answers a share of a name's requests.
+
+    Args:
+        record: Of the version under that name; ``created`` is when it began.
+        share: Of the requests, in percent, 0 to 100.
+    """
+
+    record: AdapterRecord
+    share: float
 
 
 Change = Literal["created", "replaced", "pinned", "unpinned", "removed", "unchanged"]
@@ -163,6 +185,7 @@ def write(
     }
     if update:
         connection.execute(sa.update(ADAPTERS).where(ADAPTERS.c.name == record.name), values)
+        _end_canary(connection, record, rolled_back=act == "rolled_back")
     else:
         connection.execute(sa.insert(ADAPTERS), {"name": record.name, **values})
     moved = HistoryEntry(
@@ -176,6 +199,38 @@ def write(
     )
     note_move(connection, record.name, moved)
     count_change(connection)
+
+
+def _end_canary(connection: sa.Connection, record: AdapterRecord, *, rolled_back: bool) -> None:
+    """End the canary of a name that has moved, where it makes no sense beside the new version:
+    it is that version, it does another task, or the name was rolled back, to be on one alone."""
+    row = connection.execute(sa.select(CANARIES).where(CANARIES.c.name == record.name)).first()
+    if row is not None and (
+        rolled_back or row.version == record.version or row.facts["task"] != record.task
+    ):
+        delete_canary(connection, record.name)
+
+
+def write_canary(connection: sa.Connection, canary: Canary) -> None:
+    """Give a version a share of the traffic of the name that its record has."""
+    record = canary.record
+    delete_canary(connection, record.name)
+    values = {
+        "name": record.name,
+        "version": record.version,
+        "share": canary.share,
+        "started": record.created.isoformat(),
+        "source": record.source,
+        "base_digest": record.base_digest,
+        "facts": _facts(record),
+    }
+    connection.execute(sa.insert(CANARIES), values)
+    count_change(connection)
+
+
+def delete_canary(connection: sa.Connection, name: str) -> None:
+    """End the canary of a name; what moves the name counts the change."""
+    connection.execute(sa.delete(CANARIES).where(CANARIES.c.name == name))
 
 
 def _facts(record: AdapterRecord) -> dict[str, Any]:
@@ -227,8 +282,12 @@ def set_checked(connection: sa.Connection, record: AdapterRecord) -> None:
 
 def read_one(connection: sa.Connection, name: str) -> AdapterRecord | None:
     """The record of a name, as this transaction sees it."""
+    if not NAME.fullmatch(name):
+        return None  # nor would every database take it
     row = connection.execute(sa.select(ADAPTERS).where(ADAPTERS.c.name == name)).first()
-    return None if row is None else from_row(row)
+    if row is None:
+        return None
+    return _beside(connection, {name: from_row(row)}, name)[name]
 
 
 def read_changes(
@@ -259,27 +318,67 @@ def read_changes(
         rows = connection.execute(sa.select(ADAPTERS).where(columns.name.in_(names)))
         fresh |= {row.name: from_row(row) for row in rows}
     # A name that went between the two reads is in neither.
-    return {
+    records = {
         name: record for name in found if (record := found[name] or fresh.get(name)) is not None
     }
+    return _beside(connection, records)
+
+
+def _beside(
+    connection: sa.Connection, records: dict[str, AdapterRecord], name: str | None = None
+) -> dict[str, AdapterRecord]:
+    """Records with the aliases and canaries that are there now; all of them, or of one name."""
+    aliases: dict[str, list[str]] = {}
+    query = sa.select(ALIASES.c.name, ALIASES.c.alias).order_by(ALIASES.c.alias)
+    rows = sa.select(CANARIES)
+    if name is not None:
+        query, rows = query.where(ALIASES.c.name == name), rows.where(CANARIES.c.name == name)
+    for named, alias in connection.execute(query):
+        aliases.setdefault(named, []).append(alias)
+    canaries = {row.name: _canary_of_row(row) for row in connection.execute(rows)}
+    for one, record in records.items():
+        others, canary = tuple(aliases.get(one, ())), canaries.get(one)
+        if (record.aliases, record.canary) != (others, canary):
+            records[one] = replace(record, aliases=others, canary=canary)
+    return records
+
+
+def _canary_of_row(row: Any) -> Canary:
+    record = _of_facts(
+        row.facts,
+        name=row.name,
+        version=row.version,
+        pinned=False,
+        created=datetime.fromisoformat(row.started),
+        source=row.source,
+        base_digest=row.base_digest,
+    )
+    return Canary(record, row.share)
 
 
 def from_row(row: Any) -> AdapterRecord:
     """The record that a row of the table holds."""
-    facts = dict(row.facts)
-    labels = facts.pop("labels")
-    return AdapterRecord(
+    return _of_facts(
+        row.facts,
         name=row.name,
         version=row.version,
         pinned=row.pinned,
         created=datetime.fromisoformat(row.created),
         source=row.source,
         base_digest=row.base_digest,
+    )
+
+
+def _of_facts(kept: Mapping[str, Any], **columns: Any) -> AdapterRecord:
+    facts = dict(kept)
+    labels = facts.pop("labels")
+    return AdapterRecord(
         labels=None if labels is None else tuple(labels),
         ranks=tuple(facts.pop("ranks")),
         targets=tuple(facts.pop("targets")),
         notes=tuple(facts.pop("notes")),
         **facts,
+        **columns,
     )
 
 
@@ -296,12 +395,15 @@ def checked_anew(record: AdapterRecord, now: AdapterRecord) -> AdapterRecord:
         pinned=record.pinned,
         created=record.created,
         source=record.source,
+        aliases=record.aliases,
+        canary=record.canary,
     )
 
 
 def delete(connection: sa.Connection, name: str) -> None:
-    """Take a name away, and its history."""
+    """Take a name away, its history and its canary."""
     connection.execute(sa.delete(ADAPTERS).where(ADAPTERS.c.name == name))
+    delete_canary(connection, name)
     forget_name(connection, name)
     count_change(connection)
 

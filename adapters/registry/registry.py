@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import logging
-import re
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,12 +24,18 @@ from sqlalchemy.exc import IntegrityError
 from adapters.errors import (
     AdapterError,
     AdapterExists,
-    InvalidName,
     RegistryUnavailable,
     StoreFull,
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.intake.conversation import Conversation, UsedConversation, unused
+from adapters.registry.aliases import (
+    AliasChange,
+    Aliases,
+    check_no_alias,
+    check_not_aliased,
+    plan_aliases,
+)
 from adapters.registry.faults import connected, time_limit
 from adapters.registry.history import (
     Act,
@@ -39,7 +44,8 @@ from adapters.registry.history import (
     oldest_first,
     was_rolled_back_from,
 )
-from adapters.registry.moves import Moves, name_not_found
+from adapters.registry.moves import Moves
+from adapters.registry.naming import check_name, name_not_found
 from adapters.registry.records import (
     AdapterRecord,
     Change,
@@ -57,16 +63,15 @@ from adapters.registry.records import (
     write,
 )
 from adapters.registry.store import Store, version_of, versions_of
-from adapters.registry.tables import ADAPTERS, STATE, migrate
+from adapters.registry.tables import ADAPTERS, CANARIES, STATE, migrate
 from adapters.signature import BaseSignature
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 KEPT_VERSIONS = 3  # old versions of a name whose bytes are kept
 UNNAMED_BYTES_KEPT_S = (
     300.0  # bytes that no row names any more are kept this long for requests under way
 )
 
-__all__ = ["AdapterRecord", "Registry", "check_name"]
+__all__ = ["AdapterRecord", "Registry"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +80,8 @@ class Registry:
     """The adapters of one server; safe in many threads and processes.
 
     After a fork, call ``reopen`` in the child before anything else. ``moves`` has the history of
-    names and rolls them back.
+    names, rolls them back and gives others a share of their traffic; ``aliases`` has other names
+    for them.
 
     Args:
         url: A SQLAlchemy URL, or the path of an SQLite file, made when missing.
@@ -99,6 +105,7 @@ class Registry:
         self.kept_versions = kept_versions
         self.grace_s = grace_s
         self.moves = Moves(self.reading, self.transaction, store)
+        self.aliases = Aliases(self.reading, self.transaction)
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
         self._watch: sa.Connection | None = None
@@ -141,7 +148,8 @@ class Registry:
 
         Raises:
             InvalidName: The name is malformed.
-            AdapterExists: The name is on another version, and ``replace`` is false.
+            AdapterExists: The name is on another version, and ``replace`` is false; or it is an
+                alias.
             StoreFull: There is no room for its bytes.
             AdapterError: Whatever ``load_adapter`` finds wrong. Nothing has changed in any case.
         """
@@ -149,11 +157,11 @@ class Registry:
         weights = load_adapter(folder, base)
         if check is not None:
             check(weights)
-        if not replace:
-            with self.reading() as connection:
-                taken = read_one(connection, name)
-            if taken is not None:  # else nothing is hashed twice
-                _check_free(name, taken, folder)
+        with self.reading() as connection:
+            check_no_alias(connection, name)
+            taken = None if replace else read_one(connection, name)
+        if taken is not None:  # else nothing is hashed twice
+            _check_free(name, taken, folder)
         settled = settle(weights.conversation)
         version = self._stored(folder)
         record = record_of(
@@ -161,6 +169,7 @@ class Registry:
             source=source, pinned=pinned, base_digest=base.digest,
         )  # fmt: skip
         with self.transaction() as connection:
+            check_no_alias(connection, name)
             present = read_one(connection, name)
             if present is not None and present.version == version:
                 if pinned and not present.pinned:
@@ -191,6 +200,7 @@ class Registry:
                 ) from cause
             if present is not None and self.store.has(present.version):
                 self.store.touch(present.version)  # the grace of what it was on starts now
+            record = read_one(connection, name) or record  # with its aliases and its canary
         return record, True
 
     def stage(
@@ -238,7 +248,11 @@ class Registry:
             AdapterNotFound: They are not there, or not any more.
             AdapterError: Whatever is wrong with them.
         """
-        named = next((one for one in self._all() if one.version == version), None)
+        records = self._all()
+        canaries = [one.canary.record for one in records if one.canary is not None]
+        named = next((one for one in (*records, *canaries) if one.version == version), None)
+        if named is not None:
+            named = replace(named, aliases=(), canary=None)
         if named is not None and named.fits(base.digest) and self.store.has(version):
             return named
         weights = load_adapter(self.store.sound_path(version), base)
@@ -250,24 +264,36 @@ class Registry:
         )
 
     def apply(
-        self, wanted: Sequence[WantedName], removed: Collection[str] = (), *, dry_run: bool = False
-    ) -> builtins.list[NameChange]:
+        self,
+        wanted: Sequence[WantedName],
+        removed: Collection[str] = (),
+        *,
+        aliases: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+    ) -> tuple[builtins.list[NameChange], builtins.list[AliasChange]]:
         """Put many names on checked versions, and take others away: all of it, or nothing.
 
         Args:
             wanted: With records of ``staged``.
             removed: Names that go.
+            aliases: All that there shall be, and where each points; None: as they are.
             dry_run: Say what would change, and change nothing.
 
         Returns:
-            One entry for every name in ``wanted``, then one for every name that goes.
+            One entry for every name in ``wanted``, then one for every name that goes; and one for
+            every alias that is there before or afterwards.
 
         Raises:
             AdapterNotFound: A name that is to go is not there, or a version's bytes are gone.
+            AdapterFaults: Of the aliases, all of them: as ``Aliases.set`` has them, and
+                AdapterAliased where one points to a name that goes.
         """
         writing = self.reading() if dry_run else self.transaction()
         changes = []
         with writing as connection:
+            moved = plan_aliases(
+                connection, [one.name for one in wanted], removed, aliases, dry_run=dry_run
+            )
             for one in wanted:
                 check_name(one.name)
                 present = read_one(connection, one.name)
@@ -299,7 +325,7 @@ class Registry:
                     delete(connection, name)
                     if self.store.has(present.version):
                         self.store.touch(present.version)
-        return changes
+        return changes, moved
 
     def resolve(self, name: str) -> AdapterRecord:
         """The record of ``name`` as last committed by any process; quick when nothing changed.
@@ -339,23 +365,26 @@ class Registry:
 
         Raises:
             AdapterNotFound: There is no such name.
+            AdapterAliased: Aliases point to it.
         """
         with self.transaction() as connection:
             present = read_one(connection, name)
             if present is None:
                 raise name_not_found(name)
+            check_not_aliased(present)
             delete(connection, name)
             if self.store.has(present.version):
                 self.store.touch(present.version)  # the grace starts now
         return present
 
     def pinned_versions(self) -> tuple[str, ...]:
-        """Versions that some pinned name is on, in the order of their names."""
-        return tuple(dict.fromkeys(record.version for record in self._all() if record.pinned))
+        """Versions that pinned names are on, in the order of names, each with its canary's."""
+        pinned = (version for one in self._all() if one.pinned for version in one.versions())
+        return tuple(dict.fromkeys(pinned))
 
     def versions(self) -> set[str]:
-        """Every version that some name is on."""
-        return {record.version for record in self._all()}
+        """Every version that some name is on, or gives a share of its traffic."""
+        return {version for record in self._all() for version in record.versions()}
 
     def generation(self) -> int:
         """A number that grows with every change, by whatever process."""
@@ -389,9 +418,10 @@ class Registry:
         """
         # Inside a write transaction nobody can put a name on it meanwhile.
         with self.transaction() as connection:
-            query = sa.select(sa.func.count()).where(ADAPTERS.c.version == version)
-            if connection.execute(query).scalar_one():
-                return False
+            for column in (ADAPTERS.c.version, CANARIES.c.version):
+                query = sa.select(sa.func.count()).where(column == version)
+                if connection.execute(query).scalar_one():
+                    return False
             if kept and version in kept_versions(connection, self.kept_versions, version):
                 return False
             return self.store.remove(version, idle_s=grace_s)
@@ -572,17 +602,6 @@ def _change_of(present: AdapterRecord | None, record: AdapterRecord) -> Change:
     if present.pinned != record.pinned:
         return "pinned" if record.pinned else "unpinned"
     return "unchanged"
-
-
-def check_name(name: str) -> None:
-    """Raise InvalidName unless ``name`` is one that an adapter may have."""
-    if not NAME.fullmatch(name):
-        raise InvalidName(
-            "The name is not allowed.",
-            found=repr(name[:80]),
-            expected="1 to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit",
-            fix="Choose another name.",
-        )
 
 
 def _check_free(name: str, present: AdapterRecord | None, folder: Path) -> None:

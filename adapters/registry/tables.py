@@ -39,6 +39,25 @@ NAME_VERSIONS = sa.Table(
     # Of a rollback: the number of the row whose version came back.
     sa.Column("restores", sa.Integer, nullable=True),
 )
+# Other names under which an adapter is asked for.
+ALIASES = sa.Table(
+    "aliases",
+    METADATA,
+    sa.Column("alias", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False, index=True),
+)
+# The version that gets a share of a name's traffic beside the one that the name is on.
+CANARIES = sa.Table(
+    "canaries",
+    METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.String(64), nullable=False, index=True),
+    sa.Column("share", sa.Float, nullable=False),  # percent
+    sa.Column("started", sa.String(40), nullable=False),  # ISO 8601, UTC
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("base_digest", sa.String(64), nullable=True),
+    sa.Column("facts", sa.JSON, nullable=False),
+)
 STATE = sa.Table(
     "state",
     METADATA,
@@ -79,7 +98,17 @@ def _begin_history(connection: sa.Connection) -> None:
         connection.execute(sa.insert(NAME_VERSIONS), values)
 
 
-MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_first, _base_digest, _begin_history)
+def _aliases_and_canaries(connection: sa.Connection) -> None:
+    for table in (ALIASES, CANARIES):
+        table.create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
+    _first,
+    _base_digest,
+    _begin_history,
+    _aliases_and_canaries,
+)
 
 
 def migrate(connection: sa.Connection) -> None:

@@ -1,5 +1,5 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
-[choice] [http] [residency] [deterministic] [gpu] [--dtype auto] [--quick]
+[choice] [http] [residency] [deterministic] [structured] [gpu] [--dtype auto] [--quick]
 [--one-thread] [--json FILE] [--markdown FILE]`. Without a name it runs
 all of them."""
 
@@ -15,7 +15,16 @@ from pathlib import Path
 from loadtests.bench import peers
 from loadtests.bench.timing import Report, dtype_of, machine, print_machine
 
-BENCHES = ("modulation", "choice", "generation", "http", "residency", "deterministic", "gpu")
+BENCHES = (
+    "modulation",
+    "choice",
+    "generation",
+    "http",
+    "residency",
+    "deterministic",
+    "structured",
+    "gpu",
+)
 
 
 def main() -> int:

@@ -160,6 +160,7 @@ def running(base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Server
             *(sys.executable, "-c", "from server.cli.main import main; main()", "serve"),
             *("--base", str(base), "--host=127.0.0.1", f"--port={port}"),
             *(f"--dtype={dtype}", "--device=cpu", f"--threads={THREADS}"),
+            *("--timeout-s=600", "--max-timeout-s=600"),  # a slow machine is measured as well
             *(f"--data-dir={root / 'data'}", *named),
         ]
         kept = {

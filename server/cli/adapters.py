@@ -1,4 +1,5 @@
-"""`hira adapters`: list, show, add, remove, pin and roll back adapters of a running server."""
+"""`hira adapters`: list, show, add, remove, pin and roll back adapters of a running server, name
+them otherwise, and try new versions on a share of the traffic."""
 
 from __future__ import annotations
 
@@ -44,7 +45,18 @@ def list_adapters(
     if as_json:
         print_json(rows)
         return
-    columns = ("name", "method", "task", "ranks", "bytes", "residency", "pinned", "requests")
+    columns: tuple[str, ...] = (
+        "name",
+        "method",
+        "task",
+        "ranks",
+        "bytes",
+        "residency",
+        "pinned",
+        "requests",
+    )
+    # Columns that few servers need.
+    columns += tuple(one for one in ("aliases", "canary") if any(row.get(one) for row in rows))
     show_table(columns, [[_cell(name, row[name]) for name in columns] for row in rows])
 
 
@@ -204,6 +216,119 @@ def rollback(
     print(f"{name} is on {row['version']}; it was on {row['before']}")
 
 
+@adapters_app.command()
+def alias(
+    alias: Annotated[
+        str | None, typer.Argument(help="Another name for an adapter; without: list all.")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(help="The adapter that it points to.")] = None,
+    *,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away.")] = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give an adapter another name, move that to another adapter, or list all.
+
+    Requests for an alias are answered by the adapter that it points to.
+
+    Examples:
+
+      hira adapters alias production imdb-v7
+
+      hira adapters alias production --remove
+
+      hira adapters alias
+    """
+    misused = remove or name is not None if alias is None else remove == (name is not None)
+    if misused:
+        fail("an alias and an adapter are needed, or an alias and --remove", status=MISUSED)
+    with reach(url, key_or_local_admin_key(key)) as client:
+        if alias is None:
+            told = ask(client, "GET", "/admin/aliases").json()
+        elif remove:
+            ask(client, "DELETE", f"/admin/aliases/{quote(alias, safe='')}")
+            return
+        else:
+            path = f"/admin/aliases/{quote(alias, safe='')}"
+            told = ask(client, "PUT", path, json={"adapter": name}).json()
+    if as_json:
+        print_json(told)
+    elif alias is None:
+        show_table(("alias", "adapter"), [list(pair) for pair in told["aliases"].items()])
+    else:
+        before = f"; it pointed to {told['before']}" if told["before"] else ""
+        print(f"{alias} points to {told['adapter']}{before}")
+
+
+@adapters_app.command()
+def canary(
+    name: NameArgument,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[VERSION | PATH]",
+            help="A version that the name was on or that is staged, or the folder or archive of a "
+            "new one; without: the present canary.",
+        ),
+    ] = None,
+    *,
+    share: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Of the requests for the name, 0 to 100."),
+    ] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Put the name on the canary's version.")
+    ] = False,
+    abort: Annotated[
+        bool, typer.Option("--abort", help="End it: the name's version answers everybody.")
+    ] = False,
+    url: UrlOption = DEFAULT_URL,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try another version on a share of a name's requests, then promote or abort it.
+
+    Answers say in X-Adapter-Version and X-Adapter-Arm who gave them.
+
+    Examples:
+
+      hira adapters canary imdb ./runs/imdb-new --share 10
+
+      hira adapters canary imdb --share 50
+
+      hira adapters canary imdb --promote
+    """
+    if sum((share is not None, promote, abort)) != 1 or (what is not None and share is None):
+        fail(
+            "one of --share, --promote and --abort is needed; a version goes with --share",
+            fix="hira adapters canary --help",
+            status=MISUSED,
+        )
+    path = f"{_path(name)}/canary"
+    with reach(url, key_or_local_admin_key(key)) as client:
+        if promote:
+            row = ask(client, "POST", f"{path}/promote").json()
+        elif abort:
+            row = ask(client, "DELETE", path).json()
+        else:
+            version = what
+            if what is not None and Path(what).exists():
+                fields = {"name": name, "stage": "true"}
+                staged = sent_form(client, fields, Path(what), shown=True)
+                exit_on_error(staged)
+                version = staged.json()["version"]
+            body = {"version": version, "share": share}
+            row = ask(client, "PUT", path, json=body).json()
+    if as_json:
+        print_json(row)
+        return
+    told = f"{name} is on {row['version']}"
+    if row["canary"] is not None:
+        told += f"; {row['canary']['share']:g} % of its requests go to {row['canary']['version']}"
+    print(told)
+
+
 def _version_cell(entry: dict[str, Any], column: str) -> str:
     match column:
         case "version":
@@ -253,6 +378,8 @@ def _cell(name: str, value: Any) -> str:
         return str(low) if low == high else f"{low} to {high}"
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if name == "canary":
+        return f"{value['share']:g} % to {value['version']}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {one}" for key, one in value.items())
     return str(value)

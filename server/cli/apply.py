@@ -71,6 +71,8 @@ def apply_file(
 
         sst2: {source: "hf://org/sst2@main", pinned: true}
 
+      aliases: {production: imdb}
+
       prune: false
 
     Example:
@@ -118,9 +120,10 @@ def apply_manifest(
             for one in wanted.entries
         ],
         "remove": sorted(set(present) - names) if wanted.prune else [],
+        "aliases": wanted.aliases,
     }
-    answer = ask(client, "POST", "/admin/apply", json={**body, "dry_run": True})
-    changes = answer.json()["changes"]
+    answer = ask(client, "POST", "/admin/apply", json={**body, "dry_run": True}).json()
+    changes, aliases = answer["changes"], answer["aliases"]
     moved = [one["name"] for one in changes if one["change"] == "replaced"]
     if moved and not replace:
         fail(
@@ -129,14 +132,16 @@ def apply_manifest(
             fix="add --replace to move them",
         )
     _show_plan(changes, present, staged)
-    count = sum(one["change"] != "unchanged" for one in changes)
+    _show_aliases(aliases)
+    planned = [*changes, *aliases]
+    count = sum(one["change"] != "unchanged" for one in planned)
     if not count:
         print(f"no change: {len(changes)} adapters are as they shall be")
     elif dry_run:
-        print(f"{count} changes, {len(changes) - count} unchanged; nothing applied (--dry-run)")
+        print(f"{count} changes, {len(planned) - count} unchanged; nothing applied (--dry-run)")
     else:
         ask(client, "POST", "/admin/apply", json={**body, "dry_run": False})
-        print(f"{count} changes applied, {len(changes) - count} unchanged")
+        print(f"{count} changes applied, {len(planned) - count} unchanged")
 
 
 def tell_manifest_faults(wrong: ManifestFaults) -> NoReturn:
@@ -212,6 +217,15 @@ def _show_plan(
             for field in COMPARED:
                 if before.get(field) != after.get(field):
                     print(f"    {field}: {before.get(field)} -> {after.get(field)}")
+
+
+def _show_aliases(changes: Sequence[Mapping[str, Any]]) -> None:
+    """A line for every alias that changes."""
+    for one in changes:
+        change = one["change"]
+        if change != "unchanged":
+            places = [place for place in (one["before"], one["adapter"]) if place is not None]
+            print(f"{SIGNS[change]} {one['alias']}  alias {change}  {' -> '.join(places)}")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from server.cli import client as cli_client
 from server.cli import cluster as cli_cluster
 from server.cli import convert as cli_convert
 from server.cli import inspect as cli_inspect
+from server.cli import keys as cli_keys
 from server.cli import status as cli_status
 from server.cli import train as cli_train
 from server.cli.layout import print_fault
@@ -35,6 +36,7 @@ cli_status.add_status_command(app)
 cli_client.add_client_commands(app)
 app.add_typer(cli_adapters.adapters_app, name="adapters", rich_help_panel="Adapters")
 cli_apply.add_apply_command(app)
+app.add_typer(cli_keys.keys_app, name="keys", rich_help_panel="Server")
 cli_inspect.add_inspect_command(app)
 cli_convert.add_convert_command(app)
 cli_train.add_train_command(app)

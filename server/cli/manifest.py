@@ -5,19 +5,21 @@ adapters:
   sst2:
     source: hf://org/sst2@main          # the server fetches it, where it is allowed to
     pinned: true
+aliases:                                # left out: they stay as they are
+  production: imdb
 prune: false                            # true: names that are not here are removed
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 ADAPTER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-KEYS: Final = ("adapters", "prune")
+KEYS: Final = ("adapters", "aliases", "prune")
 ENTRY_KEYS: Final = ("source", "pinned", "remote")
 ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -49,10 +51,14 @@ class ManifestEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a server shall have; ``prune``: and nothing else."""
+    """What a server shall have; ``prune``: and nothing else.
+
+    ``aliases`` are all that there shall be, and the name of each; None: as they are.
+    """
 
     entries: tuple[ManifestEntry, ...]
     prune: bool = False
+    aliases: Mapping[str, str] | None = None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -80,6 +86,12 @@ def read_manifest(path: Path) -> Manifest:
     ]
     if not isinstance(told.get("prune", False), bool):
         faults.append((f"{path}: prune is no yes or no", "prune: true, or leave it out"))
+    aliases = told.get("aliases")
+    if aliases is not None and not (
+        isinstance(aliases, dict)
+        and all(isinstance(one, str) for pair in aliases.items() for one in pair)
+    ):
+        faults.append((f"{path}: aliases are no lines ALIAS: NAME", "aliases: {production: imdb}"))
     entries = []
     for name, value in told["adapters"].items():
         try:
@@ -88,7 +100,7 @@ def read_manifest(path: Path) -> Manifest:
             faults += wrong.faults
     if faults:
         raise ManifestFaults(faults)
-    return Manifest(tuple(entries), bool(told.get("prune", False)))
+    return Manifest(tuple(entries), bool(told.get("prune", False)), aliases)
 
 
 def manifest_of(paths: Sequence[Path], pinned: bool | None = None) -> Manifest:

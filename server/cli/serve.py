@@ -152,10 +152,15 @@ def _metavar(name: str, field: FieldInfo) -> str | None:
     if name.endswith("_s"):
         return "SECONDS"
     if _holds(annotation, Path):
-        return "FILE" if name == "chat_template" else "DIR"
+        return "FILE" if name in {"chat_template", "keys_file"} else "DIR"
     if _holds(annotation, int):
         return "N"
-    return {"base": "DIR|HUB_ID", "host": "ADDRESS", "registry_url": "URL"}.get(name, "NAME")
+    return {
+        "base": "DIR|HUB_ID",
+        "host": "ADDRESS",
+        "registry_url": "URL",
+        "otel_endpoint": "URL",
+    }.get(name, "NAME")
 
 
 def _holds(annotation: Any, kind: type) -> bool:

@@ -37,6 +37,7 @@ from server.messages import (
     Pin,
     Preload,
     Request,
+    log_fields,
 )
 
 logger = logging.getLogger(__name__)
@@ -157,12 +158,19 @@ class ClusterLink(Link):
                 await self._ask(ticket, replace(request, id=f"{request.id}.{attempt}"))
                 return
             except (RayActorError, DeploymentUnavailableError) as error:
-                logger.warning("Request %s lost its replica: %s", request.id, type(error).__name__)
+                logger.warning(
+                    "Request %s lost its replica: %s",
+                    request.id,
+                    type(error).__name__,
+                    extra=log_fields(request),
+                )
                 if attempt == ASKED_AT_MOST or not isinstance(request, EncodeRequest):
                     self._deliver(ticket, replica_lost(request))
                     return
             except Exception as error:
-                logger.exception("Request %s failed on its way", request.id)
+                logger.exception(
+                    "Request %s failed on its way", request.id, extra=log_fields(request)
+                )
                 kind = "worker_lost" if isinstance(error, RayServeException) else "internal"
                 text = "The request could not be brought to an engine replica, or back."
                 self._deliver(ticket, Failure(request.id, kind, text, found=type(error).__name__))

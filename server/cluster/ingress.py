@@ -26,12 +26,14 @@ from server.edge.endpoints.application import add_endpoints, describe_app
 from server.edge.endpoints.cross_origin import cors_options
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
 from server.edge.endpoints.inference import inference_routes
+from server.edge.endpoints.key_report import KeyReport, key_routes
 from server.edge.endpoints.middleware import RequestMiddleware
 from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.pages import page_routes
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.thread_deaths import watched
+from server.edge.litserve import logs
 from server.edge.processes.serve import Collector
 from server.edge.processes.start import describe_base
 from server.edge.service import Service
@@ -72,6 +74,8 @@ class Ingress:
 
     def __init__(self, plan: IngressPlan, engines: Any, name: str) -> None:
         settings = plan.settings
+        if settings.log_format == "json":
+            logs.configure(settings.log_level, access=settings.access_log, form="json")
         logging.getLogger().setLevel(settings.log_level.upper())
         count_on_node("http", settings.metrics_dir)
         base = describe_base(settings, plan.place, plan.base_name)
@@ -105,7 +109,8 @@ def build_app(service: Service) -> FastAPI:
     describe_app(app, version)
     inference = inference_routes(TeiTgi(service), Ranking(service), OpenAI(service))
     health = observe_routes(HealthEndpoints(service, version))
-    others = [*health, *admin_routes(Admin(service)), *page_routes()]
+    admin = [*admin_routes(Admin(service)), *key_routes(KeyReport(service))]
+    others = [*health, *admin, *page_routes()]
     add_endpoints(app, service, inference, others)
     return app
 
@@ -119,6 +124,7 @@ async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
     await link.start()
     tasks = [
         watched(service.follow_registry(), "registry", link.give_up),
+        watched(service.follow_keys(), "keys", link.give_up),
         watched(_do_chores(service), "chores", link.give_up),
     ]
     try:

@@ -65,7 +65,7 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
         check_port(settings.host, settings.port)
         shutil.rmtree(settings.data_dir / "staging", ignore_errors=True)
         (settings.data_dir / "staging").mkdir(mode=0o700)
-        logs.configure(settings.log_level, access=settings.access_log)
+        logs.configure(settings.log_level, access=settings.access_log, form=settings.log_format)
         note = settings.data_dir / "cluster.json"
         with run_folder(settings.run_dir, need):
             settings.metrics_dir.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from adapters.registry.names import POLL_S, Names
 from adapters.registry.registry import Registry
@@ -24,6 +24,7 @@ from adapters.registry.store import Store
 from server.cluster.engine_thread import EngineThread
 from server.cluster.metric_files import count_on_node
 from server.edge.link.engine_like import ENGINE_FAILED, build_engine
+from server.edge.litserve import logs
 from server.messages import TERMINAL, Cancel, Event, Failure, Message, Pin, Request
 from server.options import EngineOptions
 
@@ -44,6 +45,7 @@ class ReplicaPlan:
         max_step_s: A step that takes longer means that the engine hangs.
         metrics_dir: Of the files of counts of this node.
         log_level: Least severity that is logged.
+        log_format: ``text`` or ``json``.
     """
 
     engine: str
@@ -53,6 +55,7 @@ class ReplicaPlan:
     max_step_s: float
     metrics_dir: Path
     log_level: str
+    log_format: Literal["text", "json"] = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,8 @@ class EngineReplica:
     """
 
     def __init__(self, plan: ReplicaPlan, name: str = "") -> None:
+        if plan.log_format == "json":
+            logs.configure(plan.log_level, access=False, form="json")
         logging.getLogger().setLevel(plan.log_level.upper())
         count_on_node("engine", plan.metrics_dir)
         self.plan = plan

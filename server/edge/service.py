@@ -6,7 +6,9 @@ Made once in the main process before the fork, then opened in each HTTP process.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +18,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from adapters.intake.conversation import Conversation, UsedConversation, unused
 from adapters.registry.names import POLL_S, Names
+from server.edge.admit.audit_log import audit_log_of
 from server.edge.admit.body_budget import BodyBudget
 from server.edge.admit.bounds import Bounds
-from server.edge.admit.keys import Keyring, resolve_admin_key
+from server.edge.admit.callers import may_ask
+from server.edge.admit.key_file import ApiKey, read_key_file
+from server.edge.admit.key_usage import SharedUsage
+from server.edge.admit.key_usage_file import USAGE_FILE, KeyUsageFile, UsageDays
+from server.edge.admit.keys import keyring_of
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.admit.slow_work import Pool, SlowWork
 from server.edge.grammars import Grammars
@@ -26,6 +33,7 @@ from server.edge.link.dispatcher import Dispatcher
 from server.edge.link.link import Link
 from server.edge.target import Base, Targets
 from server.edge.templates import Templates
+from server.edge.tracing import Tracing
 from server.errors import Refusal
 from server.inputs.conversation import settle
 from server.inputs.grammars import GrammarLimits
@@ -41,10 +49,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+KEYS_POLL_S: Final = 1.0
+USAGE_TICKS: Final = 10  # of those, between two writings of what keys have used
+KEYS_TOLD_EVERY_S: Final = 60.0  # while the file is broken
 # What may change while the server runs.
 RELOADABLE: Final = (
     "admin_key",
     "api_keys",
+    "keys_file",
     "access_log",
     "default_adapter",
     "timeout_s",
@@ -97,7 +109,7 @@ class Service:
         self.load = SharedLoad(settings.api_processes)
         self.names = Names(registry, self.load.registry_changes, base_digest=base.signature.digest)
         self.names.refresh()  # an HTTP process that starts while the database is away has these
-        self.targets = Targets(self.names, base, settings.default_adapter)
+        self.targets = Targets(self.names, base, settings.default_adapter, may_ask)
         self._number = 0
         self._changing = threading.Lock()
         self._reading: asyncio.Future[bool] | None = None
@@ -106,13 +118,27 @@ class Service:
             if link is None
             else link(self.load, bounds_of(settings))
         )
+        self.key_usage = SharedUsage(settings.api_processes)
+        self.dispatcher.key_usage = self.key_usage
+        # In a cluster every HTTP replica counts for itself, and since its own start.
+        self.usage_file = (
+            KeyUsageFile(settings.data_dir / USAGE_FILE, self.key_usage) if link is None else None
+        )
+        if self.usage_file is not None:
+            self.usage_file.restore()
         self.slow_work = SlowWork(settings, self.dispatcher.admission, self.dispatcher.give_up)
         self.bodies = BodyBudget()
+        self.audit_log = audit_log_of(settings)
+        self.tracing: Tracing | None = None  # in a process that is open, where it is asked for
         self.metrics: HttpMetrics | None = None
         self.started = time.time()
         self.read_settings = reload
         self._settings_age = 0
-        self.keys = self._keyring()
+        self._file_keys = None if settings.keys_file is None else read_key_file(settings.keys_file)
+        self.keys = keyring_of(settings, self._file_keys)
+        self.keys_fault: str | None = None  # why the keys file is not used as it is now
+        self._keys_told_at = -math.inf
+        self._key_reader: ThreadPoolExecutor | None = None  # of the keys file
         self._tokens_at: dict[str, float] = {}  # when a streamed request had its last token
         self._reader: ThreadPoolExecutor | None = None  # of the registry, and of nothing else
         self._templates: Templates | None = None
@@ -127,8 +153,14 @@ class Service:
         """
         self._number = number
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
+        self._key_reader = ThreadPoolExecutor(1, thread_name_prefix="keys-file")
+        self.key_usage.number = number
         self.registry.reopen()
         self.metrics = HttpMetrics()
+        if self.settings.otel_endpoint is not None:
+            self.tracing = Tracing.to_collector(
+                self.settings.otel_endpoint, self.settings.otel_ratio
+            )
         self._templates = Templates(self._render_limits, self.registry.store.conversation)
         self.slow_work.open()
         self._grammars = Grammars(
@@ -146,8 +178,12 @@ class Service:
 
     def close(self) -> None:
         self.slow_work.close()
+        if self.tracing is not None:
+            self.tracing.close()
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
+        if self._key_reader is not None:
+            self._key_reader.shutdown(wait=False, cancel_futures=True)
         if self._templates is not None:
             self._templates.close()
         if self._grammars is not None:
@@ -166,6 +202,11 @@ class Service:
         """What checks grammars, in a process that is open."""
         assert self._grammars is not None
         return self._grammars
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether inference needs a key."""
+        return self.settings.keys_file is not None or bool(self.settings.api_keys)
 
     @property
     def default_model(self) -> str:
@@ -192,7 +233,67 @@ class Service:
         self.slow_work.settings = self.settings
         self.targets.default = self.settings.default_adapter
         self.dispatcher.bounds = bounds_of(self.settings)
-        self.keys = self._keyring()
+        if self.settings.keys_file is None:
+            self._file_keys = None
+        elif self._file_keys is None:
+            self._file_keys = {}  # until it has been read: nobody is let in meanwhile
+        self._use_keys(self._file_keys)
+
+    async def follow_keys(self) -> None:
+        """Read the keys file again every KEYS_POLL_S; a broken one changes nothing."""
+        loop = asyncio.get_running_loop()
+        for tick in itertools.count(1):
+            await asyncio.sleep(KEYS_POLL_S)
+            self.refresh()  # perhaps no request does
+            if self._number == 0 and tick % USAGE_TICKS == 0:
+                await loop.run_in_executor(self._key_reader, self.keep_usage)
+            path = self.settings.keys_file
+            if path is None:
+                continue
+            try:
+                found = await loop.run_in_executor(self._key_reader, read_key_file, path)
+            except SettingsFault as fault:
+                self._tell_broken_keys(fault)
+                continue
+            if path == self.settings.keys_file and (
+                found != self._file_keys or self.keys_fault is not None
+            ):
+                self._use_keys(found)
+
+    def keep_usage(self) -> None:
+        """Write what keys have used to its file; a disk that is full is told, and tried again."""
+        if self.usage_file is None or not self.is_keyed:
+            return
+        try:
+            self.usage_file.write([one.name for one in self.keys.named()])
+        except OSError as error:
+            logger.error("What keys have used could not be written: %s", error)
+
+    def usage_days(self) -> UsageDays:
+        """What keys used on the last days, today with it; in a thread."""
+        if self.usage_file is None:
+            return UsageDays()
+        self.keep_usage()
+        return self.usage_file.read()
+
+    def _use_keys(self, from_file: dict[str, ApiKey] | None) -> None:
+        """Take over the keys of a file, with those of the settings; or go on with what there is."""
+        try:
+            self.keys = keyring_of(self.settings, from_file)
+        except SettingsFault as fault:
+            self._tell_broken_keys(fault)
+            return
+        if self.keys_fault is not None:
+            logger.warning("The keys file can be used again")
+        self._file_keys, self.keys_fault = from_file, None
+
+    def _tell_broken_keys(self, fault: SettingsFault) -> None:
+        """Say that the keys of before go on: when it becomes so, and every minute."""
+        now = time.monotonic()
+        if str(fault) != self.keys_fault or now - self._keys_told_at > KEYS_TOLD_EVERY_S:
+            logger.error("The keys were not changed, those of before hold: %s", fault)
+            self._keys_told_at = now
+        self.keys_fault = str(fault)
 
     async def follow_registry(self) -> None:
         """Tell the worker which versions are pinned and which have a name: when it comes up, and
@@ -277,15 +378,30 @@ class Service:
         settings = self.settings
         return GrammarLimits(settings.grammar_s, int(settings.max_grammar_bytes))
 
-    def _keyring(self) -> Keyring:
-        key, _ = resolve_admin_key(self.settings.admin_key, self.settings.data_dir)
-        return Keyring(key, self.settings.api_keys)
-
     def _known_versions(self) -> Pin:
         return Pin(self.names.pinned_versions(), named=tuple(sorted(self.names.versions())))
 
+    def _settle(self, request: Request, event: Event) -> None:
+        if request.origin.key is None or isinstance(event, TokenEvent):
+            return
+        prompt = generated = 0
+        if not isinstance(event, Failure):
+            prompt = event.prompt_tokens
+            generated = len(event.tokens) if isinstance(event, GenerateResult) else 0
+            if self.metrics is not None:
+                self.metrics.key_tokens(request.origin.key, prompt=prompt, generated=generated)
+        self.key_usage.settle(
+            request.id,
+            prompt=prompt,
+            generated=generated,
+            kept=isinstance(event, Failure) and event.code in {"cancelled", "deadline_exceeded"},
+        )
+
     def _count(self, request: Request, event: Event) -> None:
-        """Metrics of what comes back, as it comes back."""
+        """Metrics of what comes back, and what its key has used, as it comes back."""
+        self._settle(request, event)
+        if self.tracing is not None and not isinstance(event, TokenEvent):
+            self.tracing.request(request, event)
         metrics, adapter = self.metrics, request.adapter
         if metrics is None:
             return
@@ -301,6 +417,9 @@ class Service:
             case Failure():
                 self._tokens_at.pop(request.id, None)
                 metrics.failure(adapter, event.code)
+                arm = self.targets.arm_of(adapter, request.version)
+                if adapter is not None and arm is not None:
+                    metrics.canary_failure(adapter, arm, event.code)
             case GenerateResult():
                 self._tokens_at.pop(request.id, None)
                 metrics.tokens(adapter, prompt=event.prompt_tokens, generated=len(event.tokens))

@@ -291,7 +291,10 @@ class EncodeLane:
             if failures.is_lost(error):
                 raise
             if len(rows) == 1:
-                logger.exception("Encoding a row of version %s failed", rows[0].key)
+                version = rows[0].key
+                logger.exception(
+                    "Encoding a row of version %s failed", version, extra={"version": version}
+                )
                 return [error.with_traceback(None)]
             logger.warning("An encode step of %d rows failed; they are run apart", len(rows))
         parts = failures.split_apart(rows, lambda row: row.key)

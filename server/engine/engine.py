@@ -425,7 +425,12 @@ class Engine:
         """In the loader's thread: a version is ready, or has failed."""
         error = self._parts.residency.error(version)
         if error is not None:
-            logger.warning("Adapter version %s could not be loaded: %s", version, error)
+            logger.warning(
+                "Adapter version %s could not be loaded: %s",
+                version,
+                error,
+                extra={"version": version},
+            )
         self.wake()
 
     def _tidy(self) -> None:

@@ -144,7 +144,12 @@ class FailureTracker:
             self._quarantine.succeeded(version)
         for version in failed.keys() - answered:
             if self._quarantine.failed(version, failed[version], time.monotonic()):
-                logger.error("Adapter version %s is quarantined: %s", version, failed[version])
+                logger.error(
+                    "Adapter version %s is quarantined: %s",
+                    version,
+                    failed[version],
+                    extra={"version": version},
+                )
 
     def release(self, version: str) -> None:
         """Try a version again."""

@@ -1,13 +1,17 @@
 """What grammars allow next: worked out beside the engine thread, which never waits for long.
 
-A constraint belongs to one running request. After each token it is told, a thread takes the token
-in and works out which may follow, while the engine runs its next forward: the library does that
-without Python's lock. What takes long is done by threads of low priority, so that a grammar that is
-slow to follow is slow for its own request. What has been compiled is kept, within a budget.
+A constraint belongs to one running request. After each step a thread takes in the tokens that were
+chosen and works out which may follow, while the engine runs its next forward: for all requests in
+one call of the library, which runs without Python's lock, because whoever asks for that lock in the
+middle of a forward may wait as long as the forward takes. Where such a call took long, each of its
+requests is worked out by itself for a while, and the one that takes long by a thread of low
+priority, so that a grammar that is slow to follow is slow for its own request. What has been
+compiled is kept, within a budget.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -23,13 +27,23 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from server.inputs.grammar_engine import Vocabulary
+from server.inputs.grammar_engine import Masks, Vocabulary
 from server.messages import Failure, Grammar
+
+logger = logging.getLogger(__name__)
 
 FAST_THREADS: Final = 4
 SLOW_THREADS: Final = 2
-SLOW_S: Final = 0.003  # a constraint that took longer than this is worked out at low priority
-_SLOW_NICE: Final = 10
+CORES_PER_THREAD: Final = 4  # of the machine, for each thread within the library
+ROWS_TOGETHER: Final = 16  # constraints that are worked out in one call
+SLOW_TOGETHER_S: Final = 0.01  # of such a call; one of them may be slow
+SLOW_S: Final = 0.003  # of processor; a constraint that took more is worked out at low priority
+SUSPECT_TOKENS: Final = 2  # after a slow call, each of its constraints is alone for so many
+SLOW_TOKENS: Final = 8  # and one that was slow is so for so many, twice as many each time
+MOST_SLOW_TOKENS: Final = 8192
+_COMPILING_NICE: Final = 10
+_SLOW_NICE: Final = 15  # a thirtieth of a core that others want
+_NOTHING: Final = np.zeros(0, np.uint8)
 # Measured over a thousand public schemas: what a compiled one takes, about.
 KEPT_BYTES_EACH: Final = 64 << 10
 KEPT_BYTES_PER_BYTE: Final = 64
@@ -43,10 +57,6 @@ class Matcher(Protocol):
     def is_error(self) -> bool: ...
 
     def get_error(self) -> str: ...
-
-    def is_accepting(self) -> bool: ...
-
-    def consume_token(self, sampled_token: int) -> bool: ...
 
     def compute_bitmask(self) -> bytes: ...
 
@@ -110,91 +120,81 @@ class CompiledGrammars:
 
 
 class Constraint:
-    """What may come next in one answer. Of the engine thread, but for its work.
+    """What may come next in one answer. Of the engine thread, but for what works it out.
 
     Args:
         begin: Makes the matcher.
-        ends: Tokens that end the answer; none where the request ignores them.
-        vocabulary: Of the base.
-        pools: Threads for what is fast and for what is slow.
+        ends: Bits of the tokens that end the answer, and of the end itself, ``[bytes]``.
     """
 
-    def __init__(
-        self,
-        begin: Callable[[], Matcher],
-        ends: Collection[int],
-        vocabulary: Vocabulary,
-        pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
-    ) -> None:
-        self._ends = tuple(one for one in ends if 0 <= one < vocabulary.size)
-        self._vocabulary = vocabulary
-        self._fast, self._slow = pools
-        self._matcher: Matcher | None = None
-        self._took_s = 0.0
+    def __init__(self, begin: Callable[[], Matcher], ends: npt.NDArray[np.uint8]) -> None:
+        self.begin = begin
+        self.ends = ends
+        self.matcher: Matcher | None = None  # of the thread that works it out
         self.late = False  # a step had to do without it
-        self.work: Future[Allowed] = self._slow.submit(self._begin, begin)
+        self.closed = False  # nobody asks any more
+        self.slow = False
+        self.alone_tokens = 0  # so many more are worked out by themselves
+        self._slow_tokens = SLOW_TOKENS
+        self.work: MaskWork | None = None
+        self.place = 0  # in the work
 
     @property
     def ready(self) -> bool:
-        return self.work.done()
+        return self.work is not None and self.work.done
 
     def allowed(self) -> Allowed:
         """What may come next; waits until that is known."""
-        return self.work.result()
+        assert self.work is not None
+        return self.work.result()[self.place]
 
     def wait(self, until: float) -> bool:
         """Whether it is known by then, as ``time.monotonic()`` counts; notes where it is not."""
         if not self.ready:
-            with suppress(TimeoutError):
-                self.work.exception(max(0.0, until - time.monotonic()))
+            assert self.work is not None
+            self.work.wait(until - time.monotonic())
         self.late = not self.ready
         return self.ready
 
-    def advance(self, token_id: int) -> None:
-        """Take in the token that was chosen, and work out what may follow it."""
-        pool = self._slow if self._took_s > SLOW_S else self._fast
-        self.late = False
-        self.work = pool.submit(self._follow, token_id)
-
     def close(self) -> None:
         """Nobody asks any more."""
-        self.work.cancel()
+        self.closed = True
 
-    def _begin(self, begin: Callable[[], Matcher]) -> Allowed:
-        self._matcher = begin()
-        return self._next()
+    def took_alone(self, seconds: float) -> None:
+        """Note what it took of a processor when it was worked out by itself."""
+        self.slow = seconds > SLOW_S
+        if self.slow:
+            self.alone_tokens = self._slow_tokens
+            self._slow_tokens = min(2 * self._slow_tokens, MOST_SLOW_TOKENS)
+        elif self.alone_tokens:
+            self.alone_tokens -= 1
 
-    def _follow(self, token_id: int) -> Allowed:
-        began = time.monotonic()
-        assert self._matcher is not None
-        try:
-            self._matcher.consume_token(token_id)
-            return self._next()
-        finally:
-            self._took_s = time.monotonic() - began
 
-    def _next(self) -> Allowed:
-        matcher = self._matcher
-        assert matcher is not None
-        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
-        empty = np.zeros(0, np.uint8)
-        if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())[:120]
-            stuck = "NoExtension" in reason
-            return Allowed(
-                empty, fault=("grammar_unreachable" if stuck else "grammar_too_complex", reason)
-            )
-        bits = np.frombuffer(mask, np.uint8).copy()
-        complete = bool(_bit(bits, self._vocabulary.end))
-        _set(bits, (self._vocabulary.end,), on=False)
-        _set(bits, self._ends, on=False)  # not even as text: it would end the answer
-        if not bits.any():
-            if complete:
-                return Allowed(bits, complete=True)
-            return Allowed(bits, fault=("grammar_unreachable", "no token that may come next"))
-        if complete:
-            _set(bits, self._ends, on=True)
-        return Allowed(bits)
+class MaskWork:
+    """Constraints that are worked out in one call, and what came of it.
+
+    Args:
+        rows: Each with the token that was chosen; None: it begins.
+    """
+
+    def __init__(self, rows: list[tuple[Constraint, int | None]]) -> None:
+        self.rows = rows
+        self.future: Future[list[Allowed]] | None = None  # None: not begun
+
+    @property
+    def done(self) -> bool:
+        return self.future is not None and self.future.done()
+
+    def result(self) -> list[Allowed]:
+        """In the order of the rows; waits for it."""
+        assert self.future is not None
+        return self.future.result()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when it is done, or after so long."""
+        assert self.future is not None
+        with suppress(TimeoutError):
+            self.future.exception(max(0.0, timeout_s))
 
 
 class Constraints:
@@ -208,11 +208,18 @@ class Constraints:
     def __init__(self, vocabulary: Vocabulary, budget_bytes: int) -> None:
         self._vocabulary = vocabulary
         self.kept = CompiledGrammars(vocabulary, budget_bytes)
-        self._pools = (
-            ThreadPoolExecutor(FAST_THREADS, thread_name_prefix="grammars"),
-            ThreadPoolExecutor(
-                SLOW_THREADS, thread_name_prefix="slow-grammars", initializer=_give_way
-            ),
+        cores = len(os.sched_getaffinity(0))
+        self._shared_masks = Masks(vocabulary, max(1, cores // CORES_PER_THREAD))
+        self._own = threading.local()
+        self._noted: list[MaskWork] = []  # what may follow is to be worked out
+        self._fast = ThreadPoolExecutor(FAST_THREADS, thread_name_prefix="grammars")
+        self._compiling = ThreadPoolExecutor(
+            SLOW_THREADS,
+            thread_name_prefix="grammars",
+            initializer=partial(_give_way, _COMPILING_NICE),
+        )
+        self._slow = ThreadPoolExecutor(
+            SLOW_THREADS, thread_name_prefix="slow-grammars", initializer=self._begin_slow
         )
 
     def begin(self, grammar: Grammar, ends: Collection[int]) -> Constraint:
@@ -222,21 +229,120 @@ class Constraints:
             grammar: That was checked.
             ends: Tokens that end the answer: they may come where the text is complete.
         """
-        return Constraint(
-            partial(self.kept.matcher, grammar),
-            ends,
-            self._vocabulary,
-            self._pools,
-        )
+        size = self._vocabulary.size
+        bits = np.zeros(-(-(size + 1) // 32) * 4, np.uint8)
+        for at in (self._vocabulary.end, *(one for one in ends if 0 <= one < size)):
+            bits[at >> 3] |= 1 << (at & 7)
+        made = Constraint(partial(self.kept.matcher, grammar), bits)
+        made.work = MaskWork([(made, None)])
+        made.work.future = self._compiling.submit(self._work_out, made.work)
+        return made
+
+    def follow(self, constraint: Constraint, token_id: int) -> None:
+        """Note a token that was chosen: ``start`` has worked out what may follow."""
+        constraint.late = False
+        last = self._noted[-1] if self._noted else None
+        if (
+            constraint.alone_tokens
+            or last is None
+            or len(last.rows) >= ROWS_TOGETHER
+            or last.rows[0][0].alone_tokens
+        ):
+            last = MaskWork([])
+            self._noted.append(last)
+        constraint.work, constraint.place = last, len(last.rows)
+        last.rows.append((constraint, token_id))
+
+    def start(self) -> None:
+        """Have worked out what may follow the tokens that were noted."""
+        noted, self._noted = self._noted, []
+        for work in noted:
+            slow = work.rows[0][0].slow
+            work.future = (self._slow if slow else self._fast).submit(self._work_out, work)
 
     def close(self) -> None:
-        for pool in self._pools:
+        for pool in (self._fast, self._compiling, self._slow):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_slow(self) -> None:
+        _give_way(_SLOW_NICE)
+        self._own.masks = Masks(self._vocabulary, 1)
+
+    def _work_out(self, work: MaskWork) -> list[Allowed]:
+        """In a thread. Whatever happens in it is the end of these constraints only."""
+        try:
+            return self._taken_in(work.rows)
+        except BaseException as error:  # the library's faults are no Exceptions
+            logger.exception("What a grammar allows was not worked out")
+            fault = ("grammar_too_complex", type(error).__name__)
+            return [Allowed(_NOTHING, fault=fault) for _ in work.rows]
+
+    def _taken_in(self, rows: list[tuple[Constraint, int | None]]) -> list[Allowed]:
+        began = time.monotonic()
+        (first, _), *others = rows
+        if not others and first.closed:
+            return [Allowed(_NOTHING, complete=True)]
+        if first.matcher is None:
+            first.matcher = first.begin()
+        masks_of: Masks = getattr(self._own, "masks", self._shared_masks)
+        matchers = [one.matcher for one, _ in rows if one.matcher is not None]
+        assert len(matchers) == len(rows)
+        told = [(one.matcher, token) for one, token in rows if token is not None]
+        if told:
+            masks_of.take(told)
+        if others:
+            masks = masks_of(matchers)
+            if time.monotonic() - began > SLOW_TOGETHER_S:
+                for one, _ in rows:
+                    one.alone_tokens = SUSPECT_TOKENS
+        else:
+            began_here = time.thread_time()
+            masks = np.frombuffer(matchers[0].compute_bitmask(), np.uint8)[None]
+            first.took_alone(time.thread_time() - began_here)
+        ends = np.stack([one.ends for one, _ in rows])
+        return told_apart(masks, ends, matchers, self._vocabulary.end)
+
+
+def told_apart(
+    masks: npt.NDArray[np.uint8],
+    ends: npt.NDArray[np.uint8],
+    matchers: Iterable[Matcher],
+    end: int,
+) -> list[Allowed]:
+    """What masks say of each answer.
+
+    Args:
+        masks: ``[n, bytes]``, as matchers give them; left as they are.
+        ends: ``[n, bytes]``, the tokens that end each answer, and ``end`` itself.
+        matchers: n, for their errors.
+        end: The id that says that a text is complete.
+    """
+    complete = (masks[:, end >> 3] >> (end & 7) & 1).astype(bool)
+    going_on = masks & ~ends  # not even as text: it would end the answer
+    some = going_on.any(axis=1)
+    going_on[complete] |= ends[complete]
+    going_on[:, end >> 3] &= ~(1 << (end & 7)) & 0xFF
+    told = []
+    for at, matcher in enumerate(matchers):
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())[:120]
+            code = "grammar_unreachable" if "NoExtension" in reason else "grammar_too_complex"
+            told.append(Allowed(_NOTHING, fault=(code, reason)))
+        elif some[at]:
+            told.append(Allowed(going_on[at]))
+        elif complete[at]:
+            told.append(Allowed(_NOTHING, complete=True))
+        else:
+            found = ("grammar_unreachable", "no token that may come next")
+            told.append(Allowed(_NOTHING, fault=found))
+    return told
 
 
 def wait_for_one(constraints: Iterable[Constraint], timeout_s: float) -> None:
     """Return when one of them is ready, or after so long."""
-    wait_for_any([one.work for one in constraints], timeout_s, FIRST_COMPLETED)
+    works = {one.work for one in constraints}
+    futures = [one.future for one in works if one is not None and one.future is not None]
+    wait_for_any(futures, timeout_s, FIRST_COMPLETED)
 
 
 def constraint_failure(request_id: str, code: str, found: str) -> Failure:
@@ -256,18 +362,6 @@ def constraint_failure(request_id: str, code: str, found: str) -> Failure:
     )
 
 
-def _give_way() -> None:
+def _give_way(nice: int) -> None:
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SLOW_NICE)
-
-
-def _bit(bits: npt.NDArray[np.uint8], at: int) -> int:
-    return int(bits[at >> 3]) >> (at & 7) & 1
-
-
-def _set(bits: npt.NDArray[np.uint8], ids: Iterable[int], *, on: bool) -> None:
-    for at in ids:
-        if on:
-            bits[at >> 3] |= 1 << (at & 7)
-        else:
-            bits[at >> 3] &= ~(1 << (at & 7)) & 0xFF
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

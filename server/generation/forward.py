@@ -39,7 +39,7 @@ from server.generation.page_attention import (
 from server.generation.sampling import Choice, choose, likeliest_of, logprobs_of
 from server.generation.sequences import ScheduledRows, Sequence
 from server.generation.static_step import LaunchedStep, StaticStep
-from server.messages import GenerateRequest
+from server.messages import GenerateRequest, log_fields
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
@@ -392,7 +392,8 @@ class PagedForward:
                 raise
             if len(parts) == 1:
                 sequence = parts[0].sequence
-                logger.exception("A step of version %s failed", sequence.request.version)
+                told = log_fields(sequence.request)
+                logger.exception("A step of version %s failed", told["version"], extra=told)
                 return StepOutcome([], [(sequence, error.with_traceback(None))], [])
             logger.warning("A generate step of %d sequences failed; they are run apart", len(parts))
         else:

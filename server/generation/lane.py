@@ -55,6 +55,7 @@ from server.messages import (
     GenerateRequest,
     GenerateResult,
     SamplingOptions,
+    log_fields,
 )
 from server.options import EngineOptions
 from server.stages import tell_stage
@@ -402,6 +403,7 @@ class GenerateLane:
         for sequence, choice in ran.chosen:
             if sequence.request.id not in failed:
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         events += self._settled(faults)
 
     def _launch_after(self, before: LaunchedStep | None) -> LaunchedStep | None:
@@ -442,6 +444,7 @@ class GenerateLane:
             if self._running.get(sequence.request.id) is sequence:
                 self._note_written(sequence, 1)
                 self._take(sequence, choice, faults, events)
+        self._constraints.start()
         self._let_go()
         events += self._settled(faults)
 
@@ -474,7 +477,8 @@ class GenerateLane:
         try:
             events += self._advance(sequence, choice)
         except Exception as error:
-            logger.exception("Request %s failed", sequence.request.id)
+            request = sequence.request
+            logger.exception("Request %s failed", request.id, extra=log_fields(request))
             faults.append((sequence, failures.broken(sequence.request, error)))
 
     def _advance(self, sequence: Sequence, choice: Choice) -> list[Event]:

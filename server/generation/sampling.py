@@ -112,10 +112,16 @@ def choose(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[Choic
     scores = raw
     held = [i for i, c in enumerate(choosers) if c.allowed is not None]
     if held:
-        scores = raw.clone()
-        scores[held] = only_allowed(raw[held], [c.allowed for c in choosers])
-        for i, token in zip(held, scores[held].argmax(-1).tolist(), strict=True):
-            tokens[i] = token
+        allowed = [c.allowed for c in choosers]
+        if len(held) == len(choosers):
+            scores = only_allowed(raw, allowed)
+        else:
+            scores = raw.clone()
+            scores[held] = only_allowed(raw[held], allowed)
+        best_only = [i for i in held if not choosers[i].sampled]
+        if best_only:
+            for i, token in zip(best_only, scores[best_only].argmax(-1).tolist(), strict=True):
+                tokens[i] = token
     changed = [(i, c.changes) for i, c in enumerate(choosers) if c.changes is not None]
     if changed:
         scores = raw.clone() if scores is raw else scores
@@ -156,9 +162,28 @@ def only_allowed(
     """
     packed = np.stack([one for one in allowed if one is not None])
     vocabulary = logits.shape[-1]
-    bits = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little")
-    may = torch.from_numpy(bits.view(np.bool_)).to(logits.device)
+    if logits.device.type == "cpu":
+        bits = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little")
+        may = torch.from_numpy(bits.view(np.bool_))
+    else:
+        may = unpacked_bits(torch.from_numpy(packed).to(logits.device), vocabulary)
     return logits.masked_fill(~may, float("-inf"))
+
+
+def unpacked_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """The first bits of each row, the lowest of a byte first, where the bytes are: an eighth of
+    them goes to a device.
+
+    Args:
+        packed: uint8 ``[n, bytes]``.
+        count: Of bits; those beyond the bytes are 0.
+
+    Returns:
+        bool ``[n, count]``.
+    """
+    bits = (packed[..., None] >> torch.arange(8, device=packed.device)) & 1
+    found = bits.flatten(1)[:, :count].bool()
+    return torch.nn.functional.pad(found, (0, count - found.shape[1]))
 
 
 def logprobs_of(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:

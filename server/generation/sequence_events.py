@@ -92,7 +92,8 @@ class SequenceEvents:
         elif sequence.exhausted and sequence.constraint is None:
             reason = "length"
         if reason is None and sequence.constraint is not None:
-            sequence.constraint.advance(token)  # which may end it: the lane asks at its next step
+            # Which may end it: the lane asks at its next step.
+            self._constraints.follow(sequence.constraint, token)
         return events, reason
 
     def ends_of(self, request: GenerateRequest) -> Collection[int]:

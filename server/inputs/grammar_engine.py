@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import llguidance
+import llguidance.numpy
+import numpy as np
+import numpy.typing as npt
 
 GrammarKind = Literal["json_schema", "regex", "choice", "lark", "tool_calls"]
 # Between the marks of JSON: a space, or a new line that is indented. Without a bound an answer may
@@ -72,6 +75,51 @@ class Vocabulary:
             text: As ``engine_text`` makes it.
         """
         return llguidance.LLMatcher(self.engine, text, log_level=0, limits=self.limits())
+
+
+class Masks:
+    """Works out what may come next for many matchers at once, without Python's lock.
+
+    Args:
+        vocabulary: Of all of them.
+        threads: That share the matchers of a call; they have the priority of the thread that makes
+            this.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
+        self._executor = llguidance.LLExecutor(threads)
+        self._ids = vocabulary.size + 1
+        # The library keeps Python's lock where a call has one matcher alone. A copy of this goes
+        # beside it: it has an error, and does nothing with what it is told.
+        self._beside = (vocabulary.matcher("beside"), vocabulary.end)
+
+    def take(self, tokens: Sequence[tuple[Any, int]]) -> None:
+        """Tell each matcher its token; one that does not fit leaves the matcher with an error.
+
+        Args:
+            tokens: Matchers, none of them twice, with the id of a token each.
+        """
+        told = list(tokens)
+        if len(told) == 1:
+            matcher, end = self._beside
+            told.append((matcher.deep_copy(), end))
+        llguidance.numpy.consume_token_par(self._executor, told)
+
+    def __call__(self, matchers: Sequence[Any]) -> npt.NDArray[np.uint8]:
+        """What may come next in each; of one that has an error only its end.
+
+        Args:
+            matchers: At least one, and none of them twice; nobody else uses them meanwhile.
+
+        Returns:
+            ``[len(matchers), bytes]``: a bit for each id and one for the end, the lowest of a byte
+            first; the rest of the last bytes is 0.
+        """
+        shape = llguidance.numpy.get_bitmask_shape(len(matchers), self._ids)
+        found = np.zeros(shape, np.int32)
+        rows = [(one, at) for at, one in enumerate(matchers)]
+        llguidance.numpy.fill_next_token_bitmask_par(self._executor, rows, found)
+        return found.view(np.uint8)
 
 
 def engine_text(kind: GrammarKind, content: Any) -> str:

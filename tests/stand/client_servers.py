@@ -19,7 +19,10 @@ ENCODERS = (
     ("vectors", "feature-extraction", ("no", "yes")),
 )
 CONTEXT_TOKENS = 1024  # clients' own defaults ask for hundreds of tokens
-TEMPLATE = "{% for one in messages %} {{ one['content'] }}{% endfor %} good"
+TEMPLATE = (
+    "{% for one in tools or [] %} {{ one['function']['name'] }} <tool_call>{% endfor %}"
+    "{% for one in messages %} {{ one['content'] }}{% endfor %} good"
+)
 
 
 @contextmanager

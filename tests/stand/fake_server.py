@@ -41,6 +41,11 @@ class Record:
     labels: tuple[str, ...] | None = None
     chat_template: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    canary: None = None
+
+    def versions(self) -> tuple[str, ...]:
+        return (self.version,)
 
     def fits(self, base_digest: str) -> bool:
         return not base_digest
@@ -153,7 +158,7 @@ def main(engine: str) -> None:
     from server.edge.service import Service
     from server.edge.target import Base
 
-    logs.configure(settings.log_level, access=settings.access_log)
+    logs.configure(settings.log_level, access=settings.access_log, form=settings.log_format)
     nothing: Any = None
     signature: Any = SimpleNamespace(digest="")
     file = settings.chat_template

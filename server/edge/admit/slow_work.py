@@ -32,6 +32,7 @@ Pool = Literal[
     "registrations",
     "records",
     "collecting",
+    "audit",
     "metrics",
     "bodies",
     "answers",
@@ -44,13 +45,14 @@ POOLS: Final[dict[Pool, int]] = {
     "registrations": 2,
     "records": 2,
     "collecting": 1,
+    "audit": 1,  # lines in the order of the calls
     "metrics": 1,
     "bodies": 1,  # large ones, from bytes to values
     "answers": 1,  # large ones, from values to bytes
 }
 # Kinds that are as slow as a disk, or as somebody else's server, and that few ask for.
 UNHURRIED: Final[frozenset[Pool]] = frozenset(
-    {"sources", "uploads", "registrations", "records", "collecting"}
+    {"sources", "uploads", "registrations", "records", "collecting", "audit"}
 )
 UNHURRIED_WAITING: Final = 64  # requests that may wait for one of those
 UNHURRIED_HANG_S: Final = 3600.0  # longer than any source or disk takes for one adapter

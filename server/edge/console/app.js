@@ -149,7 +149,7 @@ let rates = new Map();
 let errors = new Map();
 
 async function lookMetrics() {
-  const answer = await fetch("/metrics");
+  const answer = await fetch("/metrics", key() ? { headers: { Authorization: `Bearer ${key()}` } } : {});
   if (!answer.ok) return;
   const now = parsed(await answer.text());
   const at = performance.now();
@@ -235,10 +235,15 @@ function showAdapters(admin) {
   }
 }
 
+function versionText(one) {
+  const text = (one.version || "").slice(0, 12);
+  return one.canary ? `${text}, canary ${one.canary.version.slice(0, 12)} at ${one.canary.share} %` : text;
+}
+
 function row(one, admin) {
   const cells = [
-    made("th", one.name, { scope: "row" }),
-    made("td", (one.version || "").slice(0, 12), one.version ? { title: one.version } : {}),
+    made("th", one.aliases && one.aliases.length ? `${one.name} (${one.aliases.join(", ")})` : one.name, { scope: "row" }),
+    made("td", versionText(one), one.version ? { title: one.version } : {}),
     made("td", one.task),
     made("td", one.method ? `${one.method}, r ${[...new Set(one.ranks)].join(" to ")}` : ""),
     made("td", where(one), one.quarantined_until ? { class: "error" } : {}),
@@ -281,11 +286,23 @@ async function showVersions(name) {
   try {
     const path = `/admin/adapters/${encodeURIComponent(name)}`;
     const told = await (await call(`${path}/versions`)).json();
+    const shown = records.find((one) => one.name === name) || {};
     find("versions-note").textContent = `Of ${told.kept_versions} old versions the bytes are kept, so that the name can go back to them.`;
+    if (shown.canary) find("versions-note").textContent += ` The canary ${shown.canary.version.slice(0, 12)} answers ${shown.canary.share} % of the requests; rolling back ends it. ${armText(name)}`;
     find("versions-rows").replaceChildren(...told.versions.map((one) => versionRow(name, path, one)));
   } catch (error) {
     find("versions-note").textContent = error.message;
   }
+}
+
+function armText(name) {
+  const told = ["stable", "canary"].map((arm) => {
+    const own = (one) => one.adapter === name && one.arm === arm;
+    const all = summed(lastSamples || [], "hira_canary_requests_total", own);
+    const bad = summed(lastSamples || [], "hira_canary_requests_total", (one) => own(one) && one.status >= "400");
+    return `${arm}: ${all} requests, ${bad} errors`;
+  });
+  return `${told.join("; ")}.`;
 }
 
 function versionRow(name, path, one) {
@@ -301,7 +318,7 @@ function versionRow(name, path, one) {
   );
   const actions = made("td");
   if (one.kept && !one.current) {
-    const back = made("button", "Roll back", { type: "button", "aria-label": `Roll ${name} back to number ${one.number}` });
+    const back = made("button", "Roll back", { type: "button", "aria-label": `Roll back ${name} to number ${one.number}` });
     back.addEventListener("click", async () => {
       try {
         if (!await sure(`Put ${name} back on ${one.version.slice(0, 12)}? No later request is answered otherwise.`, "Roll back")) return;

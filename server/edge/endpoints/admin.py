@@ -1,4 +1,5 @@
-"""The admin calls: register, list, show, pin, roll back and remove adapters while traffic runs.
+"""The admin calls: register, list, show, pin, roll back and remove adapters, name them otherwise
+and try versions on a share of the traffic, while it runs.
 
 Checking and storing take seconds and happen on threads of their own. A name is answered with the
 new version from the moment its row is committed; requests admitted before finish on the old one.
@@ -18,24 +19,34 @@ from typing import Any, Final
 
 from fastapi import Depends, Query, Request, Response
 from fastapi import Path as PathParameter
+from pydantic import BaseModel
 
 from adapters.errors import AdapterError, full_disk_refused
 from adapters.inspection.audit import audit
 from adapters.inspection.proofs import prove, rank_of
 from adapters.intake.file_names import CARD_FILE
-from adapters.registry.records import NameChange, WantedName
-from adapters.registry.registry import AdapterRecord, check_name
+from adapters.registry.aliases import AliasChange
+from adapters.registry.naming import check_name
+from adapters.registry.records import Canary, NameChange, WantedName
+from adapters.registry.registry import AdapterRecord
 from server.edge.admit.slow_work import Pool
 from server.edge.endpoints.allowed_sources import fetched, unpacked
+from server.edge.endpoints.audited import note_change
 from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
 from server.edge.endpoints.schemas import (
     AdapterAnswer,
     AdapterList,
+    AliasAnswer,
+    AliasChangeAnswer,
+    AliasList,
+    AliasRequest,
     ApplyAnswer,
     ApplyRequest,
     AuditAnswer,
+    CanaryAnswer,
+    CanaryRequest,
     MoveAnswer,
     NameChangeAnswer,
     PatchRequest,
@@ -53,20 +64,25 @@ from server.metrics import BASE_LABEL, adapter_usage
 logger = logging.getLogger(__name__)
 
 PAGE_MAX: Final = 1000
-ADMIN_STATUSES: Final = (401, 403, 404, 408, 409, 410, 413, 422, 429, 431, 500, 503, 507)
+ADMIN_STATUSES: Final = (400, 401, 403, 404, 408, 409, 410, 413, 422, 429, 431, 500, 503, 507)
 TRUE: Final = frozenset({"true", "1", "yes", "on"})
 FALSE: Final = frozenset({"false", "0", "no", "off", ""})
 REGISTRATION_FLAGS: Final = ("replace", "pinned", "preload", "stage")
 APPLY_BODY: Any = Depends(sent_json(ApplyRequest))
 PATCH_BODY: Any = Depends(sent_json(PatchRequest))
 ROLLBACK_BODY: Any = Depends(sent_json(RollbackRequest))
+CANARY_BODY: Any = Depends(sent_json(CanaryRequest))
+ALIAS_BODY: Any = Depends(sent_json(AliasRequest))
 # By method and path below /admin: the bodies that their endpoints check by themselves.
-DESCRIBED: Final = {
+DESCRIBED: Final[dict[tuple[str, str], type[BaseModel]]] = {
     ("PATCH", "/admin/adapters/{name}"): PatchRequest,
     ("POST", "/admin/apply"): ApplyRequest,
     ("POST", "/admin/adapters/{name}/rollback"): RollbackRequest,
+    ("PUT", "/admin/adapters/{name}/canary"): CanaryRequest,
+    ("PUT", "/admin/aliases/{alias}"): AliasRequest,
 }
 NamePath = PathParameter(max_length=128, description="The adapter's name.")
+AliasPath = PathParameter(max_length=128, description="The alias.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +182,7 @@ class Admin:
             record = await self._change(
                 lambda: self.service.registry.update(name, pinned=pinned), "records"
             )
+        note_change(name, record.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if asks_device:
             self.service.dispatcher.tell(Preload(record.version))
@@ -209,9 +226,61 @@ class Admin:
             lambda: self.service.registry.moves.rollback(name, body.version, self._staged),
             "records",
         )
+        note_change(name, before.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         self.service.dispatcher.tell(Preload(record.version))
         return Json({**self._answer(record, await self._known()), "before": before.version})
+
+    async def start_canary(
+        self, request: Request, body: CanaryRequest = CANARY_BODY, name: str = NamePath
+    ) -> Response:
+        """Give another version a share of a name's requests, or the canary another share."""
+        record = await self._change(
+            lambda: self.service.registry.moves.start_canary(
+                name, body.version, body.share, self._staged
+            ),
+            "registrations",
+        )
+        assert record.canary is not None
+        note_change(name, record.version, record.version)
+        self.service.dispatcher.tell(ReleaseQuarantine(record.canary.record.version))
+        self.service.dispatcher.tell(Preload(record.canary.record.version))
+        return Json(self._answer(record, await self._known()))
+
+    async def promote_canary(self, request: Request, name: str = NamePath) -> Response:
+        """Put a name on its canary's version."""
+        record, before = await self._change(
+            lambda: self.service.registry.moves.promote(name), "records"
+        )
+        note_change(name, before.version, record.version)
+        return Json({**self._answer(record, await self._known()), "before": before.version})
+
+    async def abort_canary(self, request: Request, name: str = NamePath) -> Response:
+        """End a canary: the version that the name is on answers all requests."""
+        record, _ = await self._change(lambda: self.service.registry.moves.abort(name), "records")
+        note_change(name, record.version, record.version)
+        return Json(self._answer(record, await self._known()))
+
+    async def list_aliases(self, request: Request) -> Response:
+        """List the aliases and what each points to."""
+        found = await self._in_thread(self.service.registry.aliases.all, "records")
+        return Json(AliasList(aliases=found).model_dump())
+
+    async def set_alias(
+        self, request: Request, body: AliasRequest = ALIAS_BODY, alias: str = AliasPath
+    ) -> Response:
+        """Point an alias to an adapter, from wherever it points now."""
+        self._check_free_of_base(alias)
+        record, before = await self._change(
+            lambda: self.service.registry.aliases.set(alias, body.adapter), "records"
+        )
+        answer = AliasAnswer(alias=alias, adapter=record.name, before=before)
+        return Json(answer.model_dump())
+
+    async def remove_alias(self, request: Request, alias: str = AliasPath) -> Response:
+        """Remove an alias; the adapter stays."""
+        await self._change(lambda: self.service.registry.aliases.remove(alias), "records")
+        return Response(status_code=204)
 
     def _staged(self, version: str) -> AdapterRecord:
         """The record of a version whose bytes are in the store, checked on the base; in a thread.
@@ -229,7 +298,9 @@ class Admin:
 
     async def remove(self, request: Request, name: str = NamePath) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
+        known = self.service.names.records.get(name)
         await self._change(lambda: self.service.registry.remove(name), "records")
+        note_change(name, None if known is None else known.version, None)
         return Response(status_code=204)
 
     async def apply(self, request: Request, body: ApplyRequest = APPLY_BODY) -> Response:
@@ -246,10 +317,12 @@ class Admin:
             raise Refusal(faults)
         work = partial(self._apply, body)
         if body.dry_run:
-            changes = await self._in_thread(work, "registrations")
+            changes, aliases = await self._in_thread(work, "registrations")
         else:
-            changes = await self._change(work, "registrations")
+            changes, aliases = await self._change(work, "registrations")
         for one in changes if not body.dry_run else ():
+            before = None if one.before is None else one.before.version
+            note_change(one.name, before, None if one.change == "removed" else one.record.version)
             if one.change not in ("removed", "unchanged"):
                 self.service.dispatcher.tell(ReleaseQuarantine(one.record.version))
                 if one.record.pinned:
@@ -267,10 +340,21 @@ class Admin:
                     )
                     for one in changes
                 ],
+                aliases=[
+                    AliasChangeAnswer.model_validate(
+                        {
+                            "alias": one.alias,
+                            "change": one.change,
+                            "adapter": one.name,
+                            "before": one.before,
+                        }
+                    )
+                    for one in aliases
+                ],
             ).model_dump()
         )
 
-    def _apply(self, body: ApplyRequest) -> Sequence[NameChange]:
+    def _apply(self, body: ApplyRequest) -> tuple[Sequence[NameChange], Sequence[AliasChange]]:
         """Check every version first, then change the names in one transaction; in a thread.
 
         Raises:
@@ -288,6 +372,11 @@ class Admin:
                 faults += refusal.faults_of(one.name, f"adapters.{place}")
             else:
                 wanted.append(WantedName(one.name, record, one.source or "upload", one.pinned))
+        for alias in body.aliases or ():
+            try:
+                self._check_free_of_base(alias)
+            except Refusal as refusal:
+                faults += refusal.faults_of(alias, "aliases")
         known = service.registry.records()
         faults += [
             Fault("adapter_not_found", f"There is no adapter {name[:80]}.", field="remove")
@@ -296,7 +385,9 @@ class Admin:
         ]
         if faults:
             raise Refusal(faults)
-        return service.registry.apply(wanted, body.remove, dry_run=body.dry_run)
+        return service.registry.apply(
+            wanted, body.remove, aliases=body.aliases, dry_run=body.dry_run
+        )
 
     def _check_free_of_base(self, name: str) -> None:
         if name in {BASE_LABEL, self.service.base.name}:
@@ -325,6 +416,7 @@ class Admin:
         self._check_free_of_base(registration.name)
         if registration.stage:
             return await self._stage(registration.name, folder, source)
+        known = self.service.names.records.get(registration.name)
         record, created = await self._change(
             lambda: self.service.registry.register(
                 registration.name,
@@ -338,6 +430,7 @@ class Admin:
             ),
             "registrations",
         )
+        note_change(record.name, None if known is None else known.version, record.version)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if registration.preload or registration.pinned:
             self.service.dispatcher.tell(Preload(record.version))
@@ -358,7 +451,7 @@ class Admin:
             return await self.service.change_registry(work, pool)
 
     def _answer(self, record: AdapterRecord, known: AdapterStatus) -> dict[str, Any]:
-        return _answer(record, known, served=record.fits(self.service.names.base_digest))
+        return _answer(record, known, self.service.names.base_digest)
 
     async def _known(self) -> AdapterStatus:
         state = self.service.dispatcher.state()
@@ -379,7 +472,7 @@ def _refused() -> Iterator[None]:
         raise Refusal.of(error) from None
 
 
-def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dict[str, Any]:
+def _answer(record: AdapterRecord, known: AdapterStatus, base_digest: str) -> dict[str, Any]:
     requests, last_used = known.usage.get(record.name, (0, None))
     until, why = known.quarantined.get(record.version, (None, None))
     return AdapterAnswer(
@@ -396,7 +489,7 @@ def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dic
         base=record.base_name,
         source=record.source,
         pinned=record.pinned,
-        served=served,
+        served=record.fits(base_digest),
         created=record.created.isoformat(),
         residency=known.residency.get(record.version, "disk"),
         requests=requests,
@@ -406,7 +499,22 @@ def _answer(record: AdapterRecord, known: AdapterStatus, *, served: bool) -> dic
         chat_template=record.chat_template,
         generation=dict(record.generation),
         notes=list(record.notes),
+        aliases=list(record.aliases),
+        canary=None if record.canary is None else _canary_answer(record.canary, known, base_digest),
     ).model_dump()
+
+
+def _canary_answer(canary: Canary, known: AdapterStatus, base_digest: str) -> CanaryAnswer:
+    record = canary.record
+    return CanaryAnswer(
+        version=record.version,
+        share=canary.share,
+        started=record.created.isoformat(),
+        source=record.source,
+        served=record.fits(base_digest),
+        residency=known.residency.get(record.version, "disk"),
+        quarantined_until=_when(known.quarantined.get(record.version, (None, None))[0]),
+    )
 
 
 def _when(seconds: float | None) -> str | None:
@@ -478,6 +586,12 @@ def admin_routes(admin: Admin) -> list[Endpoint]:
         route("GET", f"{one}/audit", admin.audit, AuditAnswer),
         route("GET", f"{one}/versions", admin.versions, VersionsAnswer),
         route("POST", f"{one}/rollback", admin.rollback, MoveAnswer),
+        route("PUT", f"{one}/canary", admin.start_canary, AdapterAnswer),
+        route("POST", f"{one}/canary/promote", admin.promote_canary, MoveAnswer),
+        route("DELETE", f"{one}/canary", admin.abort_canary, AdapterAnswer),
+        route("GET", "/admin/aliases", admin.list_aliases, AliasList),
+        route("PUT", "/admin/aliases/{alias}", admin.set_alias, AliasAnswer),
+        route("DELETE", "/admin/aliases/{alias}", admin.remove_alias, None, 204),
         route("PATCH", one, admin.change, AdapterAnswer),
         route("DELETE", one, admin.remove, None, 204),
         route("POST", "/admin/apply", admin.apply, ApplyAnswer),

@@ -58,6 +58,38 @@ def context_of(request: HttpRequest) -> RequestContext:
     return context
 
 
+def resolved(
+    request: HttpRequest,
+    service: Service,
+    names: Sequence[str | None],
+    path: str,
+    field: str = "adapter",
+    *,
+    call: str | None = None,
+    user: object = None,
+) -> Target:
+    """`Targets.resolve` for a call, written down in its context.
+
+    Args:
+        request: The call; where versions share the requests of a name, its id decides which
+            answers, unless it says for which user it is.
+        service: Whose names they are.
+        names, path, field, call: As `Targets.resolve` takes them.
+        user: As OpenAI's bodies have it: whoever asks for one gets the same version every time.
+
+    Raises:
+        Refusal: As `Targets.resolve`.
+    """
+    context = context_of(request)
+    sticks = isinstance(user, str) and bool(user)
+    key = f"user {user}" if sticks else f"request {context.request_id}"
+    target = service.targets.resolve(names, path, field, call=call, key=key)
+    context.adapter, context.arm = target.adapter, target.arm
+    if sticks and target.arm is not None:  # it has an effect here
+        context.ignored = tuple(one for one in context.ignored if one != "user")
+    return target
+
+
 def check_fields(request: HttpRequest, body: OpenAIBody) -> None:
     """Refuse fields that would change the answer and cannot be honoured; note those that are
     ignored, for a header and the log.
@@ -82,7 +114,12 @@ def answer_headers(target: Target, queue_ms: float, compute_ms: float) -> dict[s
 
 
 def target_headers(target: Target) -> dict[str, str]:
-    return {"X-Adapter": target.shown, "X-Adapter-Version": target.version or BASE_VERSION}
+    headers = {"X-Adapter": target.shown, "X-Adapter-Version": target.version or BASE_VERSION}
+    if target.alias is not None:
+        headers["X-Adapter-Alias"] = target.alias
+    if target.arm is not None:
+        headers["X-Adapter-Arm"] = target.arm
+    return headers
 
 
 def check_inputs(count: int, service: Service, field: str = "inputs") -> None:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from server.edge.endpoints.middleware import BodyRefused, error_response
+from server.edge.endpoints.middleware import BodyRefused, admit_caller, error_response
 from server.edge.endpoints.openapi import amended
 from server.edge.endpoints.queries import check_query
 from server.edge.endpoints.routes import Endpoint
@@ -89,7 +89,8 @@ class _Guards:
         request: Request,
         key: HTTPAuthorizationCredentials | None = Security(_bearer_scheme),  # noqa: B008
     ) -> None:
-        self.service.keys.admit_inference(request.headers.get("authorization"))
+        found = self.service.keys.admit_inference(request.headers.get("authorization"))
+        admit_caller(request.scope, found)
         await self.service.catch_up()
 
     async def admit_admin(
@@ -97,7 +98,8 @@ class _Guards:
         request: Request,
         key: HTTPAuthorizationCredentials | None = Security(_bearer_scheme),  # noqa: B008
     ) -> None:
-        self.service.keys.admit_admin(request.headers.get("authorization"))
+        found = self.service.keys.admit_admin(request.headers.get("authorization"))
+        admit_caller(request.scope, found)
         await self.service.catch_up()
 
 

@@ -6,10 +6,16 @@ from typing import Any, Final
 
 from server.settings import Settings
 
-CORS_METHODS: Final = ("GET", "POST", "PATCH", "DELETE", "OPTIONS")
+CORS_METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 CORS_EXPOSED: Final = (  # headers of answers that a page may read
     *("X-Request-Id", "X-Adapter", "X-Adapter-Version", "X-Queue-Ms", "X-Compute-Ms"),
-    *("X-Ignored-Fields", "Retry-After"),
+    *("X-Adapter-Alias", "X-Adapter-Arm"),
+    *("X-Ignored-Fields", "Retry-After", "X-Audit"),
+    *(
+        f"X-RateLimit-{word}-{kind}"
+        for kind in ("Requests", "Tokens")
+        for word in ("Limit", "Remaining", "Reset")
+    ),
 )
 
 

@@ -65,6 +65,11 @@ CALLS: Final[dict[tuple[str, str], tuple[str | None, dict[str, Any] | None]]] = 
         None,
         {"version": "0123456789abcdef0123456789abcdef"},
     ),
+    ("/admin/adapters/{name}/canary", "put"): (
+        None,
+        {"version": "0123456789abcdef0123456789abcdef", "share": 10.0},
+    ),
+    ("/admin/aliases/{alias}", "put"): (None, {"adapter": "hira-imdb"}),
     ("/admin/apply", "post"): (
         None,
         {
@@ -73,7 +78,7 @@ CALLS: Final[dict[tuple[str, str], tuple[str | None, dict[str, Any] | None]]] = 
         },
     ),
 }
-PATHS: Final = {"name": "hira-imdb", "model": "hira-imdb"}
+PATHS: Final = {"name": "hira-imdb", "model": "hira-imdb", "alias": "production"}
 
 
 def add_examples(path: str, method: str, operation: dict[str, Any]) -> None:

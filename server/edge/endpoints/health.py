@@ -89,6 +89,9 @@ class HealthEndpoints:
             worker_ready=status == "ready",
             replicas=service.dispatcher.replicas(),
             routed=service.dispatcher.routed(),
+            keys_file_good=None
+            if service.settings.keys_file is None
+            else service.keys_fault is None,
         )
 
 
@@ -103,5 +106,6 @@ def observe_routes(observe: HealthEndpoints) -> list[Endpoint]:
         Endpoint("/health/ready", observe.ready, get, tag, Health, also=(503,), statuses=()),
         Endpoint("/ping", observe.ready, get, tag, Health, also=(503,), statuses=()),
         Endpoint("/version", observe.version_of, get, tag, Version, statuses=()),
-        Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=()),
+        # Errors where there is a keys file.
+        Endpoint("/metrics", observe.metrics, get, tag, str, "text/plain", statuses=(401, 403)),
     ]

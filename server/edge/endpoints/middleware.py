@@ -22,9 +22,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.edge.admit.body_budget import HeldBody
+from server.edge.admit.callers import Caller, set_caller
 from server.edge.admit.connections import HEAD_FAULT
+from server.edge.admit.key_file import ApiKey
+from server.edge.endpoints.audited import INCOMPLETE_HEADER, AuditedCall, is_audited
 from server.edge.endpoints.json_text import written
 from server.edge.service import Service
+from server.edge.tracing import traceparent_of
 from server.errors import PROBLEM_TYPE, Refusal
 
 logger = logging.getLogger(__name__)
@@ -61,8 +65,11 @@ class RequestContext:
     began: float  # monotonic
     status: int = 0
     adapter: str | None = ""  # "": none resolved, None: the base
+    arm: str | None = None  # which of the versions that share its adapter's requests
     refused: str | None = None  # the code of an error response
     ignored: tuple[str, ...] = ()  # fields of the body without effect, in ASCII
+    caller: Caller | None = None
+    span: Any = None  # of OpenTelemetry, where there is one
 
 
 class BodyRefused(HTTPException):
@@ -96,6 +103,14 @@ def error_response(scope: Scope, refusal: Refusal) -> Response:
     )
 
 
+def admit_caller(scope: Scope, key: ApiKey | None) -> None:
+    """Say with which key a call was admitted; without any, None."""
+    context = scope["hira"]
+    assert isinstance(context, RequestContext)
+    assert context.caller is not None
+    context.caller.key = key
+
+
 def is_openai(scope: Scope) -> bool:
     """Whether a call is under /v1, where errors have OpenAI's shape and statuses."""
     return str(scope.get("path", "")).startswith("/v1/")
@@ -118,12 +133,25 @@ class RequestMiddleware:
             request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
             began=time.monotonic(),
         )
+        context.caller = Caller(
+            context.request_id, traceparent=traceparent_of(headers.get("traceparent", ""))
+        )
+        set_caller(context.caller)
+        tracing = self.service.tracing
+        if tracing is not None:
+            context.span = tracing.begin(scope["method"], context.caller)
         scope["hira"], scope["hira_service"] = context, self.service
         self.service.refresh()
+
+        call: AuditedCall | None = None
 
         async def finish(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
+                if call is not None:
+                    await call.end(context.status, context.refused)
+                    if call.incomplete:
+                        message["headers"] = [*message.get("headers", ()), INCOMPLETE_HEADER]
                 self._add_headers(scope, context, message)
             await send(message)
 
@@ -134,6 +162,11 @@ class RequestMiddleware:
             uploads = form and scope["path"] == UPLOADS and scope["method"] == "POST"
             limit = self._limit(scope, headers, uploads=uploads)
             self._admit(scope, headers)
+            log = self.service.audit_log
+            if log is not None and is_audited(scope):
+                asked = AuditedCall(log, self.service.slow_work, scope, context.caller)
+                await asked.begin()
+                call = asked
             bounded = self._bounded(receive, limit, None if uploads else held)
             if not uploads:
                 self._hold(held, _stated_bytes(headers))
@@ -156,25 +189,37 @@ class RequestMiddleware:
         finally:
             held.release()
             self._note(scope, context)
+            if call is not None:  # nobody was there to be answered
+                await call.end(499, context.refused)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """Turn away whom no body could help, before it is read: without a key, or too many.
 
         The endpoints have guards of their own; this one makes refusals cheap.
         """
-        path = scope["path"]
+        path, keys = scope["path"], self.service.keys
+        authorization = headers.get("authorization")
         if path.startswith("/admin"):
-            self.service.keys.admit_admin(headers.get("authorization"))
-        elif path in LOOKUPS:
-            self.service.keys.admit_inference(headers.get("authorization"))
-        elif (
-            path in INFERENCE
-            or path.startswith("/v1/")
-            or (path == "/" and scope["method"] == "POST")
-        ):
-            self.service.keys.admit_inference(headers.get("authorization"))
-            if scope["method"] == "POST":
-                self.service.dispatcher.check_early(_adapter_of(scope["query_string"]))
+            admit_caller(scope, keys.admit_admin(authorization))
+            return
+        if path == "/metrics":
+            keys.admit_metrics(authorization)
+            return
+        lookup = path in LOOKUPS
+        posted_to_root = path == "/" and scope["method"] == "POST"
+        if not (lookup or path in INFERENCE or path.startswith("/v1/") or posted_to_root):
+            return
+        key = keys.admit_inference(authorization)
+        admit_caller(scope, key)
+        named = _adapter_of(scope["query_string"])
+        if named is not None:
+            self.service.targets.check_scope(named, "adapter")
+        if scope["method"] != "POST":
+            return
+        if not lookup:
+            self.service.dispatcher.check_early(named)
+        if key is not None:
+            self.service.key_usage.count_request(key)
 
     def _limit(self, scope: Scope, headers: Headers, *, uploads: bool) -> int:
         settings = self.service.settings
@@ -244,6 +289,9 @@ class RequestMiddleware:
         headers.append((b"x-request-id", context.request_id.encode("ascii")))
         if context.ignored:
             headers.append((IGNORED_HEADER, ", ".join(context.ignored).encode("ascii")))
+        key = None if context.caller is None else context.caller.key
+        if key is not None and key.quotas.any:
+            headers += self.service.key_usage.headers(key)
         headers += [one for one in SAFE_HEADERS if one[0] not in there]
         if CONTENT_POLICY[0] not in there:
             headers.append(CONTENT_POLICY)
@@ -258,8 +306,22 @@ class RequestMiddleware:
         metrics = self.service.metrics
         if metrics is not None:
             metrics.request(endpoint, context.adapter, status, seconds)
+            if context.arm is not None and context.adapter:
+                metrics.canary_request(context.adapter, context.arm, status)
+            if context.caller is not None and context.caller.key is not None:
+                metrics.key_request(context.caller.key.name, status)
             if context.refused:
                 metrics.refusal(context.refused)
+        tracing = self.service.tracing
+        if tracing is not None and context.span is not None and context.caller is not None:
+            tracing.end(
+                context.span,
+                method=scope["method"],
+                route=endpoint,
+                status=status,
+                caller=context.caller,
+                code=context.refused,
+            )
         if self.service.settings.access_log:
             access_logger.info(
                 "%s %s %d %.1f ms id=%s adapter=%s%s",
@@ -270,6 +332,13 @@ class RequestMiddleware:
                 context.request_id,
                 context.adapter or "-",
                 f" code={context.refused}" if context.refused else "",
+                extra={
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "ms": round(seconds * 1e3, 1),
+                    "code": context.refused,
+                },
             )
 
 

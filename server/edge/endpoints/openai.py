@@ -20,9 +20,9 @@ from server.edge.endpoints.answers import (
     answer_headers,
     check_fields,
     check_inputs,
-    context_of,
     encode,
     json_response,
+    resolved,
     target_headers,
     tokenize,
     tokenized,
@@ -57,6 +57,7 @@ from server.edge.target import Target
 from server.errors import Refusal
 from server.inputs.text import Text
 from server.messages import GenerateResult, TokenizedInput
+from server.metrics import BASE_LABEL
 
 if TYPE_CHECKING:
     from adapters.registry.records import AdapterRecord
@@ -78,20 +79,28 @@ class OpenAI:
         self.service = service
 
     async def models(self, request: Request) -> Response:
-        """The base and every adapter."""
-        base = self.service.base
-        records = self.service.names.listed(fitting=True)[:MAX_MODELS]
-        own = [self._model(base.name, base.created, None)]
-        adapters = [self._model(one.name, one.created.timestamp(), one) for one in records]
-        return await json_response(self.service, {"object": "list", "data": own + adapters}, {})
+        """The base and every adapter with its aliases, of what the key is for."""
+        base, may_ask = self.service.base, self.service.targets.may_ask
+        own = [self._model(base.name, base.created, None)] if may_ask(BASE_LABEL) else []
+        adapters = [
+            (name, one)
+            for one in self.service.names.listed(fitting=True)
+            for name in (one.name, *one.aliases)
+            if may_ask(name)
+        ]
+        listed = [
+            self._model(name, one.created.timestamp(), one) for name, one in adapters[:MAX_MODELS]
+        ]
+        return await json_response(self.service, {"object": "list", "data": own + listed}, {})
 
     async def model(self, request: Request, model: str) -> Response:
         """One of them."""
         base = self.service.base
         if self.service.base.answers_to(model):
+            self.service.targets.check_scope(model, "model")
             return Json(self._model(base.name, base.created, None))
         record = self.service.targets.served_record(model, "model")
-        return Json(self._model(record.name, record.created.timestamp(), record))
+        return Json(self._model(model, record.created.timestamp(), record))
 
     async def completions(
         self, request: Request, body: CompletionRequest = COMPLETION_BODY
@@ -137,7 +146,8 @@ class OpenAI:
     async def chat_completions(self, request: Request, body: ChatRequest = CHAT_BODY) -> Response:
         """Continue a conversation, written out with the adapter's chat template or the base's."""
         target = self.target(request, body, "/v1/chat/completions")
-        reading = await self._reading(body, target)
+        several = body.parallel_tool_calls is not False
+        reading = await self.reading(body.used_tools(), target, several=several)
         limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         prompt, wanted = await self.conversation(
             request,
@@ -210,13 +220,19 @@ class OpenAI:
         )
         return prompt, wanted
 
-    async def _reading(self, body: ChatRequest, target: Target) -> ToolReading | None:
+    async def reading(
+        self, tools: Sequence[Mapping[str, Any]], target: Target, *, several: bool
+    ) -> ToolReading | None:
         """How calls of tools are read from the answers; None: there are none.
+
+        Args:
+            tools: As templates take them.
+            target: Whose template shows how calls are written.
+            several: Whether an answer may have more than one.
 
         Raises:
             Refusal: unsupported_parameter where it is not known how this model writes them.
         """
-        tools = body.used_tools()
         if not tools:
             return None
         setting = self.service.settings.tool_format
@@ -233,7 +249,7 @@ class OpenAI:
             )
         names = tuple(one["function"]["name"] for one in tools)
         marks = tuple(one for one in CALL_MARKS if form == "mistral" and one in template.text)
-        return ToolReading(form, names, body.parallel_tool_calls is not False, marks)
+        return ToolReading(form, names, several, marks)
 
     async def embeddings(
         self, request: Request, body: EmbeddingRequest = EMBEDDING_BODY
@@ -308,10 +324,11 @@ class OpenAI:
         check_inputs(len(prompts) * tries, self.service, "best_of" if tries > copies else "n")
         check_options(body, wanted, self.service.base.texts.vocab_size)
         bad_words = await bad_words_of(request, self.service, body.bad_words)
-        shown = self._shown(shape)
+        shown = self.shown_marks(shape.tools if isinstance(shape, ChatFormat) else None)
         asked = asked_of_openai(body)
         if isinstance(body, ChatRequest) and isinstance(shape, ChatFormat):
-            asked = asked_of_tools(body, shape.tools, self.service.base.texts.id_of, asked)
+            id_of = self.service.base.texts.id_of
+            asked = asked_of_tools(body.tools or (), body.tool_choice, shape.tools, id_of, asked)
         grammar = await settled_grammar(request, self.service, asked)
         each = [
             (
@@ -379,12 +396,12 @@ class OpenAI:
         )
         return EventStream(chunks, generations, target_headers(target))
 
-    def _shown(self, shape: Format) -> tuple[int, ...]:
+    def shown_marks(self, reading: ToolReading | None) -> tuple[int, ...]:
         """Special tokens that must be seen in an answer: those around calls of tools."""
-        if not isinstance(shape, ChatFormat) or shape.tools is None:
+        if reading is None:
             return ()
         text = self.service.base.texts
-        marks = (*MARKERS[shape.tools.form], *shape.tools.marks)
+        marks = (*MARKERS[reading.form], *reading.marks)
         ids = (text.id_of(mark) for mark in marks if mark)
         return tuple(one for one in ids if one is not None)
 
@@ -409,9 +426,8 @@ class OpenAI:
         if self._names_nobody(model):
             model = None if named else self.service.default_model
         names = [model, *named]
-        target = self.service.targets.resolve(names, path, "model", call=verb)
-        context_of(request).adapter = target.adapter
-        return target
+        user = getattr(body, "user", None)
+        return resolved(request, self.service, names, path, "model", call=verb, user=user)
 
     @property
     def fingerprint(self) -> str:
@@ -429,7 +445,7 @@ class OpenAI:
         """Whether there is no model, or what a client writes that has none."""
         return not model or (
             model in PLACEHOLDERS
-            and model not in self.service.names.records
+            and not (self.service.names.knows(model) and self.service.targets.may_ask(model))
             and not self.service.base.answers_to(model)
         )
 
@@ -448,6 +464,7 @@ class OpenAI:
             "labels": facts.labels,
             "context": facts.context,
             "chat": facts.chat,
+            "alias_of": None if record is None or record.name == name else record.name,
         }
 
     async def _prompts(

@@ -13,9 +13,9 @@ from server.edge.endpoints.answers import (
     answer_headers,
     check_fields,
     check_inputs,
-    context_of,
     encode,
     json_response,
+    resolved,
     tokenized,
 )
 from server.edge.endpoints.body import sent_json
@@ -137,10 +137,8 @@ class Ranking:
         """The cosine between a sentence and each of some others, by the vectors of /embed."""
         service, parameters = self.service, body.parameters
         check_prompt_name(parameters.prompt_name, "parameters.prompt_name")
-        target = service.targets.resolve(
-            (*adapter_names(request, adapter), body.adapter), "/embed", call="/similarity"
-        )
-        context_of(request).adapter = target.adapter
+        names = (*adapter_names(request, adapter), body.adapter)
+        target = resolved(request, service, names, "/embed", call="/similarity")
         sentences = [body.inputs.source_sentence, *body.inputs.sentences]
         # One sentence has none to be compared with.
         check_inputs(len(sentences) if len(sentences) > 1 else 0, service, "inputs.sentences")
@@ -161,15 +159,16 @@ class Ranking:
             service, cosines, answer_headers(target, result.queue_ms, result.compute_ms)
         )
 
-    def _target(self, request: Request, names: Sequence[str | None], field: str) -> Target:
+    def _target(
+        self, request: Request, names: Sequence[str | None], field: str, user: object = None
+    ) -> Target:
         call = request.url.path
-        target = self.service.targets.resolve(names, "/rerank", field, call=call)
-        context_of(request).adapter = target.adapter
-        return target
+        return resolved(request, self.service, names, "/rerank", field, call=call, user=user)
 
     def _openai_target(self, request: Request, body: DocumentsRequest | ScoreRequest) -> Target:
         check_fields(request, body)
-        return self._target(request, (body.model, *adapter_names(request, None)), "model")
+        names = (body.model, *adapter_names(request, None))
+        return self._target(request, names, "model", getattr(body, "user", None))
 
     async def _scores(
         self,

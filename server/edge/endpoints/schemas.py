@@ -389,6 +389,12 @@ class ApplyRequest(Body):
 
     adapters: list[AppliedAdapter] = Field(default_factory=list, max_length=10_000)
     remove: list[str] = Field(default_factory=list, max_length=10_000, description="Names that go.")
+    aliases: dict[str, str] | None = Field(
+        None,
+        max_length=10_000,
+        description="All aliases that there shall be, and the name that each points to; left out: "
+        "as they are.",
+    )
     dry_run: Flag = Field(False, description="Say what would change, and change nothing.")
 
 
@@ -410,6 +416,42 @@ class RollbackRequest(Body):
         description="That the name was on, or its first six digits or more; left out: the one "
         "before, and after a rollback the one before what came back.",
     )
+
+
+class CanaryRequest(Body):
+    version: str | None = Field(
+        None,
+        max_length=64,
+        description="As a registration with stage has answered it, or one that the name was on; "
+        "left out: the present canary's.",
+    )
+    share: Number = Field(description="Percent of the requests for the name, 0 to 100.")
+
+
+class AliasRequest(Body):
+    adapter: str = Field(max_length=128, description="The name that the alias points to.")
+
+
+class AliasAnswer(Answer):
+    alias: str
+    adapter: str
+    before: str | None = Field(description="Where it pointed; null: there was no such alias.")
+
+
+class AliasList(Answer):
+    aliases: dict[str, str] = Field(description="The name that each alias points to.")
+
+
+class CanaryAnswer(Answer):
+    """The version that answers a share of a name's requests."""
+
+    version: str
+    share: float = Field(description="Percent of the requests.")
+    started: str
+    source: str
+    served: bool = Field(description="Whether it was checked on the base that is served.")
+    residency: str
+    quarantined_until: str | None
 
 
 class AdapterAnswer(Answer):
@@ -440,6 +482,8 @@ class AdapterAnswer(Answer):
         description="Its own end tokens (end_ids) and defaults for what a request leaves out."
     )
     notes: list[str]
+    aliases: list[str] = Field(description="Other names for it.")
+    canary: CanaryAnswer | None
 
 
 class MoveAnswer(AdapterAnswer):
@@ -492,9 +536,19 @@ class NameChangeAnswer(Answer):
     pinned: bool
 
 
+class AliasChangeAnswer(Answer):
+    """What applying does to one alias."""
+
+    alias: str
+    change: Literal["created", "replaced", "removed", "unchanged"]
+    adapter: str | None = Field(description="Where it points; null: it goes.")
+    before: str | None = Field(description="Where it pointed.")
+
+
 class ApplyAnswer(Answer):
     applied: bool = Field(description="False: it was a dry run.")
     changes: list[NameChangeAnswer]
+    aliases: list[AliasChangeAnswer]
 
 
 class AdapterList(Answer):
@@ -524,3 +578,46 @@ class ProblemDetail(Answer):
     error: str = Field(description="As detail, under the name that TGI and TEI have for it.")
     error_type: str = Field(description="TGI's type, else the code.")
     problems: list[dict[str, Any]] | None = None
+
+
+class KeyLimits(Answer):
+    """Quotas of a key, or what it has used of them; of quotas null where there is none."""
+
+    requests_per_minute: int | None
+    requests_per_day: int | None
+    tokens_per_minute: int | None
+    tokens_per_day: int | None
+
+
+class KeyAnswer(Answer):
+    """A key, without the key itself."""
+
+    name: str
+    admin: bool
+    metrics: bool
+    adapters: list[str] = Field(description="Patterns of the names that it may ask for.")
+    expires: str | None
+    expired: bool
+    limits: KeyLimits
+    used: KeyLimits = Field(description="Of this minute and of this day, in UTC.")
+    prompt_tokens: int = Field(description="Of this day, as they were read.")
+    generated_tokens: int
+    last_used: str | None
+
+
+class KeyDay(Answer):
+    """What a key used on one day."""
+
+    day: str
+    key: str
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class KeyList(Answer):
+    """The keys, what they used, and why the keys file is not used as it is now."""
+
+    keys: list[KeyAnswer]
+    days: list[KeyDay]
+    fault: str | None

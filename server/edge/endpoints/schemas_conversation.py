@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -89,10 +90,13 @@ class ChatMessage(BaseModel):
         return said
 
 
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+
+
 class FunctionSpec(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
@@ -122,12 +126,36 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
+    """Refuses two tools of one name, and a choice that there is not.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    names = [one.function.name for one in tools]
+    if len(names) != len(set(names)):
+        twice = next(one for one in names if names.count(one) > 1)
+        raise _wrong("tools", "Two tools have one name.", repr(twice), "a name for each")
+    if choice not in (None, "none", "auto") and not names:
+        raise _wrong("tool_choice", "There is nothing to choose.", "no tools", "tools")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise _wrong(
+            "tool_choice",
+            "The tool that is named is not among the tools.",
+            repr(choice.function.name[:80]),
+            ", ".join(names)[:200],
+        )
+
+
 class ConversationBody(ModelNamed):
     """What a chat template writes out: the same for a call that answers and one that counts."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="What the chat template reads beside the messages."
     )
@@ -167,20 +195,7 @@ class ConversationBody(ModelNamed):
 
     def check_supported(self) -> None:
         super().check_supported()
-        names = [one.function.name for one in self.tools or ()]
-        choice = self.tool_choice
-        if len(names) != len(set(names)):
-            twice = next(one for one in names if names.count(one) > 1)
-            raise _wrong("tools", "Two tools have one name.", repr(twice), "a name for each")
-        if choice not in (None, "none", "auto") and not names:
-            raise _wrong("tool_choice", "There is nothing to choose.", "no tools", "tools")
-        if isinstance(choice, NamedTool) and choice.function.name not in names:
-            raise _wrong(
-                "tool_choice",
-                "The tool that is named is not among the tools.",
-                repr(choice.function.name[:80]),
-                ", ".join(names)[:200],
-            )
+        check_tools(self.tools or (), self.tool_choice)
         if any((one.model_extra or {}).get("function_call") for one in self.messages):
             raise Refusal.because(
                 "unsupported_parameter",

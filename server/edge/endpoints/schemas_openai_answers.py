@@ -117,6 +117,7 @@ class Model(BaseModel):
     labels: list[str] | None = Field(description="Of a classifier, in the order of its outputs.")
     context: int | None = Field(description="Tokens of one input, or of a prompt and its answer.")
     chat: bool = Field(description="Whether /v1/chat/completions can be asked of it.")
+    alias_of: str | None = Field(description="Of an alias: the adapter that answers.")
 
 
 class ModelList(BaseModel):

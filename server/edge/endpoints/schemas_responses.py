@@ -1,4 +1,4 @@
-"""The body of /v1/responses and what it answers, in OpenAI's shape: text in, text out.
+"""The body of /v1/responses and what it answers, in OpenAI's shape: texts and calls of functions.
 
 No state is kept: a response cannot be fetched or continued later, whatever ``store`` says.
 """
@@ -11,10 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.edge.endpoints.openai_body import ModelNamed
 from server.edge.endpoints.schemas_conversation import (
+    MAX_TOOLS,
     CalledFunction,
     ChatMessage,
     ContentPart,
+    FunctionName,
+    FunctionSpec,
+    NamedFunction,
+    NamedTool,
+    Tool,
     ToolCall,
+    ToolChoice,
+    check_tools,
 )
 from server.errors import Refusal
 
@@ -25,8 +33,6 @@ NEUTRAL_HERE: dict[str, tuple[object, ...]] = {
     "conversation": (None,),
     "background": (False, None),
     "prompt": (None,),
-    "tools": ([], None),
-    "tool_choice": ("none", "auto", None),
     "max_tool_calls": (None,),
     "reasoning": (None, {}),
     "include": ([], None),
@@ -88,13 +94,55 @@ class InputResult(BaseModel):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str
+    output: str | Annotated[list[InputPart], Field(fail_fast=True)]
 
     def message(self) -> ChatMessage:
-        return ChatMessage(role="tool", tool_call_id=self.call_id, content=self.output)
+        output = self.output
+        if not isinstance(output, str):
+            output = "".join(part.text for part in output)
+        return ChatMessage(role="tool", tool_call_id=self.call_id, content=output)
 
 
 InputItem = InputCall | InputResult | InputMessage
+
+
+class ResponseTool(BaseModel):
+    """A function that may be called; tools that the server itself would have to run are refused."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str
+    name: FunctionName | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(
+        default=None, description="True: arguments are held to the schema where any call may come."
+    )
+
+    def plain(self) -> dict[str, Any]:
+        """As the answer gives it back."""
+        shown = {"parameters": self.parameters, "strict": self.strict}
+        return {"type": self.type, "name": self.name, "description": self.description, **shown}
+
+    def tool(self) -> Tool:
+        """In the words of a chat."""
+        assert self.name is not None
+        function = FunctionSpec(
+            name=self.name,
+            description=self.description,
+            parameters=self.parameters,
+            strict=self.strict,
+        )
+        return Tool(type="function", function=function)
+
+
+class ResponseToolChoice(BaseModel):
+    """The function that is to be called."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str
+    name: str | None = None
 
 
 class TextFormat(BaseModel):
@@ -126,6 +174,9 @@ class ResponseRequest(ModelNamed):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     stream: bool | None = False
     text: TextOptions | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(default=True, description="False: one call alone.")
     store: bool | None = Field(default=False, description="Nothing is kept in either case.")
     metadata: dict[str, str] | None = Field(default=None, description="Given back in the answer.")
 
@@ -140,8 +191,33 @@ class ResponseRequest(ModelNamed):
         if isinstance(given, str):
             messages.append(ChatMessage(role="user", content=given))
         else:
-            messages += [item.message() for item in given]
+            for item in given:
+                message = item.message()
+                last = messages[-1] if messages else None
+                if isinstance(item, InputCall) and last is not None and last.role == "assistant":
+                    # What was one answer is one message: templates want turns that alternate.
+                    calls = [*(last.tool_calls or ()), *(message.tool_calls or ())]
+                    messages[-1] = last.model_copy(update={"tool_calls": calls})
+                else:
+                    messages.append(message)
         return [one.plain() for one in messages]
+
+    @property
+    def functions(self) -> list[Tool]:
+        """The tools, in the words of a chat."""
+        return [one.tool() for one in self.tools or ()]
+
+    @property
+    def choice(self) -> ToolChoice | None:
+        """Which tool is to be called, in the words of a chat."""
+        given = self.tool_choice
+        if isinstance(given, ResponseToolChoice):
+            return NamedTool(type="function", function=NamedFunction(name=given.name or ""))
+        return given
+
+    def used_tools(self) -> list[dict[str, Any]]:
+        """The tools that the template is to show: none where none may be called."""
+        return [] if self.tool_choice == "none" else [one.plain() for one in self.functions]
 
     @property
     def format(self) -> TextFormat:
@@ -150,7 +226,14 @@ class ResponseRequest(ModelNamed):
 
     def ignored_within(self) -> list[str]:
         extra = {} if self.text is None else self.text.model_extra or {}
-        return [f"text.{name}" for name, value in extra.items() if value is not None]
+        of_tools = dict.fromkeys(
+            f"tools.{name}"
+            for tool in self.tools or ()
+            for name, value in (tool.model_extra or {}).items()
+            if value is not None
+        )
+        named = [f"text.{name}" for name, value in extra.items() if value is not None]
+        return [*named, *of_tools]
 
     def ignored(self) -> tuple[str, ...]:
         named = [name for name in super().ignored() if name not in NEUTRAL_HERE]
@@ -167,7 +250,9 @@ class ResponseRequest(ModelNamed):
                     fix=_FIXES.get(name),
                     field=name,
                 )
+        self._check_kinds()
         super().check_supported()
+        check_tools(self.functions, self.choice)
         if self.format.type == "json_schema" and self.format.schema_ is None:
             raise Refusal.because(
                 "unsupported_grammar",
@@ -175,6 +260,29 @@ class ResponseRequest(ModelNamed):
                 found="type json_schema without schema",
                 expected="format with type, name and schema",
                 field="text.format",
+            )
+
+    def _check_kinds(self) -> None:
+        """Refuses tools, and a choice of one, that are no functions."""
+        for one in self.tools or ():
+            if one.type != "function" or one.name is None:
+                raise Refusal.because(
+                    "unsupported_parameter",
+                    "A tool cannot be honoured by this server: it calls none itself.",
+                    found=f"a tool of type {one.type[:60]!r}"
+                    + (" without a name" if one.name is None else ""),
+                    expected="type function, with a name",
+                    fix="Give it as a function, and call it in the client.",
+                    field="tools",
+                )
+        choice = self.tool_choice
+        if isinstance(choice, ResponseToolChoice) and choice.type != "function":
+            raise Refusal.because(
+                "unsupported_parameter",
+                "A choice among tools cannot be honoured by this server.",
+                found=f"type {choice.type[:60]!r}",
+                expected="none, auto, required, or type function with a name",
+                field="tool_choice",
             )
 
 
@@ -191,6 +299,15 @@ class OutputMessage(BaseModel):
     status: Literal["in_progress", "completed", "incomplete"]
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
+
+
+class OutputCall(BaseModel):
+    type: Literal["function_call"] = "function_call"
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["in_progress", "completed", "incomplete"]
 
 
 class ResponseUsage(BaseModel):
@@ -212,14 +329,14 @@ class ResponseAnswer(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     parallel_tool_calls: bool
     previous_response_id: None
     store: bool
     temperature: float | None
     text: dict[str, Any]
-    tool_choice: str
-    tools: list[Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
     top_p: float | None
     truncation: str
     usage: ResponseUsage | None

@@ -16,9 +16,9 @@ from server.edge.endpoints.answers import (
     Generations,
     answer_headers,
     check_inputs,
-    context_of,
     encode,
     json_response,
+    resolved,
     sse,
     target_headers,
     tokenize,
@@ -80,10 +80,8 @@ class TeiTgi:
     ) -> Response:
         """Classify texts, tokens or images, or fill masks: whatever the adapter was trained for."""
         service, body = self.service, sent.body
-        target = service.targets.resolve(
-            (*adapter_names(request, adapter), body.adapter), "/predict"
-        )
-        context_of(request).adapter = target.adapter
+        names = (*adapter_names(request, adapter), body.adapter)
+        target = resolved(request, service, names, "/predict")
         listed = isinstance(body.inputs, list) if sent.files is None else len(sent.files) > 1
         row = BY_NAME[target.task]
         if row.needs_pair:
@@ -131,8 +129,8 @@ class TeiTgi:
     ) -> Response:
         """Turn texts or images into vectors with the base, or with an adapter's version of it."""
         service, body = self.service, sent.body
-        target = service.targets.resolve((*adapter_names(request, adapter), body.adapter), "/embed")
-        context_of(request).adapter = target.adapter
+        names = (*adapter_names(request, adapter), body.adapter)
+        target = resolved(request, service, names, "/embed")
         parameters = body.parameters
         check_prompt_name(body.prompt_name, "prompt_name")
         inputs = await self._tokenized(
@@ -297,8 +295,7 @@ class TeiTgi:
     ) -> tuple[Target, Generations]:
         service, parameters = self.service, body.parameters
         names = (*adapter_names(request, adapter), body.adapter, parameters.adapter_id)
-        target = service.targets.resolve(names, "/generate")
-        context_of(request).adapter = target.adapter
+        target = resolved(request, service, names, "/generate")
         check_new_tokens(parameters.max_new_tokens, service, "parameters.max_new_tokens")
         token_ids = await tokenize(
             request,

@@ -173,7 +173,7 @@ class TokenEndpoints:
         """The ids of a conversation as the adapter's chat template, or the base's, writes it."""
         body.check_supported()
         record = self._named(request, adapter, body.model, "model")
-        names = (None if record is None else record.name,)
+        names = (*adapter_names(request, adapter), body.model or None)
         target = self.service.targets.resolve(names, "/generate", "model", call="/tokenize")
         messages = [message.plain() for message in body.messages]
         prompt = await chat_prompt(

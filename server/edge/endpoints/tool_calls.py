@@ -103,7 +103,8 @@ class CallObject:
 
     def take(self) -> str:
         """New text of the arguments; an empty object at the end where there were none."""
-        if not self._whole and self._key in _ARGUMENTS and self._arguments[:1] == '"':
+        begins = not self._took and self._arguments[:1] == '"'
+        if not self._whole and self._key in _ARGUMENTS and begins:
             if not self.done and self._part == "value":
                 return ""  # arguments written as a string: not before it is complete
             with suppress(ValueError):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from server.edge.endpoints.openai_format import ToolReading
-from server.edge.endpoints.schemas_conversation import ChatRequest, NamedTool, Tool
+from server.edge.endpoints.schemas_conversation import NamedTool, Tool, ToolChoice
 from server.edge.endpoints.structured import ANY_OBJECT, AskedGrammar
 from server.edge.endpoints.tool_calls import MARKERS
 from server.errors import Refusal
@@ -16,15 +16,17 @@ _CALL_ID: Final = "000000000"  # templates of Mistral's take ids of nine charact
 
 
 def asked_of_tools(
-    body: ChatRequest,
+    tools: Sequence[Tool],
+    choice: ToolChoice | None,
     reading: ToolReading | None,
     id_of: Callable[[str], int | None],
     other: AskedGrammar | None,
 ) -> AskedGrammar | None:
-    """What the answer to a chat is held to.
+    """What an answer is held to.
 
     Args:
-        body: The request.
+        tools: Of the request.
+        choice: Which of them it is to call.
         reading: How calls are written; None: none are read.
         id_of: The id of a mark that is one token of the base.
         other: What the request asks for beside tools.
@@ -35,7 +37,6 @@ def asked_of_tools(
     Raises:
         Refusal: Both are asked for.
     """
-    choice, tools = body.tool_choice, body.tools or ()
     forced = choice == "required" or isinstance(choice, NamedTool)
     if reading is None or not (forced or any(one.function.strict for one in tools)):
         return other

@@ -22,11 +22,13 @@ from typing import Any, Final
 
 from server.edge.admit.admission import Admission
 from server.edge.admit.bounds import Bounds
+from server.edge.admit.callers import current_caller
+from server.edge.admit.key_usage import SharedUsage
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.ticket import Ticket
 from server.edge.link.worker_state import WorkerState
 from server.errors import Refusal
-from server.messages import Event, Failure, Message, Request
+from server.messages import Event, Failure, Message, Origin, Request
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Link(ABC):
         self.admission = Admission(load, bounds, processes)
         self.processes = processes
         self.on_event: Callable[[Request, Event], None] | None = None
+        self.key_usage: SharedUsage | None = None  # counts what requests of a key come to
         self.end: Callable[[], None] = end_in_order
         self._tickets: dict[str, Ticket] = {}
         self._broken = False  # a part of this process died, and it is about to end
@@ -153,12 +156,20 @@ class Link(ABC):
         reason, cancels the work.
 
         Raises:
-            Refusal: starting, draining, restarting, worker_lost, worker_silent, overloaded or
-                deadline_exceeded.
+            Refusal: starting, draining, restarting, worker_lost, worker_silent, overloaded,
+                deadline_exceeded, or rate_limit_exceeded or request_too_large by the key's quotas.
         """
         self._check(request)
         loop = asyncio.get_running_loop()
-        request = replace(request, id=self._next_id())
+        self._check_quota(request.tokens)
+        caller = current_caller()
+        origin = Origin()
+        if caller is not None:
+            origin = caller.origin
+            caller.adapter, caller.version = request.adapter, request.version
+        request = replace(request, id=self._next_id(), origin=origin)
+        if caller is not None and caller.key is not None and self.key_usage is not None:
+            self.key_usage.reserve(caller.key, request.id, request.tokens)
         ticket = Ticket(request)
         self._tickets[request.id] = ticket
         self.admission.add(request)
@@ -184,7 +195,8 @@ class Link(ABC):
             field: Of the body, for the error.
 
         Raises:
-            Refusal: request_too_large.
+            Refusal: request_too_large, or rate_limit_exceeded where the key has not enough tokens
+                left for all of them.
         """
         most = min(self.bounds.requests, self.bounds.share(self.processes))
         most_tokens = min(
@@ -196,6 +208,7 @@ class Link(ABC):
         elif len(requests) > 1 and tokens > most_tokens:
             found, expected = f"{tokens} tokens", f"at most {most_tokens}"
         else:
+            self._check_quota(tokens)
             return
         raise Refusal.because(
             "request_too_large",
@@ -254,6 +267,11 @@ class Link(ABC):
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise Refusal.because("deadline_exceeded", "The deadline passed before admission.")
         self.admission.check(request.adapter, request.tokens, request.pixel_bytes)
+
+    def _check_quota(self, tokens: int) -> None:
+        caller = current_caller()
+        if caller is not None and caller.key is not None and self.key_usage is not None:
+            self.key_usage.check_tokens(caller.key, tokens)
 
     def _deliver(self, ticket: Ticket, event: Event) -> None:
         if ticket.ended:

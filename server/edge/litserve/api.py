@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from litserve import LitAPI
 from litserve.loops import LitLoop
@@ -45,7 +45,7 @@ class HiraAPI(LitAPI):
         spec: The endpoints.
         loop: What drives the engine.
         engine: ``module:attribute`` of what builds the engine from the options.
-        log_level: Of the worker process.
+        log_level, log_format: Of the worker process.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class HiraAPI(LitAPI):
         loop: LitLoop,
         engine: str = ENGINE,
         log_level: str = "warning",
+        log_format: Literal["text", "json"] = "text",
     ) -> None:
         # stream=True makes LitServe append every message to the response queue that we give it.
         super().__init__(spec=spec, loop=loop, stream=True)
@@ -64,6 +65,7 @@ class HiraAPI(LitAPI):
         self.run_dir = run_dir
         self.engine_path = engine
         self.log_level = log_level
+        self.log_format: Literal["text", "json"] = log_format
         self.main_pid = os.getpid()
         self.engine: EngineLike | None = None
 
@@ -74,7 +76,7 @@ class HiraAPI(LitAPI):
         """
         die_with_parent(self.main_pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        logs.configure(self.log_level, access=False)
+        logs.configure(self.log_level, access=False, form=self.log_format)
         watch_threads(abandon)  # before the engine makes its own
         listen_to_stages(lambda stage: write_stage(self.run_dir, stage))
         tell_stage("loading torch in the worker")

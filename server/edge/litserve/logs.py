@@ -1,21 +1,66 @@
-"""One way of logging for every process: to standard error, a line each, no keys, no bodies."""
+"""One way of logging for every process: to standard error, a line each, no keys, no bodies.
+
+As text, or as a JSON object with what is known of the call that the line belongs to.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Final, Literal
 
-FORMAT = "%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"
+from pythonjsonlogger.json import JsonFormatter
+
+from server.edge.admit.callers import current_caller
+
+TEXT_FORMAT: Final = "%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"
+JSON_FORMAT: Final = "%(levelname)s %(processName)s %(name)s %(message)s"
+JSON_NAMES: Final = {
+    "levelname": "level",
+    "processName": "process",
+    "name": "logger",
+    "exc_info": "traceback",
+}
 
 
-def configure(level: str, *, access: bool) -> None:
+class CallFields(logging.Filter):
+    """Gives each record what is known of the call that is being answered."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always True: nothing is left out."""
+        caller = current_caller()
+        for name, value in {} if caller is None else caller.log_fields().items():
+            if value is not None and not hasattr(record, name):
+                setattr(record, name, value)
+        return True
+
+
+class CallJson(JsonFormatter):
+    """A record as JSON, without what is not known."""
+
+    def process_log_record(self, log_data: dict[str, object]) -> dict[str, object]:
+        return {name: value for name, value in log_data.items() if value is not None}
+
+
+def log_handler(form: Literal["text", "json"]) -> logging.Handler:
+    """Where a process logs to."""
+    handler = logging.StreamHandler(sys.stderr)
+    if form == "text":
+        handler.setFormatter(logging.Formatter(TEXT_FORMAT))
+        return handler
+    handler.addFilter(CallFields())
+    handler.setFormatter(
+        CallJson(JSON_FORMAT, rename_fields=JSON_NAMES, timestamp="time", json_ensure_ascii=False)
+    )
+    return handler
+
+
+def configure(level: str, *, access: bool, form: Literal["text", "json"] = "text") -> None:
     """Log from ``level`` up; LitServe, which logs to standard output by itself, joins in."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(FORMAT))
-    root.addHandler(handler)
+    root.addHandler(log_handler(form))
     root.setLevel(level.upper())
     theirs = logging.getLogger("litserve")
     theirs.handlers.clear()

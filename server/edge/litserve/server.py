@@ -203,11 +203,13 @@ class HiraServer(LitServer):
         ending = asyncio.Event()
         receiving = watched(self._receive(number, ending), "responses", dispatcher.give_up)
         following = watched(service.follow_registry(), "registry", dispatcher.give_up)
+        keys = watched(service.follow_keys(), "keys", dispatcher.give_up)
         chores = watched(self._do_chores(number), "chores", dispatcher.give_up)
         try:
             yield
         finally:
             following.cancel()
+            keys.cancel()
             chores.cancel()
             await dispatcher.stop()
             ending.set()

@@ -19,13 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from server.edge.admit.key_file import read_key_file
+from server.edge.admit.keys import keyring_of
 from server.edge.processes.failed_start import StartFailed
-from server.settings import Settings
+from server.settings import Settings, SettingsFault
 
 DATA_DIR_LOCK_FILE: Final = "server.lock"
 ARCHIVE_ENDS: Final = (".zip", ".tar", ".tar.gz", ".tgz")
 _ADAPTER_CONFIG: Final = "adapter_config.json"
 _COUNT_S: Final = 2.0
+_OTLP_MODULE: Final = "opentelemetry.exporter.otlp.proto.http"
 # In a process of its own: a driver that is asked keeps files open, and forks would inherit them.
 _COUNT_DEVICES: Final = (
     "import ctypes as c; d = c.CDLL('libcuda.so.1'); n = c.c_int(0); "
@@ -45,14 +48,15 @@ def check_before_loading(settings: Settings) -> None:
         lambda: _look_at_base(settings.base),
         lambda: _check_template(settings.chat_template),
         lambda: _check_device(settings.device),
+        lambda: check_callers(settings),
         *((lambda one=one: _check_source(*one)) for one in settings.adapters),
     )
-    found = []
+    found: list[StartFailed] = []
     for check in checks:
         try:
             check()
         except StartFailed as fault:
-            found.append(fault)
+            found += fault.faults
     if found:
         first = found[0]
         raise StartFailed(
@@ -62,6 +66,16 @@ def check_before_loading(settings: Settings) -> None:
             fix=first.fix,
             others=found[1:],
         )
+
+
+def check_callers(settings: Settings) -> None:
+    """Look at what concerns keys and traces, on one machine and in a cluster.
+
+    Raises:
+        StartFailed: With the first fault, or all of the keys file.
+    """
+    _check_tracing(settings.otel_endpoint)
+    _check_key_file(settings)
 
 
 def check_port(host: str, port: int) -> None:
@@ -190,6 +204,48 @@ def _check_template(path: Path | None) -> None:
             expected="a file with a Jinja template",
             fix=_nearest(path) or "check the path",
         )
+
+
+def _check_tracing(endpoint: str | None) -> None:
+    if endpoint is None:
+        return
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
+        raise StartFailed(
+            "otel_endpoint is no URL",
+            found=f"--otel-endpoint {endpoint}",
+            expected="such as http://collector:4318/v1/traces",
+        )
+    try:
+        found = importlib.util.find_spec(_OTLP_MODULE) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise StartFailed(
+            "traces need packages that are not installed",
+            found=f"--otel-endpoint {endpoint}, and no {_OTLP_MODULE}",
+            expected="the extra otel",
+            fix="pip install 'hira-server[otel]'",
+        )
+
+
+def _check_key_file(settings: Settings) -> None:
+    if settings.keys_file is None:
+        return
+    try:
+        keyring_of(settings, read_key_file(settings.keys_file))
+    except SettingsFault as fault:
+        found = [
+            StartFailed(one.text, found=one.found, expected=one.expected, fix=one.fix)
+            for one in fault.faults
+        ]
+        first = found[0]
+        raise StartFailed(
+            first.message,
+            found=first.found,
+            expected=first.expected,
+            fix=first.fix,
+            others=found[1:],
+        ) from None
 
 
 def _check_source(name: str, source: str) -> None:

@@ -63,6 +63,7 @@ def run_service(
         loop=EngineLoop(settings.api_processes),
         engine=engine,
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
     server = HiraServer(
         api, service, [*observe_routes(HealthEndpoints(service, version)), *routes], version
@@ -119,7 +120,7 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
 
 def first_call(service: Service, served: Sequence[AdapterRecord], url: str) -> str:
     """A line for a shell that a person who has just started the server gets an answer from."""
-    keyed = ' -H "Authorization: Bearer $HIRA_KEY"' if service.settings.api_keys else ""
+    keyed = ' -H "Authorization: Bearer $HIRA_KEY"' if service.is_keyed else ""
     base = service.base
     if base.prompts is None:
         return f"curl -s{keyed} {url}/v1/models"

@@ -18,6 +18,7 @@ from adapters.registry.store import Store
 from server import metrics
 from server.edge.admit.keys import resolve_admin_key
 from server.edge.endpoints.admin import Admin, admin_routes
+from server.edge.endpoints.key_report import KeyReport, key_routes
 from server.edge.endpoints.pages import page_routes
 from server.edge.link.engine_like import ENGINE
 from server.edge.litserve import logs
@@ -27,7 +28,7 @@ from server.edge.processes.preflight import check_port, exclusive
 from server.edge.processes.run import banner, run_service
 from server.edge.processes.run_folder import RunFolder, run_folder
 from server.edge.service import Service
-from server.settings import Settings
+from server.settings import Settings, SettingsFault
 from server.stages import tell_stage
 
 COLLECT_S: Final = 60.0
@@ -63,7 +64,7 @@ def serve(
         staging = settings.data_dir / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(mode=0o700)
-        logs.configure(settings.log_level, access=settings.access_log)
+        logs.configure(settings.log_level, access=settings.access_log, form=settings.log_format)
         need_bytes = metrics.most_bytes(settings.api_processes)
         with run_folder(settings.run_dir, need_bytes) as folder:
             _serve_in(folder, settings, reload=reload, say=say, engine=engine)
@@ -81,7 +82,10 @@ def _serve_in(
     tell_stage("reading the base")
     place, name, adapters = prepare.base_and_adapters(settings)
     base = prepare.describe_base(settings, place, name)
-    _, key_file = resolve_admin_key(settings.admin_key, settings.data_dir)
+    keyed = settings.keys_file is None or settings.admin_key is not None
+    key_file = settings.keys_file
+    if keyed:
+        _, key_file = resolve_admin_key(settings.admin_key, settings.data_dir)
     store = Store(
         settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
     )
@@ -100,7 +104,10 @@ def _serve_in(
     prepare.check_base(registry, base)
     prepare.check_default(registry, settings)
     tell_stage("starting the processes")
-    service = Service(settings, base, registry, reload)
+    try:
+        service = Service(settings, base, registry, reload)
+    except SettingsFault as fault:  # the keys file has changed since it was looked at
+        raise StartFailed(str(fault)) from None
     registry.close()  # what is forked from here on must open its own
     collector = Collector(service)
 
@@ -114,13 +121,14 @@ def _serve_in(
 
     run_service(
         service,
-        [*admin_routes(Admin(service)), *page_routes()],
+        [*admin_routes(Admin(service)), *key_routes(KeyReport(service)), *page_routes()],
         base=place,
         engine=engine,
         on_ready=ready,
         upkeep=upkeep,
         chore=collector.look,
     )
+    service.keep_usage()  # what was counted since the last writing
 
 
 def grace_of(settings: Settings) -> float:

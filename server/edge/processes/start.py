@@ -141,7 +141,7 @@ def _use_template(path: Path, inputs: Text | Images, settings: Settings) -> None
 def check_default(registry: Registry, settings: Settings) -> None:
     """Raises StartFailed where the adapter that answers by default is not registered."""
     name = settings.default_adapter
-    if name is not None and name not in registry.records():
+    if name is not None and name not in {*registry.records(), *registry.aliases.all()}:
         raise StartFailed(
             f"default_adapter {name}: there is no such adapter; register it first, "
             f"or with --adapter {name}=SOURCE"

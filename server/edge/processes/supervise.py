@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
@@ -39,6 +40,8 @@ PAUSE_MAX_S: Final = 60.0
 HTTP_PAUSE_S: Final = 1.2
 KILL_S: Final = 5.0  # for the kernel to end a process that was sent SIGKILL
 TRIES: Final = 8  # starts in a row that never became ready
+TURN_S: Final = 3.0  # a turn that takes longer: the machine did not run this process meanwhile
+STALLS_KEPT: Final = 256
 
 
 class Supervisor:
@@ -74,6 +77,9 @@ class Supervisor:
         self._worker_started = self._clock()
         self._failed_starts = 0
         self._killed_because: str | None = None
+        self._turned_at: float | None = None
+        # When this process itself did not run, from and to: nobody's silence then says anything.
+        self._stalls: deque[tuple[float, float]] = deque(maxlen=STALLS_KEPT)
         self._restart_at: float | None = None
         self._http_restart_at: dict[int, float] = {}
         self._wake_read, self._wake_write = os.pipe()
@@ -92,6 +98,7 @@ class Supervisor:
             StartFailed: The first worker could not be set up, or workers die one after another.
         """
         duties: tuple[Callable[[], None], ...] = (
+            self.note_turn,
             self._upkeep,  # first: whoever is started needs the run folder
             self._check_queues,  # whose process the others may have to ask
             lambda: self.kill_hung(http),
@@ -173,6 +180,21 @@ class Supervisor:
         self._restart_at = self._clock() + pause_s
         logger.error("The inference worker died (%s); a new one starts in %.1f s", reason, pause_s)
 
+    def note_turn(self) -> None:
+        """A turn begins. What the one before took beyond ``TURN_S`` is no time in which a worker
+        could have been heard: on a machine that stood still, all would be found silent at once."""
+        now, before = self._clock(), self._turned_at
+        self._turned_at = now
+        if before is not None and now - before > TURN_S:
+            self._stalls.append((before + TURN_S, now))
+            logger.warning("The main process did not run for %.0f s", now - before)
+
+    def _running_s(self, seconds: float) -> float:
+        """The part of the latest ``seconds`` in which this process ran."""
+        now = self._clock()
+        since = now - seconds
+        return seconds - sum(max(0.0, to - max(at, since)) for at, to in self._stalls)
+
     def kill_hung(self, http: Mapping[int, ForkProcess]) -> None:
         """End what lives and does nothing: its successor serves, and its requests have an end."""
         limit_s = self.settings.hang_s
@@ -185,17 +207,17 @@ class Supervisor:
         if not worker.is_alive() or self._restart_at is not None:
             pass
         elif self._ready_epoch is None:
-            loading_s = self._clock() - self._worker_started
+            loading_s = self._running_s(self._clock() - self._worker_started)
             if state is None and loading_s > self.settings.max_setup_s:
                 self._kill(worker, f"not ready after {loading_s:.0f} s (max_setup_s)")
         else:
             # A state that is gone after the worker was ready is silence as well.
-            silent_s = self._clock() - self._heard_at
+            silent_s = self._running_s(self._clock() - self._heard_at)
             if silent_s > limit_s:
                 self._kill(worker, f"no sign of life for {silent_s:.0f} s")
-            elif state is not None and state.busy_s > self.settings.max_step_s:
+            elif state is not None and self._running_s(state.busy_s) > self.settings.max_step_s:
                 self._kill(worker, f"one step has taken {state.busy_s:.0f} s")
-            elif state is not None and state.queue_silent_s > limit_s:
+            elif state is not None and self._running_s(state.queue_silent_s) > limit_s:
                 # Nobody can be served without it, nor be told so: end rather than hang.
                 self.server.queues.kill()
                 silent_s = state.queue_silent_s
@@ -203,7 +225,7 @@ class Supervisor:
                     f"LitServe's queue process gave no sign of life for {silent_s:.0f} s"
                 )
         for number, child in http.items():
-            silent_s = self.load.silent_s(number)
+            silent_s = self._running_s(self.load.silent_s(number))
             if child.is_alive() and silent_s > limit_s:
                 logger.error("HTTP process %d: no sign of life for %.0f s", number, silent_s)
                 child.kill()

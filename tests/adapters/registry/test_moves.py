@@ -149,8 +149,9 @@ def test_what_cannot_be_gone_back_to_changes_nothing(
     generation = registry.generation()
     with pytest.raises(AlreadyCurrent):
         back(registry, base, "a", two)
-    with pytest.raises(AdapterNotFound):
-        back(registry, base, "b")
+    for nobody in ("b", "", "\0", "\ud800"):
+        with pytest.raises(AdapterNotFound):
+            back(registry, base, nobody)
     path = registry.store.path(one) / "adapter_model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

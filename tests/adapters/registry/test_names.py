@@ -16,6 +16,7 @@ from adapters.registry.records import AdapterRecord
 
 def record(name: str, version: str = "v1", base_digest: str | None = None) -> Any:
     made = SimpleNamespace(name=name, version=version, pinned=True, base_digest=base_digest)
+    made.aliases, made.canary, made.versions = (), None, lambda: (version,)
     made.fits = lambda digest: not digest or base_digest == digest
     return made
 

@@ -26,7 +26,8 @@ from adapters.errors import (
 )
 from adapters.intake.conversation import UsedConversation
 from adapters.registry.faults import _network_bounds, time_limit
-from adapters.registry.registry import Registry, _typed_database_errors, check_name
+from adapters.registry.naming import check_name
+from adapters.registry.registry import Registry, _typed_database_errors
 from adapters.registry.store import Store
 from adapters.registry.tables import STATE, SchemaTooNew
 from adapters.signature import BaseSignature

@@ -75,6 +75,26 @@ def chat_stream(served: Served) -> None:
     assert text == whole.choices[0].message.content
 
 
+@CLIENT.call("responses.create, stream, functions")
+def responses(served: Served) -> None:
+    function = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+    history = [
+        {"role": "user", "content": PROMPT},
+        {"type": "function_call", "call_id": "call00001", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "call00001", "output": "fine"},
+    ]
+    asked = {"model": "story", "max_output_tokens": 5, "temperature": 0.0}
+    with client(served.decoder) as calls:
+        whole = calls.responses.create(**asked, input=history, tools=[function])  # type: ignore[call-overload]
+        events = list(
+            calls.responses.create(**asked, input=history, tools=[function], stream=True)  # type: ignore[call-overload]
+        )
+    assert whole.status == "incomplete"
+    assert events[-1].type == "response.incomplete"
+    assert whole.output_text == events[-1].response.output_text
+    assert [one.name for one in whole.tools] == ["look"]
+
+
 @CLIENT.call("embeddings.create")
 def embeddings(served: Served) -> None:
     with client(served.encoder) as calls:

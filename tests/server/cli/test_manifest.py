@@ -30,10 +30,12 @@ adapters:
   packed: {source: packed.zip, pinned: true}
   far: hf://org/far@main
   there: {source: /data/there, remote: true, pinned: false}
+aliases: {prod: imdb}
 prune: true
 """
     found = read_manifest(written(tmp_path, text))
     assert found.prune
+    assert found.aliases == {"prod": "imdb"}
     assert [(one.name, one.folder, one.pinned) for one in found.entries] == [
         ("imdb", tmp_path / "runs/imdb", None),
         ("packed", tmp_path / "packed.zip", True),
@@ -52,6 +54,7 @@ adapters:
   c: {pinned: maybe}
   d: 7
 prune: perhaps
+aliases: [a]
 extra: 1
 """
     with pytest.raises(ManifestFaults) as caught:
@@ -60,6 +63,7 @@ extra: 1
     assert [one.removeprefix(f"{tmp_path}/") for one in told] == [
         "adapters.yaml: extra: no such key",
         "adapters.yaml: prune is no yes or no",
+        "adapters.yaml: aliases are no lines ALIAS: NAME",
         "Big Name: the name is not allowed",
         f"a: {tmp_path}/empty holds no adapter_config.json",
         "b: pined: no such key",

@@ -20,7 +20,14 @@ pytestmark = [pytest.mark.http, pytest.mark.timeout(1800)]
 
 START_S = 900.0  # Ray, the controller, the proxy and every replica load their libraries anew
 # Elsewhere strategies are chosen by their times, which differ in the last bits.
-SETTINGS: dict[str, Any] = {"dtype": "fp32", "threads": 1, "drain_s": 10, "deterministic": True}
+PAGES = "https://app.example:8443"  # the origin whose pages may call
+SETTINGS: dict[str, Any] = {
+    "dtype": "fp32",
+    "threads": 1,
+    "drain_s": 10,
+    "deterministic": True,
+    "cors_origins": PAGES,
+}
 OWN_HEADERS = {
     *("date", "server", "x-request-id", "x-queue-ms", "x-compute-ms", "content-length"),
     *("connection", "transfer-encoding"),
@@ -128,6 +135,44 @@ def test_every_response_has_one_request_id_and_keeps_the_clients(both: tuple[Liv
             answer = live.client.get("/v1/models", headers=headers)
             (said,) = answer.headers.get_list("x-request-id")
             assert given in {None, said}
+
+
+def test_pages_of_an_origin_that_is_named_may_call_and_no_others(both: tuple[Live, Live]) -> None:
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    body = {"prompt": "The", "max_tokens": 2, "temperature": 0}
+    found = []
+    for live in both:
+        of_live = []
+        for origin in (PAGES, "https://elsewhere.example"):
+            headers = {"Origin": origin}
+            answers = [
+                live.client.options("/v1/completions", headers={**headers, **asked}),
+                live.client.get("/v1/models", headers=headers),
+                live.client.post("/v1/completions", json=body, headers=headers),
+                live.client.post("/v1/completions", json={**body, "stream": True}, headers=headers),
+                live.client.post("/predict", json={"inputs": 7}, headers=headers),
+                live.client.get("/nowhere", headers=headers),
+            ]
+            told = [
+                (
+                    one.status_code,
+                    {
+                        name: value
+                        for name, value in one.headers.items()
+                        if name.startswith("access-control") or name == "vary"
+                    },
+                )
+                for one in answers
+            ]
+            named = [one.get("access-control-allow-origin") for _, one in told]
+            assert named == ([PAGES] * len(told) if origin == PAGES else [None] * len(told))
+            of_live.append(told)
+        found.append(of_live)
+    assert found[0] == found[1]
+    assert "X-Adapter" in found[1][0][2][1]["access-control-expose-headers"]
 
 
 def test_administration_registers_replaces_and_removes(both: tuple[Live, Live]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from server.generation import lane as lanes
 from server.generation.constraints import CompiledGrammars
-from server.inputs.grammar_engine import GrammarKind, Vocabulary, engine_text
+from server.inputs.grammar_engine import GrammarKind, Masks, Vocabulary, engine_text
 from server.messages import Failure, GenerateResult, Grammar, TokenEvent
 from tests.stand.dense import (
     DenseAdapted,
@@ -192,24 +192,13 @@ def test_a_step_does_not_wait_for_a_slow_grammar(monkeypatch: pytest.MonkeyPatch
     asked = prompts(4, 10)
     alone = [ids_of(stage.answer(None, one)) for one in asked]
     slow = grammar("regex", "[ab]{3}")
-    taken = Vocabulary.matcher
+    taken = Masks.take
 
-    class Slow:
-        def __init__(self, matcher: Any) -> None:
-            self._matcher = matcher
+    def slowly(masks: Masks, tokens: Any) -> None:
+        time.sleep(0.2)
+        taken(masks, tokens)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._matcher, name)
-
-        def deep_copy(self) -> Any:
-            return Slow(self._matcher.deep_copy())
-
-        def compute_bitmask(self) -> bytes:
-            time.sleep(0.2)
-            found: bytes = self._matcher.compute_bitmask()
-            return found
-
-    monkeypatch.setattr(Vocabulary, "matcher", lambda one, text: Slow(taken(one, text)))
+    monkeypatch.setattr(Masks, "take", slowly)
     late = stage.submit(None, asked[0], grammar=slow)
     names = [stage.submit(None, one) for one in asked]
     ended = [one.id for one in terminals(stage.drain(20_000))]

@@ -174,3 +174,33 @@ def test_a_response_is_held_to_its_format_whole_and_streamed(live: Live, client:
     assert refused.status_code == 400, refused.text
     error = refused.json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_grammar", "text.format.schema")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "go"}])
+def test_a_response_that_must_call_calls_and_keeps_the_schema(
+    live: Live, client: Any, choice: Any
+) -> None:
+    asked: dict[str, Any] = {
+        "model": base_of(live),
+        "input": "The film was",
+        "tools": [{"type": one["type"], **one["function"], "strict": True} for one in TOOLS],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_output_tokens": 150,
+    }
+    whole = client.responses.create(**asked)
+    assert whole.status == "completed"
+    (call,) = whole.output
+    assert call.type == "function_call"
+    check_call(call.name, call.arguments)
+    with client.responses.stream(**asked) as stream:
+        kinds = {one.type for one in stream}
+        (streamed,) = stream.get_final_response().output
+    assert "response.function_call_arguments.done" in kinds
+    check_call(streamed.name, streamed.arguments)
+    if choice != "required":
+        assert call.name == streamed.name == "go"
+    both = {**asked, "text": {"format": {"type": "json_object"}}}
+    refused = live.client.post("/v1/responses", json=both)
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] == "text.format"

@@ -77,7 +77,7 @@ def test_every_call_with_a_body_has_an_example_and_the_demo_answers_it(live: Liv
         adapter = CALLS[path, method][0]
         answer = live.client.request(
             method,
-            path.replace("{name}", "hira-imdb"),
+            path.replace("{name}", "hira-imdb").replace("{alias}", "production"),
             json=example,
             params={} if adapter is None else {"adapter": adapter},
             headers=live.admin if path.startswith("/admin") else {},
@@ -85,7 +85,7 @@ def test_every_call_with_a_body_has_an_example_and_the_demo_answers_it(live: Liv
         expected = answer.status_code in (400, 404) if path in elsewhere else answer.is_success
         if path in {"/admin/adapters", "/admin/apply"}:
             expected = answer.json()["code"] in {"source_forbidden", "adapter_not_found"}
-        if path.endswith("/rollback"):
+        if path.endswith(("/rollback", "/canary")):
             expected = answer.json()["code"] == "version_not_found"
         assert expected, f"{method} {path}: {answer.text}"
 

@@ -25,7 +25,7 @@ TEMPLATE = (
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("responses")
     (root / "base.jinja").write_text(TEMPLATE)
-    with fake(root / "data", chat_template=root / "base.jinja") as server:
+    with fake(root / "data", chat_template=root / "base.jinja", anew=False) as server:
         yield server
 
 
@@ -71,7 +71,7 @@ def test_a_conversation_goes_on_with_what_came_of_it(client: Any) -> None:
     ]
     second = client.responses.create(model="fake-base", input=given)
     assert second.output_text == "two"
-    wanted = "system:x;user:«one»;assistant:one;assistant:fc1;tool:3c1;user:«two»;"
+    wanted = "system:x;user:«one»;assistant:onefc1;tool:3c1;user:«two»;"
     assert second.usage.input_tokens == len(wanted)
 
 

@@ -150,6 +150,16 @@ def test_a_call_that_is_none_is_given_back(form: ToolForm, text: str) -> None:
         assert (words.split(), calls) == (text.split(), [])
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", range(10))
+def test_an_answer_that_is_cut_tells_the_same_however_it_came(form: ToolForm, seed: int) -> None:
+    made = random.Random(1000 + seed)
+    text = written(form, calls_of(made), "" if form == "llama3_json" else "I look.", made)
+    for stop in made.sample(range(len(text)), min(30, len(text))):
+        part = text[:stop]
+        assert read(form, part, list(range(1, stop))) == read(form, part), part
+
+
 def test_a_call_that_is_cut_keeps_what_came() -> None:
     whole = '<tool_call>\n{"name": "add", "arguments": {"a": [1, "b"]}}'
     at = whole.index('"b"')

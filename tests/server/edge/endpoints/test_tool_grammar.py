@@ -48,7 +48,9 @@ def request(*tools: Any, **fields: Any) -> ChatRequest:
 def checked(body: ChatRequest, form: Any, marks: tuple[str, ...], *, special: bool) -> Any:
     several = body.parallel_tool_calls is not False
     reading = ToolReading(form, ("add", "noted"), several, marks)
-    asked = asked_of_tools(body, reading, IDS.get if special else lambda _: None, None)
+    asked = asked_of_tools(
+        body.tools or (), body.tool_choice, reading, IDS.get if special else lambda _: None, None
+    )
     assert asked is not None
     checker = Checker()
     checker({"tokens": [one.hex() for one in TOKENS], "cpu_s": 1})
@@ -184,7 +186,8 @@ def test_nothing_is_held_without_need_and_nothing_twice() -> None:
     reading = ToolReading("hermes", ("add",))
     other = AskedGrammar("json_schema", {}, "response_format")
     free = request(tool("add", KEPT))
-    assert asked_of_tools(free, reading, IDS.get, other) is other
-    assert asked_of_tools(free, reading, IDS.get, None) is None
+    assert asked_of_tools(free.tools or (), free.tool_choice, reading, IDS.get, other) is other
+    assert asked_of_tools(free.tools or (), free.tool_choice, reading, IDS.get, None) is None
+    named = request(tool("add", KEPT), tool_choice=ADD)
     with pytest.raises(Refusal, match="one grammar"):
-        asked_of_tools(request(tool("add", KEPT), tool_choice=ADD), reading, IDS.get, other)
+        asked_of_tools(named.tools or (), named.tool_choice, reading, IDS.get, other)

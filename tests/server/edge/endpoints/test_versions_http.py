@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from server.demo import ADAPTERS_DIR
+from server.edge.target import drawn_arm
 from tests.stand.folders import change_config
 from tests.stand.live import ROOT, Live, hira
 
@@ -167,3 +168,92 @@ def test_no_request_after_the_acknowledgement_is_answered_by_what_was_left(
         one.join()
     assert wrong == []
     assert sum(asked) > 20
+
+
+def test_an_alias_is_asked_listed_and_refused(live: Live) -> None:
+    put_alias = {"json": {"adapter": NAME}}
+    made = call(live, "PUT", "/aliases/production", **put_alias)
+    assert made.json() == {"alias": "production", "adapter": NAME, "before": None}
+    answer = answering(live, "production")
+    assert answer.headers["X-Adapter"] == NAME
+    assert answer.headers["X-Adapter-Alias"] == "production"
+    assert answer.json() == answering(live, NAME).json()
+    assert "X-Adapter-Alias" not in answering(live, NAME).headers
+    models = {one["id"]: one for one in live.client.get("/v1/models").json()["data"]}
+    assert models["production"]["alias_of"] == NAME
+    assert models[NAME]["alias_of"] is None
+    assert live.client.get("/v1/models/production").json() == models["production"]
+    assert call(live, "GET", f"/adapters/{NAME}").json()["aliases"] == ["production"]
+
+    def refused(method: str, path: str, **arguments: Any) -> tuple[int, str]:
+        answer = call(live, method, path, **arguments)
+        return answer.status_code, answer.json()["code"]
+
+    assert refused("PUT", f"/aliases/{NAME}", **put_alias) == (422, "alias_to_itself")
+    chain = {"json": {"adapter": "production"}}
+    assert refused("PUT", "/aliases/further", **chain) == (422, "alias_of_alias")
+    assert refused("PUT", "/aliases/hira-sst2", **put_alias) == (409, "adapter_exists")
+    assert refused("PUT", "/aliases/base", **put_alias) == (422, "invalid_name")
+    assert refused("DELETE", f"/adapters/{NAME}") == (409, "adapter_aliased")
+    assert refused("DELETE", "/aliases/nobody") == (404, "adapter_not_found")
+    moved = command(live, "alias", "production", "hira-sst2")
+    assert moved.stdout == f"production points to hira-sst2; it pointed to {NAME}\n"
+    assert answering(live, "production").headers["X-Adapter"] == "hira-sst2"
+    assert command(live, "alias").stdout == "alias\tadapter\nproduction\thira-sst2\n"
+    assert command(live, "alias", "production", "hira-sst2", "--remove").returncode == 2
+    assert command(live, "alias", "production", "--remove").returncode == 0
+    assert answering(live, "production").status_code == 404
+
+
+def test_a_canary_answers_its_share_and_says_so(live: Live, folders: list[Path]) -> None:
+    stable = put(live, "tried", folders[0])["version"]
+    begun = command(live, "canary", "tried", str(folders[1]), "--share", "30", "--json")
+    assert begun.returncode == 0, begun.stderr
+    canary = json.loads(begun.stdout)["canary"]
+    versions = {"stable": stable, "canary": canary["version"]}
+    assert (canary["share"], canary["served"]) == (30.0, True)
+    arms: list[str] = []
+    for turn in range(60):
+        answer = live.client.post(
+            "/predict?adapter=tried", json={"inputs": "x"}, headers={"X-Request-Id": f"r{turn}"}
+        )
+        arms.append(answer.headers["X-Adapter-Arm"])
+        assert answer.headers["X-Adapter-Version"] == versions[arms[-1]]
+        assert arms[-1] == drawn_arm("tried", canary["version"], 30, f"request r{turn}")
+    assert set(arms) == {"stable", "canary"}
+    for arm in set(arms):
+        line = f'hira_canary_requests_total{{adapter="tried",arm="{arm}",status="200"}}'
+        assert live.metric(line) == arms.count(arm)
+    for user in ("ann", "bob", "eve", "joe", "sue"):
+        body = {"model": "tried", "input": "x", "user": user}
+        answers = [live.client.post("/v1/embeddings", json=body) for _ in range(3)]
+        drawn = {one.headers["X-Adapter-Arm"] for one in answers}
+        assert drawn == {drawn_arm("tried", canary["version"], 30, f"user {user}")}
+        assert "X-Ignored-Fields" not in answers[0].headers
+    plain = {"model": "hira-sst2", "input": "x", "user": "ann"}
+    named = live.client.post("/v1/embeddings", json=plain).headers
+    assert (named["X-Ignored-Fields"], "X-Adapter-Arm" in named) == ("user", False)
+    for share in (100.5, -1):
+        answer = call(live, "PUT", "/adapters/tried/canary", json={"share": share})
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_share")
+    assert "30 % to" in command(live, "list", "--prefix", "tried").stdout
+    promoted = call(live, "POST", "/adapters/tried/canary/promote").json()
+    assert (promoted["version"], promoted["before"]) == (versions["canary"], stable)
+    answer = answering(live, "tried")
+    assert answer.headers["X-Adapter-Version"] == versions["canary"]
+    assert "X-Adapter-Arm" not in answer.headers
+    again = call(live, "PUT", "/adapters/tried/canary", json={"version": stable, "share": 100})
+    assert again.is_success, again.text
+    assert answering(live, "tried").headers["X-Adapter-Version"] == stable
+    assert command(live, "canary", "tried", "--abort").returncode == 0
+    assert answering(live, "tried").headers["X-Adapter-Version"] == versions["canary"]
+    gone = call(live, "DELETE", "/adapters/tried/canary")
+    assert (gone.status_code, gone.json()["code"]) == (404, "canary_not_found")
+    assert command(live, "canary", "tried", "--abort", "--promote").returncode == 2
+
+
+def test_a_canary_of_another_task_is_refused(live: Live) -> None:
+    record = put(live, "teller", ADAPTERS_DIR / "hira-wiki", stage="true")
+    body = {"version": record["version"], "share": 10}
+    answer = call(live, "PUT", f"/adapters/{NAME}/canary", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "task_mismatch")

@@ -25,17 +25,24 @@ from server.errors import Refusal
 from server.settings import Settings
 
 
+def row_of(version: str) -> SimpleNamespace:
+    """What is needed of a record."""
+    return SimpleNamespace(
+        version=version, fits=lambda _: True, aliases=(), canary=None, versions=lambda: (version,)
+    )
+
+
 class Registry:
     """Shared by all processes of a test."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Any] = {"a": SimpleNamespace(version="v1", fits=lambda _: True)}
+        self.rows: dict[str, Any] = {"a": row_of("v1")}
         self.away = False
         self.gate = threading.Event()
         self.gate.set()
 
     def records(self) -> Any:
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         if self.away:
             raise RegistryUnavailable("The registry cannot be used now.")
         return dict(self.rows)
@@ -62,7 +69,7 @@ def test_a_change_that_one_process_acknowledged_is_known_to_all_at_once() -> Non
         registry, load = Registry(), SharedLoad(2)
         writer, reader = process(registry, load, 0), process(registry, load, 1)
         for turn in range(20):
-            row = SimpleNamespace(version=f"v{turn}", fits=lambda _: True)
+            row = row_of(f"v{turn}")
             await writer.change_registry(lambda row=row: registry.rows.update(a=row), "records")  # type: ignore[misc]
             for one in (reader, writer):
                 await one.catch_up()
@@ -120,7 +127,7 @@ def test_a_change_that_succeeds_ends_the_time_in_which_the_database_is_away() ->
         registry.away = True
         await one._read_registry()
         registry.away = False
-        row = SimpleNamespace(version="v9", fits=lambda _: True)
+        row = row_of("v9")
         await one.change_registry(lambda: registry.rows.update(new=row), "records")
         await one.catch_up()
         assert one.targets.record("new").version == "v9"

@@ -102,6 +102,36 @@ def test_state_that_is_gone_after_the_worker_was_ready_is_silence(
     assert is_killed(supervisor, server)
 
 
+def test_time_in_which_the_main_process_itself_stood_still_is_nobodys_silence(
+    supervisor: Supervisor, server: Server, clock: FakeClock
+) -> None:
+    speak(server)
+    supervisor.check_worker()
+    supervisor.note_turn()
+    clock.advance(10 * HANG_S)
+    supervisor.note_turn()
+    assert not is_killed(supervisor, server), "it could not have been heard"
+    seconds = 0
+    while not is_killed(supervisor, server) and seconds < 2 * HANG_S:
+        seconds += 1
+        clock.advance(1)
+        supervisor.note_turn()
+    assert HANG_S / 2 < seconds <= HANG_S + 1, "nor did it speak when it could be heard"
+
+
+def test_main_process_that_is_always_slow_still_ends_what_is_silent(
+    supervisor: Supervisor, server: Server, clock: FakeClock
+) -> None:
+    speak(server)
+    supervisor.check_worker()
+    for _ in range(int(HANG_S)):
+        supervisor.note_turn()
+        supervisor.kill_hung({})
+        clock.advance(HANG_S)
+    supervisor.note_turn()
+    assert is_killed(supervisor, server)
+
+
 def test_state_of_the_worker_before_tells_nothing_of_one_that_starts(
     supervisor: Supervisor, server: Server
 ) -> None:
