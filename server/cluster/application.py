@@ -24,6 +24,7 @@ from server.cluster.routing import SPILL_FACTOR, SPILL_REQUESTS, SpillPolicy
 from server.edge.link.engine_like import ENGINE
 from server.edge.processes import start as prepare
 from server.edge.processes.failed_start import StartFailed
+from server.edge.processes.preflight import check_callers
 from server.metrics import FOLDER_VARIABLE
 from server.settings import SettingFault, Settings, SettingsFault, load_settings
 
@@ -120,6 +121,7 @@ def open_registry(settings: Settings, *, check: bool = False) -> Registry:
 
 def application_of(settings: Settings, options: ClusterOptions) -> serve.Application:
     """The application of settings that were read."""
+    check_callers(settings)
     place, name, adapters = prepare.base_and_adapters(settings)
     base = prepare.describe_base(settings, place, name)
     registry = open_registry(settings)

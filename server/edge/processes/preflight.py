@@ -48,8 +48,7 @@ def check_before_loading(settings: Settings) -> None:
         lambda: _look_at_base(settings.base),
         lambda: _check_template(settings.chat_template),
         lambda: _check_device(settings.device),
-        lambda: _check_key_file(settings),
-        lambda: _check_tracing(settings.otel_endpoint),
+        lambda: check_callers(settings),
         *((lambda one=one: _check_source(*one)) for one in settings.adapters),
     )
     found: list[StartFailed] = []
@@ -67,6 +66,16 @@ def check_before_loading(settings: Settings) -> None:
             fix=first.fix,
             others=found[1:],
         )
+
+
+def check_callers(settings: Settings) -> None:
+    """Look at what concerns keys and traces, on one machine and in a cluster.
+
+    Raises:
+        StartFailed: With the first fault, or all of the keys file.
+    """
+    _check_tracing(settings.otel_endpoint)
+    _check_key_file(settings)
 
 
 def check_port(host: str, port: int) -> None:
