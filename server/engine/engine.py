@@ -314,6 +314,9 @@ class Engine:
             kv_blocks=blocks,
             encode_steps=encode.steps_by,
             generate_steps={} if generate is None else generate.steps_by,
+            generate_tokens={}
+            if generate is None
+            else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
             static_bytes={} if generate is None else generate.static_bytes,
             grammars={}
             if generate is None

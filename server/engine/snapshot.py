@@ -50,6 +50,8 @@ class EngineSnapshot:
         generate_steps: Of the generate lane since the start, by how they ran; {} where none may be
             static.
         grammars: Of structured output: compiled, kept_bytes, deferred_tokens.
+        generate_tokens: Of the generate lane since the start: ``chosen``, and those of prompts that
+            were found in the cache (``shared``).
         static_bytes: Of static steps on the device, by what holds them.
         cuda_bytes: Of the device, by kind; empty on the CPU.
         totals: Counters since the start.
@@ -69,6 +71,7 @@ class EngineSnapshot:
     kv_blocks: Mapping[str, int]
     encode_steps: Mapping[str, int]
     generate_steps: Mapping[str, int]
+    generate_tokens: Mapping[str, int]
     static_bytes: Mapping[str, int]
     grammars: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
