@@ -52,6 +52,9 @@ SHOWN: Final = 12
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="of all breaks, in place of the minutes"
+    )
     parser.add_argument("--apart-s", type=float, default=8.0, help="of peace between two breaks")
     parser.add_argument("--only", action="append", default=[], help="a break; repeatable")
     parser.add_argument("--variants", type=int, default=10)
@@ -212,12 +215,18 @@ async def _break_things(
     if not kinds:
         raise SystemExit(f"no such break; there are {', '.join(b.__name__ for b in breaks.BREAKS)}")
     waiting: list[Any] = []
-    while time.monotonic() - began < options.minutes * 60:
+    rounds = 0
+    while (
+        time.monotonic() - began < options.minutes * 60
+        if options.rounds is None
+        else waiting or rounds < options.rounds
+    ):
         await asyncio.sleep(min(options.apart_s, options.minutes * 60))
         for role, kinds_of in (await asyncio.to_thread(look, target.server)).items():
             memory[role].append((time.monotonic() - began, kinds_of["resident_bytes"]))
         if not waiting:
             waiting = rng.sample(kinds, len(kinds))
+            rounds += 1
         act = waiting.pop()
         with windows.during(act.__name__) as window:
             await act(target)

@@ -103,10 +103,16 @@ def layers_of(family: str) -> dict[str, list[str]]:
 
 
 def run(family: str, storage: str, root: Path) -> list[Cell]:
-    """Build a stage below ``root``, ask everything at once, and compare with float64."""
+    """Build a stage below ``root``, ask everything at once, and compare with float64.
+
+    The base and the adapters of a family are the same in every storage: what a stage finds below
+    ``root`` is not made again.
+    """
     quantization, embeddings = STORAGES[storage]
-    base = tiny_bases.base_folder(root, family)
-    store = root / "store"
+    base = root / family
+    if not base.exists():
+        tiny_bases.base_folder(root, family)
+    store = root / f"store of {storage}"
     options = tiny_bases.options(
         base,
         store,
@@ -152,7 +158,8 @@ def _made(root: Path, base: Path, store: Path, family: str, storage: str) -> Ite
                 if method == "QLoRA" and (storage != "nf4" or layer in ("Embedding", "Conv2d")):
                     continue
                 folder = root / f"{column}-{layer}-{method}".replace(" ", "-")
-                make(folder, base, column, method, targets)
+                if not folder.exists():
+                    make(folder, base, column, method, targets)
                 yield Made(method, layer, column, folder, tiny_bases.stored(store, folder))
 
 
@@ -317,10 +324,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     cells: list[Cell] = []
-    for family, storage in STAGES:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for family, storage in STAGES:
             began = time.perf_counter()
-            stage = run(family, storage, Path(folder))
+            stage = run(family, storage, Path(folder) / f"of {family}")
             cells += stage
             worst = max(cell.error for cell in stage)
             sys.stderr.write(

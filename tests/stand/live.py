@@ -1,6 +1,8 @@
 """Starts real servers in their real processes on free ports, and sees that nothing is left of them.
 
-Used by the tests that are marked ``http``.
+Used by the tests that are marked ``http``. With ``anew=False`` a server is forked from a process
+that has its modules (`tests.stand.forked_servers`); otherwise new interpreters run it, as where
+people start it.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.stand.forked_servers import ForkedServer, loaded
+
 ROOT = Path(__file__).parents[2]
 # A start is over when the server is ready or has ended; this only says when a test gives up, and
 # holds on a machine with many times the work that it can do.
 START_S = 280.0
+END_S = 120.0  # likewise, for its end
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Live:
 
     url: str
     folder: Path  # of the server's data
-    child: subprocess.Popen[bytes]
+    child: subprocess.Popen[bytes] | ForkedServer
     log: Path
     client: httpx.Client
     family: dict[int, psutil.Process] = field(default_factory=dict)
@@ -86,7 +91,7 @@ class Live:
                 return float(one.rsplit(" ", 1)[1])
         return 0.0
 
-    def end(self, number: int = signal.SIGTERM, within_s: float = 30.0) -> int:
+    def end(self, number: int = signal.SIGTERM, within_s: float = END_S) -> int:
         """Send a signal and wait for the exit status."""
         self.processes()
         self.child.send_signal(number)
@@ -104,7 +109,7 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("HIRA_", "PROMETHEUS_"))
+        if not name.startswith(("HIRA_", "PROMETHEUS_", "PYTEST_"))
     }
     given = {f"HIRA_{name.upper()}": str(value) for name, value in settings.items()}
     return {
@@ -116,34 +121,53 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     }
 
 
+def interpreter(
+    command: Sequence[str], environment: dict[str, str], folder: Path, log: Path
+) -> subprocess.Popen[bytes]:
+    """A new one, in a session of its own; ``command`` are its arguments after ``python``."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
 @contextmanager
 def running(
     folder: Path,
     command: Sequence[str],
     *,
     wait: bool = True,
+    anew: bool = True,
     **settings: object,
 ) -> Iterator[Live]:
     """A server as a child process; killed with all that belongs to it at the end.
 
     Args:
         folder: For its data and its log.
-        command: Arguments after ``python``.
+        command: Arguments after ``python``; where the server is not run anew, ``-m``, a module with
+            a function ``main``, and arguments.
         wait: Until it is ready.
+        anew: Whether in a new interpreter.
         settings: As environment variables.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     log = folder.parent / f"{folder.name}.log"
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=folder.parent,
-            env=environment(folder, **{"port": port, "log_level": "info", **settings}),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    given = environment(folder, **{"port": port, "log_level": "info", **settings})
+    child: subprocess.Popen[bytes] | ForkedServer
+    if anew:
+        child = interpreter(command, given, folder.parent, log)
+    else:
+        log.unlink(missing_ok=True)
+        common = {name: one for name, one in given.items() if not name.startswith("HIRA_")}
+        process = loaded(tuple(sorted(common.items())))
+        _, module, *arguments = command
+        child = process.start(module, arguments, environment=given, folder=folder.parent, log=log)
     url = f"http://127.0.0.1:{port}"
     live = Live(url, folder, child, log, httpx.Client(base_url=url, timeout=60))
     try:
@@ -165,11 +189,14 @@ def running(
 
 
 def hira(
-    folder: Path, *arguments: str, wait: bool = True, **settings: object
+    folder: Path, *arguments: str, wait: bool = True, anew: bool = True, **settings: object
 ) -> AbstractContextManager[Live]:
-    """`hira serve` itself."""
-    command = ["-c", "from server.cli.main import main; main()", "serve", *arguments]
-    return running(folder, command, wait=wait, **settings)
+    """`hira serve` itself; with one thread where it is not run anew, and then others run too."""
+    if not anew:
+        settings = {"threads": 1, **settings}
+    script = ["-c", "from server.cli.main import main; main()"]
+    command = [*(script if anew else ["-m", "server.cli.main"]), "serve", *arguments]
+    return running(folder, command, wait=wait, anew=anew, **settings)
 
 
 def fake(
@@ -177,7 +204,9 @@ def fake(
     engine: str = "tests.stand.fake_engine:build",
     *,
     wait: bool = True,
+    anew: bool = True,
     **settings: object,
 ) -> AbstractContextManager[Live]:
     """The server around the fake engine."""
-    return running(folder, ["-m", "tests.stand.fake_server", engine], wait=wait, **settings)
+    command = ["-m", "tests.stand.fake_server", engine]
+    return running(folder, command, wait=wait, anew=anew, **settings)

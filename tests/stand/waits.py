@@ -17,10 +17,16 @@ def until(
     what: str = "what was waited for did not come",
     *,
     within_s: float = TIMEOUT_S,
-    every_s: float = 0.001,
+    every_s: float = 0.01,
 ) -> None:
-    """Return as soon as ``condition()`` is true; fail with ``what`` when it never is."""
+    """Return as soon as ``condition()`` is true; fail with ``what`` when it never is.
+
+    It is asked for at once and ever more rarely, at last every ``every_s``: who waits must not take
+    the processor from what is waited for.
+    """
     end = time.monotonic() + within_s
+    pause_s = 0.001
     while not condition():
         assert time.monotonic() < end, what
-        time.sleep(every_s)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, every_s)

@@ -44,7 +44,7 @@ def encode_request() -> EncodeRequest:
     inputs = (TokenizedInput((1, 2)),)
     return EncodeRequest(
         "", "text-classification", "imdb", "v1", inputs,
-        submitted=time.monotonic(), deadline=time.monotonic() + 5,
+        submitted=time.monotonic(), deadline=time.monotonic() + 60,
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_requests_wait_for_nobody_where_no_replica_is_left() -> None:
             with link.admit(encode_request()) as ticket:
                 router: Any = SimpleNamespace(curr_replicas={})
                 ROUTERS["engine"] = router
-                event = await asyncio.wait_for(ticket.next(), 2)
+                event = await asyncio.wait_for(ticket.next(), 60)
                 assert isinstance(event, Failure)
                 assert event.code == "worker_lost"
                 with pytest.raises(Refusal, match="restarted"):

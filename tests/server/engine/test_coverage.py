@@ -17,9 +17,15 @@ pytest.importorskip("PIL", reason="Pillow is an extra of the project (vision)")
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the bases and adapters, which all storages of a family share."""
+    return tmp_path_factory.mktemp("coverage")
+
+
 @pytest.mark.parametrize(("family", "storage"), STAGES, ids="-".join)
-def test_every_answer_equals_float64(family: str, storage: str, tmp_path: Path) -> None:
-    cells = coverage.run(family, storage, tmp_path)
+def test_every_answer_equals_float64(family: str, storage: str, root: Path) -> None:
+    cells = coverage.run(family, storage, root / f"of {family}")
     worst = {(one.method, one.layer, one.task): one.error for one in cells if one.error > 0}
     assert len(worst) == len(cells), "an answer without any rounding is one that was not computed"
     assert max(worst.values()) < coverage_table.BOUND, worst

@@ -68,7 +68,7 @@ def admitted(live: Live) -> float:
     return live.metric('hira_admitted{kind="requests"}')
 
 
-def wait_until(what: str, live: Live, value: float, within_s: float = 20.0) -> None:
+def wait_until(what: str, live: Live, value: float, within_s: float = 120.0) -> None:
     until = time.monotonic() + within_s
     while live.metric(what) != value:
         assert time.monotonic() < until, f"{what} is {live.metric(what)}"

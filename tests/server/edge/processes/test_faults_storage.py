@@ -81,7 +81,7 @@ def test_locked_registry_refuses_changes_and_goes_on_answering(world: World) -> 
         other.execute("BEGIN EXCLUSIVE")
         began = time.monotonic()
         refused = world.register("while-locked", 1)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60  # it is waited for five seconds
         assert (refused.status_code, refused.json()["code"]) == (503, "registry_unavailable")
         assert "locked" in refused.json()["found"]
         assert int(refused.headers["Retry-After"]) >= 1

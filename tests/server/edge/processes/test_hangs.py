@@ -22,14 +22,14 @@ from tests.stand.waits import until
 
 pytestmark = pytest.mark.http
 
-HANG_S = 15.0  # long after a silent worker is told of, however slow the machine
+HANG_S = 10.0  # long after a silent worker is told of, however slow the machine
 PATIENCE_S = 120.0  # for what must come to pass, but not by when
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("hangs") / "data"
-    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2) as server:
+    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2, anew=False) as server:
         yield server
 
 
@@ -85,21 +85,22 @@ def accepting(main: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def test_stopped_http_process_is_replaced(live: Live) -> None:
-    main = psutil.Process(live.child.pid)
-    holding = accepting(main)
-    _, first, _ = sorted(holding, key=lambda one: one.create_time())
-    first.suspend()
-    suspended = first.pid
-    until(lambda: suspended not in {one.pid for one in accepting(main)})
-    until(lambda: len(accepting(main)) == len(holding))
-    for _ in range(20):
-        assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
-    assert "HTTP process 0: no sign of life" in live.log.read_text()
+def test_stopped_http_process_is_replaced(tmp_path: Path) -> None:
+    with fake(tmp_path / "data", hang_s=6, api_processes=2, anew=False) as live:
+        main = psutil.Process(live.child.pid)
+        holding = accepting(main)
+        _, first, _ = sorted(holding, key=lambda one: one.create_time())
+        first.suspend()
+        suspended = first.pid
+        until(lambda: suspended not in {one.pid for one in accepting(main)})
+        until(lambda: len(accepting(main)) == len(holding))
+        for _ in range(20):
+            assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
+        assert "HTTP process 0: no sign of life" in live.log.read_text()
 
 
 def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Path) -> None:
-    with fake(tmp_path / "data") as live, ThreadPoolExecutor(4) as pool:
+    with fake(tmp_path / "data", anew=False) as live, ThreadPoolExecutor(4) as pool:
         cancelled = 'hira_adapters{state="cancelled"}'
         running = [pool.submit(generate_slowly, live) for _ in range(3)]
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 3)
@@ -116,7 +117,7 @@ def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Pa
 
 
 def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_path: Path) -> None:
-    with fake(tmp_path / "data") as live:
+    with fake(tmp_path / "data", anew=False) as live:
         order = live.folder / HUNG_CHORE
         order.touch()
         until(lambda: order.read_text() != "")
@@ -130,7 +131,7 @@ def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_pat
 
 
 def test_text_on_which_the_tokenizer_hangs_costs_one_http_process(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", hang_s=8) as live:
+    with fake(tmp_path / "data", hang_s=6, anew=False) as live:
         body = {"inputs": HANGING}
         first = live.client.post(
             "/predict?adapter=imdb", json=body, headers={"X-Timeout-Seconds": "1"}

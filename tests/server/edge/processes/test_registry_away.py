@@ -42,7 +42,7 @@ class Registry:
         self.gate.set()
 
     def records(self) -> Any:
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         if self.away:
             raise RegistryUnavailable("The registry cannot be used now.")
         return dict(self.rows)

@@ -17,7 +17,7 @@ from server.edge.processes import run_folder as module
 from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.run_folder import OWNER_LOCK_FILE, RUN_DIR_PREFIX, run_folder
 from server.edge.processes.serve import check_socket_folder
-from tests.stand.live import Live, hira
+from tests.stand.live import END_S, Live, hira
 from tests.stand.waits import until
 
 
@@ -140,7 +140,7 @@ def counted(live: Live) -> float:
 def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_death(
     tmp_path: Path,
 ) -> None:
-    with hira(tmp_path / "data") as live:
+    with hira(tmp_path / "data", anew=False) as live:
         pid, place = live.worker_pid, live.folder / "run"
         shutil.rmtree(place.resolve())
         until((place / "worker-0.json").exists)
@@ -150,12 +150,12 @@ def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_d
         shutil.rmtree(place.resolve())
         os.kill(pid, signal.SIGKILL)
         until(lambda: (place / "worker-0.json").exists() and live.worker_pid != pid)
-        live.wait_ready(60)
+        live.wait_ready()
         assert predict(live) == 200
         assert live.client.get("/metrics").status_code == 200
         shutil.rmtree(place.resolve())
         live.child.terminate()
-        assert live.child.wait(40) == 0
+        assert live.child.wait(END_S) == 0
 
 
 def test_a_folder_too_deep_for_sockets_ends_the_start() -> None:

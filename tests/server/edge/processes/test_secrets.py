@@ -33,7 +33,7 @@ def test_no_key_and_no_input_is_logged(tmp_path: Path) -> None:
             for top_k in (1, 500, 501, 10**9):
                 body = {"inputs": INPUT, "parameters": {"top_k": top_k}}
                 live.client.post(path, json=body, headers=headers)
-                live.wait_ready(30)
+                live.wait_ready()
             live.client.post(path, content=INPUT * 3, headers=headers)
             live.client.post("/v1/completions", json={"model": INPUT}, headers=headers)
             live.client.get("/admin/adapters", headers=headers)
@@ -53,7 +53,7 @@ def test_no_key_and_no_input_is_logged(tmp_path: Path) -> None:
             )
         live.child.send_signal(signal.SIGHUP)
         os.kill(live.worker_pid, signal.SIGKILL)
-        live.wait_ready(30)
+        live.wait_ready()
         assert live.end() == 0
         log = live.log.read_text(errors="replace")
         assert "POST /predict" in log  # something was logged at all
