@@ -1,8 +1,8 @@
 """Starts real servers in their real processes on free ports, and sees that nothing is left of them.
 
-Used by the tests that are marked ``http``. With ``anew=False`` a server is forked from a process
-that has its modules (`tests.stand.forked_servers`); otherwise new interpreters run it, as where
-people start it.
+Used by the tests that are marked ``http``. Most of these servers are forked from a process that has
+their modules (`tests.stand.forked_servers`); with ``anew=True`` new interpreters run them, as where
+people start them.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def running(
 
 
 def hira(
-    folder: Path, *arguments: str, wait: bool = True, anew: bool = True, **settings: object
+    folder: Path, *arguments: str, wait: bool = True, anew: bool = False, **settings: object
 ) -> AbstractContextManager[Live]:
     """`hira serve` itself; with one thread where it is not run anew, and then others run too."""
     if not anew:
@@ -204,7 +204,7 @@ def fake(
     engine: str = "tests.stand.fake_engine:build",
     *,
     wait: bool = True,
-    anew: bool = True,
+    anew: bool = False,
     **settings: object,
 ) -> AbstractContextManager[Live]:
     """The server around the fake engine."""

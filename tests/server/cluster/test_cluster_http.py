@@ -47,7 +47,7 @@ def cluster(folder: Path, **more: Any) -> Iterator[Live]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Live]]:
     folder = tmp_path_factory.mktemp("cluster")
     with (
-        hira(folder / "one", wait=False, source_root=ADAPTERS_DIR, **SETTINGS) as one,
+        hira(folder / "one", wait=False, anew=True, source_root=ADAPTERS_DIR, **SETTINGS) as one,
         cluster(folder / "many", source_root=ADAPTERS_DIR) as many,
     ):
         one.wait_ready(START_S)

@@ -33,7 +33,7 @@ from tests.stand.live import Live, fake
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("calls") / "data"
-    with fake(folder, max_queue_requests=4, max_adapter_requests=3, anew=False) as server:
+    with fake(folder, max_queue_requests=4, max_adapter_requests=3) as server:
         yield server
 
 

@@ -25,7 +25,7 @@ TEMPLATE = (
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("responses")
     (root / "base.jinja").write_text(TEMPLATE)
-    with fake(root / "data", chat_template=root / "base.jinja", anew=False) as server:
+    with fake(root / "data", chat_template=root / "base.jinja") as server:
         yield server
 
 

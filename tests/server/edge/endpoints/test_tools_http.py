@@ -41,7 +41,7 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("tools")
     (root / "base.jinja").write_text(TEMPLATE)
-    with fake(root / "data", chat_template=root / "base.jinja", anew=False) as server:
+    with fake(root / "data", chat_template=root / "base.jinja") as server:
         yield server
 
 
@@ -230,7 +230,7 @@ def test_a_template_must_know_tools_and_how_they_are_called(
 ) -> None:
     (tmp_path / "own.jinja").write_text(template)
     with fake(
-        tmp_path / "data", chat_template=tmp_path / "own.jinja", tool_format=setting, anew=False
+        tmp_path / "data", chat_template=tmp_path / "own.jinja", tool_format=setting
     ) as server:
         said = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2}}]'
         answer = chat(server, said, tools=[TOOL])

@@ -48,7 +48,7 @@ WALL_CLOCK = frozenset(
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with fake(tmp_path_factory.mktemp("crowds") / "data") as server:
+    with fake(tmp_path_factory.mktemp("crowds") / "data", anew=True) as server:
         yield server
 
 

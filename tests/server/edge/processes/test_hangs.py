@@ -29,7 +29,7 @@ PATIENCE_S = 120.0  # for what must come to pass, but not by when
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("hangs") / "data"
-    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2, anew=False) as server:
+    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2) as server:
         yield server
 
 
@@ -86,7 +86,7 @@ def accepting(main: psutil.Process) -> list[psutil.Process]:
 
 
 def test_stopped_http_process_is_replaced(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", hang_s=6, api_processes=2, anew=False) as live:
+    with fake(tmp_path / "data", hang_s=6, api_processes=2) as live:
         main = psutil.Process(live.child.pid)
         holding = accepting(main)
         _, first, _ = sorted(holding, key=lambda one: one.create_time())
@@ -100,7 +100,7 @@ def test_stopped_http_process_is_replaced(tmp_path: Path) -> None:
 
 
 def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", anew=False) as live, ThreadPoolExecutor(4) as pool:
+    with fake(tmp_path / "data") as live, ThreadPoolExecutor(4) as pool:
         cancelled = 'hira_adapters{state="cancelled"}'
         running = [pool.submit(generate_slowly, live) for _ in range(3)]
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 3)
@@ -117,7 +117,7 @@ def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Pa
 
 
 def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", anew=False) as live:
+    with fake(tmp_path / "data") as live:
         order = live.folder / HUNG_CHORE
         order.touch()
         until(lambda: order.read_text() != "")
@@ -131,7 +131,7 @@ def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_pat
 
 
 def test_text_on_which_the_tokenizer_hangs_costs_one_http_process(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", hang_s=6, anew=False) as live:
+    with fake(tmp_path / "data", hang_s=6) as live:
         body = {"inputs": HANGING}
         first = live.client.post(
             "/predict?adapter=imdb", json=body, headers={"X-Timeout-Seconds": "1"}

@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with postgres.postgres() as database:
         data = tmp_path_factory.mktemp("served") / "data"
         root = f"--source-root={sources}"
-        with hira(data, root, registry_url=database.url, dtype="fp32") as live:
+        with hira(data, root, registry_url=database.url, dtype="fp32", anew=True) as live:
             made = World(live, database, sources)
             made.known = made.scores()
             yield made

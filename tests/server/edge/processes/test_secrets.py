@@ -21,6 +21,7 @@ ADMIN, APP, WRONG, INPUT = "admin-0d1e2f3a", "app-4b5c6d7e", "wrong-8f9a0b1c", "
 def test_no_key_and_no_input_is_logged(tmp_path: Path) -> None:
     with fake(
         tmp_path / "data",
+        anew=True,
         log_level="debug",
         access_log=True,
         admin_key=ADMIN,
