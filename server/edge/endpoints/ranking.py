@@ -117,7 +117,7 @@ class Ranking:
             "id": f"score-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
-            "model": body.model,
+            "model": body.model or target.shown,
             "data": [
                 {"index": index, "object": "score", "score": score}
                 for index, score in enumerate(result.outputs)
