@@ -74,7 +74,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "max_tokens_per_doc": (None,),
     "instruction": ("", None),
 }
-_FIXES = dict.fromkeys(("adapter", "adapter_id"), "Name the adapter as model.")
+_INSTEAD = dict.fromkeys(("adapter", "adapter_id"), "Name the adapter as model.")
 # Fields that are known to have no effect here.
 V1_WITHOUT_EFFECT = frozenset({"user"})
 MAX_NAMED = 32  # ignored fields that are named
@@ -141,7 +141,7 @@ class OpenAIBody(BaseModel):
                 f"{name} cannot be honoured by this server.",
                 found=repr(value)[:80],
                 expected="its neutral value, or no such field",
-                fix=_FIXES.get(name),
+                fix=_INSTEAD.get(name),
                 field=name,
             )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.edge.endpoints.openai_body import NEUTRAL
+from server.edge.endpoints.openai_body import NEUTRAL, OpenAIBody
 from server.edge.endpoints.schemas_conversation import ChatRequest
 from server.edge.endpoints.schemas_openai import CompletionRequest, EmbeddingRequest
 from server.edge.endpoints.schemas_ranking import DocumentsRequest, ScoreRequest
@@ -75,7 +75,7 @@ def test_unknown_openai_fields_are_ignored_and_named_and_known_ones_refused() ->
 
 @pytest.mark.parametrize("name", ["adapter", "adapter_id"])
 def test_an_adapter_that_is_not_named_as_the_model_is_no_silence(name: str) -> None:
-    for kind, own in (
+    bodies: list[tuple[type[OpenAIBody], dict[str, Any]]] = [
         (CompletionRequest, {"prompt": "a"}),
         (ChatRequest, {"messages": [{"role": "user", "content": "a"}]}),
         (EmbeddingRequest, {"input": "a"}),
@@ -83,7 +83,8 @@ def test_an_adapter_that_is_not_named_as_the_model_is_no_silence(name: str) -> N
         (DocumentsRequest, {"query": "a", "documents": ["b"]}),
         (ScoreRequest, {"text_1": "a", "text_2": "b"}),
         (TokenizePromptRequest, {"prompt": "a"}),
-    ):
+    ]
+    for kind, own in bodies:
         with pytest.raises(Refusal) as refused:
             kind.model_validate({**own, name: "story"}).check_supported()
         (fault,) = refused.value.faults

@@ -54,7 +54,9 @@ def test_chats_tell_every_token_that_is_text() -> None:
     events, result = told()
     (whole,) = shape(logprobs=True).answer([result], 1)["choices"]
     found, text = [], ""
-    for chunk in chunks_of(stream_chunks, shape(logprobs=True), [*events, result]):
+    streamed = chunks_of(stream_chunks, shape(logprobs=True), [*events, result])
+    assert len(streamed) == 2 + len(LOGPROBS[:-1])
+    for chunk in streamed:
         (choice,) = chunk["choices"]
         text += choice["delta"].get("content", "")
         found += (choice["logprobs"] or {"content": []})["content"]
