@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -25,15 +24,6 @@ AUDIT_FILE: Final = "audit.jsonl"
 AUDIT_OFF: Final = "off"
 AUDIT_STDOUT: Final = "stdout"
 AUDIT_FILES: Final = 4  # the present one and those before it, within the bound together
-
-
-@dataclass(frozen=True, slots=True)
-class VersionChange:
-    """What a call did to a name; None: there was, or is, none."""
-
-    name: str
-    before: str | None
-    after: str | None
 
 
 class AuditLog:
