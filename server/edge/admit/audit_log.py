@@ -86,7 +86,8 @@ class AuditLog:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(handle)  # lets it go
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the handle too
+            os.close(handle)
 
 
 def audit_log_of(settings: Settings) -> AuditLog | None:

@@ -132,7 +132,8 @@ class KeyUsageFile:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(handle)  # lets it go
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the handle too
+            os.close(handle)
 
 
 def _today() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,26 @@ def test_many_writers_at_once_leave_a_whole_file(tmp_path: Path) -> None:
     (day,) = file.read().days.values()
     assert day.keys() == set(names)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["key-usage.json", "key-usage.lock"]
+
+
+def test_a_child_forked_during_a_writing_holds_nobody_up(tmp_path: Path) -> None:
+    file = KeyUsageFile(tmp_path / "key-usage.json", SharedUsage(1))
+    context = multiprocessing.get_context("fork")
+    done = context.Event()
+    child, again = context.Process(target=done.wait), context.Process(target=file.write, args=([],))
+
+    def forking() -> Iterator[str]:
+        child.start()
+        yield "app"
+
+    file.write(forking())
+    again.start()
+    again.join(20)
+    waits = again.is_alive()
+    again.kill()
+    done.set()
+    child.join(60)
+    assert not waits
 
 
 def test_a_restart_gives_nobody_his_day_anew(tmp_path: Path) -> None:
