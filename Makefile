@@ -7,6 +7,8 @@ SERVING := $(VENV)/.serving
 STAMP   := $(VENV)/.installed
 # Python compiles what it imports when it first does: a third less to write, and to wait for.
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Where torch comes from; without a GPU https://download.pytorch.org/whl/cpu spares CUDA's libraries.
+TORCH_INDEX ?=
 ARGS    ?=
 # Processes that share the tests, one thread each; a file stays in one. JOBS=0: this one alone.
 JOBS    ?= 2
@@ -18,7 +20,7 @@ setup: $(STAMP)
 # torch is installed first and alone: with it in place nothing below pulls another build of it.
 $(SERVING): pyproject.toml constraints.txt setup.py $(wildcard adapters/kernels/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $$(grep '^torch==' constraints.txt)
+	$(PIP) $$(grep '^torch==' constraints.txt) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) -e .
 	touch $@
 
