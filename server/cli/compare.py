@@ -55,7 +55,7 @@ def compare_adapter(
     """
     lines = _lines_of(texts)
     with adapter_folder(path) as folder:
-        found = _compared(
+        found = _compare_on_base(
             folder,
             lines,
             base=base,
@@ -70,7 +70,7 @@ def compare_adapter(
         _print_comparison(found)
 
 
-def _compared(
+def _compare_on_base(
     folder: Path,
     lines: list[str],
     *,
@@ -84,7 +84,6 @@ def _compared(
     from adapters.errors import ExplainedError
     from server.comparison.storages import compare_storages
     from server.demo import BASE_DIR
-    from server.engine.engine import EngineFailure
     from server.options import EngineOptions
     from server.stages import listen_to_stages
 
@@ -100,8 +99,6 @@ def _compared(
     listen_to_stages(_StageLines().show)
     try:
         return compare_storages(options, folder, lines)
-    except EngineFailure as error:
-        fail(f"{error.failure.code}: {error.failure.message}", fix=error.failure.fix)
     except ExplainedError as error:
         fail(error.message, found=error.found, expected=error.expected, fix=error.fix)
     finally:

@@ -31,7 +31,7 @@ from server.comparison.divergence import (
     token_divergence,
 )
 from server.encoding.postprocess import scores_of_labels
-from server.engine.engine import Engine
+from server.engine.engine import Engine, EngineFailure
 from server.inputs.text_errors import InputTooLong, TextError
 from server.messages import (
     EncodeRequest,
@@ -148,10 +148,10 @@ def compare_storages(
         texts: At least one.
 
     Raises:
-        NotComparable: The adapter neither labels texts nor continues them, or no text can be used.
+        NotComparable: The adapter neither labels texts nor continues them, no text can be used, or
+            an answer failed, such as on numbers that are not finite.
         AdapterError: The adapter is broken or does not fit.
         BaseModelError: A base cannot be loaded.
-        EngineFailure: An answer failed, such as on numbers that are not finite.
     """
     if plan_base(options).quantized is not None:
         raise NotComparable(
@@ -169,14 +169,14 @@ def compare_storages(
         )
     if not any(text.strip() for text in texts):
         raise NotComparable("There is no text to compare with.", expected="a text in each line")
-    plain = _answers(replace(options, quantization="none"), folder, weights, texts, "unquantized")
-    stored = _answers(options, folder, weights, texts, "quantized")
+    plain = _ask_base(replace(options, quantization="none"), folder, weights, texts, "unquantized")
+    stored = _ask_base(options, folder, weights, texts, "quantized")
     if weights.task == "text-generation":
         return _tokens_compared(weights, texts, plain, stored)
     return _labels_compared(weights, texts, plain, stored)
 
 
-def _answers(
+def _ask_base(
     options: EngineOptions, folder: Path, weights: AdapterWeights, texts: Sequence[str], name: str
 ) -> _Answered:
     with tempfile.TemporaryDirectory(prefix="hira-compare-") as scratch:
@@ -186,6 +186,14 @@ def _answers(
         try:
             tell_stage(f"asking the {name} base")
             return _answers_of(engine, version, weights, texts)
+        except EngineFailure as error:
+            failure = error.failure
+            raise NotComparable(
+                f"The {name} base gives no answer: {failure.message}",
+                found=failure.found,
+                expected=failure.expected,
+                fix=failure.fix,
+            ) from error
         finally:
             engine.close()
             del engine
@@ -308,8 +316,8 @@ def _labels_compared(
         changes.append(
             TextChange(
                 text=_shortened(text),
-                before=_told(one, names, kind),
-                after=_told(other, names, kind),
+                before=_label_shares(one, names, kind),
+                after=_label_shares(other, names, kind),
                 flipped=chosen_labels(one, kind) != chosen_labels(other, kind),
                 kl_nats=label_divergence(one, other, kind),
             )
@@ -393,7 +401,7 @@ def _worst(changes: Sequence[TextChange]) -> tuple[TextChange, ...]:
     return tuple(order[:WORST_SHOWN])
 
 
-def _told(logits: Sequence[float], names: Sequence[str], kind: ScoreKind) -> str:
+def _label_shares(logits: Sequence[float], names: Sequence[str], kind: ScoreKind) -> str:
     """The labels that were chosen, with their probability, or the values."""
     if kind == "none":
         return ", ".join(f"{one:.4f}" for one in logits)
