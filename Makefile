@@ -10,8 +10,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # Where torch comes from; without a GPU https://download.pytorch.org/whl/cpu spares CUDA's libraries.
 TORCH_INDEX ?=
 ARGS    ?=
-# Processes that share the tests, one thread each; a file stays in one, and tests/conftest.py has
-# their order. JOBS=0: this one alone.
+# Processes that share the tests, one thread each; a file stays in one. JOBS=0: this one alone.
 JOBS    ?= 2
 
 .PHONY: setup serve test check format bench loadtest compare clients wheel clean
@@ -34,7 +33,7 @@ serve: $(SERVING)
 	$(BIN)/hira serve $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
