@@ -303,6 +303,7 @@ SNAPSHOT_GAUGES: Final = (
 # The same of what only grows; a counter whose field is empty is not there.
 SNAPSHOT_COUNTERS: Final = (
     ("totals", "hira_residency", "Loads and evictions of the present worker.", "event"),
+    ("encode_steps", "hira_encode_steps", "Batches of the encode lane, by how they ran.", "how"),
     (
         "generate_steps",
         "hira_generate_steps",
