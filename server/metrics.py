@@ -350,14 +350,18 @@ class Live:
         if replicas:
             for key, name, text, label in REPLICA_GAUGES:
                 gauges.append((name, text, ("replica", label), _by_replica(replicas, key)))
-            text, labels = "Loads and evictions of an engine replica.", ("replica", "event")
+            text, events = "Loads and evictions of an engine replica.", ("replica", "event")
             counters.append(
-                ("hira_replica_residency", text, labels, _by_replica(replicas, "totals"))
+                ("hira_replica_residency", text, events, _by_replica(replicas, "totals"))
             )
         if self.routed:
             text = "Requests sent to engine replicas, by why to which."
             counters.append(("hira_routed", text, ("reason",), self.routed))
-        for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+        families: tuple[tuple[Any, list[_Family]], ...] = (
+            (GaugeMetricFamily, gauges),
+            (CounterMetricFamily, counters),
+        )
+        for family, rows in families:
             for name, text, labels, values in rows:
                 metric = family(name, text, labels=labels)
                 for value, amount in sorted(values.items()):
