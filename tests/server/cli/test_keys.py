@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from typer.testing import CliRunner
 
@@ -129,15 +129,15 @@ def test_usage_is_shown_with_its_limits(monkeypatch: pytest.MonkeyPatch) -> None
         ],
         "fault": None,
     }
-    seen: list[httpx.Request] = []
+    seen: list[httpx2.Request] = []
 
-    def handle(request: httpx.Request) -> httpx.Response:
+    def handle(request: httpx2.Request) -> httpx2.Response:
         seen.append(request)
-        return httpx.Response(200, json=told)
+        return httpx2.Response(200, json=told)
 
-    original = httpx.Client
+    original = httpx2.Client
     monkeypatch.setattr(
-        httpx, "Client", lambda **more: original(transport=httpx.MockTransport(handle), **more)
+        httpx2, "Client", lambda **more: original(transport=httpx2.MockTransport(handle), **more)
     )
     status, out, _ = run("usage", "--days", "2", "--key", "k-1")
     assert status == 0
