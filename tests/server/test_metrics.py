@@ -16,7 +16,6 @@ from server.metrics import (
     AdapterLabels,
     HttpMetrics,
     Live,
-    LiveCollector,
     WorkerMetrics,
     prepare,
     resident_bytes,
@@ -89,7 +88,7 @@ def test_live_gauges_show_this_moment() -> None:
         processes={"main": os.getpid(), "gone": 2**22 + 1},
         worker_ready=True,
     )
-    registry.register(LiveCollector(live))
+    registry.register(live)
     text = shown(registry)
     assert 'hira_base_bytes{part="linear"} 10.0' in text
     assert 'hira_queue_depth{lane="encode"} 2.0' in text
