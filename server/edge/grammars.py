@@ -22,8 +22,8 @@ from server.inputs.grammars import (
     GrammarProcess,
     GrammarRefused,
     GrammarTooComplex,
-    GrammarTooSlow,
 )
+from server.inputs.text_errors import InputTooSlow
 from server.messages import Grammar
 
 CHECKERS: Final = 2
@@ -114,7 +114,7 @@ class Grammars:
         try:
             await asyncio.wait_for(check.wait(), max(0.0, deadline - time.monotonic()))
         except TimeoutError:
-            raise GrammarTooSlow(
+            raise InputTooSlow(
                 "The deadline passed while the grammar was checked.",
                 fix="Send a smaller grammar, or allow more time.",
             ) from None

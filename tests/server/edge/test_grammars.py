@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from server.edge.grammars import Grammars
-from server.inputs.grammars import GrammarLimits, GrammarProcess, GrammarRefused, GrammarTooSlow
+from server.inputs.grammars import GrammarLimits, GrammarProcess, GrammarRefused
+from server.inputs.text_errors import InputTooSlow
 from server.messages import Grammar
 
 
@@ -91,7 +92,7 @@ def test_who_waits_for_another_requests_check_has_a_deadline_and_takes_over(
         checked = grammars()
         first = asyncio.ensure_future(ask(checked, "a"))
         await asyncio.sleep(0)
-        with pytest.raises(GrammarTooSlow):
+        with pytest.raises(InputTooSlow):
             await ask(checked, "a", 0.02)
         other = asyncio.ensure_future(ask(checked, "a"))
         await asyncio.sleep(0)

@@ -42,9 +42,9 @@ def rows(live: Live) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log_of(live).read_text().splitlines()]
 
 
-def asked(live: Live, method: str, path: str, key: str = OPS, **more: Any) -> Any:
+def asked(live: Live, method: str, path: str, key: str = OPS, json: Any = None) -> Any:
     headers = {"Authorization": f"Bearer {key}", "X-Request-Id": f"id-{method}"}
-    return live.client.request(method, path, headers=headers, **more)
+    return live.client.request(method, path, headers=headers, json=json)
 
 
 def test_changes_are_in_the_log_with_their_versions_and_reads_are_not(live: Live) -> None:
@@ -83,7 +83,7 @@ def test_who_points_an_alias_or_gives_a_share_is_in_the_log(live: Live) -> None:
     asked(live, "POST", "/admin/adapters", json={**one, "name": "n"})
 
     def changed(method: str, path: str, **body: Any) -> list[dict[str, Any]]:
-        assert asked(live, method, path, **({"json": body} if body else {})).is_success
+        assert asked(live, method, path, json=body or None).is_success
         found: list[dict[str, Any]] = rows(live)[-1]["changes"]
         return found
 

@@ -205,6 +205,25 @@ def test_tgis_frequency_penalty_is_openais(live: Live) -> None:
     assert plain.split() == words(complete(live, max_tokens=30))
 
 
+def test_a_stream_tells_the_logprobs_of_tokens_that_are_held_back(live: Live) -> None:
+    third = words(complete(live))[2]
+    asked: dict[str, Any] = {"logprobs": 2, "stop": [f"{third} and more"]}
+    whole = complete(live, **asked).json()["choices"][0]
+    found: dict[str, list[Any]] = {name: [] for name in whole["logprobs"]}
+    lines = complete(live, **asked, stream=True).text.split("\n\n")
+    texts = []
+    for line in (one.removeprefix("data: ") for one in lines if one.startswith("data: {")):
+        (choice,) = json.loads(line)["choices"]
+        texts.append(choice["text"])
+        for name, values in (choice["logprobs"] or {}).items():
+            found[name] += values
+    assert "" in texts[:-1]
+    assert "".join(texts) == whole["text"]
+    for name in ("tokens", "text_offset"):
+        assert found[name] == whole["logprobs"][name]
+    assert found["token_logprobs"] == pytest.approx(whole["logprobs"]["token_logprobs"])
+
+
 def test_twenty_likely_tokens_are_told_and_no_more(live: Live) -> None:
     found = complete(live, logprobs=20).json()["choices"][0]["logprobs"]
     assert {len(one) for one in found["top_logprobs"]} == {20}

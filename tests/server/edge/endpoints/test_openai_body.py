@@ -61,7 +61,7 @@ def test_unknown_openai_fields_are_ignored_and_named_and_known_ones_refused() ->
         {"query": "a", "documents": ["b", {"text": "c", "title": "d"}]}
     )
     assert ranked.ignored() == ("documents.title",)
-    part = {"type": "output_text", "text": "a", "annotations": [], "logprobs": []}
+    part: dict[str, Any] = {"type": "output_text", "text": "a", "annotations": [], "logprobs": []}
     output: dict[str, Any] = {"type": "message", "role": "assistant", "content": [part]}
     items = [output | {"id": "m", "status": "completed"}, {"role": "user", "content": "b", "x": 1}]
     assert ResponseRequest.model_validate({"input": items}).ignored() == ("input.x",)

@@ -118,6 +118,10 @@ def test_scores_come_in_the_order_of_the_pairs(
         assert answer.status_code == 200, answer.text
         assert [one["score"] for one in answer.json()["data"]] == wanted
         assert [one["index"] for one in answer.json()["data"]] == list(range(len(TEXTS)))
+    del body["model"]
+    unnamed = post(live, "/v1/score?adapter=relevance", body).json()
+    assert unnamed["model"] == "relevance"
+    assert [one["score"] for one in unnamed["data"]] == wanted
 
 
 def test_a_ranking_adapter_classifies_pairs_in_a_batch(live: Live, logits: list[float]) -> None:

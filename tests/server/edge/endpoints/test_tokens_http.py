@@ -186,6 +186,20 @@ def test_tools_and_variables_of_a_template_count_as_in_a_chat(
     assert chat["usage"]["prompt_tokens"] == counted["count"]
 
 
+def test_fields_that_vllms_shape_does_not_have_are_named_or_refused(decoder: Live) -> None:
+    chat: dict[str, Any] = {"model": "talk", "messages": [{"role": "user", "content": "a"}]}
+    for path, body in (
+        ("/tokenize", {"prompt": "a"}),
+        ("/tokenize", chat),
+        ("/detokenize", {"tokens": [5]}),
+    ):
+        answer = post(decoder, path, {**body, "x_vendor": 1})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Ignored-Fields"] == "x_vendor"
+        told = post(decoder, path, {**body, "adapter": "mute"})
+        assert (told.status_code, told.json()["field"]) == (400, "adapter")
+
+
 def test_what_changes_a_conversation_is_refused(decoder: Live) -> None:
     body = {"model": "talk", "messages": [{"role": "user", "content": "a"}]}
     for name, value in (
