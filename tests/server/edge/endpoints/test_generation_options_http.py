@@ -205,19 +205,24 @@ def test_tgis_frequency_penalty_is_openais(live: Live) -> None:
     assert plain.split() == words(complete(live, max_tokens=30))
 
 
+def choices_of(answer: httpx2.Response) -> list[dict[str, Any]]:
+    lines = [one for one in answer.text.split("\n\n") if one.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+
+
 def test_a_stream_tells_the_logprobs_of_tokens_that_are_held_back(live: Live) -> None:
     third = words(complete(live))[2]
     asked: dict[str, Any] = {"logprobs": 2, "stop": [f"{third} and more"]}
     whole = complete(live, **asked).json()["choices"][0]
+    streamed = choices_of(complete(live, **asked, stream=True))
+    texts = [one["text"] for one in streamed]
+    assert texts != [one["text"] for one in choices_of(complete(live, logprobs=2, stream=True))], (
+        "nothing was held back"
+    )
     found: dict[str, list[Any]] = {name: [] for name in whole["logprobs"]}
-    lines = complete(live, **asked, stream=True).text.split("\n\n")
-    texts = []
-    for line in (one.removeprefix("data: ") for one in lines if one.startswith("data: {")):
-        (choice,) = json.loads(line)["choices"]
-        texts.append(choice["text"])
-        for name, values in (choice["logprobs"] or {}).items():
+    for one in streamed:
+        for name, values in (one["logprobs"] or {}).items():
             found[name] += values
-    assert "" in texts[:-1]
     assert "".join(texts) == whole["text"]
     for name in ("tokens", "text_offset"):
         assert found[name] == whole["logprobs"][name]
