@@ -103,7 +103,11 @@ class EngineThread:
                 if step is not None and step is not seen:
                     seen = step
                     self._metrics.step(
-                        step.lane, rows=step.rows, adapters=step.adapters, seconds=step.seconds
+                        step.lane,
+                        rows=step.rows,
+                        adapters=step.adapters,
+                        seconds=step.seconds,
+                        waits_s=step.waits_s,
                     )
             else:
                 engine.wait(WAIT_S)
@@ -112,6 +116,7 @@ class EngineThread:
                 self._look()
 
     def _look(self) -> None:
+        self._metrics.loads(self._engine.take_load_seconds())
         snapshot = self._engine.snapshot()
         # Not asdict: it takes Counters apart wrongly.
         self._snapshot = (

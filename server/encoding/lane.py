@@ -90,6 +90,7 @@ class EncodeLane:
         self._rope = RopeByLength(base.model)
         self._deterministic = options.deterministic
         self._figures = EncodeFigures()
+        self._waits_s: list[float] = []
 
     def submit(self, request: EncodeRequest) -> None:
         """Queue a request. What it can never be given is answered by the next step.
@@ -137,6 +138,12 @@ class EncodeLane:
 
     def figures(self) -> EncodeFigures:
         return self._figures
+
+    def take_waits_s(self) -> tuple[float, ...]:
+        """How long requests waited from their submission until their first step, in seconds: of
+        those that have begun since this was last called."""
+        taken, self._waits_s = tuple(self._waits_s), []
+        return taken
 
     def versions(self) -> set[str]:
         """Versions that requests wait for."""
@@ -219,7 +226,9 @@ class EncodeLane:
         )
         for request_id in dict.fromkeys(row.request for row in batch.rows):
             pending = self._pending[request_id]
-            pending.began = pending.began or began
+            if pending.began is None:
+                pending.began = began
+                self._waits_s.append(max(0.0, began - pending.arrived))
             pending.compute_s += seconds
         causes = self._causes(batch.rows, outputs)
         for row, output in zip(batch.rows, outputs, strict=True):

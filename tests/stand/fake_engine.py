@@ -42,6 +42,7 @@ class Step:
     rows: int
     adapters: int
     seconds: float
+    waits_s: tuple[float, ...] = ()
 
 
 class FakeEngine:
@@ -93,6 +94,9 @@ class FakeEngine:
             "base_bytes": {"linear": 1000, "other": 10},
             "adapters": {"cancelled": self.cancelled},
         }
+
+    def take_load_seconds(self) -> list[float]:
+        return []
 
     def close(self) -> list[Event]:
         return []

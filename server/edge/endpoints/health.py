@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+
 from fastapi import Request, Response
 
 from server.edge.endpoints.middleware import Json
@@ -23,6 +26,12 @@ class HealthEndpoints:
     def __init__(self, service: Service, version: str) -> None:
         self.service = service
         self.version = version
+        self._build = {
+            "version": version,
+            "base": service.base.name,
+            "python": platform.python_version(),
+            "torch": importlib.metadata.version("torch"),  # not imported in this process
+        }
 
     async def index(self, request: Request) -> Response:
         """What this is and where to go on."""
@@ -92,6 +101,8 @@ class HealthEndpoints:
             keys_file_good=None
             if service.settings.keys_file is None
             else service.keys_fault is None,
+            registered=len(service.names.records),
+            build=self._build,
         )
 
 

@@ -143,7 +143,11 @@ class _Pump:
                 if step is not None and step is not seen:
                     seen = step
                     self.metrics.step(
-                        step.lane, rows=step.rows, adapters=step.adapters, seconds=step.seconds
+                        step.lane,
+                        rows=step.rows,
+                        adapters=step.adapters,
+                        seconds=step.seconds,
+                        waits_s=step.waits_s,
                     )
             else:
                 engine.wait(IDLE_S)
@@ -179,6 +183,7 @@ class _Pump:
 
     def _look(self) -> None:
         """On the engine's thread: what it says of itself, for readiness and the gauges."""
+        self.metrics.loads(self.engine.take_load_seconds())
         snapshot = self.engine.snapshot()
         # Not asdict: it takes Counters apart wrongly.
         self.snapshot = (
