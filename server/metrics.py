@@ -327,6 +327,18 @@ SNAPSHOT_GAUGES: Final = (
 )
 
 
+# The same of what only grows; a counter whose field is empty is not there.
+SNAPSHOT_COUNTERS: Final = (
+    ("totals", "hira_residency", "Loads, evictions, hits of the present worker.", "event"),
+    ("encode_steps", "hira_encode_steps", "Batches of the encode lane, by how they ran.", "how"),
+    (
+        "generate_steps",
+        "hira_generate_steps",
+        "Steps of the generate lane, by how they ran.",
+        "how",
+    ),
+    ("generate_tokens", "hira_generate_tokens", "Tokens of the generate lane.", "kind"),
+)
 # The same of each engine replica of a cluster.
 REPLICA_GAUGES: Final = (
     ("queue_depth", "hira_replica_queue_depth", "Requests in an engine replica.", "lane"),
@@ -365,21 +377,12 @@ class LiveCollector:
             for value, amount in sorted(values.items()):
                 gauge.add_metric([value], amount)
             yield gauge
-        if said.get("totals"):
-            counter = CounterMetricFamily(
-                "hira_residency", "Loads, evictions, hits of the present worker.", labels=["event"]
-            )
-            for value, amount in sorted(said["totals"].items()):
-                counter.add_metric([value], amount)
-            yield counter
-        if said.get("generate_steps"):
-            steps = CounterMetricFamily(
-                "hira_generate_steps", "Steps of the generate lane, by how they ran.",
-                labels=["how"],
-            )  # fmt: skip
-            for value, amount in sorted(said["generate_steps"].items()):
-                steps.add_metric([value], amount)
-            yield steps
+        for key, name, text, label in SNAPSHOT_COUNTERS:
+            if said.get(key):
+                counter = CounterMetricFamily(name, text, labels=[label])
+                for value, amount in sorted(said[key].items()):
+                    counter.add_metric([value], amount)
+                yield counter
         if said.get("weights_digest"):
             held = GaugeMetricFamily(
                 "hira_base_weights", "The digest of the base's quantized weights.",

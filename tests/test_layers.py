@@ -77,7 +77,11 @@ ONLY_FOR = {
 # Libraries that may only be imported in one place, or under one folder.
 CONFINED = {
     "llguidance": ("server/inputs/grammar_engine.py",),
-    "triton": ("adapters/kernels/triton_ops.py", "adapters/kernels/triton_scratch.py"),
+    "triton": (
+        "adapters/kernels/triton_ops.py",
+        "adapters/kernels/triton_scratch.py",
+        "adapters/kernels/triton_one_row.py",
+    ),
     "litserve": ("server/edge/litserve/",),
     "ray": ("server/cluster/",),
     "fastapi": ("server/edge/", "server/cluster/"),

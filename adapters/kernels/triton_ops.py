@@ -379,7 +379,7 @@ def hira_linear(
     has_bias = bias is not None
     bias = x if bias is None else bias  # a pointer that is not read
     source, settings = _of_weight(weight, factors.addresses, layer, len(factors.layers), x.device)
-    _, shared_bytes = _device_limits(x.device)
+    _, shared_bytes = device_limits(x.device)
     for many in launches.many:
         blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
         many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
@@ -455,7 +455,7 @@ def _launch_few(
     settings: dict[str, Any],
 ) -> None:
     out_features, in_features = shape
-    multiprocessors, _ = _device_limits(x.device)
+    multiprocessors, _ = device_limits(x.device)
     blocks = few_blocks(few.rank)
     out_blocks = triton.cdiv(out_features, blocks.out)
     splits, split_features = split_inputs(in_features, few.tiles * out_blocks, multiprocessors)
@@ -522,7 +522,7 @@ def decoder(kind: FourBitKind, device: torch.device) -> str:
 
 
 @lru_cache(maxsize=32)
-def _device_limits(device: torch.device) -> tuple[int, int]:
+def device_limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a program may take."""
     if device.type != "cuda":
         return 4, LARGE_SHARED_BYTES

@@ -165,6 +165,11 @@ def few_blocks(rank: int) -> Blocks:
     return Blocks(64, 8, 1) if rank > 64 else Blocks(64, 4, 2)
 
 
+def one_row_blocks(rank: int) -> Blocks:
+    """The cut of the one-row kernel for a padded rank."""
+    return Blocks(64, 8, 2) if rank > 64 else Blocks(64, 4, 2)
+
+
 def split_inputs(in_features: int, programs: int, multiprocessors: int) -> tuple[int, int]:
     """How many parts to cut the input features into, and the features of each but the last.
 

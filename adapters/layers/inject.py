@@ -25,6 +25,9 @@ from adapters.modulation.strategy import Strategy
 from adapters.segments import BASE_SLOT, Segments
 from adapters.signature import BaseSignature, LayerSignature, describe, target_modules
 
+# Of the adapters that kernels for static steps are compared with: the usual one.
+_TIMED_RANK = 32
+
 logger = logging.getLogger(__name__)
 
 
@@ -161,6 +164,8 @@ class AdaptedModel:
             if isinstance(layer, AdaptedLinear)
         }
         dtype = next(one.dtype for one in self.model.parameters() if one.is_floating_point())
+        if self.fused is not None:
+            self.fused.choose_for_one_row(_TIMED_RANK)
         made = StaticLayers(weights, slots, dtype, self.device, self.fused)
         self.modulator.static = made
         return made

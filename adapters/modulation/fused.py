@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ _PROBE_TOLERANCE = 2e-2
 # weight of its own is.
 _MOST_EXPANDED = 8192
 _LEAST_ROWS_OF_A_SLOT = 16
+
+# Of a comparison of two kernels: launches of a round, and rounds.
+_TIMED_LAUNCHES = 50
+_TIMED_ROUNDS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +98,8 @@ class FusedLayers:
         self._table = FactorTable(_FIRST_SLOTS, shapes, dtype, self.device)
         self._tiles: list[BatchTiles] = []  # latest last
         self._workspace = Workspace()
+        self._first_row = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._shapes_by_row: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,6 +147,27 @@ class FusedLayers:
         """Whether the kernel can serve this layer at all."""
         return path in self._layers
 
+    def choose_for_one_row(self, rank: int) -> None:
+        """Time both kernels for one row on each shape of weight: steps over fixed buffers cannot.
+
+        From now on ``rows_by_address`` takes the faster for it. Where the one-row kernel is wrong,
+        or cannot run, it is not tried.
+
+        Args:
+            rank: Padded, of the adapters that it is timed with.
+        """
+        if "row" not in proved_forms(self.dtype, self.device):
+            return
+        weights = {layer.weight.shape: layer.weight for layer in self._layers.values()}
+        try:
+            self._shapes_by_row = frozenset(
+                shape
+                for shape, weight in weights.items()
+                if _is_faster_by_row(weight, rank, self.dtype, self.device)
+            )
+        except Exception as cause:  # noqa: BLE001  # a driver: the fused kernel serves
+            logger.warning("The one-row kernel was not timed: %s", _in_a_line(cause))
+
     def serves(self, path: str, x: torch.Tensor) -> bool:
         """Whether the kernel serves this layer for rows of this type and device."""
         return path in self._layers and x.dtype == self._table.dtype and x.device == self.device
@@ -153,6 +180,7 @@ class FusedLayers:
         *,
         layer: int,
         few: FewRows,
+        slots: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """A layer that ``serves`` holds for, with nothing checked and nothing read on the host.
@@ -163,15 +191,22 @@ class FusedLayers:
             table: int64 ``[slots, layers, 3]``, as ``FactorTable.addresses``.
             layer: Of the table.
             few: Tiles that hold all rows of ``x``; its buffers may change until the launch runs.
+            slots: int32 ``[rows]``, a buffer likewise.
             bias: ``[out]``, or None.
 
         Returns:
             A new ``[rows, out]`` in the dtype of ``x``.
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
-        y: torch.Tensor = self._ops.few_rows_linear(
-            x, self._layers[path].weight, table, layer, few, bias
-        )
+        weight = self._layers[path].weight
+        y: torch.Tensor
+        if x.shape[0] == 1 and weight.shape in self._shapes_by_row:
+            y = _one_row_ops().one_row_linear(
+                x, weight, table, layer, slots,
+                rank=few.rank, first_row=self._first_row, bias=bias,
+            )  # fmt: skip
+        else:
+            y = self._ops.few_rows_linear(x, weight, table, layer, few, bias)
         return y
 
     def add_lora_by_address(
@@ -281,10 +316,14 @@ class FusedLayers:
         def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return self._workspace.take(name, shape, dtype, x.device)
 
+        @cache
+        def row_slots() -> torch.Tensor:
+            # Once: a captured launch must not copy from the host.
+            return torch.tensor(call.segments.row_slots(), dtype=torch.int32).to(x.device)
+
         def by_product() -> torch.Tensor:
-            slots = torch.tensor(call.segments.row_slots(), dtype=torch.int32).to(x.device)
             y: torch.Tensor = _scratch_ops().product_linear(
-                x, *where, slots, rank=rank, take=take, bias=bias
+                x, *where, row_slots(), rank=rank, take=take, bias=bias
             )
             return y
 
@@ -298,7 +337,15 @@ class FusedLayers:
             )
             return y
 
+        def by_row() -> torch.Tensor:
+            y: torch.Tensor = _one_row_ops().one_row_linear(
+                x, *where, row_slots(), rank=rank, first_row=self._first_row, bias=bias
+            )
+            return y
+
         runs: dict[Candidate, Callable[[], torch.Tensor]] = {("triton", "tiles"): by_tiles}
+        if x.shape[0] == 1 and rank:
+            runs["triton", "row"] = by_row
         if x.shape[0] * (rank + 1) <= _MOST_EXPANDED:
             runs["triton", "product"] = by_product
         if x.shape[0] >= _LEAST_ROWS_OF_A_SLOT * len(parts):
@@ -362,7 +409,7 @@ def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computat
     Each is run once, and compiled; what fails, or is wrong, is said in the log and never timed.
     """
     proved: set[Computation] = set()
-    forms: tuple[Computation, ...] = ("product", "scratch")
+    forms: tuple[Computation, ...] = ("product", "scratch", "row")
     for form in forms:
         try:
             error = _probe_error(dtype, device, form)
@@ -393,6 +440,8 @@ def _probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "
         for slot, (a, b) in factors.items():
             table.place(slot, {0: (a, b)})
         segments = from_runs([(1, 40), (2, 3), (BASE_SLOT, 2)])
+        if form == "row":
+            segments = from_runs([(2, 1)])
         x, bias = random(segments.rows, 256), random(64)
         where = (layer.weight, table.addresses, 0)
 
@@ -408,6 +457,11 @@ def _probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "
                 for part in segments.parts
             ]
             found = _scratch_ops().scratch_linear(x, *where, pieces, take=take, bias=bias)
+        elif form == "row":
+            zero, two = (torch.tensor([one], dtype=torch.int32).to(device) for one in (0, 2))
+            found = _one_row_ops().one_row_linear(
+                x, *where, two, rank=16, first_row=zero, bias=bias
+            )
         else:
             tiles = BatchTiles(segments, device)
             found = _ops().hira_linear(x, layer.weight, table, 0, tiles, bias=bias)
@@ -419,6 +473,52 @@ def _probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "
             bias,
         )
         return float((found.double() - truth).abs().max() / truth.abs().max())
+
+
+def _is_faster_by_row(
+    weight: PackedWeight, rank: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the one-row kernel takes less time than the fused one for a row of this weight."""
+    if device.type != "cuda":
+        return True  # interpreted: it is not the time that is looked at
+    table = FactorTable(2, [weight.shape], dtype, device)
+    a, b_t = (torch.randn(rank, one, device=device, dtype=dtype) for one in weight.shape[::-1])
+    table.place(1, {0: (a, b_t.t())})
+    x = torch.randn(1, weight.shape[1], device=device, dtype=dtype)
+    slots = torch.ones(1, dtype=torch.int32, device=device)
+    zero = torch.zeros_like(slots)
+    tiles = BatchTiles(from_runs([(1, 1)]), device)
+    runs: tuple[Callable[[], torch.Tensor], ...] = (
+        lambda: _one_row_ops().one_row_linear(
+            x, weight, table.addresses, 0, slots, rank=rank, first_row=zero, bias=None
+        ),
+        lambda: _ops().hira_linear(x, weight, table, 0, tiles),
+    )
+    graphs = [_as_graph(run) for run in runs]
+    best = [min(_replay_ms(graph) for _ in range(_TIMED_ROUNDS)) for graph in graphs]
+    return best[0] < best[1]
+
+
+def _as_graph(run: Callable[[], torch.Tensor]) -> Any:
+    """Many launches as one graph, so that it is the device that is timed and not the host."""
+    run()
+    torch.cuda.synchronize()
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_TIMED_LAUNCHES):
+            run()
+    graph.replay()
+    return graph
+
+
+def _replay_ms(graph: Any) -> float:
+    begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def _packed(weights: Mapping[str, QuantizedWeight]) -> dict[str, _Layer]:
@@ -457,6 +557,13 @@ def _ops() -> Any:
     from adapters.kernels import triton_ops
 
     return triton_ops
+
+
+def _one_row_ops() -> Any:
+    """The module of the kernel for one row."""
+    from adapters.kernels import triton_one_row
+
+    return triton_one_row
 
 
 def _scratch_ops() -> Any:

@@ -142,6 +142,10 @@ class StaticLayers:
             return self._obstacles.get(slot, "slot")
         return self._obstacles.get(slot)
 
+    def serves(self, path: str) -> bool:
+        """Whether a static step can have factors in this layer at all."""
+        return self.fused is None or self.fused.holds(path)
+
     def rank(self, slot: int) -> int:
         """The padded HiRA rank that the launches need for a slot."""
         return self._ranks[slot]
@@ -205,7 +209,9 @@ class StaticLayers:
         place = self._index[path]
         tables = (self.hira, self.lora, self.scales)
         if self.fused is not None and self.fused.serves(path, x):
-            y = self.fused.rows_by_address(path, x, self.hira, layer=place, few=rows.few, bias=bias)
+            y = self.fused.rows_by_address(
+                path, x, self.hira, layer=place, few=rows.few, slots=rows.slots, bias=bias
+            )
             if rows.has_lora:
                 self.fused.add_lora_by_address(
                     y, x, rows.slots, self.lora, scales=self.scales, layer=place

@@ -111,7 +111,6 @@ class ClusterLink(Link):
             worker=0,
             epoch=self._deployment,
             pid=0,
-            started=0.0,
             beat=newest,
             busy_s=min(one["busy_s"] for _, one in said.values()),
             snapshot=merged([one["snapshot"] for _, one in said.values()]),

@@ -8,20 +8,18 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 
 from server.edge.link.engine_like import EngineLike
+from server.edge.link.engine_steps import EngineSteps
 from server.messages import Event, Message
 from server.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
-WAIT_S: Final = 0.25
 FIGURES_S: Final = 0.25  # the engine's figures are at most so old
 
 
@@ -45,11 +43,9 @@ class EngineThread:
         self._died = died
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._ending = threading.Event()
-        self._step_began = 0.0  # monotonic; 0 between steps
-        self._snapshot: Mapping[str, Any] = {}
         # Counted in files, which the HTTP replicas of this node read; nobody collects them here.
-        self._metrics = WorkerMetrics(CollectorRegistry())
-        self._look()
+        self._steps = EngineSteps(engine, WorkerMetrics(CollectorRegistry()), FIGURES_S)
+        self._steps.look()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -61,13 +57,12 @@ class EngineThread:
     @property
     def snapshot(self) -> Mapping[str, Any]:
         """What the engine said of itself last, by the names of ``EngineSnapshot``."""
-        return self._snapshot
+        return self._steps.snapshot
 
     @property
     def busy_s(self) -> float:
         """How long the present step has taken; 0 between steps."""
-        began = self._step_began
-        return time.monotonic() - began if began else 0.0
+        return self._steps.busy_s
 
     @property
     def lives(self) -> bool:
@@ -81,46 +76,13 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            self._pump()
+            self._steps.run(self._hand_over, self._deliver, self._ending.is_set)
             self._deliver(self._engine.close())
         except BaseException:
             # The engine fails single requests itself; after this its state is not known.
             logger.exception("The engine failed")
             self._died()
 
-    def _pump(self) -> None:
-        engine, looked, seen = self._engine, time.monotonic(), self._engine.last_step
-        while not self._ending.is_set():
-            while not self._inbox.empty():
-                engine.submit(self._inbox.get())
-            if engine.has_work():
-                self._step_began = time.monotonic()
-                events = engine.step()
-                self._step_began = 0.0
-                if events:
-                    self._deliver(events)
-                step = engine.last_step
-                if step is not None and step is not seen:
-                    seen = step
-                    self._metrics.step(
-                        step.lane,
-                        rows=step.rows,
-                        adapters=step.adapters,
-                        seconds=step.seconds,
-                        waits_s=step.waits_s,
-                    )
-            else:
-                engine.wait(WAIT_S)
-            if time.monotonic() - looked > FIGURES_S:
-                looked = time.monotonic()
-                self._look()
-
-    def _look(self) -> None:
-        self._metrics.loads(self._engine.take_load_seconds())
-        snapshot = self._engine.snapshot()
-        # Not asdict: it takes Counters apart wrongly.
-        self._snapshot = (
-            {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-            if is_dataclass(snapshot)
-            else dict(snapshot)
-        )
+    def _hand_over(self) -> None:
+        while not self._inbox.empty():
+            self._engine.submit(self._inbox.get())

@@ -261,7 +261,8 @@ class Targets:
                 task_mismatch.
         """
         record = named = self.served_record(name, field)
-        canary, arm = named.canary, None
+        canary = named.canary
+        arm: Arm | None = None
         # One that was made for another base takes no part, as its record says.
         if key is not None and canary is not None and canary.record.fits(self.names.base_digest):
             arm = drawn_arm(named.name, canary.record.version, canary.share, key)

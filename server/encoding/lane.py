@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from server.base.rope import RopeByLength
 from server.encoding.batch import Rows
 from server.encoding.fair_batches import AdapterVersion, Batch, Row, Scheduler
 from server.encoding.read import BatchStates, Reader, RowGroup
+from server.encoding.unpadded import UnpaddedForward, probe_texts, unpadded_obstacle
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import EncodeRequest, EncodeResult, Event
@@ -44,6 +46,7 @@ class EncodeFigures:
     last_adapters: int = 0  # distinct adapters in it, the base not counted
     last_seconds: float = 0.0  # that it took
     head_bytes: int = 0
+    steps_by: Mapping[str, int] = field(default_factory=dict)  # unpadded, or why they were not
 
 
 @dataclass(slots=True)
@@ -89,8 +92,60 @@ class EncodeLane:
         self._rows = Rows(base, inputs)
         self._rope = RopeByLength(base.model)
         self._deterministic = options.deterministic
+        self._unpadded: UnpaddedForward | None = None
+        self._how = "padded"  # a batch runs: ``unpadded``, or why not
+        self._steps_by: Counter[str] = Counter()
         self._figures = EncodeFigures()
         self._waits_s: list[float] = []
+
+    def start(self) -> None:
+        """Run texts without padding from now on, if that gives what padded ones give.
+
+        The lane must be idle, and no adapter installed. Where it cannot, batches are padded: that
+        is said once in the log, and counted.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        if isinstance(self._inputs, Images):
+            self._how = "images"  # all of one size: they never have padding
+            return
+        if self._deterministic:
+            self._how = "deterministic"  # texts of one length run together: no padding, either
+            return
+        try:
+            unpadded = UnpaddedForward(self._base, self._rows, self._rope)
+            found = unpadded_obstacle(self._base, unpadded, self._padded_states)
+        except Exception as error:
+            if failures.is_lost(error):
+                raise
+            found = "failed", f"{type(error).__name__}: {error}"
+        if found is None:
+            self._unpadded, self._how = unpadded, "unpadded"
+        else:
+            self._how, why = found
+            logger.info("Texts are encoded with padding: %s", " ".join(why.split())[:300])
+        if self._base.device.type == "cuda":
+            self._read_together()
+
+    def _read_together(self) -> None:
+        """Bring all answers of a batch back in one copy, if they are then the same.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        try:
+            with torch.inference_mode():
+                items = probe_texts(self._base)
+                states = self._states(items, [segments.BASE_SLOT] * len(items))
+                error = self._reader.compare_together(states)
+        except Exception as cause:
+            if failures.is_lost(cause):
+                raise
+            logger.warning("Answers come back one by one: %s: %s", type(cause).__name__, cause)
+            return
+        if not self._reader.is_together:
+            logger.warning("Answers come back one by one: together they differ by %.1e", error)
 
     def submit(self, request: EncodeRequest) -> None:
         """Queue a request. What it can never be given is answered by the next step.
@@ -217,12 +272,14 @@ class EncodeLane:
         clock = time.perf_counter()
         outputs = self._forward(batch.rows, slots)
         seconds = time.perf_counter() - clock
+        self._steps_by[self._how] += 1
         self._figures = EncodeFigures(
             steps=self._figures.steps + 1,
             last_rows=len(batch.rows),
             last_adapters=sum(key is not None for key in batch.keys),
             last_seconds=seconds,
             head_bytes=self._reader.head_bytes,
+            steps_by=Counter(self._steps_by),
         )
         for request_id in dict.fromkeys(row.request for row in batch.rows):
             pending = self._pending[request_id]
@@ -320,10 +377,12 @@ class EncodeLane:
         items, tasks = self._asked(rows)
         try:
             with torch.inference_mode():
-                out, ids, mask = self._states(items, [segments.BASE_SLOT] * len(rows))
+                states = self._states(items, [segments.BASE_SLOT] * len(rows))
                 return [
                     self._reader.fault_of_base(task, *one)
-                    for task, *one in zip(tasks, out.last_hidden_state, ids, mask, strict=True)
+                    for task, *one in zip(
+                        tasks, states.hidden, states.ids, states.mask, strict=True
+                    )
                 ]
         except Exception as error:
             if failures.is_lost(error):
@@ -339,10 +398,11 @@ class EncodeLane:
         items = [one.inputs[row.index] for one, row in zip(requests, rows, strict=True)]
         return items, [one.task for one in requests]
 
-    def _states(
-        self, items: Sequence[Any], slots: Sequence[int]
-    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """What the backbone makes of some inputs, each in its slot; token ids and mask of them."""
+    def _states(self, items: Sequence[Any], slots: Sequence[int]) -> BatchStates:
+        """What the backbone makes of some inputs, each in its slot."""
+        return (self._unpadded or self._padded_states)(items, slots)
+
+    def _padded_states(self, items: Sequence[Any], slots: Sequence[int]) -> BatchStates:
         feed = self._rows.feed(items)
         sequences = segments.from_rows(slots)
         with (
@@ -351,17 +411,16 @@ class EncodeLane:
         ):
             out = self._base.backbone(**feed.arguments)
         ids, mask = feed.tables(out.last_hidden_state)
-        return out, ids, mask
+        return BatchStates(out.last_hidden_state, getattr(out, "pooler_output", None), ids, mask)
 
     def _answer(self, rows: Sequence[Row], slots: dict[AdapterVersion, int]) -> list[Any]:
         items, tasks = self._asked(rows)
-        out, ids, mask = self._states(items, [slots[row.key] for row in rows])
+        states = self._states(items, [slots[row.key] for row in rows])
         groups: dict[tuple[AdapterVersion, Task, int], list[int]] = {}
         for index, (row, task) in enumerate(zip(rows, tasks, strict=True)):
             # A head's products are its own: row by row they do not depend on others.
             alone = index if self._deterministic else 0
             groups.setdefault((row.key, task, alone), []).append(index)
-        states = BatchStates(out.last_hidden_state, getattr(out, "pooler_output", None), ids, mask)
         asked = [
             (
                 RowGroup(

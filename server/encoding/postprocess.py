@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 
@@ -19,6 +19,7 @@ from server.messages import EncodeRequest, TokenizedInput
 
 Apply = Literal["softmax", "sigmoid", "none"]
 Pooling = Literal["mean", "cls", "last"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 ANSWER_TOKENS = 15  # an answer is no longer than this
 _WORD_STRATEGIES = ("first", "average", "max")

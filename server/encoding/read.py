@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Devices on which vectors are pooled by few operators, and all answers of a batch come back in one
-# copy. It is meant for CUDA, where a launch costs more than what it does; none is listed until one
-# has run it and compared.
+# copy, without a comparison at the start. It is meant for CUDA, where a launch costs more than what
+# it does; none is listed, and there ``Reader.compare_together`` decides.
 TOGETHER_ON: frozenset[str] = frozenset()
+# Of a pooled state, relative: what sums in another order may cost.
+_POOLED_TOLERANCE = 1e-3
 # Heads of one shape run as one up to this size, by device. Their numbers are put side by side for
 # it. On a CPU, 32 heads took 0.26 to 0.41 of the time with 6 KB each and 1.7 to 2.4 times the time
 # with 2.4 MB each; a device that is not named has not been measured, and stacks none.
@@ -161,6 +164,7 @@ class Reader:
         self._inputs = inputs
         self._heads = Heads(base, heads_kept, head_bytes)
         self._alone = alone
+        self._compared = False  # pooling together, and found the same
         self._apart: set[Hashable] = set()  # kinds of heads that do not run together
         self._declared = base_pooling(base.folder, base.adapted.signature.max_length)
         if isinstance(self._declared, AdapterError):
@@ -190,6 +194,35 @@ class Reader:
     def forget(self, version: str) -> None:
         self._heads.forget(version)
 
+    @property
+    def is_together(self) -> bool:
+        """Whether answers of a batch come back in one copy."""
+        return self._compared or self._base.device.type in TOGETHER_ON
+
+    def compare_together(self, states: BatchStates) -> float:
+        """Pool some states by few operators and one copy, and each row as elsewhere: from now on
+        the former, if they agree.
+
+        Args:
+            states: Of any texts.
+
+        Returns:
+            The largest relative difference.
+        """
+        rows = len(states.hidden)
+        modes = [one for one in postprocess.POOLINGS for _ in range(rows)]
+        many = len(postprocess.POOLINGS)
+        pooled = pooled_states(states.hidden.repeat(many, 1, 1), states.mask.repeat(many, 1), modes)
+        (found,) = in_one_copy([pooled], together=True)
+        worst = 0.0
+        for at, mode in enumerate(modes):
+            text = states.hidden[at % rows][states.mask[at % rows] == 1]
+            wanted = torch.tensor(postprocess.embed(text, pooling=mode, normalize=False))
+            error = float((found[at] - wanted).norm() / wanted.norm().clamp_min(1e-12))
+            worst = max(worst, error if isfinite(error) else float("inf"))
+        self._compared = worst <= _POOLED_TOLERANCE
+        return worst
+
     def read_all(self, groups: Sequence[tuple[RowGroup, AdapterWeights | None]]) -> list[list[Any]]:
         """An answer, or the exception that took its place, for each row of each group.
 
@@ -207,7 +240,10 @@ class Reader:
                 pieces.append((found[number], together[number]))
             else:
                 pieces += [(found[number], one) for one in self._computed_apart(group, weights)]
-        values = in_one_copy([one.values for _, one in pieces if one.values is not None])
+        values = in_one_copy(
+            [one.values for _, one in pieces if one.values is not None],
+            together=self.is_together,
+        )
         on_host = iter(values)
         for answers, one in pieces:
             answers.extend(one.answers(None if one.values is None else next(on_host)))
@@ -375,7 +411,7 @@ class Reader:
 
             return group.each(vector)
 
-        if self._base.device.type not in TOGETHER_ON:
+        if not self.is_together:
             of_row = lambda index: group.hidden[index][group.mask[index] == 1]  # noqa: E731
             return Computed(None, lambda _: answers(of_row))
         # One state a row, of which any pooling makes what it is.
@@ -437,16 +473,17 @@ def pooled_states(
     lengths = of_text.sum(1)
     summed = states.masked_fill(~of_text[..., None], 0.0).sum(1)
     last = states.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
-    kinds = ("mean", "cls", "last")
-    kind = torch.tensor([kinds.index(one) for one in modes]).to(hidden.device)[:, None]
+    kind = torch.tensor([postprocess.POOLINGS.index(one) for one in modes]).to(hidden.device)[
+        :, None
+    ]
     pooled = torch.where(kind == 1, states[:, 0], summed / lengths[:, None])
     pooled = torch.where(kind == 2, last, pooled)
     return pooled.masked_fill(~finite[:, None], float("nan"))
 
 
-def in_one_copy(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of one device on the host, in float32, by one copy; those of the host as they are."""
-    if not values or values[0].device.type not in TOGETHER_ON:
+def in_one_copy(values: Sequence[torch.Tensor], *, together: bool) -> list[torch.Tensor]:
+    """Tensors of one device on the host: ``together`` by one copy and in float32, else each."""
+    if not values or not together:
         return [one.cpu() for one in values]
     flat = torch.cat([one.float().reshape(-1) for one in values]).cpu()
     parts = torch.split(flat, [one.numel() for one in values])

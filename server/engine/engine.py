@@ -145,6 +145,7 @@ class Engine:
             if base.generates and isinstance(inputs, Text):
                 generate = generate_lane(base, inputs, residency, options)
             tell_stage("trying the base")
+            encode.start()
             try_base(base, inputs, encode, generate)
             if generate is not None:
                 generate.start_steps()
@@ -323,7 +324,11 @@ class Engine:
             },
             slots={"used": known.slots_used, "free": known.slots - known.slots_used},
             kv_blocks=blocks,
+            encode_steps=encode.steps_by,
             generate_steps={} if generate is None else generate.steps_by,
+            generate_tokens={}
+            if generate is None
+            else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
             static_bytes={} if generate is None else generate.static_bytes,
             grammars={}
             if generate is None

@@ -23,7 +23,6 @@ class FairQueue:
         self._queues: OrderedDict[str | None, deque[GenerateRequest]] = OrderedDict()
         self._versions: dict[str, str | None] = {}
         self._passed: dict[str, int] = {}
-        self.tokens = 0
 
     def __len__(self) -> int:
         return len(self._versions)
@@ -40,7 +39,6 @@ class FairQueue:
         """Queue a request behind the others of its version."""
         self._queues.setdefault(request.version, deque()).append(request)
         self._versions[request.id] = request.version
-        self.tokens += request.tokens
 
     def heads(self) -> Iterator[GenerateRequest]:
         """The oldest request of each version, in turn. The queue may change meanwhile."""
@@ -66,9 +64,7 @@ class FairQueue:
             return False
         version = self._versions.pop(request_id)
         queue = self._queues[version]
-        at = next(i for i, request in enumerate(queue) if request.id == request_id)
-        self.tokens -= queue[at].tokens
-        del queue[at]
+        del queue[next(i for i, request in enumerate(queue) if request.id == request_id)]
         self._passed.pop(request_id, None)
         if not queue:
             del self._queues[version]

@@ -11,7 +11,6 @@ class GenerateFigures:
     """How the lane stands; counters count since it was made."""
 
     waiting: int
-    waiting_tokens: int
     running: int
     kv_blocks_total: int
     kv_blocks_used: int

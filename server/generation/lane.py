@@ -243,7 +243,6 @@ class GenerateLane:
     def figures(self) -> GenerateFigures:
         return GenerateFigures(
             waiting=len(self._queue),
-            waiting_tokens=self._queue.tokens,
             running=len(self._running),
             kv_blocks_total=self._kv.blocks_total,
             kv_blocks_used=self._kv.blocks_used,

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from server.base.plan import PAGE_TOKENS
+from server.base.varlen import varlen_obstacle
 from server.generation.attention import Call, Span
 from server.generation.kv_cache import READ_PAGE, SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
 from server.options import EngineOptions
@@ -28,7 +29,6 @@ from server.options import EngineOptions
 logger = logging.getLogger(__name__)
 
 VARLEN_PAGE_TOKENS: Final = 256  # FlashAttention 2 takes multiples of it
-VARLEN_MAX_WIDTH: Final = 256  # of a head
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +73,6 @@ def decode_in_torch(call: Call, pages: Pages) -> None:
     mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
     attended = call.attend(call.query.view(rows, kv_heads, -1, dim), k, v, mask, causal=False)
     call.out.copy_(attended.reshape(rows, -1, attended.shape[-1]))
-
-
-def varlen_obstacle(
-    width: int, dtype: torch.dtype, device: torch.device, *, capped: bool
-) -> str | None:
-    """Why torch's own kernel cannot attend here; None: it can.
-
-    Args:
-        width: Of a head.
-        dtype, device: Of keys and values.
-        capped: Whether the model bounds its scores by a soft cap.
-    """
-    if device.type != "cuda":
-        return f"device {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "a device before capability 8.0"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype {dtype}"
-    if width > VARLEN_MAX_WIDTH or width % 8:
-        return f"heads {width} wide"
-    return "a soft cap of the scores" if capped else None
 
 
 def varlen(call: Call, pages: Pages, starts: torch.Tensor, most_rows: int) -> None:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adapters.layers.adapted import AdaptedLinear
-from adapters.modulation.slot_factors import SlotFactors
 from adapters.segments import BASE_SLOT
 from adapters.signature import Method
+from server.base.probe_adapters import probe_factors
 from server.generation.forward import PagedForward
 from server.generation.kv_cache import KVCache
 from server.generation.sampling import Choice
@@ -50,9 +49,14 @@ def step_fault(
         begin: Makes a running sequence of a request, in a slot.
     """
     made = [slot for slot, (_, rank) in enumerate(_PROBED) if rank]
+    layers = adapted.modulator.static
+    assert layers is not None
     try:
         for slot in made:
-            adapted.install(slot, _probe_factors(adapted, slot, *_PROBED[slot]))
+            factors = probe_factors(
+                adapted, slot, *_PROBED[slot], dtype=layers.dtype, serves=layers.serves
+            )
+            adapted.install(slot, factors)
         return _fault_of_steps(forward, kv, begin)
     finally:
         for slot in made:
@@ -136,23 +140,3 @@ def _difference(found: Choice, wanted: Choice) -> float:
     pairs.append((found.logprob, wanted.logprob))
     worst = max(abs(mine - theirs) / max(1.0, abs(theirs)) for mine, theirs in pairs)
     return worst if isfinite(worst) else float("inf")
-
-
-def _probe_factors(
-    adapted: AdaptedModel, seed: int, method: Method, rank: int
-) -> dict[str, SlotFactors]:
-    """A small random adapter of every quantized linear layer, in the dtype of the model."""
-    generator = torch.Generator().manual_seed(seed)
-    static = adapted.modulator.static
-    assert static is not None
-    found: dict[str, SlotFactors] = {}
-    for path, layer in adapted.layers.items():
-        if not isinstance(layer, AdaptedLinear) or layer.is_output:
-            continue
-        if static.fused is not None and not static.fused.holds(path):
-            continue
-        a = torch.randn(rank, layer.in_features, generator=generator)
-        b_t = torch.randn(rank, layer.out_features, generator=generator) * 0.3
-        a, b_t = (one.to(adapted.device, static.dtype) for one in (a, b_t))
-        found[path] = SlotFactors(method, a, b_t.t())
-    return found

@@ -115,6 +115,8 @@ def test_live_gauges_show_this_moment() -> None:
             "queue_depth": {"encode": 2},
             "base_bytes": {"linear": 10, "other": 5},
             "kernel": "avx2",
+            "totals": {},
+            "generate_tokens": {"chosen": 3, "shared": 48},
         },
         processes={"main": os.getpid(), "gone": 2**22 + 1},
         worker_ready=True,
@@ -124,6 +126,8 @@ def test_live_gauges_show_this_moment() -> None:
     assert 'hira_base_bytes{part="linear"} 10.0' in text
     assert 'hira_queue_depth{lane="encode"} 2.0' in text
     assert 'hira_kernel{kernel="avx2"} 1.0' in text
+    assert 'hira_generate_tokens_total{kind="shared"} 48.0' in text
+    assert "hira_residency" not in text
     assert 'hira_process_resident_bytes{role="main"}' in text
     assert "gone" not in text
     assert "hira_worker_ready 1.0" in text

@@ -39,6 +39,7 @@ class Lane:
             grace_s=0.05,
         )
         self.lane = EncodeLane(self.base, self.text, self.residency, chosen)
+        self.lane.start()
 
     def request(self, name: str, version: str | None, task: str, texts: Any, **more: Any) -> Any:
         kind: Any = task

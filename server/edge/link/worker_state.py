@@ -24,7 +24,6 @@ class WorkerState:
     worker: int
     epoch: str
     pid: int
-    started: float  # time.time()
     beat: float  # time.monotonic() of the last writing: one clock for all processes
     busy_s: float  # how long the present step has taken; 0 between steps
     snapshot: Mapping[str, Any] = field(default_factory=dict)

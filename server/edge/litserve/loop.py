@@ -16,13 +16,14 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
 from server.edge.link.engine_like import EngineLike
+from server.edge.link.engine_steps import EngineSteps
 from server.edge.link.envelopes import EVENTS_UID, Events, Requests, WorkerReady, http_process_of
 from server.edge.link.http_processes import HttpProcesses, RunningRequests
 from server.edge.link.worker_state import WorkerState, stopping_path, write_state
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 # A worker killed while it waits in the queue leaves a wait behind in the queue's process, which
 # swallows the next request. No worker is back within this time, and none is sent before that.
 READ_S: Final = 0.2
-IDLE_S: Final = 0.25
 BEAT_S: Final = 1.0
 
 
@@ -86,21 +86,18 @@ class _Pump:
         self.requests = requests
         self.transport = transport
         self.epoch = f"{os.getpid()}-{time.time_ns()}"
-        self.started = time.time()
         count_as(f"worker-{worker}")
-        self.metrics = WorkerMetrics()
+        self.steps = EngineSteps(self.engine, WorkerMetrics(), BEAT_S)
         self.inbox: queue.SimpleQueue[Requests | _Gone] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
         self.http_processes = HttpProcesses()
         self.under_way = RunningRequests()
         self.queue_heard = time.monotonic()  # when the queues' process last answered
         self.ending = threading.Event()
-        self.step_began = 0.0  # monotonic; 0 between steps
-        self.snapshot: dict[str, Any] = {}
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._on_term)
-        self._look()
+        self.steps.look()
         self._beat()
         threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -115,7 +112,7 @@ class _Pump:
         try:
             for http_process in range(self.loop.http_processes):
                 self._put(http_process, WorkerReady(self.epoch, os.getpid()))
-            self._pump()
+            self.steps.run(self._take, self._deliver, self._has_ended)
         except BaseException:
             # The engine fails single requests itself; after this its state is not known.
             logger.exception("The engine failed")
@@ -128,40 +125,20 @@ class _Pump:
         self.ending.set()
         self.engine.wake()
 
-    def _pump(self) -> None:
-        engine, looked, seen = self.engine, time.monotonic(), self.engine.last_step
-        while not (self.ending.is_set() and (self._is_over() or self._is_idle())):
-            self._take()
-            if engine.has_work():
-                self.step_began = time.monotonic()
-                events = engine.step()
-                self.step_began = 0.0
-                if events:
-                    self.under_way.end(events)
-                    self.outbox.put(events)
-                step = engine.last_step
-                if step is not None and step is not seen:
-                    seen = step
-                    self.metrics.step(
-                        step.lane,
-                        rows=step.rows,
-                        adapters=step.adapters,
-                        seconds=step.seconds,
-                        waits_s=step.waits_s,
-                    )
-            else:
-                engine.wait(IDLE_S)
-            if time.monotonic() - looked > BEAT_S:
-                looked = time.monotonic()
-                self._look()
+    def _has_ended(self) -> bool:
+        return self.ending.is_set() and (self._is_over() or self._is_idle())
+
+    def _deliver(self, events: list[Event]) -> None:
+        self.under_way.end(events)
+        self.outbox.put(events)
 
     def _is_over(self) -> bool:
         """Whether the bound of the drain has passed: what still runs has been answered already."""
         return stopping_path(self.run_dir).exists()
 
     def _is_idle(self) -> bool:
-        self._look()
-        return self.inbox.empty() and not any(self.snapshot.get("queue_depth", {}).values())
+        self.steps.look()
+        return self.inbox.empty() and not any(self.steps.snapshot.get("queue_depth", {}).values())
 
     def _take(self) -> None:
         """Hand over what has arrived."""
@@ -180,17 +157,6 @@ class _Pump:
             for message in arrived.messages:
                 self.under_way.begin(arrived.pid, message)
                 self.engine.submit(message)
-
-    def _look(self) -> None:
-        """On the engine's thread: what it says of itself, for readiness and the gauges."""
-        self.metrics.loads(self.engine.take_load_seconds())
-        snapshot = self.engine.snapshot()
-        # Not asdict: it takes Counters apart wrongly.
-        self.snapshot = (
-            {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-            if is_dataclass(snapshot)
-            else dict(snapshot)
-        )
 
     def _read(self) -> None:
         while True:
@@ -233,15 +199,13 @@ class _Pump:
             self._beat()
 
     def _beat(self) -> None:
-        began = self.step_began
         state = WorkerState(
             worker=self.worker,
             epoch=self.epoch,
             pid=os.getpid(),
-            started=self.started,
             beat=time.monotonic(),
-            busy_s=time.monotonic() - began if began else 0.0,
-            snapshot=self.snapshot,
+            busy_s=self.steps.busy_s,
+            snapshot=self.steps.snapshot,
             queue_silent_s=max(0.0, time.monotonic() - self.queue_heard - READ_S),
         )
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from adapters.modulation.autotune import Autotuner
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.static_layers import StaticRows
 from adapters.residency.packing import pack_adapter
 from adapters.segments import Segments, from_rows, from_runs
 from tests.stand.tiny_models import (
@@ -62,15 +63,23 @@ def kernels() -> Iterator[ModuleType]:
         spec.loader.exec_module(module)
         patch.setattr(fused, "_ops", lambda: module)
         patch.setitem(sys.modules, "adapters.kernels.triton_ops", module)
-        spec = importlib.util.spec_from_file_location(
-            "interpreted_scratch_for_models", path.with_name("triton_scratch.py")
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        scratch = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(scratch)
-        patch.setattr(fused, "_scratch_ops", lambda: scratch)
+        for name, used_by in (
+            ("triton_scratch", "_scratch_ops"),
+            ("triton_one_row", "_one_row_ops"),
+        ):
+            spec = importlib.util.spec_from_file_location(
+                f"interpreted_{name}_for_models", path.with_name(f"{name}.py")
+            )
+            assert spec is not None
+            assert spec.loader is not None
+            other = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(other)
+            patch.setattr(fused, used_by, giving(other))
         yield module
+
+
+def giving(module: ModuleType) -> Callable[[], ModuleType]:
+    return lambda: module
 
 
 def both(name: str, targets: tuple[str, ...]) -> tuple[AdaptedModel, AdaptedModel, list[str]]:
@@ -300,6 +309,45 @@ def test_emptied_slot_is_refused_and_segments_must_cover_the_rows(kernels: Modul
         adapted.fused.linear(call(4))
 
 
+def test_the_row_of_a_static_step_has_its_own_kernel(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, layer = one_layer()
+    static = adapted.make_static(4)
+    for slot, rank in ((1, 5), (2, 16)):
+        factors = random_factors(
+            adapted.signature, ["0"], rank=rank, dtype=torch.float16, seed=slot
+        )
+        adapted.install(slot, factors)
+    ran: list[int] = []  # rows of the kernel for few of them
+    real = kernels.few_rows_linear
+
+    def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        ran.append(len(x))
+        y: torch.Tensor = real(x, *args, **options)
+        return y
+
+    monkeypatch.setattr(kernels, "few_rows_linear", counted)
+    made = StaticRows(4, CPU)
+    static.rows = made
+    for slots in ([1], [2], [0], [1, 1, 2]):
+        made.fill(slots)
+        made.shape(len(slots), 16, False)
+        x = torch.randn(len(slots), layer.in_features).half()
+        with torch.no_grad():
+            y = adapted.model(x)
+        truth = modulated_linear(
+            x,
+            layer.quantized.dequantize(dtype=torch.float32),
+            {s: (f.method, f.a, f.b, f.scale, f.bias) for s, f in layer.slots.items()},
+            from_rows(slots),
+            layer.get_parameter("bias"),
+        )
+        assert_close(y, truth, LAYER_TOLERANCE)
+    static.rows = None
+    assert ran == [3]
+
+
 def test_the_probe_finds_a_kernel_that_is_wrong(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,11 +446,11 @@ class Clock:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fastest", ["product", "scratch"])
+@pytest.mark.parametrize("fastest", ["product", "scratch", "row"])
 def test_the_form_that_was_the_fastest_computes(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, fastest: str
 ) -> None:
-    assert fused.proved_forms(torch.float16, CPU) == {"product", "scratch"}
+    assert fused.proved_forms(torch.float16, CPU) == {"product", "scratch", "row"}
     clock, ran = Clock(), []
     plain = fused.FusedLayers.forms
 
@@ -426,8 +474,8 @@ def test_the_form_that_was_the_fastest_computes(
     assert found.fused is not None
     layer = found.layers[paths[0]]
     assert isinstance(layer, AdaptedLinear)
-    segments = from_runs([(1, 16), (2, 16)])
-    x = torch.randn(32, layer.in_features).half()
+    segments = from_runs([(1, 1)] if fastest == "row" else [(1, 16), (2, 16)])
+    x = torch.randn(segments.rows, layer.in_features).half()
     call = LayerCall(paths[0], x, layer.quantized, layer.slots, segments, None)
     other = truth.layers[paths[0]]
     slots: Any = {slot: ("hira", one.a, one.b, 1.0, None) for slot, one in other.slots.items()}
@@ -439,7 +487,8 @@ def test_the_form_that_was_the_fastest_computes(
         assert not left
         assert_close(y, wanted, LAYER_TOLERANCE)
     assert ran[-1] == fastest
-    assert set(ran) == {"tiles", "product", "scratch"}
+    others = {"product", "row"} if fastest == "row" else {"product", "scratch"}
+    assert set(ran) == {"tiles", *others}
     ran.clear()
     found.fused.linear(call)  # nothing was timed: the fused kernel
     assert ran == ["tiles"]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from server.base.load import load_base
 from server.encoding import head_stacks, postprocess, read
-from server.encoding.read import in_one_copy, pooled_states
+from server.encoding.read import BatchStates, Reader, in_one_copy, pooled_states
 from server.messages import EncodeResult, Failure
 from tests.stand import tiny_bases
 from tests.stand.encode_lane import Lane
@@ -134,8 +135,22 @@ def test_states_pooled_together_are_those_of_each_row() -> None:
         assert torch.allclose(found[row], torch.tensor(wanted), atol=1e-6)
 
 
+@pytest.mark.parametrize("off", [0.0, 0.01])
+def test_vectors_are_read_together_only_if_they_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    base = load_base(tiny_bases.options(tiny_bases.base_folder(tmp_path, "distilbert"), tmp_path))
+    reader = Reader(base, tiny_bases.text_of(base.folder), heads_kept=2, head_bytes=1 << 20)
+    plain = read.pooled_states
+    monkeypatch.setattr(read, "pooled_states", lambda *given: plain(*given) * (1 + off))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    states = BatchStates(torch.randn(2, 3, 8), None, mask, mask)
+    assert not reader.is_together
+    assert reader.compare_together(states) == pytest.approx(off, abs=1e-5)
+    assert reader.is_together == (off == 0.0)
+
+
 def test_one_copy_brings_every_tensor_in_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "TOGETHER_ON", frozenset({"cpu"}))
     values = [torch.randn(3, 4), torch.randn(2), torch.randn(0, 5), torch.randn(2, 3, 2).bfloat16()]
     copies: list[int] = []
     plain = torch.Tensor.cpu
@@ -145,11 +160,13 @@ def test_one_copy_brings_every_tensor_in_its_shape(monkeypatch: pytest.MonkeyPat
         return plain(self)
 
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
-    found = in_one_copy(values)
+    found = in_one_copy(values, together=True)
     assert copies == [12 + 2 + 12]
     for mine, theirs in zip(found, values, strict=True):
         assert torch.equal(mine, theirs.float())
-    assert in_one_copy([]) == []
+    assert in_one_copy([], together=True) == []
+    apart = in_one_copy(values, together=False)
+    assert all(mine is theirs for mine, theirs in zip(apart, values, strict=True))
 
 
 def test_large_heads_on_a_cpu_and_those_of_deterministic_answers_run_alone(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from server.base.varlen import varlen_obstacle
 from server.generation.attention import Call, PagedBatch, PagedKeys, Span
 from server.generation.kv_cache import KVCache
 from server.generation.page_attention import (
@@ -16,7 +17,6 @@ from server.generation.page_attention import (
     attend_row_by_row,
     decode_by_varlen,
     decode_in_torch,
-    varlen_obstacle,
 )
 
 HEADS, KV_HEADS, DIM = 4, 2, 8

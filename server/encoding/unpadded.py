@@ -1,0 +1,346 @@
+"""A batch of texts side by side, without padding: N tokens are N rows, whatever their lengths.
+
+The backbone takes ``[1, N]`` ids with the position that each token has in its own text, and every
+attention layer, reached through transformers' attention interface, keeps each text to itself:
+
+    out[i] = softmax(q[i] · k[j] scale) · v[j],  over j of the same text, and with a window w,
+    |i - j| < w; where the layer is causal, j ≤ i
+
+``attend_by_varlen`` is torch's own kernel for CUDA, always with one split of the keys, so that an
+answer does not depend on its batch. ``attend_text_by_text`` computes the same on any device. Which
+bases can run so is not written down anywhere: ``unpadded_obstacle`` compares whole forwards with
+padded ones before anybody is answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, Final
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from adapters import segments
+from adapters.signature import Method
+from server.base.load import LoadedBase
+from server.base.probe_adapters import probe_factors
+from server.base.rope import RopeByLength
+from server.base.varlen import varlen_obstacle
+from server.encoding.batch import Rows
+from server.encoding.read import BatchStates
+from server.messages import TokenizedInput
+
+UNPADDED_ATTENTION: Final = "hira_unpadded"
+_LAYER_KINDS: Final = {"full_attention", "sliding_attention"}
+# Tokens of the texts that are compared, and the adapter of each; rank 0: the bare base.
+_COMPARED_TOKENS: Final = (12, 5, 9, 5)
+_COMPARED_ADAPTERS: Final[tuple[tuple[Method, int], ...]] = (
+    ("hira", 0),
+    ("hira", 4),
+    ("lora", 4),
+    ("lora", 4),
+)
+# Of the states of a text, relative: what another order of sums may cost.
+_STATES_TOLERANCE: Final = {torch.float32: 1e-3}
+_STATES_TOLERANCE_HALF: Final = 0.1
+
+# Attends to all texts of a batch: query, key and value ``[N, heads, dim]``, the texts, scale,
+# window and whether it is causal; returns ``[N, heads, dim]``.
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, "TextBounds", float | None, int | None, bool],
+    torch.Tensor,
+]
+
+
+class TextBounds:
+    """Where the texts of one flattened batch begin and end; what its attention layers are given.
+
+    Args:
+        lengths: Tokens of each text, in order.
+        starts: int32 ``[texts + 1]`` on the device: the first row of each, then how many there are.
+        attend: What attends.
+    """
+
+    def __init__(self, lengths: Sequence[int], starts: torch.Tensor, attend: Attend) -> None:
+        self.lengths = tuple(lengths)
+        self.starts = starts
+        self.attend = attend
+        self.windows: list[bool] = []  # of each layer that has attended, whether it had a window
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Neighbours of one length: the first row of each run, its texts and their tokens."""
+        start = 0
+        for tokens, same in groupby(self.lengths):
+            count = sum(1 for _ in same)
+            yield start, count, tokens
+            start += count * tokens
+
+
+def attend_text_by_text(  # noqa: PLR0917  # as ``Attend``, which has no names
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    texts: TextBounds,
+    scale: float | None,
+    window: int | None,
+    causal: bool,
+) -> torch.Tensor:
+    """Each run of texts of one length as one batch without a mask; on any device."""
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (one.repeat_interleave(shared, dim=1) for one in (key, value))
+    pieces: list[torch.Tensor] = []
+    for start, count, tokens in texts.runs():
+        rows = slice(start, start + count * tokens)
+        q, k, v = (
+            one[rows].view(count, tokens, *one.shape[1:]).transpose(1, 2)
+            for one in (query, key, value)
+        )
+        mask = None
+        if window is not None and tokens > window:
+            mask = _band(tokens, window, causal=causal, device=query.device)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale
+        )
+        pieces.append(attended.transpose(1, 2).reshape(count * tokens, *attended.shape[1::2]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def attend_by_varlen(  # noqa: PLR0917  # as ``Attend``, which has no names
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    texts: TextBounds,
+    scale: float | None,
+    window: int | None,
+    causal: bool,
+) -> torch.Tensor:
+    """All texts at once, by torch's FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    most = max(texts.lengths)
+    left = -1 if window is None else window - 1
+    found = varlen_attn(
+        query,
+        key,
+        value,
+        texts.starts,
+        texts.starts,
+        most,
+        most,
+        scale=scale,
+        window_size=(left, 0 if causal else left),
+        enable_gqa=query.shape[1] != key.shape[1],
+        # The automatic choice makes an answer depend on its batch.
+        num_splits=1,
+    )
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def unpadded_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    texts: TextBounds,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend each row of a flattened batch to its own text.
+
+    Args:
+        query: ``[1, heads, N, dim]``; key, value: ``[1, kv_heads, N, dim]``.
+        attention_mask: None: who sees whom follows from ``texts``.
+        texts: Where they are.
+
+    Returns:
+        ``[1, N, heads, dim]``, and None for the weights.
+
+    Raises:
+        ValueError: The model asks for what is not supported here: a mask or a bias of its own, a
+            soft cap, attention sinks.
+    """
+    for name in ("s_aux", "sinks", "position_bias", "softcap"):
+        if others.get(name) is not None:
+            raise ValueError(f"Attention without padding does not support {name!r}.")
+    if attention_mask is not None:
+        raise ValueError("Attention without padding does not support a mask of the model's own.")
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    rows = [one[0].transpose(0, 1) for one in (query, key, value)]
+    out = texts.attend(rows[0], rows[1], rows[2], texts, scaling, sliding_window, causal)
+    texts.windows.append(sliding_window is not None)
+    return out[None], None
+
+
+class UnpaddedForward:
+    """Runs the backbone of one base over texts without padding.
+
+    Args:
+        base: The loaded base, of texts.
+        rows: Makes what it takes.
+        rope: Its rotary embeddings that choose by length.
+    """
+
+    def __init__(self, base: LoadedBase, rows: Rows, rope: RopeByLength) -> None:
+        self._base = base
+        self._rows = rows
+        self._rope = rope
+        self._config = base.backbone.config.get_text_config()
+        config = self._config
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // max(1, config.num_attention_heads)
+        fast = varlen_obstacle(int(width), base.dtype, base.device, capped=False) is None
+        self._attend: Attend = attend_by_varlen if fast else attend_text_by_text
+        self.windows: list[bool] = []  # of the latest forward: see ``TextBounds``
+
+    def __call__(self, items: Sequence[TokenizedInput], slots: Sequence[int]) -> BatchStates:
+        """What the backbone makes of some texts, each in its slot, laid out with padding.
+
+        States at padding are those of a token of the same text: finite where the text's are.
+        """
+        feed = self._rows.side_by_side(items)
+        lengths = feed.lengths
+        texts = TextBounds(lengths, feed.starts, self._attend)
+        tokens = segments.from_runs(zip(slots, lengths, strict=True))
+        of_token = [[one for one in lengths for _ in range(one)]] if self._rope.kinds else [[]]
+        with (
+            self._base.adapted.batch(tokens, segments.from_rows(slots)),
+            self._rope.sequences(of_token, self._base.device),
+            self._own_attention(),
+            self._pooler_of_texts(feed.laid_out),
+        ):
+            out = self._base.backbone(**feed.arguments, texts=texts)
+        self.windows = texts.windows
+        hidden = feed.laid_out(out.last_hidden_state)
+        return BatchStates(hidden, getattr(out, "pooler_output", None), feed.ids, feed.mask)
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        before = self._config._attn_implementation
+        self._config._attn_implementation = UNPADDED_ATTENTION
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = before
+
+    @contextmanager
+    def _pooler_of_texts(self, laid_out: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """A pooler reads the first token of each text, and there it sees one row for all."""
+        pooler = getattr(self._base.backbone, "pooler", None)
+        if pooler is None:
+            yield
+            return
+        hook = pooler.register_forward_pre_hook(lambda _, given: (laid_out(given[0]), *given[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def unpadded_obstacle(
+    base: LoadedBase,
+    unpadded: UnpaddedForward,
+    padded: Callable[[Sequence[Any], Sequence[int]], BatchStates],
+) -> tuple[str, str] | None:
+    """Why a base's texts keep their padding: a word for a metric, and what was found; None: they
+    need none.
+
+    Some texts of the base and of two random adapters run both ways.
+
+    Args:
+        base: Idle; no slot may be in use: two are filled, and emptied again.
+        unpadded, padded: The ways.
+
+    Raises:
+        Exception: Either way does.
+    """
+    adapted = base.adapted
+    slots = [
+        place if rank else segments.BASE_SLOT for place, (_, rank) in enumerate(_COMPARED_ADAPTERS)
+    ]
+    try:
+        for slot, (method, rank) in enumerate(_COMPARED_ADAPTERS):
+            if rank:
+                factors = probe_factors(adapted, slot, method, rank, dtype=base.dtype)
+                adapted.install(slot, factors)
+        with torch.inference_mode():
+            items = probe_texts(base)
+            found, wanted = unpadded(items, slots), padded(items, slots)
+    finally:
+        for slot, (_, rank) in enumerate(_COMPARED_ADAPTERS):
+            if rank:
+                adapted.uninstall(slot)
+    expected = _windows_of(base.backbone.config.get_text_config())
+    if expected is None:
+        return "window", "some layers attend neither to all of a text nor to a sliding window"
+    told = unpadded.windows
+    if len(told) != len(expected):
+        return "interface", (
+            f"{len(told)} of {len(expected)} layers attend through transformers' interface for it"
+        )
+    if told != expected:
+        # No comparison of short texts would show it.
+        return "window", "some layers do not tell the attention interface of their sliding window"
+    error = _largest_error(found, wanted)
+    most = _STATES_TOLERANCE.get(base.dtype, _STATES_TOLERANCE_HALF)
+    return None if error <= most else ("differs", f"states differ by {error:.1e}, not {most:.0e}")
+
+
+def probe_texts(base: LoadedBase) -> list[TokenizedInput]:
+    """TextBounds of several lengths, no two alike; the same where a base takes only short ones."""
+    signature = base.adapted.signature
+    vocabulary = signature.vocab_size or 1
+    longest = max(1, signature.max_length)
+    return [
+        TokenizedInput(tuple((11 * place + 7 * at + 5) % vocabulary for at in range(tokens)))
+        for place, tokens in enumerate(min(one, longest) for one in _COMPARED_TOKENS)
+    ]
+
+
+def _largest_error(found: BatchStates, wanted: BatchStates) -> float:
+    """‖found − wanted‖ / ‖wanted‖ of the text where it is largest; infinite where not finite."""
+    pairs = [
+        (mine[of_text == 1], theirs[of_text == 1])
+        for mine, theirs, of_text in zip(found.hidden, wanted.hidden, wanted.mask, strict=True)
+    ]
+    if (found.pooled is None) != (wanted.pooled is None):
+        return float("inf")
+    if found.pooled is not None and wanted.pooled is not None:
+        pairs += list(zip(found.pooled, wanted.pooled, strict=True))
+    errors = [
+        float((mine.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-12))
+        for mine, theirs in pairs
+    ]
+    # NaN compares as neither: it must not pass.
+    return max(one if one == one else float("inf") for one in errors)  # noqa: PLR0124
+
+
+def _windows_of(config: Any) -> list[bool] | None:
+    """Of each layer, whether it has a sliding window; None: layers of another kind."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        if not set(kinds) <= _LAYER_KINDS:
+            return None
+        return [kind == "sliding_attention" for kind in kinds]
+    slides = bool(getattr(config, "sliding_window", None))
+    slides = slides and bool(getattr(config, "use_sliding_window", True))
+    return [slides] * int(config.num_hidden_layers)
+
+
+def _band(tokens: int, window: int, *, causal: bool, device: torch.device) -> torch.Tensor:
+    """bool ``[tokens, tokens]``: who sees whom within a window."""
+    place = torch.arange(tokens, device=device)
+    distance = place[:, None] - place
+    sees = distance.abs() < window
+    return sees & (distance >= 0) if causal else sees
+
+
+AttentionInterface.register(UNPADDED_ATTENTION, unpadded_attention)
