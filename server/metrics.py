@@ -266,7 +266,8 @@ class WorkerMetrics:
         self._loads = histogram(
             "hira_adapter_load_seconds",
             "From the first wish for an adapter on disk until it is on the device.",
-            *(REQUEST_SECONDS, ()),
+            REQUEST_SECONDS,
+            labels=(),
         )
 
     def step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from functools import cache
 
 from fastapi import Request, Response
 
@@ -16,6 +17,9 @@ from server.edge.service import Service
 from server.metrics import Live, exposition
 
 
+_version_of = cache(importlib.metadata.version)
+
+
 class HealthEndpoints:
     """The endpoints; one object per server.
 
@@ -26,12 +30,6 @@ class HealthEndpoints:
     def __init__(self, service: Service, version: str) -> None:
         self.service = service
         self.version = version
-        self._build = {
-            "version": version,
-            "base": service.base.name,
-            "python": platform.python_version(),
-            "torch": importlib.metadata.version("torch"),  # not imported in this process
-        }
 
     async def index(self, request: Request) -> Response:
         """What this is and where to go on."""
@@ -102,7 +100,12 @@ class HealthEndpoints:
             if service.settings.keys_file is None
             else service.keys_fault is None,
             registered=len(service.names.records),
-            build=self._build,
+            build={
+                "version": self.version,
+                "base": service.base.name,
+                "python": platform.python_version(),
+                "torch": _version_of("torch"),  # not imported in this process
+            },
         )
 
 
