@@ -16,7 +16,6 @@ from server.edge.link.link import STALE_S, WHY_NOT, silence_s
 from server.edge.service import Service
 from server.metrics import Live, exposition
 
-
 _version_of = cache(importlib.metadata.version)
 
 
