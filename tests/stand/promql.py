@@ -30,7 +30,7 @@ class Series:
     @property
     def labels(self) -> frozenset[str]:
         """Those that the metric must have."""
-        return frozenset(label for label, _, _ in self.matchers) | self.grouped - ADDED
+        return (frozenset(label for label, _, _ in self.matchers) | self.grouped) - ADDED
 
 
 def series_of(expression: str) -> list[Series]:
