@@ -57,7 +57,7 @@ class Grammars:
 
         Raises:
             GrammarRefused: It cannot be honoured.
-            GrammarTooSlow, PoolLate: The deadline passed.
+            InputTooSlow, PoolLate: The deadline passed.
             PoolFull: Come back later.
             PoolHung: A check never ends.
         """

@@ -14,7 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import HttpMetrics, Live, LiveCollector, WorkerMetrics
+from server.metrics import HttpMetrics, Live, WorkerMetrics
 from tests.stand.promql import SUFFIXES, series_of
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def shown() -> dict[str, set[str]]:
         registered=1,
         build=dict.fromkeys(("version", "base", "python", "torch"), "x"),
     )
-    registry.register(LiveCollector(live))
+    registry.register(live)
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:

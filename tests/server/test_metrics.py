@@ -16,7 +16,6 @@ from server.metrics import (
     AdapterLabels,
     HttpMetrics,
     Live,
-    LiveCollector,
     WorkerMetrics,
     prepare,
     resident_bytes,
@@ -98,12 +97,12 @@ def test_waits_and_loads_are_histograms() -> None:
 def test_what_runs_and_how_many_adapters_are_registered_is_shown_where_it_is_known() -> None:
     registry = CollectorRegistry()
     build = {"version": "1.2.3", "base": "some/base"}
-    registry.register(LiveCollector(Live(registered=0, build=build)))
+    registry.register(Live(registered=0, build=build))
     text = shown(registry)
     assert 'hira_build_info{base="some/base",version="1.2.3"} 1.0' in text
     assert "hira_registered_adapters 0.0" in text
     unknown = CollectorRegistry()
-    unknown.register(LiveCollector(Live()))
+    unknown.register(Live())
     assert "hira_build_info" not in shown(unknown)
     assert "hira_registered_adapters" not in shown(unknown)
 
@@ -121,7 +120,7 @@ def test_live_gauges_show_this_moment() -> None:
         processes={"main": os.getpid(), "gone": 2**22 + 1},
         worker_ready=True,
     )
-    registry.register(LiveCollector(live))
+    registry.register(live)
     text = shown(registry)
     assert 'hira_base_bytes{part="linear"} 10.0' in text
     assert 'hira_queue_depth{lane="encode"} 2.0' in text

@@ -22,8 +22,6 @@ from typing import Any, Final
 from server.settings import Settings
 
 AUDIT_FILE: Final = "audit.jsonl"
-AUDIT_OFF: Final = "off"
-AUDIT_STDOUT: Final = "stdout"
 AUDIT_FILES: Final = 4  # the present one and those before it, within the bound together
 
 

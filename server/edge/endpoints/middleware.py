@@ -152,7 +152,7 @@ class RequestMiddleware:
                     await call.end(context.status, context.refused)
                     if call.incomplete:
                         message["headers"] = [*message.get("headers", ()), INCOMPLETE_HEADER]
-                self._add_headers(scope, context, message)
+                self._add_headers(context, message)
             await send(message)
 
         held = self.service.bodies.hold()
@@ -283,7 +283,7 @@ class RequestMiddleware:
 
         return bounded
 
-    def _add_headers(self, scope: Scope, context: RequestContext, message: Message) -> None:
+    def _add_headers(self, context: RequestContext, message: Message) -> None:
         headers = list(message.get("headers", ()))
         there = {name.lower() for name, _ in headers}
         headers.append((b"x-request-id", context.request_id.encode("ascii")))

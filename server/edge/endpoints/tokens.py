@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi import Depends, Request, Response
 
 from server.edge.admit.slow_work import INPUT_CHARACTERS
+from server.edge.endpoints.adapter_named import Named, adapter_names
 from server.edge.endpoints.answers import (
     BASE_VERSION,
     check_inputs,
@@ -33,7 +34,7 @@ from server.edge.endpoints.schemas_tokens import (
     TokenizePromptRequest,
     TokenizeRequest,
 )
-from server.edge.endpoints.tei_tgi import Named, adapter_names, check_prompt_name
+from server.edge.endpoints.tei_tgi import check_prompt_name
 from server.edge.service import Service
 from server.errors import Refusal
 from server.inputs.text import Text

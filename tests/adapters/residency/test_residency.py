@@ -19,7 +19,7 @@ from adapters.residency.tiers import PASS_S
 from adapters.segments import from_rows
 from tests.stand.clock import FakeClock
 from tests.stand.residencies import ONE, WIDTH, Disk, fetch, read_in, residency, weights_of
-from tests.stand.tiny_models import FakeFactors, FakeWeights, build, random_factors
+from tests.stand.tiny_models import FakeWeights, build, random_factors
 from tests.stand.waits import TIMEOUT_S, until
 
 
@@ -313,7 +313,7 @@ def test_resident_adapter_costs_its_tensors_in_the_compute_dtype() -> None:
     paths = [path for path in adapted.signature.layers if path.endswith("_proj")]
     factors = random_factors(adapted.signature, paths, rank=8)
     tensors = sum(f.a.numel() + f.b.numel() for f in factors.values()) * 2
-    fake: Any = FakeWeights({p: FakeFactors(f.a, f.b) for p, f in factors.items()})
+    fake: Any = FakeWeights(factors)
     packed = pack_adapter(fake, torch.bfloat16, torch.device("cpu"))
     assert tensors <= packed.nbytes <= 1.05 * tensors
     on_device = packed.to_device(torch.device("cpu"))
