@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from loadtests.churn import (
     SHOWN,
@@ -106,7 +106,7 @@ def prepare(server: Server, sources: Sequence[Path], options: argparse.Namespace
     """Versions of one adapter that differ on some text by more than a score may be off."""
     tolerance = SCORE_TOLERANCE[options.dtype]
     found: list[Version] = []
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx2.Client(base_url=server.url, timeout=120) as client:
         for seed in range(options.seed, options.seed + SEEDS):
             version = learn(client, server, NAME, archive(sources[0], seed))
             if all(apart(version, one) > 2 * tolerance for one in found):
@@ -121,7 +121,7 @@ def try_canary(
 ) -> dict[str, Any]:
     """Give one version a share of the requests and compare every answer."""
     stable, canary, _ = versions
-    with httpx.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
+    with httpx2.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
         upload(client, server, NAME, stable.content)
         staged = client.post(
             "/admin/adapters",
@@ -175,7 +175,7 @@ def roll_back(
         clients = asyncio.create_task(
             ask_all(server, versions, seen, options, lambda: not ended.is_set())
         )
-        with httpx.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
+        with httpx2.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
             for _ in range(options.rollbacks):
                 put, before = time.monotonic(), len(seen.times)
                 await asyncio.to_thread(upload, client, server, NAME, bad.content)

@@ -53,8 +53,12 @@ SERVER = {
     "server.cluster": (
         *("version", "messages", "options", "errors", "settings", "metrics", "edge"),
     ),
+    "server.comparison": (
+        *("messages", "options", "stages", "base", "inputs", "encoding", "engine"),
+    ),
     "server.cli": (
         *("version", "stages", "options", "settings", "base", "edge", "cluster", "training"),
+        *("comparison", "demo", "inputs"),
     ),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),

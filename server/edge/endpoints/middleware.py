@@ -103,6 +103,15 @@ def error_response(scope: Scope, refusal: Refusal) -> Response:
     )
 
 
+def without_prefix(scope: Scope) -> Scope:
+    """A call below a prefix, such as a route prefix of Ray Serve's, as one without it: whatever is
+    decided by the path holds there too. The prefix is in both fields that ASGI has for paths."""
+    prefix, path = str(scope.get("root_path", "")).rstrip("/"), str(scope["path"])
+    if not prefix or not f"{path}/".startswith(f"{prefix}/"):
+        return scope
+    return {**scope, "path": path[len(prefix) :] or "/", "root_path": ""}
+
+
 def admit_caller(scope: Scope, key: ApiKey | None) -> None:
     """Say with which key a call was admitted; without any, None."""
     context = scope["hira"]
@@ -127,6 +136,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = without_prefix(scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         context = RequestContext(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import ROOT, Live, environment, hira
@@ -142,7 +142,7 @@ def test_folders_are_registered_together_under_their_own_names(live: Live, tmp_p
 
 
 def test_applying_refuses_what_nobody_can_serve(live: Live) -> None:
-    def apply(**body: object) -> httpx.Response:
+    def apply(**body: object) -> httpx2.Response:
         return live.client.post("/admin/apply", json=body, headers=live.admin)
 
     known = versions(live)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, hira
@@ -41,29 +41,29 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield running
 
 
-def complete(live: Live, **fields: Any) -> httpx.Response:
+def complete(live: Live, **fields: Any) -> httpx2.Response:
     body = {"prompt": PROMPT, "max_tokens": SIZE, "temperature": 0, "ignore_eos": True, **fields}
     return live.client.post("/v1/completions", json=body)
 
 
-def chat(live: Live, **fields: Any) -> httpx.Response:
+def chat(live: Live, **fields: Any) -> httpx2.Response:
     messages = [{"role": "user", "content": PROMPT}]
     body = {"messages": messages, "max_tokens": SIZE, "temperature": 0, "ignore_eos": True}
     return live.client.post("/v1/chat/completions", json=body | fields)
 
 
-def generate(live: Live, **parameters: Any) -> httpx.Response:
+def generate(live: Live, **parameters: Any) -> httpx2.Response:
     asked = {"max_new_tokens": SIZE, "ignore_eos_token": True, "details": True, **parameters}
     return live.client.post("/generate", json={"inputs": PROMPT, "parameters": asked})
 
 
-def words(answer: httpx.Response) -> list[str]:
+def words(answer: httpx2.Response) -> list[str]:
     assert answer.status_code == 200, answer.text
     choice = answer.json()["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"]).split()
 
 
-def refused(answer: httpx.Response) -> tuple[int, str, str]:
+def refused(answer: httpx2.Response) -> tuple[int, str, str]:
     error = answer.json()["error"]
     return answer.status_code, error["code"], error["param"]
 

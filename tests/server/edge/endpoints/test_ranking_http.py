@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 
@@ -50,7 +50,7 @@ def logits(base: Path, folder: Path) -> list[float]:
     return [float(reference(one.token_ids, one.type_ids).logits[0, 0]) for one in items]
 
 
-def post(live: Live, path: str, body: Any) -> httpx.Response:
+def post(live: Live, path: str, body: Any) -> httpx2.Response:
     return live.client.post(path, json=body)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from transformers import AutoTokenizer
 
@@ -59,7 +59,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield server
 
 
-def post(live: Live, path: str, body: Any) -> httpx.Response:
+def post(live: Live, path: str, body: Any) -> httpx2.Response:
     return live.client.post(path, json=body)
 
 
@@ -223,7 +223,7 @@ def test_the_served_model_is_described(encoder: Live, decoder: Live) -> None:
 
 
 def test_lookups_need_a_key_where_inference_does_and_health_none(encoder: Live) -> None:
-    bare = httpx.Client(base_url=encoder.url)
+    bare = httpx2.Client(base_url=encoder.url)
     for path in ("/tokenize", "/detokenize", "/decode"):
         assert bare.post(path, json={}).status_code == 401
     assert bare.get("/info").status_code == 401
