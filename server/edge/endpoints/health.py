@@ -16,7 +16,7 @@ from server.edge.link.link import STALE_S, WHY_NOT, silence_s
 from server.edge.service import Service
 from server.metrics import Live, exposition
 
-_version_of = cache(importlib.metadata.version)
+_installed_version = cache(importlib.metadata.version)
 
 
 class HealthEndpoints:
@@ -103,7 +103,7 @@ class HealthEndpoints:
                 "version": self.version,
                 "base": service.base.name,
                 "python": platform.python_version(),
-                "torch": _version_of("torch"),  # not imported in this process
+                "torch": _installed_version("torch"),  # not imported in this process
             },
         )
 
