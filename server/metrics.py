@@ -36,6 +36,9 @@ REQUEST_SECONDS: Final = (
     0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
 )  # fmt: skip
 TOKEN_SECONDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+WAIT_SECONDS: Final = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0,
+)  # fmt: skip
 STEP_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 POWERS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -249,17 +252,38 @@ class WorkerMetrics:
 
         registry = registry or REGISTRY
 
-        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(name, text, ["lane"], buckets=tuple(buckets), registry=registry)
+        def histogram(
+            name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ("lane",)
+        ) -> Histogram:
+            return Histogram(name, text, labels, buckets=tuple(buckets), registry=registry)
 
         self._rows = histogram("hira_batch_rows", "Sequences of a step.", POWERS)
         self._adapters = histogram("hira_batch_adapters", "Distinct adapters of a step.", POWERS)
         self._seconds = histogram("hira_step_seconds", "Time of a step.", STEP_SECONDS)
+        self._waits = histogram(
+            "hira_queue_seconds", "From a request's submission to its first step.", WAIT_SECONDS
+        )
+        self._loads = histogram(
+            "hira_adapter_load_seconds",
+            "From the first wish for an adapter on disk until it is on the device.",
+            REQUEST_SECONDS,
+            labels=(),
+        )
 
-    def step(self, lane: str, *, rows: int, adapters: int, seconds: float) -> None:
+    def step(
+        self, lane: str, *, rows: int, adapters: int, seconds: float, waits_s: Iterable[float] = ()
+    ) -> None:
+        """One step; ``waits_s`` are of the requests that were in none before, in seconds."""
         self._rows.labels(lane).observe(rows)
         self._adapters.labels(lane).observe(adapters)
         self._seconds.labels(lane).observe(seconds)
+        for wait_s in waits_s:
+            self._waits.labels(lane).observe(wait_s)
+
+    def loads(self, seconds: Iterable[float]) -> None:
+        """Adapters that were loaded from disk, each in so many seconds."""
+        for one in seconds:
+            self._loads.observe(one)
 
 
 # Of the engine's snapshot: its field, the metric and its text, and the label of the values.
@@ -278,7 +302,7 @@ SNAPSHOT_GAUGES: Final = (
 
 # The same of what only grows; a counter whose field is empty is not there.
 SNAPSHOT_COUNTERS: Final = (
-    ("totals", "hira_residency", "Loads and evictions of the present worker.", "event"),
+    ("totals", "hira_residency", "Loads, evictions, hits of the present worker.", "event"),
     ("encode_steps", "hira_encode_steps", "Batches of the encode lane, by how they ran.", "how"),
     (
         "generate_steps",
@@ -308,6 +332,8 @@ class Live:
         replicas: In a cluster, the snapshot of each engine replica by its name.
         routed: In a cluster, requests that this HTTP replica sent, by why they went where.
         keys_file_good: Whether the keys file is used as it is now; None where there is none.
+        registered: Adapters in the registry, as last read; None where nothing is known.
+        build: Labels that say what is running.
     """
 
     snapshot: Mapping[str, Any] = field(default_factory=dict)
@@ -317,6 +343,8 @@ class Live:
     replicas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routed: Mapping[str, int] = field(default_factory=dict)
     keys_file_good: bool | None = None
+    registered: int | None = None
+    build: Mapping[str, str] = field(default_factory=dict)
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks of whatever is registered, here for one scrape."""
@@ -344,6 +372,12 @@ class Live:
         if said.get("weights_digest"):
             text = "The digest of the base's quantized weights."
             gauges.append(("hira_base_weights", text, ("digest",), {said["weights_digest"]: 1.0}))
+        if self.build:
+            what = {tuple(self.build.values()): 1.0}
+            gauges.append(("hira_build_info", "What is running.", tuple(self.build), what))
+        if self.registered is not None:
+            text = "Adapters in the registry."
+            gauges.append(("hira_registered_adapters", text, (), {(): self.registered}))
         if self.keys_file_good is not None:
             text = "Whether the keys file is used as it is now."
             gauges.append(("hira_keys_file_good", text, (), {(): self.keys_file_good}))

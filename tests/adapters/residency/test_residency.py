@@ -64,6 +64,24 @@ def test_asking_again_loads_once() -> None:
         assert disk.reads == ["a"]
 
 
+def test_time_of_a_load_counts_from_the_first_wish_and_only_where_it_was_on_disk() -> None:
+    clock = FakeClock()
+    with residency(slots=1, clock=clock) as (made, disk):
+        disk.gate.clear()
+        made.prefetch("a")
+        clock.advance(2.0)
+        made.prefetch("a")
+        clock.advance(3.0)
+        disk.gate.set()
+        fetch(made, "a")
+        assert made.take_load_seconds() == [5.0]
+        assert made.take_load_seconds() == [], "each is told once"
+        disk.broken.add("broken")
+        fetch(made, "b", "a", "broken")  # a comes back from host memory
+        assert disk.reads == ["a", "b", "broken"]
+        assert made.take_load_seconds() == [0.0], "that of b"
+
+
 def test_lease_needs_every_version_ready_and_holds_none_otherwise() -> None:
     with residency(slots=1) as (made, _):
         fetch(made, "a")
