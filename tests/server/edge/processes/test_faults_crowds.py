@@ -34,6 +34,8 @@ CROWD = 300
 # What these tell the time for is for people: when something was made, started or last used.
 WALL_CLOCK = frozenset(
     {
+        "server/edge/admit/key_file.py",  # when a key ends
+        "server/edge/admit/key_usage_file.py",  # of which day
         "server/edge/service.py",
         "server/edge/endpoints/openai.py",
         "server/edge/endpoints/ranking.py",
