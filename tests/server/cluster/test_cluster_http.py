@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.demo import ADAPTERS_DIR
@@ -62,7 +62,7 @@ def adapters() -> dict[str, str]:
     return found
 
 
-def shown(answer: httpx.Response) -> tuple[int, dict[str, str], Any]:
+def shown(answer: httpx2.Response) -> tuple[int, dict[str, str], Any]:
     """What must be equal: status, headers and body but for times and ids."""
     headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, fake
@@ -286,7 +286,7 @@ def test_connections_beyond_the_most_are_refused_when_all_are_busy(live: Live) -
         assert (status, answer(found)[1]["code"]) == (503, "too_many_connections")
         assert b"retry-after: 1" in found
     live.client.close()
-    live.client = httpx.Client(base_url=live.url, timeout=60)
+    live.client = httpx2.Client(base_url=live.url, timeout=60)
     live.wait_ready()
     assert refused(live, "too_many_connections") > before
 

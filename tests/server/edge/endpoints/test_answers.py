@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from starlette.datastructures import Headers
 
@@ -37,7 +37,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield server
 
 
-def post(live: Live, path: str, body: dict[str, Any]) -> httpx.Response:
+def post(live: Live, path: str, body: dict[str, Any]) -> httpx2.Response:
     return live.client.post(path, json=body)
 
 

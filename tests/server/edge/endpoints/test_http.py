@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.demo import BASE_DIR
@@ -54,11 +54,11 @@ def live(tmp_path_factory: pytest.TempPathFactory, made: Path) -> Iterator[Live]
         yield server
 
 
-def post(live: Live, path: str, body: Any, **more: Any) -> httpx.Response:
+def post(live: Live, path: str, body: Any, **more: Any) -> httpx2.Response:
     return live.client.post(path, json=body, **more)
 
 
-def upload(live: Live, name: str, folder: Path, **fields: str) -> httpx.Response:
+def upload(live: Live, name: str, folder: Path, **fields: str) -> httpx2.Response:
     files = [
         ("files", (one, (folder / one).read_bytes())) for one in FILES if (folder / one).exists()
     ]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, fake
@@ -45,19 +45,19 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield server
 
 
-def chat(live: Live, said: str, **fields: Any) -> httpx.Response:
+def chat(live: Live, said: str, **fields: Any) -> httpx2.Response:
     body = {"messages": [{"role": "user", "content": f"«{said}»"}], "max_tokens": 500}
     return live.client.post("/v1/chat/completions", json=body | fields)
 
 
-def choice_of(answer: httpx.Response) -> dict[str, Any]:
+def choice_of(answer: httpx2.Response) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
     assert isinstance(choice, dict)
     return choice
 
 
-def refused(answer: httpx.Response) -> tuple[int, str, str]:
+def refused(answer: httpx2.Response) -> tuple[int, str, str]:
     error = answer.json()["error"]
     return answer.status_code, error["code"], error["param"]
 

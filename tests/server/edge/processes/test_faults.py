@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -36,13 +36,13 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield server
 
 
-def predict(live: Live, **parameters: Any) -> httpx.Response:
+def predict(live: Live, **parameters: Any) -> httpx2.Response:
     return live.client.post(
         "/predict?adapter=imdb", json={"inputs": "hello", "parameters": parameters}
     )
 
 
-def generate(live: Live, tokens: int, seed: int | None = None, **more: Any) -> httpx.Response:
+def generate(live: Live, tokens: int, seed: int | None = None, **more: Any) -> httpx2.Response:
     body = {"inputs": "hello", "parameters": {"max_new_tokens": tokens, "seed": seed}}
     return live.client.post("/generate?adapter=story", json=body, **more)
 
@@ -105,10 +105,10 @@ def test_killed_http_process_is_replaced(live: Live) -> None:
     first.kill()
     until(lambda: {one.pid for one in main.children()} - before)
     live.client.close()
-    live.client = httpx.Client(base_url=live.url, timeout=60)
+    live.client = httpx2.Client(base_url=live.url, timeout=60)
     live.wait_ready()
     for _ in range(20):
-        assert httpx.get(f"{live.url}/health/ready").status_code == 200
+        assert httpx2.get(f"{live.url}/health/ready").status_code == 200
     # Both answer, the new one from its first request on.
     with ThreadPoolExecutor(8) as pool:
         assert {one.status_code for one in pool.map(lambda _: predict(live), range(200))} == {200}
@@ -212,7 +212,7 @@ def test_overload_is_refused_with_a_time_to_return(tmp_path: Path) -> None:
 
 def test_term_drains_then_ends_well_with_nothing_left(tmp_path: Path) -> None:
     with fake(tmp_path / "data", api_processes=2) as live:
-        answers: list[httpx.Response] = []
+        answers: list[httpx2.Response] = []
         client = threading.Thread(target=lambda: answers.append(generate(live, 60)))
         client.start()
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
@@ -253,16 +253,16 @@ def test_hangup_reads_the_settings_again(tmp_path: Path) -> None:
         until(lambda: live.client.post(path, json=body).status_code == 401)
         right = {"Authorization": "Bearer a-new-key"}
         for _ in range(10):
-            assert httpx.post(live.url + path, json=body, headers=right).status_code == 200
+            assert httpx2.post(live.url + path, json=body, headers=right).status_code == 200
         config.write_text("nonsense = 1\n")
         live.child.send_signal(signal.SIGHUP)
         until(lambda: "nonsense" in live.log.read_text())
-        assert httpx.post(live.url + path, json=body, headers=right).status_code == 200
+        assert httpx2.post(live.url + path, json=body, headers=right).status_code == 200
 
 
 def test_drain_has_a_bound(tmp_path: Path) -> None:
     with fake(tmp_path / "data", drain_s=0.5) as live:
-        answers: list[httpx.Response] = []
+        answers: list[httpx2.Response] = []
         client = threading.Thread(target=lambda: answers.append(generate(live, 250, SLOW_SEED)))
         client.start()
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 1)

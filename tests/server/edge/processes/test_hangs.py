@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -51,7 +51,7 @@ def test_stopped_worker_is_noticed_killed_and_replaced(live: Live) -> None:
     assert "no sign of life" in live.log.read_text()
 
 
-def generate_slowly(live: Live) -> httpx.Response:
+def generate_slowly(live: Live) -> httpx2.Response:
     """Not over before the worker is stopped, however late that is."""
     body = {"inputs": "hello", "parameters": {"max_new_tokens": 250, "seed": SLOW_SEED}}
     return live.client.post("/generate?adapter=story", json=body)
@@ -95,7 +95,7 @@ def test_stopped_http_process_is_replaced(tmp_path: Path) -> None:
         until(lambda: suspended not in {one.pid for one in accepting(main)})
         until(lambda: len(accepting(main)) == len(holding))
         for _ in range(20):
-            assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
+            assert httpx2.get(f"{live.url}/health/live", timeout=60).status_code == 200
         assert "HTTP process 0: no sign of life" in live.log.read_text()
 
 

@@ -8,7 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import fake
@@ -45,7 +45,7 @@ def test_no_key_and_no_input_is_logged(tmp_path: Path) -> None:
             one.sendall(f"Authorization: Bearer {APP}\r\n\r\n".encode())
             one.recv(4096)
         body = {"inputs": INPUT, "parameters": {"max_new_tokens": 200}}
-        with pytest.raises(httpx.ReadTimeout):
+        with pytest.raises(httpx2.ReadTimeout):
             live.client.post(
                 "/generate?adapter=story",
                 json=body,
