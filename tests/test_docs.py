@@ -106,6 +106,17 @@ def test_every_metric_has_a_row_and_every_row_a_metric() -> None:
     assert named == there
 
 
+def test_names_that_the_map_of_changes_gives_for_a_file_are_defined_in_it() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    given = re.findall(r"`([\w/]+\.py)` \(([^)]*)\)", text)
+    named = [(file, name) for file, inside in given for name in re.findall(r"`(\w+)`", inside)]
+    assert len(named) > 5
+    for file, name in named:
+        modules = [one for top in ("adapters", "server") for one in (ROOT / top).rglob("*.py")]
+        sources = [one.read_text() for one in modules if one.as_posix().endswith(f"/{file}")]
+        assert any(re.search(rf"\b(def|class) {name}\b", one) for one in sources), f"{file}: {name}"
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_files_that_pages_name_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
