@@ -5,7 +5,7 @@ BIN     := $(VENV)/bin
 # What serving needs, and what all other targets need on top of it.
 SERVING := $(VENV)/.serving
 STAMP   := $(VENV)/.installed
-# Python compiles what it imports when it first does: a third less to write, and to wait for.
+# Nothing is compiled that serving may never import: a third less to write, and to wait for.
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Where torch comes from; without a GPU https://download.pytorch.org/whl/cpu spares CUDA's libraries.
 TORCH_INDEX ?=
@@ -24,13 +24,17 @@ $(SERVING): pyproject.toml constraints.txt setup.py $(wildcard adapters/kernels/
 	$(PIP) -e .
 	touch $@
 
-# The package itself is there: only what its extra names is added, and nothing is compiled again.
+# The package itself is there: only what its extra names is added. Tests start many processes, which
+# would each compile all that they import where Python is told not to write bytecode.
 $(STAMP): $(SERVING)
 	$(PIP) 'hira-server[dev]'
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	touch $@
 
+# The first start compiles what it imports, whatever PYTHONDONTWRITEBYTECODE says: without that each
+# start would, which takes longer than all the rest of it.
 serve: $(SERVING)
-	$(BIN)/hira serve $(ARGS)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/hira serve $(ARGS)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
