@@ -63,16 +63,12 @@ def apply_file(
     One adapter that is broken: nothing is applied, and every fault is listed. The same manifest
     again changes nothing.
 
+    \b
     A manifest:
-
       adapters:
-
         imdb: ./runs/imdb
-
         sst2: {source: "hf://org/sst2@main", pinned: true}
-
       aliases: {production: imdb}
-
       prune: false
 
     Example:
