@@ -466,13 +466,24 @@ class Registry:
         """Repair what a crash left; call at start, while nothing else uses the store.
 
         Returns:
-            Names whose bytes are missing: they cannot be served, and say so when asked for.
+            Names whose bytes are missing, or their canary's: what is missing cannot be served, and
+            says so when it is asked for.
         """
         self.store.sweep()
         self.collect_garbage(grace_s=0.0)
-        lost = [record.name for record in self._all() if not self.store.has(record.version)]
-        for name in lost:
-            logger.error("The bytes of adapter %s are missing; register it again.", name)
+        there, lost = self.store.versions(), []
+        for record in self._all():
+            if record.version not in there:
+                logger.error("The bytes of adapter %s are missing; register it again.", record.name)
+            canary = None if record.canary is None else record.canary.record.version
+            if canary is not None and canary not in there:
+                logger.error(
+                    "The bytes of the canary of %s, version %s, are missing; stage it again, or "
+                    "abort the canary.",
+                    *(record.name, canary),
+                )
+            if not there.issuperset(record.versions()):
+                lost.append(record.name)
         return lost
 
     def reopen(self) -> None:
