@@ -233,7 +233,7 @@ def test_what_is_accepted_is_answered_in_time_and_the_lane_stays_busy(
             wait = lane.waits.predict(request.adapter, request.tokens, lane.now)
             under_way = len(lane.requests) - len(lane.ended)
             late = wait is not None and wait.excess_s(3.0) > 0
-            if late or under_way >= 8000 // rows:
+            if late or under_way >= 2000 // rows:
                 refused += 1
             else:
                 lane.submit(replace(request, deadline=lane.now + 3.0))
@@ -241,11 +241,15 @@ def test_what_is_accepted_is_answered_in_time_and_the_lane_stays_busy(
             lane.now = max(lane.now, due)
             break
     took = {name: lane.ended[name] - lane.requests[name].submitted for name in lane.ended}
-    settled = [seconds for name, seconds in took.items() if lane.requests[name].submitted > 8.0]
+    settled = [  # by then it is known how fast the queue passes, and how much each asks for
+        seconds
+        for name, seconds in took.items()
+        if min(lane.ended[name], lane.requests[name].submitted + 3.0) > 8.0
+    ]
     in_time = [seconds for seconds in settled if seconds <= 3.0]
     assert refused
     assert len(in_time) > 0.85 * len(settled)
-    assert len(in_time) > 0.8 * capacity_per_s * (lane.now - 8.0)
+    assert len(in_time) > 0.85 * capacity_per_s * (lane.now - 8.0)
 
 
 def test_a_crowd_at_one_adapter_is_not_predicted_to_delay_another() -> None:
