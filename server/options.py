@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from adapters.modulation.strategy import Strategy
+from adapters.registry.remote_place import RemotePlace
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
@@ -28,6 +29,7 @@ class EngineOptions:
     base: str  # a folder or a hub id
     store_dir: Path  # adapters by version, as adapters.registry.store lays them out
     cache_dir: Path  # times of strategies and other files that can be made again
+    remote_store: RemotePlace | None = None  # then store_dir keeps those that are used
     revision: str | None = None
     quantization: Quantization = "nf4"
     double_quant: bool = True

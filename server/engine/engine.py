@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapters.errors import AdapterNotFound, UnsupportedOption
+from adapters.errors import UnsupportedOption
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
-from adapters.intake.safetensors_header import TENSOR_FILE
-from adapters.registry.store import Store
+from adapters.registry.adapter_bytes import AdapterBytes, open_store
+from adapters.registry.objects import StoreNote
 from adapters.residency.slots import Residency
 from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase, load_base
@@ -77,6 +77,7 @@ class _EngineParts:
     residency: Residency
     encode: EncodeLane
     generate: GenerateLane | None
+    store: AdapterBytes
     failures: FailureTracker
     base_bytes: Mapping[str, int] = field(default_factory=dict)
 
@@ -110,7 +111,7 @@ class Engine:
         base = load_base(options)
         signature = base.adapted.signature
         inputs = inputs_of(base, options)
-        store = Store(options.store_dir)
+        store = open_store(options.store_dir, options.remote_store)
 
         def load(version: str) -> AdapterWeights:
             weights = load_adapter(store.sound_path(version), signature)
@@ -123,12 +124,6 @@ class Engine:
                 )
             return weights
 
-        def size(version: str) -> int:
-            try:
-                return (store.path(version) / TENSOR_FILE).stat().st_size
-            except (AdapterNotFound, OSError):
-                return 0  # loading it says what is wrong
-
         residency = Residency(
             base.adapted,
             load,
@@ -137,7 +132,7 @@ class Engine:
             host_bytes=options.host_bytes,
             folded_bytes=options.folded_bytes,
             dtype=base.dtype,
-            size=size,
+            size=store.tensor_bytes,
         )
         try:
             encode = EncodeLane(base, inputs, residency, options)
@@ -160,6 +155,7 @@ class Engine:
                 residency=residency,
                 encode=encode,
                 generate=generate,
+                store=store,
                 failures=FailureTracker(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
             )
@@ -282,6 +278,10 @@ class Engine:
         """How long each load of an adapter from disk took, in seconds, since the last call."""
         return self._parts.residency.take_load_seconds()
 
+    def take_store_notes(self) -> Sequence[StoreNote]:
+        """What was asked of an object store that holds adapters, since the last call."""
+        return self._parts.store.take_notes()
+
     def snapshot(self) -> EngineSnapshot:
         parts = self._parts
         known = parts.residency.snapshot()
@@ -355,6 +355,7 @@ class Engine:
         if self._parts.generate is not None:
             events += self._parts.generate.close()
         self._parts.residency.close()
+        self._parts.store.close()
         return events
 
     # For tests and notebooks: a request at a time, without a loop of one's own.
