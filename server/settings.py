@@ -52,7 +52,7 @@ NOT_SETTINGS: Final = frozenset({"HIRA_CONFIG", "HIRA_URL", "HIRA_KEY"})
 HOSTS: Final = ("127.0.0.1", "0.0.0.0", "::")
 KEY_BYTES_MIN: Final = 8
 GRACE_SPARE_S: Final = 60.0
-BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.-]+)*/?")
+BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.\.?(/|$))[\w.-]+)*/?")
 ENDPOINT: Final = re.compile(r"https?://[^\s/@?#]+/?")
 ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
@@ -549,7 +549,8 @@ def _explain_fault(fault: dict[str, Any], given: Mapping[str, object], path: Pat
         source = ENV_PREFIX + name.upper()
     else:
         source = f"{path}: {name}"
-    secret = "key" in name or fault["type"] == "missing"
+    # A URL may have a password in it.
+    secret = "key" in name or fault["type"] == "missing" or "@" in repr(fault["input"])
     return SettingFault(f"{source}: {text}", found=None if secret else repr(fault["input"]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,8 @@ def test_every_setting_is_described() -> None:
     [
         ({"store_url": "/a/folder"}, "s3://BUCKET"),
         ({"store_url": "s3://B"}, "s3://BUCKET"),
-        ({"store_url": "s3://bucket/../other"}, None),
+        ({"store_url": "s3://bucket/../other"}, "s3://BUCKET"),
+        ({"store_url": "s3://bucket/a.b/c-d_e/"}, None),
         ({"store_url": "s3://bucket", "store_endpoint": "host:9000"}, "http(s)://HOST"),
         ({"store_url": "s3://bucket", "store_endpoint": "http://me:pass@host"}, "without keys"),
         ({"store_endpoint": "http://host"}, "store_url"),
