@@ -99,6 +99,7 @@ CONFINED = {
     "pythonjsonlogger": ("server/edge/litserve/logs.py",),
     "peft": ("server/training/", "loadtests/bench/"),
     "sqlalchemy": ("adapters/registry/",),
+    "s3fs": ("adapters/registry/objects.py",),
     "typer": ("server/cli/",),
 }
 # Modules that must load without torch: they run where memory or start-up time is short.

@@ -153,4 +153,4 @@ def test_the_collector_takes_over_a_longer_limit_and_keeps_it(
 
 
 def limited(run_dir: Path, max_timeout_s: float) -> Any:
-    return SimpleNamespace(run_dir=run_dir, max_timeout_s=max_timeout_s)
+    return load_settings({"data_dir": str(run_dir), "max_timeout_s": str(max_timeout_s)})
