@@ -22,7 +22,7 @@ from server.edge.processes.serve import Collector
 from server.edge.service import Service
 from server.edge.target import Targets
 from server.errors import Refusal
-from server.settings import Settings
+from server.settings import Settings, load_settings
 
 
 def row_of(version: str) -> SimpleNamespace:
