@@ -136,7 +136,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         UnmatchedTensors, MissingTensors, ShapeMismatch, NonFinite: As their names say.
         AdapterFaults: Several of these.
     """
-    with _opened(folder, base) as (file, entries, plan):
+    with _open_folder(folder, base) as (file, entries, plan):
         numbers, faults = _read_numbers(file, entries, plan.layout, base)
     return _weights(folder, entries, plan, numbers, faults)
 
@@ -153,7 +153,7 @@ def load_with(folder: Path, base: BaseSignature, numbers: Numbers) -> AdapterWei
         ValueError: They are not of the shapes that the adapter has.
         AdapterError: As for ``load_adapter``.
     """
-    with _opened(folder, base) as (file, entries, plan):
+    with _open_folder(folder, base) as (file, entries, plan):
         layout = plan.layout
         faults = [
             fault
@@ -161,11 +161,11 @@ def load_with(folder: Path, base: BaseSignature, numbers: Numbers) -> AdapterWei
             for fault in _copy_faults(file, parameter, entry, base)
         ]
     expected: dict[str, Any] = {
-        layer: (pair["A"].shape, pair["B"].shape, _shape(layout.biases.get(layer)))
+        layer: (pair["A"].shape, pair["B"].shape, _shape_of(layout.biases.get(layer)))
         for layer, pair in layout.pairs.items()
     }
     found: dict[str, Any] = {
-        layer: tuple(map(_shape, tensors)) for layer, tensors in numbers.factors.items()
+        layer: tuple(map(_shape_of, tensors)) for layer, tensors in numbers.factors.items()
     }
     heads = {key.name: (entry.dtype, entry.shape) for key, entry in layout.saved}
     found_heads = {name: (one.dtype, tuple(one.shape)) for name, one in numbers.head.items()}
@@ -174,12 +174,12 @@ def load_with(folder: Path, base: BaseSignature, numbers: Numbers) -> AdapterWei
     return _weights(folder, entries, plan, numbers, faults)
 
 
-def _shape(tensor: torch.Tensor | TensorEntry | None) -> tuple[int, ...] | None:
+def _shape_of(tensor: torch.Tensor | TensorEntry | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
 @contextmanager
-def _opened(
+def _open_folder(
     folder: Path, base: BaseSignature
 ) -> Iterator[tuple[BinaryIO, Mapping[str, TensorEntry], _CheckedFolder]]:
     """The open tensors of an adapter, their header, and all that can be said before any number."""
