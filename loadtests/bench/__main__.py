@@ -1,6 +1,6 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
 [choice] [http] [residency] [deterministic] [structured] [gpu] [--dtype auto] [--quick]
-[--one-thread] [--json FILE] [--markdown FILE]`. Without a name it runs
+[--dry-run] [--one-thread] [--json FILE] [--markdown FILE]`. Without a name it runs
 all of them."""
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def main() -> int:
         help="modulation and choice in one thread, by its processor time: for a busy machine",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="gpu: every part on the processor and on shapes of nothing, to see that it runs",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
@@ -56,11 +61,14 @@ def main() -> int:
     began = time.monotonic()
     dtype = dtype_of(options.dtype)
     report = Report({**machine(), "dtype": dtype}, options.quick, options.one_thread, dtype)
+    report.dry_run = options.dry_run
     print_machine(report.machine)
     for name in BENCHES:
         if not options.names or name in options.names:
             importlib.import_module(f"loadtests.bench.{name}").bench(report)
     print(f"\n{time.monotonic() - began:.0f} s in all")
+    if options.dry_run:
+        print("dry run: nothing here is a figure of a GPU")
     if options.quick:
         print("quick run: too few rounds for conclusions")
     if options.json is not None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from adapters.registry.store import Store
 from adapters.signature import describe
 from loadtests.bench.modulation import random_factors
+from loadtests.bench.part_clock import PartClock
 from loadtests.bench.peers import nf4_options
 from loadtests.bench.runs import run_to_end
 from loadtests.bench.timing import Figure, Report
@@ -36,7 +37,7 @@ class EncodeCase:
     at_least: float | None = None  # of the speed of the bitsandbytes base
 
 
-CASES = (
+ENCODE_CASES = (
     EncodeCase(64, 128, 8, 1.0),
     EncodeCase(256, 128, 32, 0.9),
     EncodeCase(256, 16, 32),
@@ -45,16 +46,20 @@ CASES = (
 )
 
 
-def measure(
+def measure_encode(
     report: Report,
     device: torch.device,
-    cases: tuple[EncodeCase, ...] = CASES,
+    clock: PartClock,
+    cases: tuple[EncodeCase, ...] = ENCODE_CASES,
     *,
     hidden: int = 768,
     layers: int = 12,
     rounds: int = 5,
 ) -> None:
-    """Alternate the engine, the bitsandbytes base and a dense model over every case."""
+    """Alternate the engine, the bitsandbytes base and a dense model over every case.
+
+    What padding costs is in no case: texts of a batch are of one length, for the peers' sake.
+    """
     from transformers import (
         AutoModel,
         AutoTokenizer,
@@ -111,6 +116,8 @@ def measure(
         )
         try:
             for case in cases:
+                if not clock.has_time(f"{case.rows} x {case.tokens}, {case.adapters}"):
+                    continue
                 _one(report, case, engine, versions, peers=peers, device=device, rounds=rounds)
         finally:
             engine.close()
@@ -135,7 +142,9 @@ def _one(
                 times[name].append(seconds)
     best = {name: min(one) for name, one in times.items()}
     named = f"encode, {case.rows} x {case.tokens}, {case.adapters} adapters"
-    report.add(Figure("gpu", named, "engine", best["engine"] * 1e3, unit="ms"))
+    ran = engine.snapshot().encode_steps
+    note = ", ".join(f"{how} {count}" for how, count in sorted(ran.items()))
+    report.add(Figure("gpu", named, "engine", best["engine"] * 1e3, unit="ms", note=note))
     for name in peers:
         goal = case.at_least if name == "bitsandbytes base" else None
         speed = best[name] / best["engine"]

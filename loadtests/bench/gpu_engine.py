@@ -22,8 +22,11 @@ from safetensors.torch import save_file
 from adapters.registry.store import Store
 from adapters.signature import describe
 from loadtests.bench.generation import save_base
+from loadtests.bench.gpu_http import measure_http
+from loadtests.bench.gpu_swaps import measure_swaps
 from loadtests.bench.modulation import LLAMA_TARGETS, random_factors
-from loadtests.bench.peers import nf4_options
+from loadtests.bench.part_clock import PartClock
+from loadtests.bench.peers import nf4_options, prepare_for_peft, quantize
 from loadtests.bench.runs import run_to_end
 from loadtests.bench.timing import Figure, Report
 from server.engine.engine import Engine
@@ -31,7 +34,9 @@ from server.messages import GenerateRequest, SamplingOptions
 from server.options import DecodeSteps, EngineOptions
 
 RANK_OF_ADAPTERS = 32
-STEPS: tuple[DecodeSteps, ...] = ("dynamic", "static", "ahead")
+# The most telling first: what does not fit into the time is left out from the end.
+STEPS: tuple[DecodeSteps, ...] = ("dynamic", "ahead", "static")
+_MORE_ADAPTERS = 4  # than slots: so many are elsewhere while adapters are swapped
 _numbers = itertools.count()
 
 
@@ -58,7 +63,7 @@ SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A base in a folder, and its adapters in a store."""
+    """A base in a folder, in bitsandbytes' NF4, and its adapters in a store."""
 
     root: Path
     base: Path
@@ -66,9 +71,29 @@ class Stored:
     versions: tuple[str, ...]
 
 
-@contextmanager
-def stored(shape: Shape, adapters: int, device: torch.device, vocabulary: int) -> Iterator[Stored]:
-    """Write a base of this shape and so many adapters to a folder that is gone afterwards."""
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """How much of everything.
+
+    Args:
+        adapters: And sequences of a usual step.
+        new_tokens: Of each sequence.
+        vocabulary: Of the base.
+        prompt_tokens: Of prompts that are read.
+        swaps: Adapters loaded while others decode.
+        clients: Of the server.
+    """
+
+    adapters: int = 16
+    new_tokens: int = 32
+    vocabulary: int = 128_256
+    prompt_tokens: int = 512
+    swaps: int = 1000
+    clients: tuple[int, ...] = (1, 16, 64)
+
+
+def random_llama(shape: Shape, device: torch.device, vocabulary: int) -> Any:
+    """transformers' model of this shape in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -90,14 +115,33 @@ def stored(shape: Shape, adapters: int, device: torch.device, vocabulary: int) -
             model: Any = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
+    return model.eval()
+
+
+@contextmanager
+def stored(model: Any, shape: Shape, device: torch.device, adapters: int) -> Iterator[Stored]:
+    """Quantize a model in place and write it, and so many adapters, to a folder that is gone
+    afterwards; so a large base is never written whole, nor quantized twice."""
+    signature = describe(model, "base")
+    quantize(model, device)
+    options = nf4_options()
+    options.llm_int8_skip_modules = ["lm_head"]
     with tempfile.TemporaryDirectory(prefix="hira-gpu-") as name:
         root = Path(name)
-        save_base(model, root / "base")
-        signature = describe(model, "base")
-        del model
+        base = root / "base"
+        save_base(model, base, weights=False)
+        described = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        described["quantization_config"] = options.to_dict()
+        described["dtype"] = "bfloat16"
+        (base / "config.json").write_text(json.dumps(described), encoding="utf-8")
+        tensors = {key: one.contiguous() for key, one in model.state_dict().items()}
+        if shape.tied:
+            tensors.pop("lm_head.weight")
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        del tensors
         folders = tuple(_adapter(root / f"a{n}", signature, n) for n in range(adapters))
         store = Store(root / "store")
-        yield Stored(root, root / "base", folders, tuple(store.add(one) for one in folders))
+        yield Stored(root, base, folders, tuple(store.add(one) for one in folders))
 
 
 def _adapter(folder: Path, signature: Any, seed: int) -> Path:
@@ -121,8 +165,9 @@ def _adapter(folder: Path, signature: Any, seed: int) -> Path:
 
 @contextmanager
 def engine_on(
-    made: Stored, shape: Shape, device: torch.device, steps: DecodeSteps
+    made: Stored, shape: Shape, device: torch.device, steps: DecodeSteps, slots: int
 ) -> Iterator[Engine]:
+    """The engine on what is stored."""
     engine = Engine.build(
         EngineOptions(
             base=str(made.base),
@@ -134,7 +179,7 @@ def engine_on(
             kv_bytes=shape.kv_bytes,
             device_bytes=8 << 30 if device.type == "cuda" else 1 << 30,
             max_sequences=shape.max_sequences,
-            slots=32,
+            slots=slots,
         )
     )
     try:
@@ -168,106 +213,166 @@ def seconds_of(
     return time.perf_counter() - began
 
 
-def measure(
+def measure_engine(
     report: Report,
     shape: Shape,
     device: torch.device,
+    amounts: Amounts,
     *,
-    adapters: int = 16,
-    new_tokens: int = 32,
-    vocabulary: int = 128_256,
-    prompt_tokens: int = 512,
+    clock: PartClock,
+    kinds: Sequence[DecodeSteps] = STEPS,
 ) -> None:
-    """All kinds of steps, prompts and peers, of one shape."""
-    with stored(shape, adapters, device, vocabulary) as made:
-        peers = _peers(report, shape, made, device=device, new_tokens=new_tokens, batch=adapters)
-        for steps in STEPS:
-            with engine_on(made, shape, device, steps) as engine:
-                cases: dict[str, Sequence[str | None]] = {
-                    f"{adapters} sequences, {adapters} adapters": made.versions,
-                    f"{shape.max_sequences} sequences, {adapters} adapters": [
-                        made.versions[i % adapters] for i in range(shape.max_sequences)
-                    ],
-                    "1 sequence, 1 adapter": made.versions[:1],
-                    f"{adapters} sequences, bare base": [None] * adapters,
-                }
-                for case, versions in cases.items():
-                    seconds_of(engine, versions, 2)
-                    seconds = min(seconds_of(engine, versions, new_tokens) for _ in range(2))
-                    report.add(
-                        Figure(
-                            "gpu",
-                            f"{shape.name}, {case}",
-                            f"{steps} steps",
-                            seconds / new_tokens * 1e3,
-                            unit="ms",
-                            note=f"{len(versions) * new_tokens / seconds:.0f} tokens/s",
-                        )
-                    )
-                    if case.startswith(f"{adapters} sequences, {adapters}"):
-                        report.add(
-                            Figure(
-                                "gpu",
-                                f"{shape.name}, {case}",
-                                f"{steps} steps against generate on bitsandbytes",
-                                peers / seconds,
-                            )
-                        )
-                many = made.versions[:8]
-                seconds_of(engine, many, 1, prompt_tokens)
-                seconds = seconds_of(engine, many, 1, prompt_tokens)
-                report.add(
-                    Figure(
-                        "gpu",
-                        f"{shape.name}, prompts of {prompt_tokens}, {len(many)} adapters",
-                        f"{steps} steps",
-                        len(many) * prompt_tokens / seconds,
-                        unit="tokens/s",
-                    )
+    """Peers, all kinds of steps and prompts of one shape; with ``ahead`` swaps and the server, too.
+
+    Args:
+        report: Gets the figures.
+        shape: Of the base.
+        device: Where all of it runs.
+        amounts: How much.
+        clock: What does not fit is left out.
+        kinds: Of decode steps.
+    """
+    model = random_llama(shape, device, amounts.vocabulary)
+    peers: dict[str, float] = {}
+    for rows in dict.fromkeys((amounts.adapters, 1)):
+        if clock.has_time(f"{shape.name}: dense model, batch of {rows}"):
+            name = f"{shape.name}, {rows} sequences, bare base"
+            _add_generate(
+                report, name, "generate on dense bf16", model,
+                rows=rows, new_tokens=amounts.new_tokens,
+            )  # fmt: skip
+    more = _MORE_ADAPTERS if amounts.swaps else 0
+    with stored(model, shape, device, amounts.adapters + more) as made:
+        # What is written is not what bitsandbytes makes of it in its forward on a processor.
+        prepare_for_peft(model)
+        for rows in dict.fromkeys((amounts.adapters, 1, shape.max_sequences)):
+            if clock.has_time(f"{shape.name}: bitsandbytes, batch of {rows}"):
+                name = f"{shape.name}, {rows} sequences, bare base"
+                peers[str(rows)] = _add_generate(
+                    report,
+                    name,
+                    "generate on bitsandbytes",
+                    model,
+                    rows=rows,
+                    new_tokens=amounts.new_tokens,
                 )
+        if clock.has_time(f"{shape.name}: PEFT"):
+            _peft(report, shape, made, model, amounts.new_tokens)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for steps in kinds:
+            if not clock.has_time(f"{shape.name}: {steps} steps"):
+                continue
+            slots = amounts.adapters
+            with engine_on(made, shape, device, steps, slots) as engine:
+                _steps(
+                    report, shape, engine, made,
+                    amounts=amounts, clock=clock, steps=steps, peers=peers,
+                )  # fmt: skip
+                if steps == "ahead" and amounts.swaps and clock.has_time(f"{shape.name}: swaps"):
+                    measure_swaps(
+                        report, shape.name, engine, made.versions, swaps=amounts.swaps, clock=clock
+                    )
+            if steps == "ahead" and amounts.clients and clock.has_time(f"{shape.name}: HTTP"):
+                measure_http(
+                    report, shape.name, made.base, made.folders[: amounts.adapters],
+                    device=device, steps=steps, new_tokens=amounts.new_tokens,
+                    clients=amounts.clients, kv_bytes=shape.kv_bytes, clock=clock,
+                )  # fmt: skip
 
 
-def _peers(
-    report: Report, shape: Shape, made: Stored, *, device: torch.device, new_tokens: int, batch: int
+def _steps(
+    report: Report,
+    shape: Shape,
+    engine: Engine,
+    made: Stored,
+    *,
+    amounts: Amounts,
+    clock: PartClock,
+    steps: DecodeSteps,
+    peers: dict[str, float],
+) -> None:
+    adapters, new_tokens = amounts.adapters, amounts.new_tokens
+    own = made.versions[:adapters]
+    usual = f"{adapters} sequences, {adapters} adapters"
+    cases: dict[str, Sequence[str | None]] = {
+        usual: own,
+        f"{shape.max_sequences} sequences, {adapters} adapters": [
+            own[i % adapters] for i in range(shape.max_sequences)
+        ],
+        "1 sequence, 1 adapter": own[:1],
+        f"{adapters} sequences, bare base": [None] * adapters,
+    }
+    for case, versions in cases.items():
+        if not clock.has_time(f"{shape.name}, {case}, {steps} steps"):
+            continue
+        seconds_of(engine, versions, 2)
+        seconds = min(seconds_of(engine, versions, new_tokens) for _ in range(2))
+        named = f"{shape.name}, {case}"
+        note = f"{len(versions) * new_tokens / seconds:.0f} tokens/s"
+        step_ms = seconds / new_tokens * 1e3
+        report.add(Figure("gpu", named, f"{steps} steps", step_ms, unit="ms", note=note))
+        if case == usual and str(adapters) in peers:
+            against = f"{steps} steps against generate on bitsandbytes"
+            report.add(Figure("gpu", named, against, peers[str(adapters)] / seconds))
+        if case == usual and engine.base.device.type == "cuda":
+            busy = _busy_s(engine, versions, new_tokens) / seconds
+            report.add(Figure("gpu", named, f"card busy, {steps} steps", busy, unit="of the time"))
+    many = own[:8]
+    if clock.has_time(f"{shape.name}, prompts, {steps} steps"):
+        seconds_of(engine, many, 1, amounts.prompt_tokens)
+        seconds = seconds_of(engine, many, 1, amounts.prompt_tokens)
+        named = f"{shape.name}, prompts of {amounts.prompt_tokens}, {len(many)} adapters"
+        rate = len(many) * amounts.prompt_tokens / seconds
+        report.add(Figure("gpu", named, f"{steps} steps", rate, unit="tokens/s"))
+
+
+def _busy_s(engine: Engine, versions: Sequence[str | None], new_tokens: int) -> float:
+    """Seconds that kernels ran in one run of all of these, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        seconds_of(engine, versions, new_tokens)
+        torch.cuda.synchronize()
+    return sum(one.self_device_time_total for one in seen.events()) / 1e6
+
+
+def _add_generate(
+    report: Report, case: str, what: str, model: Any, *, rows: int, new_tokens: int
 ) -> float:
-    """Seconds of ``generate`` on the bitsandbytes base for ``batch`` sequences without adapters."""
+    """Report and return the seconds of transformers' ``generate`` for so many sequences."""
+    _generate_s(model, rows, 2)
+    seconds = min(_generate_s(model, rows, new_tokens) for _ in range(2))
+    note = f"{rows * new_tokens / seconds:.0f} tokens/s"
+    report.add(Figure("gpu", case, what, seconds / new_tokens * 1e3, unit="ms", note=note))
+    return seconds
+
+
+def _generate_s(model: Any, rows: int, new_tokens: int) -> float:
+    ids = torch.full((rows, 32), 7, device=model.device)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        found.cpu()
+    return time.perf_counter() - began
+
+
+def _peft(report: Report, shape: Shape, made: Stored, base: Any, new_tokens: int) -> None:
+    """One adapter under PEFT, one request at a time; wraps ``base``, which is not used again."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        made.base,
-        dtype=torch.bfloat16,
-        quantization_config=nf4_options(),
-        device_map={"": device},
-    ).eval()
-
-    def generate(model: Any, rows: int, new: int) -> float:
-        ids = torch.full((rows, 32), 7, device=device)
-        began = time.perf_counter()
-        with torch.inference_mode():
-            found = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-            )
-            found.cpu()
-        return time.perf_counter() - began
-
-    times: dict[int, float] = {}
-    for rows in dict.fromkeys((batch, 1, shape.max_sequences)):
-        generate(base, rows, 2)
-        times[rows] = min(generate(base, rows, new_tokens) for _ in range(2))
-        case = f"{shape.name}, {rows} sequences, bare base"
-        step_ms = times[rows] / new_tokens * 1e3
-        report.add(Figure("gpu", case, "generate on bitsandbytes", step_ms, unit="ms"))
     wrapped: Any = PeftModel.from_pretrained(
         base, made.folders[0], adapter_name="0", autocast_adapter_dtype=False
     ).eval()
-    generate(wrapped, 1, 2)
-    alone = generate(wrapped, 1, new_tokens)
+    _generate_s(wrapped, 1, 2)
+    alone = _generate_s(wrapped, 1, new_tokens)
     report.add(
         Figure("gpu", f"{shape.name}, 1 request", "PEFT", new_tokens / alone, unit="tokens/s")
     )
-    return times[batch]

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import psutil
@@ -150,8 +150,16 @@ class Server:
 
 
 @contextmanager
-def running(base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Server]:
-    """`hira serve` in ``dtype`` with all adapters; ended with all its processes."""
+def running(
+    base: Path,
+    adapters: Sequence[Path],
+    dtype: str,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    more: Sequence[str] = (),
+) -> Iterator[Server]:
+    """`hira serve` in ``dtype`` with all adapters and ``more`` flags; ended with all its
+    processes."""
     with tempfile.TemporaryDirectory(prefix="hira-bench-server-") as name:
         root = Path(name)
         port = _free_port()
@@ -159,9 +167,9 @@ def running(base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Server
         command = [
             *(sys.executable, "-c", "from server.cli.main import main; main()", "serve"),
             *("--base", str(base), "--host=127.0.0.1", f"--port={port}"),
-            *(f"--dtype={dtype}", "--device=cpu", f"--threads={THREADS}"),
+            *(f"--dtype={dtype}", f"--device={device}", f"--threads={THREADS}"),
             *("--timeout-s=600", "--max-timeout-s=600"),  # a slow machine is measured as well
-            *(f"--data-dir={root / 'data'}", *named),
+            *(f"--data-dir={root / 'data'}", *named, *more),
         ]
         kept = {
             key: value
