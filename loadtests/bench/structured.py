@@ -49,7 +49,7 @@ def bench(report: Report) -> None:
     report.section(f"Structured output: {ROWS} rows of the demo, {ROW_TOKENS} tokens each, sampled")
     budget = Budget(0.0, 2, 2) if report.quick else Budget(60.0, 6, 24)
     free: list[Grammar | None] = [None] * ROWS
-    sides = {
+    sides: dict[str, list[Grammar | None]] = {
         "free": free,
         "1 held": [LONG, *free[1:]],
         "all held": [LONG] * ROWS,

@@ -319,7 +319,7 @@ def told_apart(
     """
     complete = (masks[:, end >> 3] >> (end & 7) & 1).astype(bool)
     going_on = masks & ~ends  # not even as text: it would end the answer
-    some = going_on.any(axis=1)
+    some: npt.NDArray[np.bool_] = np.any(going_on, axis=1)
     going_on[complete] |= ends[complete]
     going_on[:, end >> 3] &= ~(1 << (end & 7)) & 0xFF
     told = []

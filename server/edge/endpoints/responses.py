@@ -130,7 +130,7 @@ class OutputItem:
 
     def empty(self) -> dict[str, Any]:
         """Before anything has come."""
-        own = {"content": []} if self.kind == "message" else {"arguments": ""}
+        own: dict[str, Any] = {"content": []} if self.kind == "message" else {"arguments": ""}
         return {**self.plain("in_progress"), **own}
 
     def part(self) -> dict[str, Any]:

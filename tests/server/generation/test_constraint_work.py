@@ -124,8 +124,7 @@ class WithoutErrors:
 def test_what_is_slow_is_alone_and_at_low_priority_and_comes_back() -> None:
     one = Constraint(WithoutErrors, np.zeros(4, np.uint8))
     one.took_alone(SLOW_S / 2)
-    assert not one.slow
-    assert not one.alone_tokens
+    assert (one.slow, one.alone_tokens) == (False, 0)
     waits = []
     for _ in range(4):
         one.took_alone(2 * SLOW_S)

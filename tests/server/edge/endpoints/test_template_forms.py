@@ -209,7 +209,7 @@ def test_a_conversation_with_tools_is_written_as_transformers_writes_it(
     found = process.render(ChatTemplate(text, VARIABLES), messages, tools=tools)
     (wanted,), _ = render_jinja_template(
         conversations=[messages],
-        tools=tools,  # type: ignore[arg-type]
+        tools=tools,
         chat_template=text,
         add_generation_prompt=True,
         **VARIABLES,
