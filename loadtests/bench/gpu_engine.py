@@ -335,7 +335,7 @@ def _busy_s(engine: Engine, versions: Sequence[str | None], new_tokens: int) -> 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         seconds_of(engine, versions, new_tokens)
         torch.cuda.synchronize()
-    return sum(one.self_device_time_total for one in seen.events()) / 1e6
+    return float(sum(one.self_device_time_total for one in seen.events())) / 1e6
 
 
 def _add_generate(

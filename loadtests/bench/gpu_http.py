@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -50,7 +51,7 @@ def measure_http(
     """
     more = [f"--decode-steps={steps}", f"--max-sequences={max(clients)}", f"--kv-bytes={kv_bytes}"]
     names = [one.name for one in adapters]
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     with running(base, adapters, "bf16", device=kind, more=more) as server:
         for count in clients:
             if not clock.has_time(f"{count} clients"):
