@@ -103,10 +103,10 @@ def test_a_manifest_is_applied_as_a_whole(live: Live, tmp_path: Path) -> None:
     # Aliases move with the names, or not at all.
     only = f"adapters:\n{lines[1]}\n"
     manifest.write_text(f"{only}aliases: {{prod: m1, itself: itself, chained: prod}}\n")
-    wrong = command(live, "apply", str(manifest), cwd=tmp_path)
-    assert wrong.returncode == 1
-    assert "hira: alias_to_itself: " in wrong.stderr
-    assert "hira: alias_of_alias: " in wrong.stderr
+    refused = command(live, "apply", str(manifest), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "hira: alias_to_itself: " in refused.stderr
+    assert "hira: alias_of_alias: " in refused.stderr
     manifest.write_text(f"{only}aliases: {{prod: m1}}\n")
     named = command(live, "apply", str(manifest), cwd=tmp_path)
     assert "+ prod  alias created  m1" in named.stdout
@@ -116,8 +116,8 @@ def test_a_manifest_is_applied_as_a_whole(live: Live, tmp_path: Path) -> None:
     assert "no change" in command(live, "apply", str(manifest), cwd=tmp_path).stdout
     assert live.client.get("/v1/models/prod").json()["alias_of"] == "m1"
     manifest.write_text(f"{only}aliases: {{}}\n")
-    ended = command(live, "apply", str(manifest), cwd=tmp_path)
-    assert "- prod  alias removed  m1" in ended.stdout
+    without = command(live, "apply", str(manifest), cwd=tmp_path)
+    assert "- prod  alias removed  m1" in without.stdout
 
 
 def demo_sources(live: Live, names: dict[str, tuple[str, bool]]) -> list[tuple[str, str]]:

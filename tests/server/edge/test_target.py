@@ -81,7 +81,7 @@ def test_the_drawn_version_is_resolved_with_its_arm_and_alias() -> None:
     for key in map(str, range(50)):
         one = found.resolve(("prod",), "/predict", key=key)
         assert one.arm == drawn_arm("a", "v2", 50, key)
-        assert one.version == {"stable": "v1", "canary": "v2"}[one.arm or ""]
+        assert one.version == {None: None, "stable": "v1", "canary": "v2"}[one.arm]
         assert (one.adapter, one.alias) == ("a", "prod")
     plain = found.resolve(("a",), "/predict")
     assert (plain.version, plain.arm, plain.alias) == ("v1", None, None)

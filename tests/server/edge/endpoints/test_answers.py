@@ -282,7 +282,7 @@ def test_the_banner_tells_what_the_worker_has_loaded(tmp_path: Path) -> None:
     settings.run_dir.mkdir()
     assert [line for line in banner(service, None) if "base " in line] == ["  base       mine"]
     loaded = {"storage": "8 bit", "dtype": "float32", "device": "cpu"}
-    write_state(settings.run_dir, WorkerState(0, "1", 1, 0.0, 0.0, 0.0, loaded))
+    write_state(settings.run_dir, WorkerState(0, "1", 1, 0.0, 0.0, loaded))
     lines = list(banner(service, None))
     assert "  base       mine (8 bit, float32, cpu)" in lines
     assert "  adapters   2: imdb, story" in lines

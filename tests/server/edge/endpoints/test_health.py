@@ -19,7 +19,7 @@ def test_step_is_stuck_when_the_main_process_would_end_it_and_not_before(
     busy_s: float, status: str
 ) -> None:
     now = time.monotonic()
-    state = WorkerState(0, "first", 7, now, now, busy_s)
+    state = WorkerState(0, "first", 7, now, busy_s)
     service: Any = SimpleNamespace(
         settings=SimpleNamespace(max_step_s=300.0),
         dispatcher=SimpleNamespace(status="ready", state=lambda: state),

@@ -96,7 +96,7 @@ def play(
         await dispatcher.start(0, wire)
         scene = Scene(dispatcher, wire, worker, load=load)
         later = time.monotonic() + 60  # or it would be silent where the test is slow
-        write_state(tmp_path, WorkerState(0, scene.epoch, worker.pid, later, later, 0.0))
+        write_state(tmp_path, WorkerState(0, scene.epoch, worker.pid, later, 0.0))
         dispatcher.append([WorkerReady(scene.epoch, worker.pid), "OK"])
         try:
             await asyncio.wait_for(scenario(scene), 20)
@@ -225,8 +225,8 @@ def test_worker_that_is_known_from_its_file_is_taken_up_at_start(
     tmp_path: Path, worker: subprocess.Popen[bytes]
 ) -> None:
     now = time.monotonic()
-    write_state(tmp_path, WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1}))
-    assert read_state(tmp_path) == WorkerState(0, "first", worker.pid, now, now, 0.0, {"a": 1})
+    write_state(tmp_path, WorkerState(0, "first", worker.pid, now, 0.0, {"a": 1}))
+    assert read_state(tmp_path) == WorkerState(0, "first", worker.pid, now, 0.0, {"a": 1})
     state_path(tmp_path, 1).write_text('{"half":')
     assert read_state(tmp_path, 1) is None
 
@@ -318,7 +318,7 @@ def test_silent_worker_is_not_given_new_requests(
     tmp_path: Path, worker: subprocess.Popen[bytes]
 ) -> None:
     def beat(at: float) -> None:
-        write_state(tmp_path, WorkerState(0, "first", worker.pid, at, at, 0.0, {}))
+        write_state(tmp_path, WorkerState(0, "first", worker.pid, at, 0.0, {}))
 
     async def scenario(scene: Scene) -> None:
         beat(time.monotonic() - STALE_S - 1)
@@ -390,7 +390,7 @@ def test_greeting_that_was_lost_is_made_up_for(
         now = time.monotonic()
         sleep = "import time; time.sleep(60)"
         with subprocess.Popen([sys.executable, "-c", sleep]) as second:
-            write_state(tmp_path, WorkerState(0, "second", second.pid, now, now, 0.0))
+            write_state(tmp_path, WorkerState(0, "second", second.pid, now, 0.0))
             await until(lambda: scene.dispatcher.status == "ready")
             with scene.dispatcher.admit(encode_request()):
                 item = await asyncio.to_thread(scene.wire.items.get, True, 5.0)
@@ -406,7 +406,7 @@ def test_state_that_a_dead_worker_left_does_not_bring_it_back(
 ) -> None:
     async def scenario(scene: Scene) -> None:
         now = time.monotonic()
-        state = WorkerState(0, scene.epoch, worker.pid, now, now, 0.0)
+        state = WorkerState(0, scene.epoch, worker.pid, now, 0.0)
         scene.worker.kill()  # and not waited for: its pid is still taken
         await until(lambda: scene.dispatcher.status == "worker_lost")
         scene.dispatcher._look(state)
@@ -426,7 +426,7 @@ def test_worker_that_cannot_be_watched_yet_is_taken_up_later(
             dispatcher.append([WorkerReady("first", worker.pid), "OK"])
         assert dispatcher.status == "starting"
         now = time.monotonic()
-        dispatcher._look(WorkerState(0, "first", worker.pid, now, now, 0.0))
+        dispatcher._look(WorkerState(0, "first", worker.pid, now, 0.0))
         assert dispatcher.status == "ready"
         await dispatcher.stop()
 
@@ -442,7 +442,7 @@ def test_state_that_cannot_be_read_is_silence(
         await until(lambda: scene.dispatcher.status == "worker_silent")
         state_path(tmp_path, 0).rmdir()
         now = time.monotonic()
-        write_state(tmp_path, WorkerState(0, scene.epoch, worker.pid, now, now, 0.0))
+        write_state(tmp_path, WorkerState(0, scene.epoch, worker.pid, now, 0.0))
         await until(lambda: scene.dispatcher.status == "ready")
 
     play(tmp_path, worker, scenario)

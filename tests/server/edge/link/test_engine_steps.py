@@ -22,7 +22,7 @@ def engine() -> FakeEngine:
 
 
 def request(id_: str) -> EncodeRequest:
-    return EncodeRequest(id_, None, None, "text-classification", (TokenizedInput((1, 2)),))
+    return EncodeRequest(id_, "text-classification", None, None, (TokenizedInput((1, 2)),))
 
 
 def test_what_arrives_is_answered_and_each_step_is_counted_once(engine: FakeEngine) -> None:

@@ -82,7 +82,7 @@ def speak(
     queue_silent_s: float = 0.0,
 ) -> None:
     beat = time.monotonic() - silent_s
-    state = WorkerState(0, f"{pid}-1", pid, 0.0, beat, busy_s, queue_silent_s=queue_silent_s)
+    state = WorkerState(0, f"{pid}-1", pid, beat, busy_s, queue_silent_s=queue_silent_s)
     write_state(server.run_dir, state)
 
 
