@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
-# Processes that share the tests, one thread each; a file stays in one. JOBS=0: this one alone.
+# Processes that share the tests, one thread each; a file stays in one, and tests/conftest.py has
+# their order. JOBS=0: this one alone.
 JOBS   ?= 2
 
 .PHONY: setup serve test check format bench loadtest compare clients clean
@@ -22,7 +23,7 @@ serve: setup
 	$(BIN)/hira serve $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

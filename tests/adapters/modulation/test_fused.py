@@ -445,6 +445,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize("fastest", ["product", "scratch", "row"])
 def test_the_form_that_was_the_fastest_computes(
