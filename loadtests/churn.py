@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from loadtests.connection import Connection, Lost, Reply, encoded
 from loadtests.servers import Server, memory_faults, memory_lines, ready_server
@@ -174,7 +174,7 @@ def prepare(server: Server, sources: list[Path], options: argparse.Namespace) ->
     tolerance = SCORE_TOLERANCE[options.dtype]
     tenants: list[Tenant] = []
     seed = 0
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx2.Client(base_url=server.url, timeout=120) as client:
         for index in range(options.adapters):
             name = f"churn-{index:02d}"
             tenant = Tenant(name, {}, [])
@@ -194,7 +194,7 @@ def prepare(server: Server, sources: list[Path], options: argparse.Namespace) ->
     return tenants
 
 
-def learn(client: httpx.Client, server: Server, name: str, content: bytes) -> Version:
+def learn(client: httpx2.Client, server: Server, name: str, content: bytes) -> Version:
     """Put one version under ``name`` and ask it everything, alone."""
     digest = upload(client, server, name, content)
     answers: dict[str, Scores] = {}
@@ -209,7 +209,7 @@ def learn(client: httpx.Client, server: Server, name: str, content: bytes) -> Ve
     return Version(digest, content, answers)
 
 
-def upload(client: httpx.Client, server: Server, name: str, content: bytes) -> str:
+def upload(client: httpx2.Client, server: Server, name: str, content: bytes) -> str:
     """Register or replace; returns the version that the server says is there now."""
     reply = client.post(
         "/admin/adapters",
@@ -377,7 +377,7 @@ def replace(
     """Put another version under a random name, at the given rate."""
     rng = random.Random(f"{options.seed}-replacer")
     due = time.monotonic()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
         while quota.is_open:
             tenant = rng.choice(tenants)
             chosen = tenant.pool[rng.choice(sorted(tenant.pool.keys() - {tenant.uploads[-1]}))]
@@ -386,9 +386,9 @@ def replace(
             tally.requests += 1
             try:
                 digest = upload(client, server, tenant.name, chosen.content)
-            except httpx.HTTPStatusError as error:
+            except httpx2.HTTPStatusError as error:
                 tally.errors[f"replace: {status_and_code(error.response)}"] += 1
-            except httpx.HTTPError as error:
+            except httpx2.HTTPError as error:
                 tally.errors[f"replace: {type(error).__name__}"] += 1
             else:
                 tally.replace_latencies.append(time.monotonic() - began)
@@ -400,7 +400,7 @@ def replace(
             time.sleep(max(0.0, due - time.monotonic()))
 
 
-def status_and_code(reply: httpx.Response) -> str:
+def status_and_code(reply: httpx2.Response) -> str:
     try:
         return f"{reply.status_code} {reply.json()['code']}"
     except (ValueError, KeyError, TypeError):

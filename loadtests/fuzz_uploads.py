@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from loadtests.mutants import Maker, Mutant
 from loadtests.servers import Server, memory_faults, memory_lines, ready_server
@@ -146,8 +146,8 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def client_of(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=TIMEOUT_S, headers=server.admin)
+def client_of(server: Server) -> httpx2.Client:
+    return httpx2.Client(base_url=server.url, timeout=TIMEOUT_S, headers=server.admin)
 
 
 def register_kept(server: Server) -> None:
@@ -156,7 +156,7 @@ def register_kept(server: Server) -> None:
             restore(client, name)
 
 
-def restore(client: httpx.Client, name: str) -> None:
+def restore(client: httpx2.Client, name: str) -> None:
     """Register a kept adapter, or put its right version back."""
     reply = client.post(
         "/admin/adapters",
@@ -188,7 +188,7 @@ def send_all(server: Server, maker: Maker, indices: range, clients: int, tally: 
         raise SystemExit(f"the server ended with status {server.process.returncode}")
 
 
-def send(server: Server, client: httpx.Client, mutant: Mutant, tally: Tally) -> None:
+def send(server: Server, client: httpx2.Client, mutant: Mutant, tally: Tally) -> None:
     """Send one mutant, judge what came back, and undo what it did if it was harmless."""
     began = time.monotonic()
     if mutant.leave_after is not None:
@@ -198,7 +198,7 @@ def send(server: Server, client: httpx.Client, mutant: Mutant, tally: Tally) -> 
     headers = {} if mutant.content_type is None else {"Content-Type": mutant.content_type}
     try:
         reply = client.post("/admin/adapters", content=mutant.body, headers=headers)
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         tally.note(mutant, type(error).__name__, time.monotonic() - began)
         tally.violate(mutant, f"{type(error).__name__} after {time.monotonic() - began:.1f} s")
         return
@@ -210,7 +210,7 @@ def send(server: Server, client: httpx.Client, mutant: Mutant, tally: Tally) -> 
     if reply.is_success:
         try:
             undo(client, reply, mutant, tally)
-        except (httpx.HTTPError, ValueError, KeyError) as error:
+        except (httpx2.HTTPError, ValueError, KeyError) as error:
             tally.violate(mutant, f"accepted, and then {type(error).__name__}: {error}")
 
 
@@ -229,14 +229,14 @@ def leave(server: Server, mutant: Mutant) -> None:
         connection.sendall(mutant.body[: mutant.leave_after])
 
 
-def outcome_of(reply: httpx.Response) -> str:
+def outcome_of(reply: httpx2.Response) -> str:
     try:
         return f"{reply.status_code} {reply.json()['code']}"
     except (ValueError, KeyError, TypeError):
         return str(reply.status_code)
 
 
-def fault_in(reply: httpx.Response) -> str | None:
+def fault_in(reply: httpx2.Response) -> str | None:
     """None, or how an answer to an upload breaks the contract."""
     if reply.is_success:
         return None if reply.status_code in {200, 201} else f"status {reply.status_code}"
@@ -255,7 +255,7 @@ def fault_in(reply: httpx.Response) -> str | None:
     return None
 
 
-def undo(client: httpx.Client, accepted: httpx.Response, mutant: Mutant, tally: Tally) -> None:
+def undo(client: httpx2.Client, accepted: httpx2.Response, mutant: Mutant, tally: Tally) -> None:
     """Ask an adapter that was accepted after all, and remove it."""
     name = accepted.json()["name"]
     if random.Random(mutant.index).random() < 0.5:

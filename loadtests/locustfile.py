@@ -75,7 +75,7 @@ __all__ = ["Member", "Stages"]  # which Locust looks for here
 
 @events.init.add_listener  # not test_start: the time of the run counts from before that
 def prepare(environment: Any, **_: Any) -> None:
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     Prepared.zipf = SCENARIO.zipf
     uploads()
     if STAGE:

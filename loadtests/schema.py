@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
+import httpx2
 
 from loadtests.servers import ready_server
 
@@ -59,7 +59,7 @@ def run(
     Returns:
         The finished command: its status is 0 when all answers were as announced.
     """
-    listed = httpx.get(f"{url}/v1/models", timeout=30).json()["data"]
+    listed = httpx2.get(f"{url}/v1/models", timeout=30).json()["data"]
     with tempfile.TemporaryDirectory(prefix="hira-schema-") as folder:
         # Read from the working folder; the exact seed and no database make a run repeatable.
         config = 'hooks = "loadtests.schema_hooks"\n'

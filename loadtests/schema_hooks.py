@@ -86,9 +86,10 @@ def before_generate_query(context: Any, strategy: Any) -> Any:
 def before_generate_path_parameters(context: Any, strategy: Any) -> Any:
     """Half of the paths lead somewhere. What others ask for is never removed or changed."""
     operation = context.operation
-    if operation is None or operation.method.upper() not in {"DELETE", "PATCH"}:
-        return st.one_of(strategy, NAMES.map(lambda name: {"name": name, "model": name}))
-    return st.one_of(strategy, OWN.map(lambda name: {"name": name}))
+    changes = operation is not None and operation.method.upper() != "GET"
+    names = OWN if changes and operation.path.startswith("/admin/") else NAMES
+    # A path takes of these what it has a place for.
+    return st.one_of(strategy, names.map(lambda name: {"name": name, "model": name, "alias": name}))
 
 
 @schemathesis.hook

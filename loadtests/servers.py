@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 
 ROOT = Path(__file__).parents[1]
@@ -46,9 +46,9 @@ class Server:
             if status is not None:
                 raise SystemExit(f"the server ended with status {status} while starting")
             try:
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                if httpx2.get(f"{self.url}/health/ready").status_code == 200:
                     return
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 pass  # not listening yet
             time.sleep(0.2)
         raise SystemExit(f"the server was not ready after {START_TIMEOUT_S} s")
@@ -94,7 +94,7 @@ class Server:
     def resident_bytes(self) -> dict[str, int]:
         """Resident memory by role, as its own metrics tell it."""
         found: dict[str, int] = {}
-        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+        for line in httpx2.get(f"{self.url}/metrics", timeout=30).text.splitlines():
             if line.startswith(f'{RESIDENT}{{role="'):
                 found[line.split('"')[1]] = int(float(line.rsplit(" ", 1)[1]))
         return found

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 TEXTS = (
     "One of the finest films of the year: warm, funny and beautifully played.",
@@ -114,7 +114,7 @@ def set_stage(
         new_tokens: Of every generated answer, at most.
     """
     stage = Stage(dtype == "fp32", SCORE_TOLERANCE[dtype], new_tokens)
-    with httpx.Client(base_url=url, timeout=120) as client:
+    with httpx2.Client(base_url=url, timeout=120) as client:
         headers = {"Authorization": f"Bearer {admin_key}"}
         sources = sorted(path for path in demo_dir.iterdir() if path.is_dir())
         for index in range(variants):
@@ -141,7 +141,7 @@ def set_stage(
 
 
 def examine(
-    client: httpx.Client, record: Mapping[str, Any], new_tokens: int = NEW_TOKENS
+    client: httpx2.Client, record: Mapping[str, Any], new_tokens: int = NEW_TOKENS
 ) -> Adapter:
     """Ask one adapter every question, one request at a time."""
     name, task = record["name"], record["task"]

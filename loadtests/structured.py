@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import jsonschema_rs
 
 from loadtests.servers import ready_server
@@ -126,7 +126,7 @@ class Asker:
         tokens: Of an answer at most.
     """
 
-    def __init__(self, client: httpx.Client, tokens: int) -> None:
+    def __init__(self, client: httpx2.Client, tokens: int) -> None:
         self.client = client
         self.tokens = tokens
 
@@ -233,8 +233,8 @@ def main() -> int:
         tempfile.TemporaryDirectory() as folder,
         ready_server(Path(folder) / "data", given.dtype, Path(folder), *arguments) as server,
     ):
-        limits = httpx.Limits(max_connections=2 * WORKERS)
-        asker = Asker(httpx.Client(base_url=server.url, timeout=600, limits=limits), given.tokens)
+        limits = httpx2.Limits(max_connections=2 * WORKERS)
+        asker = Asker(httpx2.Client(base_url=server.url, timeout=600, limits=limits), given.tokens)
         if given.rounds:
             tell_rates(measure(asker, given.rounds))
         listed = list(schemas(given.schemas, given.count, given.seed))

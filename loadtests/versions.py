@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from loadtests.churn import (
     SHOWN,
@@ -45,7 +46,8 @@ WANTED_VERSIONS = 3
 SEEDS = 60  # tried to find versions that differ
 ANSWER_S = 60.0
 CHANCE = 3.9  # standard deviations that a share may be off: once in ten thousand runs
-BEFORE_S, AFTER_S = 0.4, 0.4  # of traffic around each rollback
+BETWEEN_S = 0.4  # of traffic after each rollback, and before it
+BAD_ANSWER_S = 60.0  # for the bad version to answer somebody before it is rolled back
 
 
 @dataclass
@@ -104,7 +106,7 @@ def prepare(server: Server, sources: Sequence[Path], options: argparse.Namespace
     """Versions of one adapter that differ on some text by more than a score may be off."""
     tolerance = SCORE_TOLERANCE[options.dtype]
     found: list[Version] = []
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx2.Client(base_url=server.url, timeout=120) as client:
         for seed in range(options.seed, options.seed + SEEDS):
             version = learn(client, server, NAME, archive(sources[0], seed))
             if all(apart(version, one) > 2 * tolerance for one in found):
@@ -119,7 +121,7 @@ def try_canary(
 ) -> dict[str, Any]:
     """Give one version a share of the requests and compare every answer."""
     stable, canary, _ = versions
-    with httpx.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
+    with httpx2.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
         upload(client, server, NAME, stable.content)
         staged = client.post(
             "/admin/adapters",
@@ -159,34 +161,42 @@ def roll_back(
 ) -> dict[str, Any]:
     """Put a bad version under the name and roll it back, while clients ask."""
     good, _, bad = versions
-    seen, rollbacks = Seen(), list[tuple[float, float]]()
+    seen, rollbacks = Seen(), list[tuple[float, float, float]]()  # put, rolled back, acknowledged
+
+    async def answered_by_bad(before: int) -> None:
+        until = time.monotonic() + BAD_ANSWER_S
+        while time.monotonic() < until:
+            await asyncio.sleep(BETWEEN_S)
+            if any(one[2] == bad.digest for one in seen.times[before:]):
+                return
 
     async def run() -> None:
         ended = asyncio.Event()
         clients = asyncio.create_task(
             ask_all(server, versions, seen, options, lambda: not ended.is_set())
         )
-        with httpx.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
+        with httpx2.Client(base_url=server.url, timeout=120, headers=server.admin) as client:
             for _ in range(options.rollbacks):
+                put, before = time.monotonic(), len(seen.times)
                 await asyncio.to_thread(upload, client, server, NAME, bad.content)
-                await asyncio.sleep(BEFORE_S)
+                await answered_by_bad(before)
                 asked = time.monotonic()
                 answer = await asyncio.to_thread(
                     client.post, f"/admin/adapters/{NAME}/rollback", json={}
                 )
-                rollbacks.append((asked, time.monotonic()))
+                rollbacks.append((put, asked, time.monotonic()))
                 answer.raise_for_status()
                 if answer.json()["version"] != good.digest:
                     seen.wrong.append(f"rolled back to {answer.json()['version']}")
-                await asyncio.sleep(AFTER_S)
+                await asyncio.sleep(BETWEEN_S)
         ended.set()
         await clients
 
     asyncio.run(run())
     late, last_answers = 0, []
-    for asked, acknowledged in rollbacks:
-        around = [one for one in seen.times if asked - BEFORE_S < one[1] < acknowledged + AFTER_S]
-        by_bad = [one for one in around if one[2] == bad.digest]
+    ends = [put for put, _, _ in rollbacks[1:]] + [math.inf]
+    for (put, _, acknowledged), end in zip(rollbacks, ends, strict=True):
+        by_bad = [one for one in seen.times if put <= one[0] < end and one[2] == bad.digest]
         late += sum(sent > acknowledged for sent, _, _ in by_bad)
         if by_bad:
             last_answers.append(max(0.0, max(there for _, there, _ in by_bad) - acknowledged))
@@ -201,7 +211,7 @@ def roll_back(
         "answers_of_the_bad_version": sum(one[2] == bad.digest for one in seen.times),
         "late_requests": late,
         "wrong_answers": len(seen.wrong),
-        "rollback_ms": percentiles([done - asked for asked, done in rollbacks]),
+        "rollback_ms": percentiles([done - asked for _, asked, done in rollbacks]),
         "last_bad_answer_after_acknowledgement_ms": percentiles(last_answers),
         "answer_ms": percentiles([there - sent for sent, there, _ in seen.times]),
         "faults": faults,

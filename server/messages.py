@@ -237,7 +237,8 @@ class TokenEvent:
     """One generated token of a streamed request.
 
     ``text`` is what this token adds to the readable text; it is empty while a character is
-    incomplete or while the tail could still turn into a stop string.
+    incomplete or while the tail could still turn into a stop string. ``spelling`` is what it adds
+    to the text as such, as in ``GeneratedToken``; None where that is ``text``.
     """
 
     id: str
@@ -246,6 +247,7 @@ class TokenEvent:
     logprob: float | None
     special: bool
     alternatives: tuple[Alternative, ...] = ()
+    spelling: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

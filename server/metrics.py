@@ -36,6 +36,9 @@ REQUEST_SECONDS: Final = (
     0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
 )  # fmt: skip
 TOKEN_SECONDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+WAIT_SECONDS: Final = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0,
+)  # fmt: skip
 STEP_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 POWERS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -249,41 +252,38 @@ class WorkerMetrics:
 
         registry = registry or REGISTRY
 
-        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(name, text, ["lane"], buckets=tuple(buckets), registry=registry)
+        def histogram(
+            name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ("lane",)
+        ) -> Histogram:
+            return Histogram(name, text, labels, buckets=tuple(buckets), registry=registry)
 
         self._rows = histogram("hira_batch_rows", "Sequences of a step.", POWERS)
         self._adapters = histogram("hira_batch_adapters", "Distinct adapters of a step.", POWERS)
         self._seconds = histogram("hira_step_seconds", "Time of a step.", STEP_SECONDS)
+        self._waits = histogram(
+            "hira_queue_seconds", "From a request's submission to its first step.", WAIT_SECONDS
+        )
+        self._loads = histogram(
+            "hira_adapter_load_seconds",
+            "From the first wish for an adapter on disk until it is on the device.",
+            REQUEST_SECONDS,
+            labels=(),
+        )
 
-    def step(self, lane: str, *, rows: int, adapters: int, seconds: float) -> None:
+    def step(
+        self, lane: str, *, rows: int, adapters: int, seconds: float, waits_s: Iterable[float] = ()
+    ) -> None:
+        """One step; ``waits_s`` are of the requests that were in none before, in seconds."""
         self._rows.labels(lane).observe(rows)
         self._adapters.labels(lane).observe(adapters)
         self._seconds.labels(lane).observe(seconds)
+        for wait_s in waits_s:
+            self._waits.labels(lane).observe(wait_s)
 
-
-@dataclass(frozen=True)
-class Live:
-    """What is read at the moment of a scrape.
-
-    Args:
-        snapshot: What the engine said of itself last, an ``EngineSnapshot`` by the names of its
-            fields; empty when no worker has spoken.
-        processes: Process id by role.
-        running: Admitted requests and tokens.
-        worker_ready: Whether the worker answers.
-        replicas: In a cluster, the snapshot of each engine replica by its name.
-        routed: In a cluster, requests that this HTTP replica sent, by why they went where.
-        keys_file_good: Whether the keys file is used as it is now; None where there is none.
-    """
-
-    snapshot: Mapping[str, Any] = field(default_factory=dict)
-    processes: Mapping[str, int] = field(default_factory=dict)
-    running: Mapping[str, float] = field(default_factory=dict)
-    worker_ready: bool = False
-    replicas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    routed: Mapping[str, int] = field(default_factory=dict)
-    keys_file_good: bool | None = None
+    def loads(self, seconds: Iterable[float]) -> None:
+        """Adapters that were loaded from disk, each in so many seconds."""
+        for one in seconds:
+            self._loads.observe(one)
 
 
 # Of the engine's snapshot: its field, the metric and its text, and the label of the values.
@@ -302,7 +302,7 @@ SNAPSHOT_GAUGES: Final = (
 
 # The same of what only grows; a counter whose field is empty is not there.
 SNAPSHOT_COUNTERS: Final = (
-    ("totals", "hira_residency", "Loads and evictions of the present worker.", "event"),
+    ("totals", "hira_residency", "Loads, evictions, hits of the present worker.", "event"),
     ("encode_steps", "hira_encode_steps", "Batches of the encode lane, by how they ran.", "how"),
     (
         "generate_steps",
@@ -319,84 +319,102 @@ REPLICA_GAUGES: Final = (
 )
 
 
-class LiveCollector:
-    """Turns a `Live` into metric families; registered for one scrape."""
+@dataclass(frozen=True, eq=False)  # a registry keeps collectors by identity
+class Live:
+    """What is read at the moment of a scrape, and its metric families.
 
-    def __init__(self, live: Live) -> None:
-        self.live = live
+    Args:
+        snapshot: What the engine said of itself last, an ``EngineSnapshot`` by the names of its
+            fields; empty when no worker has spoken.
+        processes: Process id by role.
+        running: Admitted requests and tokens.
+        worker_ready: Whether the worker answers.
+        replicas: In a cluster, the snapshot of each engine replica by its name.
+        routed: In a cluster, requests that this HTTP replica sent, by why they went where.
+        keys_file_good: Whether the keys file is used as it is now; None where there is none.
+        registered: Adapters in the registry, as last read; None where nothing is known.
+        build: Labels that say what is running.
+    """
+
+    snapshot: Mapping[str, Any] = field(default_factory=dict)
+    processes: Mapping[str, int] = field(default_factory=dict)
+    running: Mapping[str, float] = field(default_factory=dict)
+    worker_ready: bool = False
+    replicas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    routed: Mapping[str, int] = field(default_factory=dict)
+    keys_file_good: bool | None = None
+    registered: int | None = None
+    build: Mapping[str, str] = field(default_factory=dict)
 
     def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks of whatever is registered, here for one scrape."""
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-        live, said = self.live, self.live.snapshot
-        rows: list[tuple[str, str, str, Mapping[str, float]]] = [
-            (name, text, label, said.get(key, {})) for key, name, text, label in SNAPSHOT_GAUGES
+        said, replicas = self.snapshot, self.replicas
+        gauges: list[_Family] = [
+            (name, text, (label,), said.get(key, {})) for key, name, text, label in SNAPSHOT_GAUGES
         ]
-        rows += [
-            ("hira_kernel", "What computes the linear layers.", "kernel",
+        gauges += [
+            ("hira_kernel", "What computes the linear layers.", ("kernel",),
              {said["kernel"]: 1.0} if "kernel" in said else {}),
-            ("hira_admitted", "Requests and tokens admitted now.", "kind", live.running),
-            ("hira_process_resident_bytes", "Resident memory, shared pages in each.", "role",
-             resident_bytes(live.processes)),
-            ("hira_process_private_bytes", "Memory that no other process shares.", "role",
-             resident_bytes(live.processes, private=True)),
+            ("hira_admitted", "Requests and tokens admitted now.", ("kind",), self.running),
+            ("hira_process_resident_bytes", "Resident memory, shared pages in each.", ("role",),
+             resident_bytes(self.processes)),
+            ("hira_process_private_bytes", "Memory that no other process shares.", ("role",),
+             resident_bytes(self.processes, private=True)),
+            ("hira_worker_ready", "Whether the worker answers.", (), {(): self.worker_ready}),
         ]  # fmt: skip
-        for name, text, label, values in rows:
-            gauge = GaugeMetricFamily(name, text, labels=[label])
-            for value, amount in sorted(values.items()):
-                gauge.add_metric([value], amount)
-            yield gauge
-        for key, name, text, label in SNAPSHOT_COUNTERS:
-            if said.get(key):
-                counter = CounterMetricFamily(name, text, labels=[label])
-                for value, amount in sorted(said[key].items()):
-                    counter.add_metric([value], amount)
-                yield counter
+        counters: list[_Family] = [
+            (name, text, (label,), said[key])
+            for key, name, text, label in SNAPSHOT_COUNTERS
+            if said.get(key)
+        ]
         if said.get("weights_digest"):
-            held = GaugeMetricFamily(
-                "hira_base_weights", "The digest of the base's quantized weights.",
-                labels=["digest"],
-            )  # fmt: skip
-            held.add_metric([said["weights_digest"]], 1.0)
-            yield held
-        yield GaugeMetricFamily(
-            "hira_worker_ready", "Whether the worker answers.", value=float(live.worker_ready)
-        )
-        if live.keys_file_good is not None:
-            yield GaugeMetricFamily(
-                "hira_keys_file_good",
-                "Whether the keys file is used as it is now.",
-                value=float(live.keys_file_good),
-            )
-        yield from self._of_a_cluster()
-
-    def _of_a_cluster(self) -> Iterator[Metric]:
-        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
-
-        replicas, routed = self.live.replicas, self.live.routed
+            text = "The digest of the base's quantized weights."
+            gauges.append(("hira_base_weights", text, ("digest",), {said["weights_digest"]: 1.0}))
+        if self.build:
+            what = {tuple(self.build.values()): 1.0}
+            gauges.append(("hira_build_info", "What is running.", tuple(self.build), what))
+        if self.registered is not None:
+            text = "Adapters in the registry."
+            gauges.append(("hira_registered_adapters", text, (), {(): self.registered}))
+        if self.keys_file_good is not None:
+            text = "Whether the keys file is used as it is now."
+            gauges.append(("hira_keys_file_good", text, (), {(): self.keys_file_good}))
         if replicas:
             for key, name, text, label in REPLICA_GAUGES:
-                gauge = GaugeMetricFamily(name, text, labels=["replica", label])
-                for replica, said in sorted(replicas.items()):
-                    for value, amount in sorted(said.get(key, {}).items()):
-                        gauge.add_metric([replica, value], amount)
-                yield gauge
-            events = CounterMetricFamily(
-                "hira_replica_residency", "Loads and evictions of an engine replica.",
-                labels=["replica", "event"],
-            )  # fmt: skip
-            for replica, said in sorted(replicas.items()):
-                for value, amount in sorted(said.get("totals", {}).items()):
-                    events.add_metric([replica, value], amount)
-            yield events
-        if routed:
-            reasons = CounterMetricFamily(
-                "hira_routed", "Requests sent to engine replicas, by why to which.",
-                labels=["reason"],
-            )  # fmt: skip
-            for value, amount in sorted(routed.items()):
-                reasons.add_metric([value], amount)
-            yield reasons
+                gauges.append((name, text, ("replica", label), _by_replica(replicas, key)))
+            text, events = "Loads and evictions of an engine replica.", ("replica", "event")
+            counters.append(
+                ("hira_replica_residency", text, events, _by_replica(replicas, "totals"))
+            )
+        if self.routed:
+            text = "Requests sent to engine replicas, by why to which."
+            counters.append(("hira_routed", text, ("reason",), self.routed))
+        families: tuple[tuple[Any, list[_Family]], ...] = (
+            (GaugeMetricFamily, gauges),
+            (CounterMetricFamily, counters),
+        )
+        for family, rows in families:
+            for name, text, labels, values in rows:
+                metric = family(name, text, labels=labels)
+                for value, amount in sorted(values.items()):
+                    metric.add_metric([value] if isinstance(value, str) else value, amount)
+                yield metric
+
+
+# A metric's name, its text, its labels, and amounts by the value of its label, or of all of them.
+_Family = tuple[str, str, tuple[str, ...], Mapping[Any, float]]
+
+
+def _by_replica(
+    replicas: Mapping[str, Mapping[str, Any]], key: str
+) -> dict[tuple[str, str], float]:
+    return {
+        (name, value): amount
+        for name, said in replicas.items()
+        for value, amount in said.get(key, {}).items()
+    }
 
 
 def resident_bytes(processes: Mapping[str, int], *, private: bool = False) -> dict[str, float]:
@@ -466,9 +484,8 @@ def exposition(live: Live, accept: str) -> tuple[bytes, str]:
 
     registry = _stored()
     encode, content_type = choose_encoder(accept)
-    collector = LiveCollector(live)
-    registry.register(collector)
+    registry.register(live)
     try:
         return encode(registry), content_type
     finally:
-        registry.unregister(collector)
+        registry.unregister(live)

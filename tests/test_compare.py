@@ -7,7 +7,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from loadtests.compare import scores
@@ -47,14 +47,14 @@ def test_pieces_join_to_the_text_and_are_no_longer_than_asked(most: int) -> None
 def test_perplexity_is_over_all_tokens_but_the_opening_ones() -> None:
     text = "one two three four\n" * 40
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request: httpx2.Request) -> httpx2.Response:
         body = json.loads(request.content)
         assert (body["model"], body["max_tokens"], body["echo"]) == ("a", 0, True)
         tokens = body["prompt"].split()
         logprobs = [None, *(-math.log(2.0 if one == "one" else 8.0) for one in tokens)]
-        return httpx.Response(200, json={"choices": [{"logprobs": {"token_logprobs": logprobs}}]})
+        return httpx2.Response(200, json={"choices": [{"logprobs": {"token_logprobs": logprobs}}]})
 
-    with httpx.Client(base_url="http://x", transport=httpx.MockTransport(answer)) as client:
+    with httpx2.Client(base_url="http://x", transport=httpx2.MockTransport(answer)) as client:
         found = likelihood(client, "a", text)
     nats = 40 * math.log(2) + 120 * math.log(8)
     assert (found.tokens, found.words, found.text_bytes) == (160, 200, len(text))
@@ -63,23 +63,23 @@ def test_perplexity_is_over_all_tokens_but_the_opening_ones() -> None:
     assert found.bits_per_byte == pytest.approx((40 + 120 * 3) / len(text))
 
 
-def labelling(names: dict[str, str]) -> httpx.MockTransport:
+def labelling(names: dict[str, str]) -> httpx2.MockTransport:
     """A server whose adapters each answer by a rule of their own; `names` is who says it was."""
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request: httpx2.Request) -> httpx2.Response:
         name = request.url.params["adapter"]
         texts = json.loads(request.content)["inputs"]
         long = [len(text) > 3 for text in texts]
         labels = ["POSITIVE" if one == (name == "long") else "NEGATIVE" for one in long]
         rows = [[{"label": label, "score": 1.0}] for label in labels]
-        return httpx.Response(200, json=rows, headers={"X-Adapter": names.get(name, name)})
+        return httpx2.Response(200, json=rows, headers={"X-Adapter": names.get(name, name)})
 
-    return httpx.MockTransport(answer)
+    return httpx2.MockTransport(answer)
 
 
 def test_every_adapter_gets_every_text_in_its_place() -> None:
     texts = ["abc", "abcd"] * 20 + ["a"]
-    with httpx.Client(base_url="http://x", transport=labelling({})) as client:
+    with httpx2.Client(base_url="http://x", transport=labelling({})) as client:
         found = classify(client, ["long", "short"], texts, ("NEGATIVE", "POSITIVE"))
     assert found["long"].predicted == (*(0, 1) * 20, 0)
     assert found["short"].predicted == (*(1, 0) * 20, 1)
@@ -88,7 +88,7 @@ def test_every_adapter_gets_every_text_in_its_place() -> None:
 def test_an_answer_of_another_adapter_ends_the_comparison() -> None:
     transport = labelling({"long": "short"})
     with (
-        httpx.Client(base_url="http://x", transport=transport) as client,
+        httpx2.Client(base_url="http://x", transport=transport) as client,
         pytest.raises(SystemExit, match="long was asked and short answered"),
     ):
         classify(client, ["long"], ["a"], ("NEGATIVE", "POSITIVE"))

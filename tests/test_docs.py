@@ -14,7 +14,10 @@ from server.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted(DOCS.glob("*.md")),
+)
 README_LINES_MAX = 150
 
 
@@ -101,6 +104,17 @@ def test_every_metric_has_a_row_and_every_row_a_metric() -> None:
     there = {name.removesuffix("_total") for name in re.findall(r'"(hira_\w+)"', source)}
     assert len(there) > 20
     assert named == there
+
+
+def test_names_that_the_map_of_changes_gives_for_a_file_are_defined_in_it() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    given = re.findall(r"`([\w/]+\.py)` \(([^)]*)\)", text)
+    named = [(file, name) for file, inside in given for name in re.findall(r"`(\w+)`", inside)]
+    assert len(named) > 5
+    for file, name in named:
+        modules = [one for top in ("adapters", "server") for one in (ROOT / top).rglob("*.py")]
+        sources = [one.read_text() for one in modules if one.as_posix().endswith(f"/{file}")]
+        assert any(re.search(rf"\b(def|class) {name}\b", one) for one in sources), f"{file}: {name}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

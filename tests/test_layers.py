@@ -20,11 +20,12 @@ ADAPTERS = {
     "adapters.tasks": (),
     "adapters.signature": ("errors",),
     "adapters.segments": ("errors",),
+    "adapters.factors": ("signature",),
     "adapters.kernels": ("errors", "segments"),
-    "adapters.intake": ("errors", "signature", "tasks"),
+    "adapters.intake": ("errors", "signature", "factors", "tasks"),
     "adapters.registry": ("errors", "signature", "intake"),
     "adapters.inspection": ("errors", "signature", "tasks", "intake"),
-    "adapters.modulation": ("errors", "signature", "segments", "kernels"),
+    "adapters.modulation": ("errors", "signature", "factors", "segments", "kernels"),
     "adapters.layers": ("errors", "signature", "segments", "kernels", "modulation"),
     "adapters.residency": ("errors", "intake", "modulation", "layers"),
 }
@@ -52,8 +53,12 @@ SERVER = {
     "server.cluster": (
         *("version", "messages", "options", "errors", "settings", "metrics", "edge"),
     ),
+    "server.comparison": (
+        *("messages", "options", "stages", "base", "inputs", "encoding", "engine"),
+    ),
     "server.cli": (
         *("version", "stages", "options", "settings", "base", "edge", "cluster", "training"),
+        *("comparison", "demo", "inputs"),
     ),
     "server.demo": (),
     "server.training": ("base", "options", "inputs", "demo"),
@@ -299,8 +304,7 @@ PRIVATE_READS = {
     "server/edge/endpoints/test_answers.py": 1,
     "server/edge/endpoints/test_uploads.py": 1,
     "server/edge/link/test_dispatcher.py": 3,
-    "server/edge/link/test_thread_deaths.py": 3,
-    "server/edge/litserve/test_loop.py": 8,
+    "server/edge/link/test_thread_deaths.py": 1,
     "server/edge/processes/test_registry_away.py": 7,
     "server/edge/processes/test_supervise.py": 3,
     "server/encoding/test_declared_pooling.py": 1,

@@ -30,7 +30,7 @@ def blocks(language: str, *pages: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with hira(tmp_path_factory.mktemp("readme") / "data") as server:
+    with hira(tmp_path_factory.mktemp("readme") / "data", anew=True) as server:
         yield server
 
 

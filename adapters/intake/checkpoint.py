@@ -21,6 +21,7 @@ from adapters.errors import (
     BaseMismatch,
     UnsupportedOption,
 )
+from adapters.factors import Factors
 from adapters.intake.base_files import Difference
 from adapters.intake.config import AdapterConfig, parse_config
 from adapters.intake.conversation import Conversation, read_conversation
@@ -48,27 +49,6 @@ CONFIG_FILE = "adapter_config.json"
 TASK_CONFIG_FILE = "config.json"
 STORED_FILES = (CONFIG_FILE, TENSOR_FILE, TASK_CONFIG_FILE, CARD_FILE, *EMBEDDING_FILES)
 _RECENT_PLANS = 32
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What an adapter brings to one layer, as stored.
-
-    Args:
-        a: ``[r, in]``; of an embedding ``[r, embeddings]``; of a convolution ``[r, in, *kernel]``.
-        b: ``[out, r]``; of a convolution ``[out, r, 1, ...]``.
-        scale: LoRA's s; 1 for HiRA.
-        bias: ``[out]``, or None.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float = 1.0
-    bias: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
 
 @dataclass(frozen=True)
@@ -178,6 +158,7 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         config=config,
         factors={
             layer: Factors(
+                config.method,
                 tensors[pair["A"].name],
                 tensors[pair["B"].name],
                 config.scale(layout.spelled[layer], pair["A"].shape[0]),

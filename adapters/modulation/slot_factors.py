@@ -6,33 +6,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from adapters.factors import Factors
 from adapters.kernels import native_ops
-from adapters.signature import Method
 
 
 @dataclass(frozen=True, slots=True)
-class SlotFactors:
-    """What one adapter brings to one layer, on the device, in the compute dtype.
+class SlotFactors(Factors):
+    """Factors that lie in a slot: on the device, in the compute dtype."""
 
-    Args:
-        method: ``hira`` or ``lora``.
-        a: ``[r, in]``; of a convolution ``[r, in, *kernel]``; of an embedding ``[r, embeddings]``.
-        b: ``[out, r]``; of a convolution ``[out, r, 1, ...]``.
-        scale: LoRA's s; 1 for HiRA.
-        bias: ``[out]``, which replaces the layer's own, or None.
-    """
-
-    method: Method
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float = 1.0
-    bias: torch.Tensor | None = None
     # What the compiled kernel reads of it; b"" where it cannot, None until first asked for.
     _record: bytes | None = field(default=None, init=False, repr=False, compare=False)
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
     @property
     def native_record(self) -> bytes:

@@ -111,7 +111,7 @@ class Moves:
             )
             write(connection, record, update=True, act="rolled_back", restores=entry.number)
             for left in present.versions():  # the grace of what it was on starts now
-                self._leave_bytes(left)
+                self.leave_bytes(left)
             record = present_record(connection, name)  # with its aliases
         return record, present
 
@@ -180,7 +180,7 @@ class Moves:
             record = replace(found, name=name, source=source, pinned=False, created=started)
             write_canary(connection, Canary(record, float(share)))
             if running is not None and not kept:
-                self._leave_bytes(running.record.version)
+                self.leave_bytes(running.record.version)
             return present_record(connection, name)
 
     def promote(self, name: str) -> tuple[AdapterRecord, AdapterRecord]:
@@ -208,7 +208,7 @@ class Moves:
             self.hold_bytes(name, canary.version)
             record = replace(canary, pinned=present.pinned, created=datetime.now(UTC))
             write(connection, record, update=True, act="promoted")
-            self._leave_bytes(present.version)
+            self.leave_bytes(present.version)
             return present_record(connection, name), present
 
     def abort(self, name: str) -> tuple[AdapterRecord, str]:
@@ -225,7 +225,7 @@ class Moves:
             version = _canary_of(present_record(connection, name)).record.version
             delete_canary(connection, name)
             count_change(connection)
-            self._leave_bytes(version)
+            self.leave_bytes(version)
             return present_record(connection, name), version
 
     def _known_version(
@@ -248,7 +248,7 @@ class Moves:
             return version, "staged"
         return entry.version, entry.source
 
-    def _leave_bytes(self, version: str) -> None:
+    def leave_bytes(self, version: str) -> None:
         """Start the grace of what answered until now: requests that were admitted may need it."""
         if self._store.has(version):
             self._store.touch(version)

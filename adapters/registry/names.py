@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
-from adapters.errors import AdapterNotFound, BaseMismatch, RegistryUnavailable
+from adapters.errors import BaseMismatch, RegistryUnavailable
+from adapters.registry.naming import name_not_found
 
 if TYPE_CHECKING:
     from adapters.registry.records import AdapterRecord
@@ -109,12 +110,7 @@ class Names:
                 fix=_FIX,
             )
         if record is None:
-            raise AdapterNotFound(
-                f"There is no adapter {name[:80]}.",
-                found=name[:80],
-                expected="a registered name",
-                fix="GET /v1/models lists the names.",
-            )
+            raise name_not_found(name)
         return record
 
     def knows(self, name: str) -> bool:

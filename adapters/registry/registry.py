@@ -198,8 +198,8 @@ class Registry:
                     f"The name {name} was registered by someone else at the same moment.",
                     fix="Set replace to true, or choose another name.",
                 ) from cause
-            if present is not None and self.store.has(present.version):
-                self.store.touch(present.version)  # the grace of what it was on starts now
+            if present is not None:
+                self._leave_bytes(present)
             record = read_one(connection, name) or record  # with its aliases and its canary
         return record, True
 
@@ -314,8 +314,8 @@ class Registry:
                     set_pinned(connection, one.name, pinned=record.pinned)
                 else:
                     write(connection, record, update=present is not None, act="applied")
-                    if present is not None and self.store.has(present.version):
-                        self.store.touch(present.version)
+                    if present is not None:
+                        self._leave_bytes(present)
             for name in removed:
                 present = read_one(connection, name)
                 if present is None:
@@ -323,8 +323,7 @@ class Registry:
                 changes.append(NameChange(name, "removed", present, present))
                 if not dry_run:
                     delete(connection, name)
-                    if self.store.has(present.version):
-                        self.store.touch(present.version)
+                    self._leave_bytes(present)
         return changes, moved
 
     def resolve(self, name: str) -> AdapterRecord:
@@ -373,8 +372,7 @@ class Registry:
                 raise name_not_found(name)
             check_not_aliased(present)
             delete(connection, name)
-            if self.store.has(present.version):
-                self.store.touch(present.version)  # the grace starts now
+            self._leave_bytes(present)
         return present
 
     def pinned_versions(self) -> tuple[str, ...]:
@@ -425,6 +423,11 @@ class Registry:
             if kept and version in kept_versions(connection, self.kept_versions, version):
                 return False
             return self.store.remove(version, idle_s=grace_s)
+
+    def _leave_bytes(self, record: AdapterRecord) -> None:
+        """Start the grace of what a name answered with until now, its canary's version too."""
+        for version in record.versions():
+            self.moves.leave_bytes(version)
 
     def _stored(self, folder: Path) -> str:
         """Store the adapter in ``folder``; where there is no room, old versions make place.

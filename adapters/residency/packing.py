@@ -17,7 +17,7 @@ from adapters.errors import MissingTensors
 from adapters.modulation.slot_factors import SlotFactors
 
 if TYPE_CHECKING:
-    from adapters.intake.checkpoint import AdapterWeights, Factors
+    from adapters.intake.checkpoint import AdapterWeights
 
 # The share of numbers other than zero up to which an adapter is kept without its zeros. In bf16 a
 # bit for each number and the numbers left make 0.0625 + share of the whole: 0.5625 at one half.
@@ -215,12 +215,12 @@ def pack_adapter(
     buffer = torch.zeros(end, dtype=dtype, pin_memory=device.type == "cuda")
     factors: dict[str, SlotFactors] = {}
     for path, (a, b, bias) in places.items():
-        source: Factors = weights.factors[path]
+        source = weights.factors[path]
         for spot, tensor in ((a, source.a), (b, source.b), (bias, source.bias)):
             if spot is not None and tensor is not None:
                 spot.view(buffer).copy_(tensor)
         factors[path] = SlotFactors(
-            weights.config.method,
+            source.method,
             a.view(buffer),
             b.view(buffer),
             float(source.scale),

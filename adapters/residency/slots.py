@@ -241,6 +241,15 @@ class Residency:
                 failures=self._tiers.failures,
             )
 
+    def take_load_seconds(self) -> list[float]:
+        """How long each load from disk took, from the first wish for the version until it was in
+        its slot, in seconds, oldest first: of those that have arrived since this was last called.
+        """
+        with self._changed:
+            taken = list(self._tiers.cold_load_s)
+            self._tiers.cold_load_s.clear()
+            return taken
+
     def close(self) -> None:
         """Stop the loaders; what is in slots stays usable."""
         with self._changed:

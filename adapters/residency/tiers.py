@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,6 +21,7 @@ State = Literal["absent", "loading", "ready", "failed"]
 Tier = Literal["device", "host", "loading", "failed"]
 
 _FAILURES_KEPT = 256
+_COLD_LOADS_KEPT = 4096  # whose times nobody has taken yet
 # Smaller adapters may be placed before one for which there is no room, for so long; then they wait
 # behind it, or a stream of them could keep it waiting for ever.
 PASS_S = 10.0
@@ -70,6 +71,7 @@ class Entry:
         doomed: Dropped while in use; leaves with its last lease.
         error: Why it failed.
         stuck_since: Monotonic, when it was first found to have no room; 0 when it was not.
+        cold_since: Monotonic, when it was asked for while on disk only; None when it was not.
     """
 
     state: State = "loading"
@@ -80,6 +82,7 @@ class Entry:
     doomed: bool = False  # dropped while in use
     error: Exception | None = None
     stuck_since: float = 0.0
+    cold_since: float | None = None
 
     @property
     def is_arriving(self) -> bool:
@@ -131,6 +134,7 @@ class Tiers:
         self.pinned: tuple[str, ...] = ()  # as asked for; see divide_pins
         self.wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
         self.evictions = self.failures = 0
+        self.cold_load_s: deque[float] = deque(maxlen=_COLD_LOADS_KEPT)  # oldest first
         self._adapted = adapted
         self._clock = clock
 
@@ -174,6 +178,7 @@ class Tiers:
         if entry.state == "ready" or version in self.wanted:
             return False
         entry.state, entry.error, entry.stuck_since = "loading", None, 0.0
+        entry.cold_since = self._clock() if entry.packed is None else None
         self.wanted[version] = None
         return True
 
@@ -214,6 +219,8 @@ class Tiers:
         entry = self.entries[version]
         del self.wanted[version]
         entry.state = "ready"
+        if entry.cold_since is not None:
+            self.cold_load_s.append(self._clock() - entry.cold_since)
         if entry.doomed:
             self.forget(version)
             return []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
+import httpx2
 import psutil
 
 from loadtests.bench.timing import THREADS
@@ -91,7 +91,7 @@ class Server:
     log: Path
 
     def get(self, path: str) -> tuple[int, str]:
-        answer = httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
+        answer = httpx2.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
         return answer.status_code, answer.text
 
     def wait_ready(self) -> None:
@@ -102,7 +102,7 @@ class Server:
             try:
                 if self.get("/health/ready")[0] == 200:
                     return
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 pass  # not listening yet
             time.sleep(0.1)
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]

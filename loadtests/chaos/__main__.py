@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import httpx2
 
 from loadtests.chaos import breaks, operators, strangers
 from loadtests.chaos.windows import Windows
@@ -276,9 +276,9 @@ async def _settled(target: breaks.Target) -> list[str]:
         await asyncio.sleep(1.0)
         try:
             text = (
-                await asyncio.to_thread(httpx.get, f"{target.server.url}/metrics", timeout=10)
+                await asyncio.to_thread(httpx2.get, f"{target.server.url}/metrics", timeout=10)
             ).text
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             busy = [f"no metrics: {error}"]
             continue
         busy = [

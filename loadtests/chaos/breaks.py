@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
+import httpx2
 import psutil
 
 from loadtests.chaos.operators import Content, fault_in, upload
@@ -314,8 +314,8 @@ def _signal(pid: int | None, number: int) -> None:
 def _depth(url: str) -> float:
     """Requests that wait or run in the engine, as it says itself."""
     try:
-        lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
-    except httpx.HTTPError:
+        lines = httpx2.get(f"{url}/metrics", timeout=10).text.splitlines()
+    except httpx2.HTTPError:
         return float("inf")
     return sum(
         float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("hira_queue_depth{")

@@ -173,7 +173,10 @@ class _Run:
         return found
 
     def _counts(self) -> Counter[str]:
-        return sum((one.counts for one in self._all), Counter())
+        total: Counter[str] = Counter()
+        for one in self._all:
+            total.update(one.counts)
+        return total
 
     def _next_timed(self) -> None:
         coming = next(self._timed, None)

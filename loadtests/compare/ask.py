@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 
 IN_FLIGHT = 4
 TEXTS_A_CALL = 16
@@ -53,7 +53,7 @@ class Likelihood:
 
 
 def classify(
-    client: httpx.Client,
+    client: httpx2.Client,
     adapters: Sequence[str],
     texts: Sequence[str],
     labels: Sequence[str],
@@ -67,7 +67,7 @@ def classify(
         labels: Names of the labels in the order of their indices.
 
     Raises:
-        httpx.HTTPStatusError: An answer that is none.
+        httpx2.HTTPStatusError: An answer that is none.
     """
     calls = [
         (adapter, start, texts[start : start + TEXTS_A_CALL])
@@ -100,7 +100,7 @@ def classify(
     }
 
 
-def likelihood(client: httpx.Client, model: str, text: str) -> Likelihood:
+def likelihood(client: httpx2.Client, model: str, text: str) -> Likelihood:
     """How likely a model finds a text, from the log-probabilities of a prompt's own tokens.
 
     The text goes in pieces of some hundred characters, cut between words; each is predicted from

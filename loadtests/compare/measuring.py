@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 
 from loadtests.compare import scores
@@ -97,7 +97,7 @@ def measure(
 
     Raises:
         SystemExit: The server did not come up.
-        httpx.HTTPStatusError: An adapter was refused, or an answer is none.
+        httpx2.HTTPStatusError: An adapter was refused, or an answer is none.
     """
     arguments = [f"--base={base.folder}", f"--base-name={base.name}", "--quantization=nf4"]
     longest = max(one.task.max_tokens for one in trained)
@@ -106,7 +106,7 @@ def measure(
     store = work / f"served-{base.name}"
     with (
         ready_server(store, dtype, store, *arguments) as server,
-        httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as client,
+        httpx2.Client(base_url=server.url, timeout=TIMEOUT_S) as client,
     ):
         load = os.getloadavg()[0]
         idle = server.resident_bytes()
@@ -138,7 +138,7 @@ def measure(
     )
 
 
-def _register(client: httpx.Client, server: Server, one: Trained) -> dict[str, Any]:
+def _register(client: httpx2.Client, server: Server, one: Trained) -> dict[str, Any]:
     with ExitStack() as stack:
         files = [
             ("files", (name, stack.enter_context((one.folder / name).open("rb"))))
@@ -157,7 +157,7 @@ def _register(client: httpx.Client, server: Server, one: Trained) -> dict[str, A
 
 
 def _classified(
-    client: httpx.Client,
+    client: httpx2.Client,
     own: Sequence[Trained],
     test: Rows,
     records: Mapping[str, Mapping[str, Any]],
@@ -195,7 +195,7 @@ def _classified(
 
 
 def _read(
-    client: httpx.Client,
+    client: httpx2.Client,
     own: Sequence[Trained],
     records: Mapping[str, Mapping[str, Any]],
     *,

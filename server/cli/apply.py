@@ -29,7 +29,7 @@ from server.cli.manifest import Manifest, ManifestEntry, ManifestFaults, read_ma
 from server.cli.upload import sent_form
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 SIGNS: Final = {
     "created": "+",
@@ -88,7 +88,7 @@ def apply_file(
 
 
 def apply_manifest(
-    client: httpx.Client, wanted: Manifest, *, dry_run: bool = False, replace: bool = True
+    client: httpx2.Client, wanted: Manifest, *, dry_run: bool = False, replace: bool = True
 ) -> None:
     """Check and store what is new, show the plan, and apply it.
 
@@ -156,7 +156,7 @@ def tell_manifest_faults(wrong: ManifestFaults) -> NoReturn:
 
 
 def _stage_all(
-    client: httpx.Client, wanted: Manifest, present: Mapping[str, Mapping[str, Any]]
+    client: httpx2.Client, wanted: Manifest, present: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
     """A record for every entry, and what is wrong with those that have none."""
     staged: dict[str, Any] = {}
@@ -191,7 +191,7 @@ def _is_there(entry: ManifestEntry, version: str) -> bool:
         return False  # the server says what is wrong with it
 
 
-def _stage(client: httpx.Client, entry: ManifestEntry) -> httpx.Response:
+def _stage(client: httpx2.Client, entry: ManifestEntry) -> httpx2.Response:
     if entry.folder is None:
         body = {"name": entry.name, "source": entry.source, "stage": True}
         return client.post("/admin/adapters", json=body)

@@ -15,7 +15,7 @@ import typer
 from server.cli.layout import FAILED, fail, print_fault
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 URL_HELP = "Where the server is; also HIRA_URL."
 KEY_HELP = "A key; also HIRA_KEY. The admin key of a local server is in DATA_DIR/admin.key."
@@ -181,7 +181,7 @@ def chat(
             said.append({"role": "assistant", "content": answer})
 
 
-def _spoken(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+def _spoken(client: httpx2.Client, body: dict[str, Any]) -> Iterator[str]:
     """The parts of an answer, printed as they come."""
     with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         exit_on_error(answer)
@@ -196,28 +196,28 @@ def _spoken(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def reach(url: str, key: str | None) -> Iterator[httpx.Client]:
+def reach(url: str, key: str | None) -> Iterator[httpx2.Client]:
     """A client of the server at ``url``; what cannot be reached ends the command with a line."""
-    import httpx
+    import httpx2
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with httpx.Client(base_url=url, headers=headers, timeout=None) as client:
+        with httpx2.Client(base_url=url, headers=headers, timeout=None) as client:
             yield client
-    except httpx.ConnectError:
+    except httpx2.ConnectError:
         fail(f"no server answers at {url}; start one with: hira serve")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         fail(f"the server at {url} cannot be used: {error or type(error).__name__}")
 
 
-def ask(client: httpx.Client, method: str, path: str, **arguments: Any) -> httpx.Response:
+def ask(client: httpx2.Client, method: str, path: str, **arguments: Any) -> httpx2.Response:
     """One call; an error response ends the command with what it says."""
     answer = client.request(method, path, **arguments)
     exit_on_error(answer)
     return answer
 
 
-def exit_on_error(answer: httpx.Response) -> None:
+def exit_on_error(answer: httpx2.Response) -> None:
     """End the command when the response is an error."""
     if answer.is_success:
         return
@@ -226,7 +226,7 @@ def exit_on_error(answer: httpx.Response) -> None:
     raise SystemExit(FAILED)
 
 
-def problems_of(answer: httpx.Response) -> list[dict[str, Any]]:
+def problems_of(answer: httpx2.Response) -> list[dict[str, Any]]:
     """What an error response says is wrong: each with its code, detail, found, expected and fix."""
     answer.read()
     try:
@@ -242,7 +242,7 @@ def problems_of(answer: httpx.Response) -> list[dict[str, Any]]:
     return several
 
 
-def every_adapter(client: httpx.Client, prefix: str = "") -> list[dict[str, Any]]:
+def every_adapter(client: httpx2.Client, prefix: str = "") -> list[dict[str, Any]]:
     """The records of all adapters of a server whose names begin so."""
     rows: list[dict[str, Any]] = []
     while True:
@@ -283,7 +283,7 @@ def _adapter_query(adapter: str | None) -> dict[str, str]:
     return {} if adapter is None else {"adapter": adapter}
 
 
-def _events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+def _events(answer: httpx2.Response) -> Iterator[dict[str, Any]]:
     for line in answer.iter_lines():
         told = line.removeprefix("data:").strip()
         if line.startswith("data:") and told != "[DONE]":

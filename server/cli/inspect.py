@@ -44,7 +44,7 @@ def inspect(
     if path.suffix == ".md":
         report = audit_card(_card_text(path))
     else:
-        with _folder(path) as folder:
+        with adapter_folder(path) as folder:
             beside = folder / CARD_FILE
             text = _card_text(card) if card else _card_text(beside) if beside.is_file() else None
             try:
@@ -60,7 +60,8 @@ def inspect(
 
 
 @contextmanager
-def _folder(path: Path) -> Iterator[Path]:
+def adapter_folder(path: Path) -> Iterator[Path]:
+    """The folder itself, or what an archive holds, unpacked for as long as it is needed."""
     from adapters.errors import AdapterError
     from adapters.intake.archive import is_archive, unpack
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -159,23 +160,48 @@ def _quota(limits: dict[str, dict[str, int | None]], key: str, field: str) -> st
 
 
 def _append(file: Path, entry: str) -> None:
-    """Add an entry to a file, all at once, so that a server that reads it sees no half."""
-    try:
-        before = file.read_text(encoding="utf-8") if file.exists() else ""
-        mode = file.stat().st_mode & 0o777 if file.exists() else 0o600
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"the keys file {file} cannot be read", found=str(error))
-    text = before + ("\n" if before and not before.endswith("\n\n") else "") + entry
-    _check_text(text, file, FAILED)
+    """Add an entry to a file, all at once, so that a server that reads it sees no half.
+
+    The folder is locked meanwhile: of two commands at once, none takes the other's entry away.
+    """
     place = file.resolve()
     try:
-        handle, draft = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.chmod(draft, mode)
-        os.replace(draft, place)
+        folder = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         fail(f"the keys file {file} cannot be written", found=error.strerror)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        try:
+            there = place.stat() if place.exists() else None
+            before = "" if there is None else place.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"the keys file {file} cannot be read", found=str(error))
+        text = before + ("\n" if before and not before.endswith("\n\n") else "") + entry
+        _check_text(text, file, FAILED)
+        try:
+            _replace_file(place, text, there)
+        except OSError as error:
+            fail(f"the keys file {file} cannot be written", found=error.strerror)
+    finally:
+        os.close(folder)  # lets the lock go
+
+
+def _replace_file(place: Path, text: str, there: os.stat_result | None) -> None:
+    """Put a text in the place of a file, for the same owner and mode; all of it or nothing."""
+    handle, draft = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(handle)
+        if there is not None:
+            if (there.st_uid, there.st_gid) != (os.geteuid(), os.getegid()):
+                os.chown(draft, there.st_uid, there.st_gid)  # or the server could not read it
+            os.chmod(draft, there.st_mode & 0o777)
+        os.replace(draft, place)
+    except BaseException:
+        os.unlink(draft)
+        raise
 
 
 def _check_text(text: str, file: Path, status: int) -> None:
@@ -198,16 +224,15 @@ def _moment(text: str) -> str:
         return (datetime.now(UTC) + timedelta(days=int(days[1]))).strftime("%Y-%m-%dT%H:%M:%SZ")
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
+        found = found.replace(tzinfo=found.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):
         fail(
             "--expires is no moment",
             MISUSED,
             found=text[:40],
             expected="30d, 2027-01-31 or 2027-01-31T12:00:00Z",
         )
-    if found.tzinfo is None:
-        found = found.replace(tzinfo=UTC)
-    return found.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return found.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _utc_text(seconds: float) -> str:

@@ -15,6 +15,7 @@ from server.cli import adapters as cli_adapters
 from server.cli import apply as cli_apply
 from server.cli import client as cli_client
 from server.cli import cluster as cli_cluster
+from server.cli import compare as cli_compare
 from server.cli import convert as cli_convert
 from server.cli import inspect as cli_inspect
 from server.cli import keys as cli_keys
@@ -38,6 +39,7 @@ app.add_typer(cli_adapters.adapters_app, name="adapters", rich_help_panel="Adapt
 cli_apply.add_apply_command(app)
 app.add_typer(cli_keys.keys_app, name="keys", rich_help_panel="Server")
 cli_inspect.add_inspect_command(app)
+cli_compare.add_compare_command(app)
 cli_convert.add_convert_command(app)
 cli_train.add_train_command(app)
 cli_cluster.add_cluster_commands(app, setting_parameters())

@@ -24,7 +24,7 @@ from server.cli.client import (
 from server.options import MIB
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
     from rich.console import RenderableType
 
 ROWS_SHOWN: Final = 30
@@ -107,7 +107,7 @@ def status(
                 return
 
 
-def look(client: httpx.Client) -> Sample:
+def look(client: httpx2.Client) -> Sample:
     """Ask the server how it is."""
     from prometheus_client.parser import text_string_to_metric_families
 

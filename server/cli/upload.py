@@ -12,7 +12,7 @@ from server.cli.layout import fail
 from server.cli.manifest import ARCHIVES
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 # As in adapters.intake.archive.WANTED, which takes torch along.
 SENT_FILES = (
@@ -37,8 +37,8 @@ SENT_FILES = (
 
 
 def sent_form(
-    client: httpx.Client, fields: Mapping[str, str], path: Path, *, shown: bool = False
-) -> httpx.Response:
+    client: httpx2.Client, fields: Mapping[str, str], path: Path, *, shown: bool = False
+) -> httpx2.Response:
     """Send an adapter's files as a form.
 
     Args:
@@ -68,11 +68,11 @@ def files_of(path: Path) -> dict[str, Path]:
     return {name: path / name for name in SENT_FILES if (path / name).is_file()}
 
 
-def _form_headers(form: httpx.Request) -> dict[str, str]:
+def _form_headers(form: httpx2.Request) -> dict[str, str]:
     return {name: form.headers[name] for name in ("Content-Type", "Content-Length")}
 
 
-def _shown(form: httpx.Request) -> Iterator[bytes]:
+def _shown(form: httpx2.Request) -> Iterator[bytes]:
     """The body of a request, its files read as it is sent, with a progress bar on a terminal."""
     chunks = cast(Iterable[bytes], form.stream)
     if not sys.stderr.isatty():

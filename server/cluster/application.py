@@ -143,14 +143,16 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
+    both: dict[str, Any] = {
+        "max_ongoing_requests": ONGOING_MAX,
+        "graceful_shutdown_timeout_s": settings.drain_s + DRAIN_SPARE_S,
+        "health_check_period_s": HEALTH_EVERY_S,
+        "health_check_timeout_s": settings.hang_s,
+        "logging_config": quiet,
+    }
     engines = serve.deployment(
         _EngineDeployment,
         name=ENGINES,
-        max_ongoing_requests=ONGOING_MAX,
-        graceful_shutdown_timeout_s=settings.drain_s + DRAIN_SPARE_S,
-        health_check_period_s=HEALTH_EVERY_S,
-        logging_config=quiet,
-        health_check_timeout_s=settings.hang_s,
         ray_actor_options={
             "num_cpus": options.cpus,
             "num_gpus": options.gpus,
@@ -163,20 +165,17 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
             request_routing_stats_timeout_s=settings.hang_s,
         ),
         **_scale(options),
+        **both,
     ).bind(plan)
     http = serve.deployment(
         serve.ingress()(_HttpDeployment),
         name=HTTP,
         num_replicas=options.http_replicas,
-        max_ongoing_requests=ONGOING_MAX,
-        graceful_shutdown_timeout_s=settings.drain_s + DRAIN_SPARE_S,
-        health_check_period_s=HEALTH_EVERY_S,
-        logging_config=quiet,
-        health_check_timeout_s=settings.hang_s,
         ray_actor_options={
             "num_cpus": options.http_cpus,
             "runtime_env": {"env_vars": environment},
         },
+        **both,
     )
     ingress = IngressPlan(settings, place, name, ENGINES)
     return http.bind(ingress, engines)

@@ -1,19 +1,29 @@
 """Grammars checked off the event loop, before their requests are admitted.
 
 Each HTTP process has a few processes that check (``server.inputs.grammars``), started when they
-are first needed. What was found of a grammar is remembered, its refusal too.
+are first needed. What was found of a grammar is remembered, its refusal too, and requests that come
+with one grammar at the same time wait for one check.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, Final
 
 from server.edge.admit.bounded_pool import BoundedPool
-from server.inputs.grammars import GrammarLimits, GrammarProcess, GrammarRefused, GrammarTooComplex
+from server.inputs.grammars import (
+    GrammarLimits,
+    GrammarProcess,
+    GrammarRefused,
+    GrammarTooComplex,
+)
+from server.inputs.text_errors import InputTooSlow
 from server.messages import Grammar
 
 CHECKERS: Final = 2
@@ -45,6 +55,7 @@ class Grammars:
         self._pool = BoundedPool("grammars", CHECKERS, hang_s=hang_s, hung=hung)
         self._known: OrderedDict[str, Grammar | GrammarRefused] = OrderedDict()
         self._known_bytes = 0
+        self._under_way: dict[str, asyncio.Event] = {}  # set when a check has ended
 
     async def check(self, kind: str, content: Any, *, deadline: float, most: int) -> Grammar:
         """A grammar as the worker takes it.
@@ -57,7 +68,7 @@ class Grammars:
 
         Raises:
             GrammarRefused: It cannot be honoured.
-            GrammarTooSlow, PoolLate: The deadline passed.
+            InputTooSlow, PoolLate: The deadline passed.
             PoolFull: Come back later.
             PoolHung: A check never ends.
         """
@@ -75,20 +86,38 @@ class Grammars:
                 fix="Make it smaller, or ask the operator to raise max_grammar_bytes.",
             )
         key = hashlib.sha256(raw).hexdigest()
-        found = self._known.get(key)
+        while (found := self._known.get(key)) is None and key in self._under_way:
+            await self._ended(self._under_way[key], deadline)
         if found is None:
-            found = await self._pool.run(
-                lambda: self._work(kind, content, deadline),
-                deadline=deadline,
-                most=most,
-                size_bytes=len(raw),
-            )
-            self._remember(key, found)
+            ended = self._under_way[key] = asyncio.Event()
+            try:
+                found = await self._pool.run(
+                    lambda: self._work(kind, content, deadline),
+                    deadline=deadline,
+                    most=most,
+                    size_bytes=len(raw),
+                )
+                self._remember(key, found)
+            finally:
+                del self._under_way[key]
+                ended.set()
         else:
             self._known.move_to_end(key)
         if isinstance(found, GrammarRefused):
-            raise found
+            # Not the one that is kept: each time it is raised it would keep the frames it passes.
+            raise copy(found)
         return found
+
+    @staticmethod
+    async def _ended(check: asyncio.Event, deadline: float) -> None:
+        """Wait for a check that another request has asked for, however it ends."""
+        try:
+            await asyncio.wait_for(check.wait(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise InputTooSlow(
+                "The deadline passed while the grammar was checked.",
+                fix="Send a smaller grammar, or allow more time.",
+            ) from None
 
     def close(self) -> None:
         self._pool.close()

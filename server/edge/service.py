@@ -210,8 +210,10 @@ class Service:
 
     @property
     def default_model(self) -> str:
-        """Who answers where nobody is named: the adapter that the operator named, or the base."""
-        return self.settings.default_adapter or self.base.name
+        """Who answers where nobody is named: the adapter that the operator named, or the base where
+        there is none or it is not for the key of the present call."""
+        default = self.settings.default_adapter
+        return default if default is not None and may_ask(default) else self.base.name
 
     def settle(self, conversation: Conversation) -> UsedConversation:
         """What of an adapter's conversation is used on this base; not for the event loop."""
@@ -234,10 +236,10 @@ class Service:
         self.targets.default = self.settings.default_adapter
         self.dispatcher.bounds = bounds_of(self.settings)
         if self.settings.keys_file is None:
-            self._file_keys = None
-        elif self._file_keys is None:
-            self._file_keys = {}  # until it has been read: nobody is let in meanwhile
-        self._use_keys(self._file_keys)
+            self._use_keys(None)
+        elif self._file_keys is not None:
+            self._use_keys(self._file_keys)
+        # else it is new: the keys of before hold until `follow_keys` has read it
 
     async def follow_keys(self) -> None:
         """Read the keys file again every KEYS_POLL_S; a broken one changes nothing."""

@@ -47,10 +47,6 @@ class Batch:
         return sum(row.tokens for row in self.rows)
 
     @property
-    def padded_tokens(self) -> int:
-        return len(self.rows) * self.longest
-
-    @property
     def keys(self) -> tuple[AdapterVersion, ...]:
         """The distinct adapters, in the order of their rows."""
         return tuple(dict.fromkeys(row.key for row in self.rows))
@@ -92,17 +88,13 @@ class Scheduler:
     Args:
         max_batch_tokens: Rows times the longest of them.
         max_batch_rows: Rows of a batch.
-        max_batch_adapters: Distinct adapters of a batch, the base not counted. None: no limit.
     """
 
-    def __init__(
-        self, max_batch_tokens: int, max_batch_rows: int, max_batch_adapters: int | None = None
-    ) -> None:
+    def __init__(self, max_batch_tokens: int, max_batch_rows: int) -> None:
         if max_batch_tokens < 1 or max_batch_rows < 1:
             raise ValueError("A batch needs room for at least one token and one row.")
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_rows = max_batch_rows
-        self.max_batch_adapters = max_batch_adapters
         self._requests: dict[str, _QueuedRequest] = {}
         self._queues: dict[AdapterVersion, _Queue] = {}
         self._debts: dict[
@@ -192,7 +184,7 @@ class Scheduler:
         is_open = set(open_keys)
         self._level(key for key in self._queues if key not in is_open)
         budget = min(self.max_batch_tokens, max_tokens or self.max_batch_tokens)
-        filling = _Filling(budget, self.max_batch_rows, self.max_batch_adapters)
+        filling = _Filling(budget, self.max_batch_rows)
         self._fill(filling, lead, open_keys)
         self._note_passed(open_keys)
         self._debts = {k: v for k, v in self._debts.items() if v > self._clock_tokens}
@@ -288,12 +280,10 @@ class Scheduler:
 class _Filling:
     """A batch being filled: its limits, and whether one more row keeps them."""
 
-    def __init__(self, budget_tokens: int, max_rows: int, max_adapters: int | None) -> None:
+    def __init__(self, budget_tokens: int, max_rows: int) -> None:
         self.budget_tokens = budget_tokens
         self.max_rows = max_rows
-        self.max_adapters = max_adapters
         self.rows: list[Row] = []
-        self._keys: set[AdapterVersion] = set()
         self._longest = 0
         self._tokens = 0
 
@@ -307,26 +297,12 @@ class _Filling:
     def fits(self, row: Row) -> bool:
         padded = (len(self.rows) + 1) * max(self._longest, row.tokens)
         waste = padded - self._tokens - row.tokens
-        return (
-            padded <= self.budget_tokens
-            and waste <= max(WASTE_TOKENS, WASTE_SHARE * padded)
-            and self._has_slot(row.key)
-        )
+        return padded <= self.budget_tokens and waste <= max(WASTE_TOKENS, WASTE_SHARE * padded)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        if row.key is not None:
-            self._keys.add(row.key)
         self._longest = max(self._longest, row.tokens)
         self._tokens += row.tokens
-
-    def _has_slot(self, key: AdapterVersion) -> bool:
-        return (
-            key is None
-            or key in self._keys
-            or self.max_adapters is None
-            or len(self._keys) < self.max_adapters
-        )
 
 
 def _by_similarity(queue: _Queue, tokens: int) -> list[Row]:

@@ -96,6 +96,7 @@ class EncodeLane:
         self._how = "padded"  # a batch runs: ``unpadded``, or why not
         self._steps_by: Counter[str] = Counter()
         self._figures = EncodeFigures()
+        self._waits_s: list[float] = []
 
     def start(self) -> None:
         """Run texts without padding from now on, if that gives what padded ones give.
@@ -193,6 +194,12 @@ class EncodeLane:
     def figures(self) -> EncodeFigures:
         return self._figures
 
+    def take_waits_s(self) -> tuple[float, ...]:
+        """How long requests waited from their submission until their first step, in seconds: of
+        those that have begun since this was last called."""
+        taken, self._waits_s = tuple(self._waits_s), []
+        return taken
+
     def versions(self) -> set[str]:
         """Versions that requests wait for."""
         return {key for key in self._scheduler.waiting() if key is not None}
@@ -276,7 +283,9 @@ class EncodeLane:
         )
         for request_id in dict.fromkeys(row.request for row in batch.rows):
             pending = self._pending[request_id]
-            pending.began = pending.began or began
+            if pending.began is None:
+                pending.began = began
+                self._waits_s.append(max(0.0, began - pending.arrived))
             pending.compute_s += seconds
         causes = self._causes(batch.rows, outputs)
         for row, output in zip(batch.rows, outputs, strict=True):

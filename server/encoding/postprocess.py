@@ -71,6 +71,19 @@ def check_finite(values: torch.Tensor) -> None:
         raise NotFinite("NaN or infinity in the model's output")
 
 
+def scores_of_labels(problem_type: str | None, labels: int) -> Apply:
+    """How the logits of so many labels become scores.
+
+    Regression gives the bare values, several labels at once (and one label alone) their sigmoids,
+    one of several its softmax.
+    """
+    if problem_type == "regression":
+        return "none"
+    if problem_type == "multi_label_classification" or labels == 1:
+        return "sigmoid"
+    return "softmax"
+
+
 def classify(
     logits: torch.Tensor,
     labels: Sequence[str],
@@ -84,19 +97,12 @@ def classify(
     Args:
         logits: ``[labels]``.
         labels: Their names.
-        problem_type: As in a model's config. Regression gives the bare values, several labels at
-            once (and one label alone) their sigmoids, one of several its softmax.
+        problem_type: As in a model's config; ``scores_of_labels`` reads it.
         top_k: How many. None: all.
         apply: Overrides what the problem type says.
     """
     check_finite(logits)
-    if apply is None:
-        if problem_type == "regression":
-            apply = "none"
-        elif problem_type == "multi_label_classification" or len(labels) == 1:
-            apply = "sigmoid"
-        else:
-            apply = "softmax"
+    apply = apply or scores_of_labels(problem_type, len(labels))
     scores = logits.float()
     if apply == "softmax":
         scores = scores.softmax(-1)

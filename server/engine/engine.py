@@ -37,7 +37,6 @@ from server.engine.snapshot import (
     cuda_bytes,
 )
 from server.generation.failures import cannot_generate
-from server.generation.figures import GenerateFigures
 from server.generation.lane import GenerateLane
 from server.inputs.images import ImageInput, Images
 from server.inputs.text import Text, TextInput
@@ -93,6 +92,11 @@ class Engine:
         self._ids = itertools.count()
         self._last: StepFigures | None = None
         self._names = NamedVersions()
+        self._found: Counter[str] = Counter()  # requests by whether their adapter was in a slot
+        # Of the trial of the base, which are nobody's.
+        for lane in (parts.encode, parts.generate):
+            if lane is not None:
+                lane.take_waits_s()
         parts.residency.on_ready(self._settled)
 
     @classmethod
@@ -197,6 +201,8 @@ class Engine:
             if refused is not None:
                 self._outbox.append(refused)
                 return
+            is_there = self._parts.residency.state(message.version) == "ready"
+            self._found["hit" if is_there else "miss"] += 1
         match message:
             case EncodeRequest():
                 self._parts.encode.submit(message)
@@ -243,7 +249,7 @@ class Engine:
         elif generate is not None:
             steps, clock = generate.figures().steps, time.perf_counter()
             events += generate.step()
-            self._note_generate(generate.figures(), steps, time.perf_counter() - clock)
+            self._note_generate(generate, steps, time.perf_counter() - clock)
         self._parts.failures.note(events)
         return events
 
@@ -272,6 +278,10 @@ class Engine:
         """End a ``wait``; from any thread."""
         self._wake.set()
 
+    def take_load_seconds(self) -> list[float]:
+        """How long each load of an adapter from disk took, in seconds, since the last call."""
+        return self._parts.residency.take_load_seconds()
+
     def snapshot(self) -> EngineSnapshot:
         parts = self._parts
         known = parts.residency.snapshot()
@@ -285,6 +295,8 @@ class Engine:
             "eviction": known.evictions,
             "failure": known.failures,
             "quarantine": parts.failures.total,
+            "hit": self._found["hit"],
+            "miss": self._found["miss"],
         }
         if generate is not None:
             depth["generate"] = generate.waiting + generate.running
@@ -447,9 +459,20 @@ class Engine:
     def _note_encode(self, figures: EncodeFigures, steps_before: int) -> None:
         if figures.steps > steps_before:
             self._last = StepFigures(
-                "encode", figures.last_rows, figures.last_adapters, figures.last_seconds
+                "encode",
+                figures.last_rows,
+                figures.last_adapters,
+                figures.last_seconds,
+                self._parts.encode.take_waits_s(),
             )
 
-    def _note_generate(self, figures: GenerateFigures, steps_before: int, seconds: float) -> None:
+    def _note_generate(self, lane: GenerateLane, steps_before: int, seconds: float) -> None:
+        figures = lane.figures()
         if figures.steps > steps_before:
-            self._last = StepFigures("generate", figures.last_rows, figures.last_adapters, seconds)
+            self._last = StepFigures(
+                "generate",
+                figures.last_rows,
+                figures.last_adapters,
+                seconds,
+                lane.take_waits_s(),
+            )

@@ -26,12 +26,14 @@ NAMES_CHECKED_EVERY_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """The latest forward: in which lane, of how many sequences and adapters, how long."""
+    """The latest forward: in which lane, of how many sequences and adapters, how long; and how long
+    each request waited that was in none before."""
 
     lane: str
     rows: int
     adapters: int  # the base not counted
     seconds: float
+    waits_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

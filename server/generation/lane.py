@@ -132,6 +132,7 @@ class GenerateLane:
         self._deadlines: dict[str, float] = {}
         self._arrived: dict[str, float] = {}
         self._outbox: list[Event] = []
+        self._waits_s: list[float] = []
         self._counts: Counter[str] = Counter()
 
     def start_steps(self) -> None:
@@ -227,6 +228,12 @@ class GenerateLane:
     def depth(self) -> int:
         """Requests that wait."""
         return len(self._queue)
+
+    def take_waits_s(self) -> tuple[float, ...]:
+        """How long requests waited from their submission until they were admitted to the steps, in
+        seconds: of those that were admitted since this was last called."""
+        taken, self._waits_s = tuple(self._waits_s), []
+        return taken
 
     def versions(self) -> set[str]:
         """Versions of requests that wait or run."""
@@ -381,7 +388,9 @@ class GenerateLane:
                 self._kv.release(request.id)
                 self._residency.prefetch(request.version)
                 return None
-        self._running[request.id] = self._sequences.begin(request, slot, shared)
+        sequence = self._sequences.begin(request, slot, shared)
+        self._running[request.id] = sequence
+        self._waits_s.append(max(0.0, sequence.admitted - self._arrived[request.id]))
         self._per_version[request.version] += 1
         self._counts["shared"] += shared
         return True

@@ -6,7 +6,7 @@ The one equation, for row i of a sequence whose table names its pages in order:
 
 ``varlen`` is torch's own kernel for CUDA (``torch.nn.attention.varlen``), always with one split of
 the keys: that makes an answer the same in any batch. ``decode_in_torch`` is the same for one row a
-sequence on any device; ``attend_row_by_row`` takes any number, one row and head at a time.
+sequence on any device.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Final, Protocol
 
 import torch
-from torch.nn import functional as F
 
 from server.base.plan import PAGE_TOKENS
 from server.base.varlen import varlen_obstacle
@@ -112,33 +110,13 @@ def decode_by_varlen(call: Call, pages: Pages) -> None:
     varlen(call, pages, starts, most_rows=1)
 
 
-def attend_row_by_row(call: Call, pages: Pages, starts: torch.Tensor, most_rows: int) -> None:
-    """What ``varlen`` computes, row by row and head by head; on any device, in any float type."""
-    page, kv_heads = pages.keys.shape[1:3]
-    shared = call.query.shape[1] // kv_heads
-    bounds = starts.tolist()
-    for number, (start, stop) in enumerate(pairwise(bounds)):
-        assert stop - start <= most_rows
-        tokens = int(pages.lengths[number])
-        own = pages.tables[number, : -(-tokens // page)].long()
-        k, v = (one[own].reshape(-1, *one.shape[2:]) for one in (pages.keys, pages.values))
-        for row in range(start, stop):
-            position = tokens - (stop - row)
-            first = 0 if pages.window is None else max(0, position - pages.window + 1)
-            for head in range(call.query.shape[1]):
-                keys, values = (one[first : position + 1, head // shared] for one in (k, v))
-                call.out[row, head] = F.scaled_dot_product_attention(
-                    call.query[row, head][None], keys, values, scale=call.scale
-                )[0]
-
-
 class VarlenBatch:
     """Where one flattened batch is written and read, any number of rows for each sequence.
 
     Args:
         cache: Holds the pages that were reserved for each sequence.
         spans: The sequences in the order of their rows, covering all rows.
-        attend: ``varlen``, or ``attend_row_by_row``, which computes the same.
+        attend: ``varlen``, or what computes the same.
     """
 
     def __init__(

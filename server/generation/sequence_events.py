@@ -83,7 +83,8 @@ class SequenceEvents:
         sequence.tokens.append(GeneratedToken(token, text, *known))
         events: list[TokenEvent] = []
         if request.stream:
-            events.append(TokenEvent(request.id, token, shown, *known))
+            spelling = None if shown == text else text
+            events.append(TokenEvent(request.id, token, shown, *known, spelling))
         reason: FinishReason | None = None
         if sequence.text.stopped or token in request.sampling.stop_ids:
             reason = "stop_sequence"

@@ -29,7 +29,7 @@ from server.inputs.grammar_engine import (
     json_lark,
 )
 from server.inputs.lark_rules import check_lark
-from server.inputs.schema_rules import SchemaFault, checked_schema
+from server.inputs.schema_rules import SchemaFault, checked_schema, of_object
 from server.inputs.tool_grammars import arguments_schema, of_tool, tool_lark
 
 CHECK_NICE: Final = 5  # whoever is served already comes first
@@ -60,7 +60,7 @@ class Checker:
         if kind == "tool_calls":
             return self._checked_calls(content)
         if kind == "json_schema":
-            content = checked_schema(_read(content))
+            content = of_object(checked_schema(_read(content)))
         elif kind == "choice":
             content = list(dict.fromkeys(content))
         elif kind == "lark":

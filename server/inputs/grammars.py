@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from server.inputs.bounded_child import BoundedProcess
-from server.inputs.text_errors import TextError
+from server.inputs.text_errors import InputTooSlow, TextError
 from server.messages import Grammar
 
 PROGRAM_FILE: Final = Path(__file__).with_name("grammar_program.py")
@@ -42,12 +42,6 @@ class GrammarUnreachable(GrammarRefused):
 
 
 REFUSALS: Final = {one.code: one for one in (GrammarRefused, GrammarTooComplex, GrammarUnreachable)}
-
-
-class GrammarTooSlow(TextError):
-    """The request's own deadline passed while its grammar was checked."""
-
-    code = "deadline_exceeded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +98,7 @@ class GrammarProcess:
 
         Raises:
             GrammarRefused: It cannot be honoured.
-            GrammarTooSlow: The deadline passed.
+            InputTooSlow: The deadline passed.
         """
         request = {"kind": kind, "content": content, "cpu_s": self.limits.cpu_s}
         try:
@@ -112,7 +106,7 @@ class GrammarProcess:
         except RecursionError:
             answer = {"exceeded": "more nesting than it may have"}
         except TimeoutError:
-            raise GrammarTooSlow(
+            raise InputTooSlow(
                 "The deadline passed while the grammar was checked.",
                 fix="Send a smaller grammar, or allow more time.",
             ) from None

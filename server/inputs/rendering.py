@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from server.inputs.bounded_child import BoundedProcess
-from server.inputs.text_errors import InvalidInput, TextError
+from server.inputs.text_errors import InputTooSlow, InvalidInput, TextError
 
 PROGRAM: Final = Path(__file__).with_name("template_program.py")
 _ESCAPED_BYTES: Final = 12  # the most that one character takes in JSON
@@ -45,12 +45,6 @@ class ChatTemplateUnread(TextError):
             expected="what the template reads",
             fix="Leave it out, or use a template that has it, by --chat-template or of an adapter.",
         )
-
-
-class ChatTemplateTooSlow(ChatTemplateFailed):
-    """The request's own deadline passed while its template was rendered."""
-
-    code = "deadline_exceeded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +118,7 @@ class RenderProcess:
             ChatTemplateUnread: Of tools or variables.
             InvalidInput: The template refuses the conversation.
             ChatTemplateFailed: It took too much, or is no template.
-            ChatTemplateTooSlow: The deadline passed.
+            InputTooSlow: The deadline passed.
         """
         limits = self.limits
         request = {
@@ -144,7 +138,7 @@ class RenderProcess:
                 expected="messages as clients write them",
             ) from None
         except TimeoutError:
-            raise ChatTemplateTooSlow(
+            raise InputTooSlow(
                 "The deadline passed while the conversation was rendered.",
                 fix="Shorten the conversation, or allow more time.",
             ) from None

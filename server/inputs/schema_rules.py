@@ -22,6 +22,8 @@ KEPT: Final = frozenset(
         *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     }
 )
+# Those beside which a schema may leave its type to others.
+DECIDED: Final = frozenset({"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"})
 # Those that say something to people, or to other programs, and nothing of what is valid.
 TOLD: Final = frozenset(
     {
@@ -81,6 +83,18 @@ def checked_schema(schema: Any) -> Any:
             "Make the property or the item that recurs optional.",
         )
     return cleaned
+
+
+def of_object(schema: Any) -> Any:
+    """A schema that names properties and no type, as that of an object.
+
+    Strictly, any text, number or list fits it as well. text-generation-inference, whose own
+    examples leave the type out, answers with an object, and whoever writes one means it.
+    """
+    untyped = isinstance(schema, dict) and not DECIDED & schema.keys()
+    if untyped and ("properties" in schema or "required" in schema):
+        return {"type": "object", **schema}
+    return schema
 
 
 def _unsupported(message: str, found: str, expected: str, fix: str = "") -> SchemaFault:

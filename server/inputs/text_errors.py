@@ -22,6 +22,12 @@ class InvalidInput(TextError):
     """A text without a token, or a mask where one is needed; not Unicode; not an image."""
 
 
+class InputTooSlow(TextError):
+    """The request's own deadline passed while its template ran, or its grammar was checked."""
+
+    code = "deadline_exceeded"
+
+
 class InputTooLong(TextError):
     """More tokens than the base, or this server, takes."""
 

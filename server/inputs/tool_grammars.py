@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
-from server.inputs.schema_rules import SchemaFault, checked_schema
+from server.inputs.schema_rules import DECIDED, SchemaFault, checked_schema
 
 _ANY: Final = r"/(.|\n)*/"
 _NO_OBJECT: Final = r"/[^{](.|\n)*/"
@@ -20,8 +20,6 @@ NO_ARGUMENTS: Final[Mapping[str, Any]] = {
     "properties": {},
     "additionalProperties": False,
 }
-# Words beside which a schema may leave its type to others.
-_DECIDED: Final = frozenset({"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"})
 
 
 def arguments_schema(name: str, parameters: Any) -> Any:
@@ -48,7 +46,7 @@ def arguments_schema(name: str, parameters: Any) -> Any:
                 "Make the value a property of an object.",
             ),
         )
-    return checked if _DECIDED & checked.keys() else {"type": "object", **checked}
+    return checked if DECIDED & checked.keys() else {"type": "object", **checked}
 
 
 def of_tool(name: str, fault: SchemaFault) -> SchemaFault:

@@ -30,7 +30,6 @@ from server.training.settings import Recipe, Report
 _PAD_MULTIPLE = 8
 _BUCKET_BATCHES = 32
 _EVAL_BATCH_ROWS = 32
-_IGNORED_TARGET = -100
 
 
 class Examples(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 from huggingface_hub import InferenceClient
@@ -46,7 +46,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield server
 
 
-def post(live: Live, path: str, body: Any) -> httpx.Response:
+def post(live: Live, path: str, body: Any) -> httpx2.Response:
     return live.client.post(path, json=body)
 
 

@@ -16,7 +16,6 @@ from server.metrics import (
     AdapterLabels,
     HttpMetrics,
     Live,
-    LiveCollector,
     WorkerMetrics,
     prepare,
     resident_bytes,
@@ -76,6 +75,38 @@ def test_worker_metrics_are_by_lane() -> None:
     assert 'hira_step_seconds_count{lane="encode"} 1.0' in text
 
 
+def test_waits_and_loads_are_histograms() -> None:
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    metrics.step("encode", rows=2, adapters=1, seconds=0.01, waits_s=(0.003, 0.3))
+    metrics.step("encode", rows=2, adapters=1, seconds=0.01)
+    metrics.loads([0.03, 7.0])
+    text = shown(registry)
+    for line in (
+        'hira_queue_seconds_bucket{lane="encode",le="0.005"} 1.0',
+        'hira_queue_seconds_bucket{lane="encode",le="0.2"} 1.0',
+        'hira_queue_seconds_bucket{lane="encode",le="0.5"} 2.0',
+        'hira_queue_seconds_count{lane="encode"} 2.0',
+        'hira_adapter_load_seconds_bucket{le="0.05"} 1.0',
+        'hira_adapter_load_seconds_bucket{le="5.0"} 1.0',
+        "hira_adapter_load_seconds_sum 7.03",
+    ):
+        assert line in text
+
+
+def test_what_runs_and_how_many_adapters_are_registered_is_shown_where_it_is_known() -> None:
+    registry = CollectorRegistry()
+    build = {"version": "1.2.3", "base": "some/base"}
+    registry.register(Live(registered=0, build=build))
+    text = shown(registry)
+    assert 'hira_build_info{base="some/base",version="1.2.3"} 1.0' in text
+    assert "hira_registered_adapters 0.0" in text
+    unknown = CollectorRegistry()
+    unknown.register(Live())
+    assert "hira_build_info" not in shown(unknown)
+    assert "hira_registered_adapters" not in shown(unknown)
+
+
 def test_live_gauges_show_this_moment() -> None:
     registry = CollectorRegistry()
     live = Live(
@@ -89,7 +120,7 @@ def test_live_gauges_show_this_moment() -> None:
         processes={"main": os.getpid(), "gone": 2**22 + 1},
         worker_ready=True,
     )
-    registry.register(LiveCollector(live))
+    registry.register(live)
     text = shown(registry)
     assert 'hira_base_bytes{part="linear"} 10.0' in text
     assert 'hira_queue_depth{lane="encode"} 2.0' in text

@@ -125,7 +125,7 @@ class Environment:
 
 ENVIRONMENTS: Final = (
     Environment("hub", "hub_calls", needs=("huggingface_hub",)),
-    Environment("openai", "openai_calls", needs=("openai", "httpx")),
+    Environment("openai", "openai_calls", needs=("openai", "httpx2")),
     Environment("text-generation", "text_generation_calls"),
     Environment("langchain", "langchain_calls"),
     Environment("llama-index", "llama_index_calls"),

@@ -31,6 +31,7 @@ from server.options import EngineOptions
 from tests.stand import shifted_clock
 
 SLOW_S = 0.02  # a generated token
+QUEUE_S = 0.0005  # what every request is said to have waited
 # In a prompt: what stands between these is said, a character a token, and then comes the end.
 SCRIPT = ("«", "»")
 SLOW_SEED = 600  # generations with it are six times as slow
@@ -42,6 +43,7 @@ class Step:
     rows: int
     adapters: int
     seconds: float
+    waits_s: tuple[float, ...] = ()
 
 
 class FakeEngine:
@@ -52,6 +54,7 @@ class FakeEngine:
         self.cancelled = 0
         self.woken = threading.Event()
         self.last_step: Step | None = None
+        self.load_seconds: list[float] = []
 
     def submit(self, message: Message) -> None:
         match message:
@@ -75,7 +78,8 @@ class FakeEngine:
     def step(self) -> list[Event]:
         events: list[Event] = []
         lane = "encode" if self.encodes else "generate"
-        self.last_step = Step(lane, len(self.encodes) + len(self.running), 1, SLOW_S)
+        waits_s = tuple(QUEUE_S for _ in self.encodes)
+        self.last_step = Step(lane, len(self.encodes) + len(self.running), 1, SLOW_S, waits_s)
         while self.encodes:
             request = self.encodes.popleft()
             events.append(self._encode(request))
@@ -93,6 +97,10 @@ class FakeEngine:
             "base_bytes": {"linear": 1000, "other": 10},
             "adapters": {"cancelled": self.cancelled},
         }
+
+    def take_load_seconds(self) -> list[float]:
+        taken, self.load_seconds = self.load_seconds, []
+        return taken
 
     def close(self) -> list[Event]:
         return []

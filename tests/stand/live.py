@@ -1,8 +1,8 @@
 """Starts real servers in their real processes on free ports, and sees that nothing is left of them.
 
-Used by the tests that are marked ``http``. With ``anew=False`` a server is forked from a process
-that has its modules (`tests.stand.forked_servers`); otherwise new interpreters run it, as where
-people start it.
+Used by the tests that are marked ``http``. Most of these servers are forked from a process that has
+their modules (`tests.stand.forked_servers`); with ``anew=True`` new interpreters run them, as where
+people start them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 
 from tests.stand.forked_servers import ForkedServer, loaded
@@ -39,7 +39,7 @@ class Live:
     folder: Path  # of the server's data
     child: subprocess.Popen[bytes] | ForkedServer
     log: Path
-    client: httpx.Client
+    client: httpx2.Client
     family: dict[int, psutil.Process] = field(default_factory=dict)
 
     @property
@@ -79,7 +79,7 @@ class Live:
             try:
                 if self.client.get("/health/ready").status_code == 200:
                     return time.monotonic() - began
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 pass
             time.sleep(0.05)
         raise AssertionError(f"not ready in {within_s} s: {self.log.read_text()}")
@@ -169,7 +169,7 @@ def running(
         _, module, *arguments = command
         child = process.start(module, arguments, environment=given, folder=folder.parent, log=log)
     url = f"http://127.0.0.1:{port}"
-    live = Live(url, folder, child, log, httpx.Client(base_url=url, timeout=60))
+    live = Live(url, folder, child, log, httpx2.Client(base_url=url, timeout=60))
     try:
         if wait:
             live.wait_ready()
@@ -189,7 +189,7 @@ def running(
 
 
 def hira(
-    folder: Path, *arguments: str, wait: bool = True, anew: bool = True, **settings: object
+    folder: Path, *arguments: str, wait: bool = True, anew: bool = False, **settings: object
 ) -> AbstractContextManager[Live]:
     """`hira serve` itself; with one thread where it is not run anew, and then others run too."""
     if not anew:
@@ -204,7 +204,7 @@ def fake(
     engine: str = "tests.stand.fake_engine:build",
     *,
     wait: bool = True,
-    anew: bool = True,
+    anew: bool = False,
     **settings: object,
 ) -> AbstractContextManager[Live]:
     """The server around the fake engine."""

@@ -19,7 +19,7 @@ from torch import nn
 from adapters.errors import CorruptFile
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.residency.slots import Residency
-from tests.stand.tiny_models import FakeFactors, FakeWeights, random_factors
+from tests.stand.tiny_models import FakeWeights, random_factors
 from tests.stand.waits import TIMEOUT_S, until
 
 WIDTH = 16
@@ -32,7 +32,7 @@ def weights_of(version: str, adapted: AdaptedModel, rank: int = 2) -> FakeWeight
     seed = sum(version.encode())
     factors = random_factors(adapted.signature, ["0"], rank=rank, seed=seed)
     return FakeWeights(
-        {path: FakeFactors(f.a, f.b, f.scale, f.bias) for path, f in factors.items()},
+        factors,
         head={"score.weight": torch.ones(2, 8)},
     )
 

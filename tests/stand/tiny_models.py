@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from adapters.factors import Factors
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.signature import BaseSignature, Method
 
@@ -178,16 +179,6 @@ def quantize(model: nn.Module, quantization: Quantization, double_quant: bool = 
 
 
 @dataclass(frozen=True)
-class FakeFactors:
-    """What residency reads of ``adapters.intake.checkpoint.Factors``."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float = 1.0
-    bias: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
 class FakeConfig:
     method: Method = "hira"
 
@@ -196,7 +187,7 @@ class FakeConfig:
 class FakeWeights:
     """What residency reads of ``adapters.intake.checkpoint.AdapterWeights``."""
 
-    factors: Mapping[str, FakeFactors]
+    factors: Mapping[str, Factors]
     config: FakeConfig = FakeConfig()
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sparsity: float = 0.0

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,18 +21,7 @@ from typing import Any, Final
 from server.settings import Settings
 
 AUDIT_FILE: Final = "audit.jsonl"
-AUDIT_OFF: Final = "off"
-AUDIT_STDOUT: Final = "stdout"
 AUDIT_FILES: Final = 4  # the present one and those before it, within the bound together
-
-
-@dataclass(frozen=True, slots=True)
-class VersionChange:
-    """What a call did to a name; None: there was, or is, none."""
-
-    name: str
-    before: str | None
-    after: str | None
 
 
 class AuditLog:
@@ -96,7 +84,8 @@ class AuditLog:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(handle)  # lets it go
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the handle too
+            os.close(handle)
 
 
 def audit_log_of(settings: Settings) -> AuditLog | None:

@@ -5,10 +5,11 @@ Set once for each call, before anything is asked of it, and seen by the tasks th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
-from server.edge.admit.audit_log import VersionChange
 from server.edge.admit.key_file import ApiKey
 from server.messages import Origin, trace_id_of
 
@@ -22,7 +23,7 @@ class Caller:
         key: With which it was admitted; None where none is needed.
         adapter, version: Of the request that was admitted for it last; None for the bare base.
         traceparent: Of the span that its requests belong to.
-        changes: What it did to names, for the audit log.
+        changes: What it did to names and aliases, as the audit log has it.
     """
 
     request_id: str
@@ -30,7 +31,7 @@ class Caller:
     adapter: str | None = None
     version: str | None = None
     traceparent: str | None = None
-    changes: list[VersionChange] = field(default_factory=list)
+    changes: list[Mapping[str, Any]] = field(default_factory=list)
 
     @property
     def origin(self) -> Origin:

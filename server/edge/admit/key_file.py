@@ -14,7 +14,7 @@ import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
@@ -107,6 +107,11 @@ class KeyEntry(BaseModel):
             raise ValueError("an admin key may ask every adapter: leave adapters out")
         if self.expires is not None and self.expires.tzinfo is None:
             raise ValueError("expires has no zone; write 2027-01-31T00:00:00Z")
+        if self.expires is not None:
+            try:
+                self.expires.astimezone(UTC)  # as reports show it
+            except OverflowError:
+                raise ValueError("expires is outside of the years 1 to 9999 of UTC") from None
         return self
 
     def named(self, name: str) -> ApiKey:

@@ -1,16 +1,19 @@
 """What keys used on each of the last days, in a file: a restart gives nobody his day's quota anew.
 
-Written every few seconds by one process; what was counted after the last writing before a kill is
-lost, and nothing at an orderly end.
+Written every few seconds by one process, and by any that is asked for a report; a lock of the
+kernel's has them take turns. What was counted after the last writing before a kill is lost, and
+nothing at an orderly end.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -92,6 +95,10 @@ class KeyUsageFile:
         Raises:
             OSError: They could not be written.
         """
+        with self._turn():  # from reading on: what another adds meanwhile would be lost
+            self._write(names)
+
+    def _write(self, names: Iterable[str]) -> None:
         found = self.read()
         before = day_of(int(time.time() // DAY_S) - 1)
         for name in names:
@@ -115,6 +122,18 @@ class KeyUsageFile:
             encoding="utf-8",
         )
         os.replace(draft, self.path)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """No other thread or process writes meanwhile."""
+        lock = self.path.with_suffix(".lock")
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the handle too
+            os.close(handle)
 
 
 def _today() -> str:

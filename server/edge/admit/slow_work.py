@@ -6,7 +6,8 @@ Not asyncio's default threads: LitServe's response task lives there and must nev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, Literal, TypeVar
 
 from server.edge.admit.admission import Admission
@@ -120,7 +121,8 @@ class SlowWork:
             most = min(most, UNHURRIED_WAITING)
         elif deadline is None and not owed:
             deadline = time.monotonic() + settings.timeout_s
-        try:
+        prepared = "the request could be prepared, or its answer written"
+        with pool_refusals(self.admission, prepared, "a request"):
             return await self._pools[pool].run(
                 work,
                 deadline=deadline,
@@ -128,20 +130,6 @@ class SlowWork:
                 size_bytes=size_bytes,
                 most_bytes=None if owed else int(settings.max_pending_body_bytes),
             )
-        except PoolFull as full:
-            raise self.admission.overloaded(full.found, full.expected) from None
-        except PoolLate:
-            raise Refusal.because(
-                "deadline_exceeded",
-                "The deadline passed before the request could be prepared, or its answer written.",
-                fix="Ask for less, allow more time, or send fewer requests at once.",
-            ) from None
-        except PoolHung:
-            raise Refusal.because(
-                "restarting",
-                "Work on a request has hung, and its HTTP process ends.",
-                fix="Send the request again; a new process is being started.",
-            ) from None
 
     async def tokenize(
         self,
@@ -178,3 +166,33 @@ class SlowWork:
             )
         except TextError as error:
             raise Refusal.of(error, field) from None
+
+
+@contextmanager
+def pool_refusals(admission: Admission, done: str, subject: str) -> Iterator[None]:
+    """What a pool that is full, late or hung comes to for a client.
+
+    Args:
+        admission: Says when to come back.
+        done: What did not happen before the deadline.
+        subject: What is worked on.
+
+    Raises:
+        Refusal: overloaded, deadline_exceeded or restarting.
+    """
+    try:
+        yield
+    except PoolFull as full:
+        raise admission.overloaded(full.found, full.expected) from None
+    except PoolLate:
+        raise Refusal.because(
+            "deadline_exceeded",
+            f"The deadline passed before {done}.",
+            fix="Ask for less, allow more time, or send fewer requests at once.",
+        ) from None
+    except PoolHung:
+        raise Refusal.because(
+            "restarting",
+            f"Work on {subject} has hung, and its HTTP process ends.",
+            fix="Send the request again; a new process is being started.",
+        ) from None

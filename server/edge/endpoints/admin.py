@@ -31,7 +31,7 @@ from adapters.registry.records import Canary, NameChange, WantedName
 from adapters.registry.registry import AdapterRecord
 from server.edge.admit.slow_work import Pool
 from server.edge.endpoints.allowed_sources import fetched, unpacked
-from server.edge.endpoints.audited import note_change
+from server.edge.endpoints.audited import note_alias, note_change
 from server.edge.endpoints.body import described_json, read_json, sent_json
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.routes import Endpoint
@@ -182,7 +182,8 @@ class Admin:
             record = await self._change(
                 lambda: self.service.registry.update(name, pinned=pinned), "records"
             )
-        note_change(name, record.version, record.version)
+        set_to = {} if pinned is None else {"pinned": pinned}
+        note_change(record.name, record.version, record.version, **set_to)
         self.service.dispatcher.tell(ReleaseQuarantine(record.version))
         if asks_device:
             self.service.dispatcher.tell(Preload(record.version))
@@ -242,7 +243,8 @@ class Admin:
             "registrations",
         )
         assert record.canary is not None
-        note_change(name, record.version, record.version)
+        started = {"version": record.canary.record.version, "share": record.canary.share}
+        note_change(name, record.version, record.version, canary=started)
         self.service.dispatcher.tell(ReleaseQuarantine(record.canary.record.version))
         self.service.dispatcher.tell(Preload(record.canary.record.version))
         return Json(self._answer(record, await self._known()))
@@ -258,7 +260,7 @@ class Admin:
     async def abort_canary(self, request: Request, name: str = NamePath) -> Response:
         """End a canary: the version that the name is on answers all requests."""
         record, _ = await self._change(lambda: self.service.registry.moves.abort(name), "records")
-        note_change(name, record.version, record.version)
+        note_change(name, record.version, record.version, canary=None)
         return Json(self._answer(record, await self._known()))
 
     async def list_aliases(self, request: Request) -> Response:
@@ -274,12 +276,14 @@ class Admin:
         record, before = await self._change(
             lambda: self.service.registry.aliases.set(alias, body.adapter), "records"
         )
+        note_alias(alias, before, record.name)
         answer = AliasAnswer(alias=alias, adapter=record.name, before=before)
         return Json(answer.model_dump())
 
     async def remove_alias(self, request: Request, alias: str = AliasPath) -> Response:
         """Remove an alias; the adapter stays."""
-        await self._change(lambda: self.service.registry.aliases.remove(alias), "records")
+        pointed = await self._change(lambda: self.service.registry.aliases.remove(alias), "records")
+        note_alias(alias, pointed, None)
         return Response(status_code=204)
 
     def _staged(self, version: str) -> AdapterRecord:
@@ -298,9 +302,8 @@ class Admin:
 
     async def remove(self, request: Request, name: str = NamePath) -> Response:
         """Remove an adapter. Requests that were admitted finish."""
-        known = self.service.names.records.get(name)
-        await self._change(lambda: self.service.registry.remove(name), "records")
-        note_change(name, None if known is None else known.version, None)
+        removed = await self._change(lambda: self.service.registry.remove(name), "records")
+        note_change(name, removed.version, None)
         return Response(status_code=204)
 
     async def apply(self, request: Request, body: ApplyRequest = APPLY_BODY) -> Response:
@@ -327,6 +330,9 @@ class Admin:
                 self.service.dispatcher.tell(ReleaseQuarantine(one.record.version))
                 if one.record.pinned:
                     self.service.dispatcher.tell(Preload(one.record.version))
+        for moved in aliases if not body.dry_run else ():
+            if moved.change != "unchanged":
+                note_alias(moved.alias, moved.before, moved.name)
         return Json(
             ApplyAnswer(
                 applied=not body.dry_run,

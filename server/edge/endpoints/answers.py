@@ -105,14 +105,6 @@ def check_fields(request: HttpRequest, body: OpenAIBody) -> None:
         logger.debug("request %s: ignored fields %s", context.request_id, ", ".join(ignored))
 
 
-def answer_headers(target: Target, queue_ms: float, compute_ms: float) -> dict[str, str]:
-    return {
-        **target_headers(target),
-        "X-Queue-Ms": f"{queue_ms:.2f}",
-        "X-Compute-Ms": f"{compute_ms:.2f}",
-    }
-
-
 def target_headers(target: Target) -> dict[str, str]:
     headers = {"X-Adapter": target.shown, "X-Adapter-Version": target.version or BASE_VERSION}
     if target.alias is not None:
@@ -120,6 +112,15 @@ def target_headers(target: Target) -> dict[str, str]:
     if target.arm is not None:
         headers["X-Adapter-Arm"] = target.arm
     return headers
+
+
+def answer_headers(target: Target, *results: EncodeResult | GenerateResult) -> dict[str, str]:
+    """Who answered, and the longest that any of the results waited and took."""
+    return {
+        **target_headers(target),
+        "X-Queue-Ms": f"{max(one.queue_ms for one in results):.2f}",
+        "X-Compute-Ms": f"{max(one.compute_ms for one in results):.2f}",
+    }
 
 
 def check_inputs(count: int, service: Service, field: str = "inputs") -> None:

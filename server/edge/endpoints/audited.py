@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from server.edge.admit.audit_log import AuditLog, VersionChange, audit_time
+from server.edge.admit.audit_log import AuditLog, audit_time
 from server.edge.admit.callers import Caller, current_caller
 from server.edge.admit.slow_work import SlowWork
 from server.errors import Refusal
@@ -94,10 +95,7 @@ class AuditedCall:
             **self._row,
             "status": status,
             **({"code": code} if code else {}),
-            "changes": [
-                {"name": one.name, "before": one.before, "after": one.after}
-                for one in self._caller.changes
-            ],
+            "changes": self._caller.changes,
             "seconds": round(time.monotonic() - self._began, 3),
         }
         try:
@@ -113,11 +111,26 @@ class AuditedCall:
         logger.error("Not in the audit log (%s): %s", error, json.dumps(row))
 
 
-def note_change(name: str, before: str | None, after: str | None) -> None:
-    """Say what the present call did to a name, for the audit log."""
+def note_change(name: str, before: str | None, after: str | None, **more: Any) -> None:
+    """Say what the present call did to a name, for the audit log.
+
+    Args:
+        name: Of the adapter.
+        before, after: The versions that it was on and is on; None: there was, or is, none.
+        more: What else it did to it.
+    """
+    _note({"name": name, "before": before, "after": after, **more})
+
+
+def note_alias(alias: str, before: str | None, after: str | None) -> None:
+    """Say to which names the present call found and left an alias pointing, for the audit log."""
+    _note({"alias": alias, "before": before, "after": after})
+
+
+def _note(change: Mapping[str, Any]) -> None:
     caller = current_caller()
     if caller is not None:
-        caller.changes.append(VersionChange(name, before, after))
+        caller.changes.append(change)
 
 
 def is_audited(scope: Scope) -> bool:

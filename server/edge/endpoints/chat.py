@@ -9,8 +9,7 @@ from typing import Any, Final
 from starlette.requests import Request as HttpRequest
 
 from adapters.errors import AdapterError
-from server.edge.admit.bounded_pool import PoolFull, PoolLate
-from server.edge.admit.slow_work import INPUT_CHARACTERS
+from server.edge.admit.slow_work import INPUT_CHARACTERS, pool_refusals
 from server.edge.endpoints.answers import deadline_of
 from server.edge.service import Service
 from server.edge.target import Target
@@ -75,29 +74,24 @@ async def chat_prompt(
     deadline = deadline_of(request, service)
     most = max(1, service.settings.max_queue_requests // service.settings.api_processes)
     try:
-        return await templates.render(
-            key,
-            template,
-            messages,
-            characters(messages) + characters(tools),
-            deadline=deadline,
-            most=most,
-            tools=tools,
-            variables=variables,
-        )
+        with pool_refusals(
+            service.dispatcher.admission, "the conversation was rendered", "a conversation"
+        ):
+            return await templates.render(
+                key,
+                template,
+                messages,
+                characters(messages) + characters(tools),
+                deadline=deadline,
+                most=most,
+                tools=tools,
+                variables=variables,
+            )
     except ChatTemplateUnread as error:
         place = "tools" if error.name == "tools" else f"chat_template_kwargs.{error.name}"
         raise Refusal.of(error, place) from None
     except TextError as error:
         raise Refusal.of(error, field) from None
-    except PoolFull as full:
-        raise service.dispatcher.admission.overloaded(full.found, full.expected) from None
-    except PoolLate:
-        raise Refusal.because(
-            "deadline_exceeded",
-            "The deadline passed before the conversation was rendered.",
-            fix="Ask for less, allow more time, or send fewer requests at once.",
-        ) from None
 
 
 def characters(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+from functools import cache
+
 from fastapi import Request, Response
 
 from server.edge.endpoints.middleware import Json
@@ -11,6 +15,8 @@ from server.edge.endpoints.schemas_tokens import Version
 from server.edge.link.link import STALE_S, WHY_NOT, silence_s
 from server.edge.service import Service
 from server.metrics import Live, exposition
+
+_installed_version = cache(importlib.metadata.version)
 
 
 class HealthEndpoints:
@@ -92,6 +98,13 @@ class HealthEndpoints:
             keys_file_good=None
             if service.settings.keys_file is None
             else service.keys_fault is None,
+            registered=len(service.names.records),
+            build={
+                "version": self.version,
+                "base": service.base.name,
+                "python": platform.python_version(),
+                "torch": _installed_version("torch"),  # not imported in this process
+            },
         )
 
 

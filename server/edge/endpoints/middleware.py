@@ -103,6 +103,15 @@ def error_response(scope: Scope, refusal: Refusal) -> Response:
     )
 
 
+def without_prefix(scope: Scope) -> Scope:
+    """A call below a prefix, such as a route prefix of Ray Serve's, as one without it: whatever is
+    decided by the path holds there too. The prefix is in both fields that ASGI has for paths."""
+    prefix, path = str(scope.get("root_path", "")).rstrip("/"), str(scope["path"])
+    if not prefix or not f"{path}/".startswith(f"{prefix}/"):
+        return scope
+    return {**scope, "path": path[len(prefix) :] or "/", "root_path": ""}
+
+
 def admit_caller(scope: Scope, key: ApiKey | None) -> None:
     """Say with which key a call was admitted; without any, None."""
     context = scope["hira"]
@@ -127,6 +136,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = without_prefix(scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         context = RequestContext(
@@ -152,7 +162,7 @@ class RequestMiddleware:
                     await call.end(context.status, context.refused)
                     if call.incomplete:
                         message["headers"] = [*message.get("headers", ()), INCOMPLETE_HEADER]
-                self._add_headers(scope, context, message)
+                self._add_headers(context, message)
             await send(message)
 
         held = self.service.bodies.hold()
@@ -283,7 +293,7 @@ class RequestMiddleware:
 
         return bounded
 
-    def _add_headers(self, scope: Scope, context: RequestContext, message: Message) -> None:
+    def _add_headers(self, context: RequestContext, message: Message) -> None:
         headers = list(message.get("headers", ()))
         there = {name.lower() for name, _ in headers}
         headers.append((b"x-request-id", context.request_id.encode("ascii")))

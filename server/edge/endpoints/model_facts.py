@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi import Request, Response
 
 from adapters.tasks import BY_NAME
+from server.edge.endpoints.adapter_named import Named, adapter_names
 from server.edge.endpoints.answers import context_of
 from server.edge.endpoints.middleware import Json
 from server.edge.endpoints.schemas import MAX_COPIES, MAX_STOPS
-from server.edge.endpoints.tei_tgi import Named, adapter_names
 from server.edge.service import Service
 from server.inputs.text import Text
 

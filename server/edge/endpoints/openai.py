@@ -299,9 +299,7 @@ class OpenAI:
             "model": self.answering(body, target),
             "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
         }
-        return await json_response(
-            service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
-        )
+        return await json_response(service, answer, answer_headers(target, result))
 
     async def _generate(
         self,
@@ -382,11 +380,7 @@ class OpenAI:
             return await json_response(
                 self.service,
                 {**told, "usage": usage(made, tries)},
-                answer_headers(
-                    target,
-                    max(one.queue_ms for one in made),
-                    max(one.compute_ms for one in made),
-                ),
+                answer_headers(target, *made),
             )
         events = generations.events()
         first = await generations.first(events)

@@ -7,6 +7,7 @@ is refused with 400.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -42,6 +43,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "return_token_ids": (False, None),
     "return_tokens_as_token_ids": (False, None),
     "prompt_embeds": (None,),
+    # Who answers: ``model`` says it here
+    "adapter": (None,),
+    "adapter_id": (None,),
     # Conversations
     "tools": ([], None),
     "tool_choice": ("none", "auto", None),
@@ -70,10 +74,27 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "max_tokens_per_doc": (None,),
     "instruction": ("", None),
 }
+_INSTEAD = dict.fromkeys(("adapter", "adapter_id"), "Name the adapter as model.")
 # Fields that are known to have no effect here.
 V1_WITHOUT_EFFECT = frozenset({"user"})
 MAX_NAMED = 32  # ignored fields that are named
 MAX_NAMED_CHARACTERS = 64
+
+
+def extra_fields(place: str, parts: Iterable[BaseModel]) -> list[str]:
+    """Dotted names of what parts of a body have beyond their schema, each once.
+
+    Args:
+        place: Of the parts in the body.
+        parts: All of one kind, whose extra fields pydantic keeps.
+    """
+    found = dict.fromkeys(
+        name
+        for part in parts
+        for name, value in (part.model_extra or {}).items()
+        if value is not None
+    )
+    return [f"{place}.{name}" for name in found]
 
 
 class OpenAIBody(BaseModel):
@@ -120,6 +141,7 @@ class OpenAIBody(BaseModel):
                 f"{name} cannot be honoured by this server.",
                 found=repr(value)[:80],
                 expected="its neutral value, or no such field",
+                fix=_INSTEAD.get(name),
                 field=name,
             )
 

@@ -46,17 +46,16 @@ class Format(Protocol):
         """A choice's first chunk, before any token."""
 
     def tokens(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
-        """The chunks of a token that has a text."""
+        """The chunks of a token that shows a text, or whose log-probability is told."""
 
     def ends(self, choice: int, result: GenerateResult) -> list[dict[str, Any]]:
         """A choice's last chunks."""
 
 
 def generated(event: TokenEvent) -> GeneratedToken:
-    """The token of an event, with the text that it shows."""
-    return GeneratedToken(
-        event.token_id, event.text, event.logprob, event.special, event.alternatives
-    )
+    """The token of an event, with its own text, which may be held back or shown already."""
+    text = event.text if event.spelling is None else event.spelling
+    return GeneratedToken(event.token_id, text, event.logprob, event.special, event.alternatives)
 
 
 def finish_reason(result: GenerateResult) -> str:
@@ -73,6 +72,9 @@ class CompletionFormat:
     alternatives: int = 0
     spelled: Sequence[Sequence[Piece]] | None = None  # the tokens of each prompt that is scored
     fingerprint: str = ""  # of the base, as ``system_fingerprint``
+    offsets: dict[int, int] = field(
+        default_factory=dict
+    )  # of the next tokens of a stream's choices
 
     def head(self) -> dict[str, Any]:
         return {
@@ -100,11 +102,14 @@ class CompletionFormat:
     def opening(self, choice: int, copies: int) -> dict[str, Any] | None:
         if self.echoed is None:
             return None
-        return self._choice(choice, self.echoed[choice // copies], None, None)
+        echoed = self.echoed[choice // copies]
+        self.offsets[choice] = len(echoed)
+        return self._choice(choice, echoed, None, None)
 
     def tokens(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
-        token = generated(event)
-        return [self._choice(choice, event.text, self._logprobs((token,), 0), None)]
+        token, start = generated(event), self.offsets.get(choice, 0)
+        self.offsets[choice] = start + len(token.text)
+        return [self._choice(choice, event.text, self._logprobs((token,), start), None)]
 
     def ends(self, choice: int, result: GenerateResult) -> list[dict[str, Any]]:
         return [self._choice(choice, result.tail, None, finish_reason(result))]
@@ -230,6 +235,8 @@ class ChatFormat:
 
     def tokens(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
         logprobs = None if event.special else self._logprobs([generated(event)])
+        if not event.text and logprobs is None:
+            return []
         if self.tools is None:
             return [self._choice(choice, {"content": event.text}, logprobs, None)]
         reader = self.readers.setdefault(choice, self.tools.reader())
@@ -345,7 +352,7 @@ async def stream_chunks(
     while batch is not None:
         for index, event in batch:
             if isinstance(event, TokenEvent):
-                if event.text:
+                if event.text or shape.logprobs:
                     for piece in shape.tokens(index, event):
                         yield chunk(piece)
             elif isinstance(event, GenerateResult):

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Depends, Request, Response
 
+from server.edge.endpoints.adapter_named import Named, adapter_names
 from server.edge.endpoints.answers import (
     answer_headers,
     check_fields,
@@ -25,7 +26,7 @@ from server.edge.endpoints.schemas_ranking import (
     ScoreRequest,
     SimilarityRequest,
 )
-from server.edge.endpoints.tei_tgi import Named, adapter_names, check_prompt_name
+from server.edge.endpoints.tei_tgi import check_prompt_name
 from server.edge.service import Service
 from server.edge.target import Target
 from server.inputs.text import Side
@@ -68,9 +69,7 @@ class Ranking:
         ]
         if body.return_text:
             ranks = [{**one, "text": body.texts[one["index"]]} for one in ranks]
-        return await json_response(
-            self.service, ranks, answer_headers(target, result.queue_ms, result.compute_ms)
-        )
+        return await json_response(self.service, ranks, answer_headers(target, result))
 
     async def rerank_documents(
         self, request: Request, body: DocumentsRequest = DOCUMENTS_BODY
@@ -98,9 +97,7 @@ class Ranking:
             "results": results,
             "usage": _ranking_usage(result),
         }
-        return await json_response(
-            self.service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
-        )
+        return await json_response(self.service, answer, answer_headers(target, result))
 
     async def score(self, request: Request, body: ScoreRequest = SCORE_BODY) -> Response:
         """The relevance of pairs of texts, in the order in which they came."""
@@ -117,16 +114,14 @@ class Ranking:
             "id": f"score-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
-            "model": body.model,
+            "model": body.model or target.shown,
             "data": [
                 {"index": index, "object": "score", "score": score}
                 for index, score in enumerate(result.outputs)
             ],
             "usage": _ranking_usage(result),
         }
-        return await json_response(
-            self.service, answer, answer_headers(target, result.queue_ms, result.compute_ms)
-        )
+        return await json_response(self.service, answer, answer_headers(target, result))
 
     async def similarity(
         self,
@@ -155,9 +150,7 @@ class Ranking:
         )
         source, *others = result.outputs
         cosines = [sum(a * b for a, b in zip(source, one, strict=True)) for one in others]
-        return await json_response(
-            service, cosines, answer_headers(target, result.queue_ms, result.compute_ms)
-        )
+        return await json_response(service, cosines, answer_headers(target, result))
 
     def _target(
         self, request: Request, names: Sequence[str | None], field: str, user: object = None

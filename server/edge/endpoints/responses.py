@@ -90,7 +90,7 @@ class Responses:
         answer = WrittenResponse(body, calls.answering(body, target), reading)
         if not stream:
             (result,) = await generations.results()
-            headers = answer_headers(target, result.queue_ms, result.compute_ms)
+            headers = answer_headers(target, result)
             return await json_response(service, answer.whole(result), headers)
         events = generations.events()
         first = await generations.first(events)

@@ -11,12 +11,13 @@ from typing import Any
 from fastapi import Depends, Request, Response
 from pydantic import RootModel
 
+from server.edge.endpoints.adapter_named import Named, adapter_names
 from server.edge.endpoints.answers import json_response
 from server.edge.endpoints.body import ValidatedBody, checked, sent_json
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.schemas import EmbedRequest, GenerateRequestBody, PredictRequest
 from server.edge.endpoints.schemas_ranking import AnyRerankRequest, SimilarityRequest
-from server.edge.endpoints.tei_tgi import Named, TeiTgi, adapter_names
+from server.edge.endpoints.tei_tgi import TeiTgi
 
 
 class AnyBody(RootModel[dict[str, Any]]):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server.edge.endpoints.openai_body import ModelNamed
+from server.edge.endpoints.openai_body import ModelNamed, extra_fields
 from server.edge.endpoints.schemas import MAX_ALTERNATIVES
 from server.edge.endpoints.schemas_openai import Sampling
 from server.errors import Fault, Refusal
@@ -78,7 +78,8 @@ class ChatMessage(BaseModel):
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
-        said: dict[str, Any] = {"role": self.role}
+        # Templates know the older word; one that knows no other would leave the message out.
+        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
         if content or not self.tool_calls:
             said["content"] = content or ""
         for name in ("name", "tool_call_id", "reasoning_content"):
@@ -164,20 +165,18 @@ class ConversationBody(ModelNamed):
     )
 
     def ignored_within(self) -> list[str]:
-        extra = dict.fromkeys(
-            name
-            for message in self.messages
-            for name, value in (message.model_extra or {}).items()
-            if value is not None
-        )
-        more = dict.fromkeys(
-            f"{place}.{name}"
-            for tool in self.tools or ()
-            for place, one in (("tools", tool), ("tools.function", tool.function))
-            for name, value in (one.model_extra or {}).items()
-            if value is not None
-        )
-        return [*super().ignored_within(), *(f"messages.{name}" for name in extra), *more]
+        contents = (one.content for one in self.messages if isinstance(one.content, list))
+        calls = [call for one in self.messages for call in one.tool_calls or ()]
+        tools = self.tools or ()
+        return [
+            *super().ignored_within(),
+            *extra_fields("messages", self.messages),
+            *extra_fields("messages.content", (part for content in contents for part in content)),
+            *extra_fields("messages.tool_calls", calls),
+            *extra_fields("messages.tool_calls.function", (one.function for one in calls)),
+            *extra_fields("tools", tools),
+            *extra_fields("tools.function", (one.function for one in tools)),
+        ]
 
     @property
     def variables(self) -> dict[str, Any]:

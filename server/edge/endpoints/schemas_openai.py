@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from server.edge.endpoints.openai_body import ModelNamed, OpenAIBody
+from server.edge.endpoints.openai_body import ModelNamed, OpenAIBody, extra_fields
 from server.edge.endpoints.schemas import (
     MAX_ALTERNATIVES,
     MAX_COPIES,
@@ -64,7 +64,8 @@ class ResponseFormat(BaseModel):
 
 
 Choices = Annotated[
-    list[Annotated[str, Field(min_length=1)]], Field(max_length=4096, fail_fast=True)
+    list[Annotated[str, Field(min_length=1)]],
+    Field(min_length=1, max_length=4096, fail_fast=True),
 ]
 
 
@@ -128,9 +129,11 @@ class Sampling(ModelNamed):
     user: str | None = None
 
     def ignored_within(self) -> list[str]:
-        options = self.stream_options
-        extra = {} if options is None else options.model_extra or {}
-        return [f"stream_options.{name}" for name, value in extra.items() if value is not None]
+        named = self.response_format and self.response_format.json_schema
+        return [
+            *extra_fields("stream_options", [self.stream_options] if self.stream_options else ()),
+            *extra_fields("response_format.json_schema", [named] if named else ()),
+        ]
 
 
 class CompletionRequest(Sampling):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, RootModel, Tag, model_validator
 
-from server.edge.endpoints.openai_body import OpenAIBody
+from server.edge.endpoints.openai_body import OpenAIBody, extra_fields
 from server.edge.endpoints.schemas import (
     AdapterName,
     Answer,
@@ -56,6 +56,10 @@ class DocumentsRequest(OpenAIBody):
     def texts(self) -> list[str]:
         return [one if isinstance(one, str) else one.text for one in self.documents]
 
+    def ignored_within(self) -> list[str]:
+        objects = (one for one in self.documents if isinstance(one, DocumentObject))
+        return extra_fields("documents", objects)
+
 
 def _shape(content: Any) -> str:
     """Which of the two shapes a body has; tags with a dash are left out of a field's name."""
@@ -87,7 +91,7 @@ _SIDES = (
 
 
 class ScoreRequest(OpenAIBody):
-    model: str
+    model: str | None = None
     text_1: AnyTexts | None = None
     text_2: AnyTexts | None = None
     queries: AnyTexts | None = None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.edge.endpoints.openai_body import ModelNamed
+from server.edge.endpoints.openai_body import ModelNamed, extra_fields
 from server.edge.endpoints.schemas_conversation import (
     MAX_TOOLS,
     CalledFunction,
@@ -39,6 +39,10 @@ NEUTRAL_HERE: dict[str, tuple[object, ...]] = {
     "truncation": ("disabled", None),
     "context_management": (None, []),
 }
+# What the items of an earlier answer have, when they are sent back.
+_OF_OUTPUTS = frozenset(
+    {"input.id", "input.status", "input.content.annotations", "input.content.logprobs"}
+)
 _FIXES = {
     "previous_response_id": "No response is kept here: send the whole conversation as input.",
     "conversation": "No conversation is kept here: send the whole of it as input.",
@@ -66,8 +70,7 @@ class InputMessage(BaseModel):
             if isinstance(parts, str)
             else [ContentPart(type="text", text=part.text) for part in parts]
         )
-        # Templates know the older word.
-        return ChatMessage(role="system" if self.role == "developer" else self.role, content=given)
+        return ChatMessage(role=self.role, content=given)
 
 
 class InputCall(BaseModel):
@@ -225,15 +228,20 @@ class ResponseRequest(ModelNamed):
         return (self.text and self.text.format) or TextFormat()
 
     def ignored_within(self) -> list[str]:
-        extra = {} if self.text is None else self.text.model_extra or {}
-        of_tools = dict.fromkeys(
-            f"tools.{name}"
-            for tool in self.tools or ()
-            for name, value in (tool.model_extra or {}).items()
-            if value is not None
-        )
-        named = [f"text.{name}" for name, value in extra.items() if value is not None]
-        return [*named, *of_tools]
+        items = () if isinstance(self.input, str) else self.input
+        contents = [
+            one.output if isinstance(one, InputResult) else one.content
+            for one in items
+            if not isinstance(one, InputCall)
+        ]
+        parts = (part for one in contents if not isinstance(one, str) for part in one)
+        found = [
+            *extra_fields("text", [self.text] if self.text else ()),
+            *extra_fields("tools", self.tools or ()),
+            *extra_fields("input", items),
+            *extra_fields("input.content", parts),
+        ]
+        return [one for one in found if one not in _OF_OUTPUTS]
 
     def ignored(self) -> tuple[str, ...]:
         named = [name for name in super().ignored() if name not in NEUTRAL_HERE]

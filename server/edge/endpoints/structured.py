@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from server.edge.admit.bounded_pool import PoolFull, PoolHung, PoolLate
+from server.edge.admit.slow_work import pool_refusals
 from server.edge.endpoints.answers import deadline_of
 from server.edge.endpoints.schemas import TgiGrammar
 from server.edge.endpoints.schemas_openai import Sampling
@@ -42,28 +42,15 @@ async def settled_grammar(
         return None
     settings = service.settings
     try:
-        return await service.grammars.check(
-            asked.kind,
-            asked.content,
-            deadline=deadline_of(request, service),
-            most=max(1, settings.max_queue_requests // settings.api_processes),
-        )
+        with pool_refusals(service.dispatcher.admission, "the grammar was checked", "a grammar"):
+            return await service.grammars.check(
+                asked.kind,
+                asked.content,
+                deadline=deadline_of(request, service),
+                most=max(1, settings.max_queue_requests // settings.api_processes),
+            )
     except TextError as error:
         raise Refusal.of(error, asked.field) from None
-    except PoolFull as full:
-        raise service.dispatcher.admission.overloaded(full.found, full.expected) from None
-    except PoolLate:
-        raise Refusal.because(
-            "deadline_exceeded",
-            "The deadline passed before the grammar was checked.",
-            fix="Ask for less, allow more time, or send fewer requests at once.",
-        ) from None
-    except PoolHung:
-        raise Refusal.because(
-            "restarting",
-            "Work on a grammar has hung, and its HTTP process ends.",
-            fix="Send the request again; a new process is being started.",
-        ) from None
 
 
 def asked_of_tgi(grammar: TgiGrammar | None, field: str) -> AskedGrammar | None:

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Final
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Depends, Request, Response
 
 from adapters.tasks import BY_NAME, ROWS, Task
 from server.edge.admit.slow_work import INPUT_CHARACTERS
+from server.edge.endpoints.adapter_named import Named, adapter_names
 from server.edge.endpoints.answers import (
     EventStream,
     Generations,
@@ -63,7 +64,6 @@ TASK_PARAMETERS: Final[dict[str, tuple[Task, ...]]] = {
 PREDICT_BODY: Any = Depends(posted(PredictRequest))
 EMBED_BODY: Any = Depends(posted(EmbedRequest))
 GENERATE_BODY: Any = Depends(sent_json(GenerateRequestBody))
-Named = Query(default=None, max_length=256, description="The adapter's name.")
 
 
 class TeiTgi:
@@ -118,7 +118,7 @@ class TeiTgi:
         return await json_response(
             service,
             outputs if listed else outputs[0],
-            answer_headers(target, result.queue_ms, result.compute_ms),
+            answer_headers(target, result),
         )
 
     async def embed(
@@ -153,7 +153,7 @@ class TeiTgi:
         return await json_response(
             service,
             [list(one) for one in result.outputs],
-            answer_headers(target, result.queue_ms, result.compute_ms),
+            answer_headers(target, result),
         )
 
     async def generate(
@@ -190,7 +190,7 @@ class TeiTgi:
                     }
                     for one in others
                 ]
-        return answer, answer_headers(target, result.queue_ms, result.compute_ms)
+        return answer, answer_headers(target, result)
 
     async def generate_stream(
         self,
@@ -353,11 +353,6 @@ class TeiTgi:
             {"id": token, "text": piece.text, "logprob": logprob, "special": piece.special}
             for token, piece, logprob in zip(token_ids, pieces, logprobs, strict=True)
         ]
-
-
-def adapter_names(request: Request, adapter: str | None) -> tuple[str | None, ...]:
-    """Every ``adapter`` of the query: FastAPI alone would take the last and drop the others."""
-    return (adapter, *request.query_params.getlist("adapter"))
 
 
 def check_prompt_name(name: str | None, field: str) -> None:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi import Depends, Request, Response
 
 from server.edge.admit.slow_work import INPUT_CHARACTERS
+from server.edge.endpoints.adapter_named import Named, adapter_names
 from server.edge.endpoints.answers import (
     BASE_VERSION,
+    check_fields,
     check_inputs,
     context_of,
     json_response,
@@ -33,7 +35,7 @@ from server.edge.endpoints.schemas_tokens import (
     TokenizePromptRequest,
     TokenizeRequest,
 )
-from server.edge.endpoints.tei_tgi import Named, adapter_names, check_prompt_name
+from server.edge.endpoints.tei_tgi import check_prompt_name
 from server.edge.service import Service
 from server.errors import Refusal
 from server.inputs.text import Text
@@ -64,6 +66,7 @@ class TokenEndpoints:
         body = sent.root
         if isinstance(body, TokenizeRequest):
             return await self._placed(request, body, adapter)
+        check_fields(request, body)
         if isinstance(body, TokenizePromptRequest):
             headers = self._headers(self._named(request, adapter, body.model, "model"))
             ids = await self._prompt(request, body.prompt, "prompt", body.add_special_tokens)
@@ -108,6 +111,7 @@ class TokenEndpoints:
         self, request: Request, body: DetokenizeRequest, adapter: str | None
     ) -> Response:
         """One text, with its special tokens, as vLLM has it."""
+        check_fields(request, body)
         headers = self._headers(self._named(request, adapter, body.model, "model"))
         (text,) = await self._decoded(
             request, [list(body.tokens)], "tokens", skip_special_tokens=False
@@ -171,7 +175,6 @@ class TokenEndpoints:
         self, request: Request, body: TokenizeChatRequest, adapter: str | None
     ) -> tuple[tuple[int, ...], dict[str, str]]:
         """The ids of a conversation as the adapter's chat template, or the base's, writes it."""
-        body.check_supported()
         record = self._named(request, adapter, body.model, "model")
         names = (*adapter_names(request, adapter), body.model or None)
         target = self.service.targets.resolve(names, "/generate", "model", call="/tokenize")

@@ -72,7 +72,11 @@ class EngineSteps:
                 if step is not None and step is not seen:
                     seen = step
                     self._metrics.step(
-                        step.lane, rows=step.rows, adapters=step.adapters, seconds=step.seconds
+                        step.lane,
+                        rows=step.rows,
+                        adapters=step.adapters,
+                        seconds=step.seconds,
+                        waits_s=step.waits_s,
                     )
             else:
                 engine.wait(WAIT_S)
@@ -80,8 +84,9 @@ class EngineSteps:
                 self.look()
 
     def look(self) -> None:
-        """Ask the engine how it stands; on its thread."""
+        """Ask the engine how it stands, and count what it loaded; on its thread."""
         self._looked = time.monotonic()
+        self._metrics.loads(self._engine.take_load_seconds())
         snapshot = self._engine.snapshot()
         # Not asdict: it takes Counters apart wrongly.
         self.snapshot = (

@@ -71,10 +71,22 @@ class EngineLoop(LitLoop):
         callback_runner: Any,
     ) -> None:
         assert lit_api.engine is not None
-        _Pump(self, lit_api, worker_id, request_queue, transport).run()
+        LoopRun(self, lit_api, worker_id, request_queue, transport).run()
 
 
-class _Pump:
+class LoopRun:
+    """One run of the loop: what one worker reads, steps and sends, until it ends.
+
+    `run` blocks until the worker is told to end; each of the other methods is what one thread does.
+
+    Args:
+        loop: Puts responses as LitServe wants them, and knows how many HTTP processes there are.
+        lit_api: With its engine made.
+        worker: Its number.
+        requests: LitServe's request queue.
+        transport: LitServe's way back to the HTTP processes.
+    """
+
     def __init__(
         self, loop: EngineLoop, lit_api: HiraAPI, worker: int, requests: Any, transport: Any
     ) -> None:
@@ -98,12 +110,12 @@ class _Pump:
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._on_term)
         self.steps.look()
-        self._beat()
+        self.tell_state()
         threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in (
-                ("requests", self._read),
-                ("events", self._write),
+                ("requests", self.read_requests),
+                ("events", self.write_events),
                 ("beat", self._keep_beating),
             )
         ]
@@ -112,7 +124,7 @@ class _Pump:
         try:
             for http_process in range(self.loop.http_processes):
                 self._put(http_process, WorkerReady(self.epoch, os.getpid()))
-            self.steps.run(self._take, self._deliver, self._has_ended)
+            self.steps.run(self.take_arrived, self._deliver, self._has_ended)
         except BaseException:
             # The engine fails single requests itself; after this its state is not known.
             logger.exception("The engine failed")
@@ -140,7 +152,7 @@ class _Pump:
         self.steps.look()
         return self.inbox.empty() and not any(self.steps.snapshot.get("queue_depth", {}).values())
 
-    def _take(self) -> None:
+    def take_arrived(self) -> None:
         """Hand over what has arrived."""
         while not self.inbox.empty():
             arrived = self.inbox.get()
@@ -158,7 +170,7 @@ class _Pump:
                 self.under_way.begin(arrived.pid, message)
                 self.engine.submit(message)
 
-    def _read(self) -> None:
+    def read_requests(self) -> None:
         while True:
             try:
                 _, _, _, envelope = self.requests.get(timeout=READ_S)
@@ -176,7 +188,7 @@ class _Pump:
                 continue
             self.engine.wake()
 
-    def _write(self) -> None:
+    def write_events(self) -> None:
         while (events := self.outbox.get()) is not None:
             batches: defaultdict[int, list[Event]] = defaultdict(list)
             for event in events:
@@ -196,9 +208,9 @@ class _Pump:
 
     def _keep_beating(self) -> None:
         while not self.ending.wait(BEAT_S):
-            self._beat()
+            self.tell_state()
 
-    def _beat(self) -> None:
+    def tell_state(self) -> None:
         state = WorkerState(
             worker=self.worker,
             epoch=self.epoch,

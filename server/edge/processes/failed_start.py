@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 from adapters.errors import ExplainedError
@@ -16,17 +15,7 @@ class StartFailed(ExplainedError):
 
     code = "start_failed"
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        found: str | None = None,
-        expected: str | None = None,
-        fix: str | None = None,
-        others: Sequence[StartFailed] = (),
-    ) -> None:
-        super().__init__(message, found=found, expected=expected, fix=fix)
-        self.others = tuple(others)
+    others: tuple[StartFailed, ...] = ()
 
     @property
     def faults(self) -> tuple[StartFailed, ...]:

@@ -58,14 +58,8 @@ def check_before_loading(settings: Settings) -> None:
         except StartFailed as fault:
             found += fault.faults
     if found:
-        first = found[0]
-        raise StartFailed(
-            first.message,
-            found=first.found,
-            expected=first.expected,
-            fix=first.fix,
-            others=found[1:],
-        )
+        found[0].others = tuple(found[1:])
+        raise found[0]
 
 
 def check_callers(settings: Settings) -> None:
@@ -238,14 +232,8 @@ def _check_key_file(settings: Settings) -> None:
             StartFailed(one.text, found=one.found, expected=one.expected, fix=one.fix)
             for one in fault.faults
         ]
-        first = found[0]
-        raise StartFailed(
-            first.message,
-            found=first.found,
-            expected=first.expected,
-            fix=first.fix,
-            others=found[1:],
-        ) from None
+        found[0].others = tuple(found[1:])
+        raise found[0] from None
 
 
 def _check_source(name: str, source: str) -> None:

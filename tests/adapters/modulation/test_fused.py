@@ -33,7 +33,6 @@ from adapters.residency.packing import pack_adapter
 from adapters.segments import Segments, from_rows, from_runs
 from tests.stand.tiny_models import (
     VOCAB,
-    FakeFactors,
     FakeWeights,
     build,
     quantize,
@@ -281,7 +280,7 @@ def test_tied_weights_are_reordered_once(kernels: ModuleType) -> None:
 def test_packed_adapter_is_laid_out_for_the_kernel_and_not_copied(kernels: ModuleType) -> None:
     adapted, layer = one_layer()
     made = random_factors(adapted.signature, ["0"], rank=8, dtype=torch.float16)
-    weights: Any = FakeWeights({"0": FakeFactors(made["0"].a, made["0"].b)})
+    weights: Any = FakeWeights({"0": made["0"]})
     packed = pack_adapter(weights, torch.float16, CPU, b_by_column=True)
     factors = packed.to_device(CPU)
     assert torch.equal(factors["0"].b, made["0"].b)
@@ -445,7 +444,6 @@ class Clock:
         return self.now
 
 
-@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize("fastest", ["product", "scratch", "row"])
 def test_the_form_that_was_the_fastest_computes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from adapters.errors import (
     VersionNotFound,
 )
 from adapters.registry.names import Names
-from adapters.registry.records import AdapterRecord
+from adapters.registry.records import AdapterRecord, WantedName
 from adapters.registry.registry import Registry
 from adapters.signature import BaseSignature
 from tests.stand.folders import hira_folder, small_base
@@ -67,6 +68,11 @@ def start(
 def share_of(registry: Registry) -> tuple[str, float] | None:
     canary = Registry(registry.url, registry.store).resolve("a").canary
     return None if canary is None else (canary.record.version, canary.share)
+
+
+def share_of_any(registry: Registry) -> tuple[str, float] | None:
+    found = Registry(registry.url, registry.store).records().get("a")
+    return None if found is None or found.canary is None else share_of(registry)
 
 
 def test_a_staged_version_gets_a_share_and_takes_the_name(
@@ -171,6 +177,27 @@ def test_a_canary_ends_where_it_makes_no_sense_any_more(
             folder = folders[2 if way.endswith("by it") else 3]
             registry.register("a", folder, base, source="x", replace=True)
     assert share_of(registry) == ((staged, 10.0) if way.endswith("another") else None)
+
+
+@pytest.mark.parametrize("way", ["remove", "another task", "apply a removal"])
+def test_bytes_that_a_canary_answered_with_stay_for_requests_under_way(
+    registry: Registry, base: BaseSignature, folders: list[Path], way: str
+) -> None:
+    staged = registry.stage(folders[2], base)
+    start(registry, base, staged.version, 10)
+    long_ago = staged.created.timestamp() - 3600
+    os.utime(registry.store.path(staged.version), (long_ago, long_ago))
+    match way:
+        case "remove":
+            registry.remove("a")
+        case "apply a removal":
+            registry.apply([], ["a"])
+        case _:
+            other = replace(registry.stage(folders[3], base), task="fill-mask")
+            registry.apply([WantedName("a", other, "x")])
+    assert share_of_any(registry) is None
+    assert registry.collect_garbage(grace_s=600) == []
+    assert registry.store.has(staged.version)
 
 
 def test_a_canary_of_another_base_is_not_promoted(

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.intake.checkpoint import AdapterWeights, Factors, load_adapter
+from adapters.factors import Factors
+from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.residency.packing import PackedAdapter, pack_adapter
 from adapters.residency.slots import Residency
@@ -77,7 +78,8 @@ def test_it_comes_back_bit_by_bit(share: float, seed: int) -> None:
     a, b = torch.randn(3, 24, generator=generator), torch.randn(8, 3, generator=generator)
     a[0, 0] = -0.0
     plain: Any = AdapterWeights(
-        config=_config(), factors={"x": Factors(a, b, 2.0), "y": Factors(b.t(), a.t(), 1.0)},
+        config=_config(),
+        factors={"x": Factors("lora", a, b, 2.0), "y": Factors("lora", b.t(), a.t(), 1.0)},
         head={}, labels=None, task="text-generation",
     )  # fmt: skip
     packed = pack_adapter(pruned(plain, share), torch.bfloat16, CPU)
@@ -116,7 +118,7 @@ def _six(adapted: AdaptedModel) -> dict[str, Any]:
         factors = random_factors(adapted.signature, paths, method="lora", rank=8, seed=seed)
         made[f"v{seed}"] = AdapterWeights(
             config=_config(),
-            factors={path: Factors(one.a, one.b, one.scale) for path, one in factors.items()},
+            factors=factors,
             head={}, labels=None, task="fill-mask",
         )  # fmt: skip
     return made

@@ -19,7 +19,7 @@ from adapters.residency.tiers import PASS_S
 from adapters.segments import from_rows
 from tests.stand.clock import FakeClock
 from tests.stand.residencies import ONE, WIDTH, Disk, fetch, read_in, residency, weights_of
-from tests.stand.tiny_models import FakeFactors, FakeWeights, build, random_factors
+from tests.stand.tiny_models import FakeWeights, build, random_factors
 from tests.stand.waits import TIMEOUT_S, until
 
 
@@ -62,6 +62,24 @@ def test_asking_again_loads_once() -> None:
         disk.gate.set()
         fetch(made, "a", "a")
         assert disk.reads == ["a"]
+
+
+def test_time_of_a_load_counts_from_the_first_wish_and_only_where_it_was_on_disk() -> None:
+    clock = FakeClock()
+    with residency(slots=1, clock=clock) as (made, disk):
+        disk.gate.clear()
+        made.prefetch("a")
+        clock.advance(2.0)
+        made.prefetch("a")
+        clock.advance(3.0)
+        disk.gate.set()
+        fetch(made, "a")
+        assert made.take_load_seconds() == [5.0]
+        assert made.take_load_seconds() == [], "each is told once"
+        disk.broken.add("broken")
+        fetch(made, "b", "a", "broken")  # a comes back from host memory
+        assert disk.reads == ["a", "b", "broken"]
+        assert made.take_load_seconds() == [0.0], "that of b"
 
 
 def test_lease_needs_every_version_ready_and_holds_none_otherwise() -> None:
@@ -295,7 +313,7 @@ def test_resident_adapter_costs_its_tensors_in_the_compute_dtype() -> None:
     paths = [path for path in adapted.signature.layers if path.endswith("_proj")]
     factors = random_factors(adapted.signature, paths, rank=8)
     tensors = sum(f.a.numel() + f.b.numel() for f in factors.values()) * 2
-    fake: Any = FakeWeights({p: FakeFactors(f.a, f.b) for p, f in factors.items()})
+    fake: Any = FakeWeights(factors)
     packed = pack_adapter(fake, torch.bfloat16, torch.device("cpu"))
     assert tensors <= packed.nbytes <= 1.05 * tensors
     on_device = packed.to_device(torch.device("cpu"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-import httpx
+import httpx2
 import openai
 
 from tests.stand.client_calls import Calls, Served, raises, run_all
 
 CLIENT = Calls("openai")
-PLAIN = Calls("httpx")
+PLAIN = Calls("httpx2")
 PROMPT = "a fine film"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
@@ -137,29 +137,29 @@ def errors(served: Served) -> None:
 @PLAIN.call("vLLM's /v1/score, /v1/rerank")
 def score(served: Served) -> None:
     asked = {"model": "relevance", "text_1": PROMPT, "text_2": ["fine", "dull"]}
-    told = httpx.post(f"{served.encoder}/v1/score", json=asked).json()
+    told = httpx2.post(f"{served.encoder}/v1/score", json=asked).json()
     assert len(told["data"]) == 2
     asked = {"model": "relevance", "query": PROMPT, "documents": ["fine", "dull"]}
-    told = httpx.post(f"{served.encoder}/v1/rerank", json=asked).json()
+    told = httpx2.post(f"{served.encoder}/v1/rerank", json=asked).json()
     assert {one["index"] for one in told["results"]} == {0, 1}
 
 
 @PLAIN.call("vLLM's /tokenize, /detokenize, /ping, /version")
 def vllm_tokens(served: Served) -> None:
-    told = httpx.post(f"{served.decoder}/tokenize", json={"model": "story", "prompt": PROMPT})
+    told = httpx2.post(f"{served.decoder}/tokenize", json={"model": "story", "prompt": PROMPT})
     back = {"model": "story", "tokens": told.json()["tokens"]}
-    text = httpx.post(f"{served.decoder}/detokenize", json=back).json()["prompt"]
+    text = httpx2.post(f"{served.decoder}/detokenize", json=back).json()["prompt"]
     assert PROMPT in text
     chat = {"model": "story", "messages": MESSAGES}
-    assert httpx.post(f"{served.decoder}/tokenize", json=chat).json()["count"] > 3
-    assert httpx.get(f"{served.decoder}/ping").status_code == 200
-    assert httpx.get(f"{served.decoder}/version").json()["version"]
+    assert httpx2.post(f"{served.decoder}/tokenize", json=chat).json()["count"] > 3
+    assert httpx2.get(f"{served.decoder}/ping").status_code == 200
+    assert httpx2.get(f"{served.decoder}/version").json()["version"]
 
 
 @PLAIN.call("TEI's /embed, /predict, /rerank, /similarity, /tokenize, /decode, /info")
 def tei(served: Served) -> None:
     def ask(path: str, body: object) -> object:
-        return httpx.post(f"{served.encoder}{path}", json=body).raise_for_status().json()
+        return httpx2.post(f"{served.encoder}{path}", json=body).raise_for_status().json()
 
     assert ask("/embed?adapter=vectors", {"inputs": [PROMPT], "normalize": True})
     assert ask("/predict?adapter=mood", {"inputs": [["a"], ["b"]], "raw_scores": True})
@@ -168,20 +168,20 @@ def tei(served: Served) -> None:
     assert ask("/similarity?adapter=vectors", {"inputs": sentences})
     assert ask("/tokenize", {"inputs": PROMPT})
     assert ask("/decode", {"ids": [5, 6]}) == ["a fine"]
-    told = httpx.get(f"{served.encoder}/info?adapter=mood").json()
+    told = httpx2.get(f"{served.encoder}/info?adapter=mood").json()
     assert told["model_type"]["classifier"]["id2label"]["0"] == "bad"
 
 
 @PLAIN.call("TGI's /generate, /generate_stream, /tokenize, /info, /health")
 def tgi(served: Served) -> None:
     asked = {"inputs": PROMPT, "parameters": {"max_new_tokens": 3}}
-    assert httpx.post(f"{served.decoder}/generate", json=asked).json()["generated_text"]
-    lines = httpx.post(f"{served.decoder}/generate_stream", json=asked).text
+    assert httpx2.post(f"{served.decoder}/generate", json=asked).json()["generated_text"]
+    lines = httpx2.post(f"{served.decoder}/generate_stream", json=asked).text
     assert lines.startswith("data:")
-    told = httpx.post(f"{served.decoder}/tokenize", json={"inputs": PROMPT}).json()
+    told = httpx2.post(f"{served.decoder}/tokenize", json={"inputs": PROMPT}).json()
     assert [one["text"] for one in told][-1] == "film"
-    assert httpx.get(f"{served.decoder}/info").json()["max_total_tokens"]
-    assert httpx.get(f"{served.decoder}/health").status_code == 200
+    assert httpx2.get(f"{served.decoder}/info").json()["max_total_tokens"]
+    assert httpx2.get(f"{served.decoder}/health").status_code == 200
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import ROOT, Live, environment, hira
@@ -108,9 +108,9 @@ def test_a_manifest_is_applied_as_a_whole(live: Live, tmp_path: Path) -> None:
     assert "hira: alias_to_itself: " in refused.stderr
     assert "hira: alias_of_alias: " in refused.stderr
     manifest.write_text(f"{only}aliases: {{prod: m1}}\n")
-    named = command(live, "apply", str(manifest), cwd=tmp_path)
-    assert "+ prod  alias created  m1" in named.stdout
-    assert "1 changes applied, 1 unchanged" in named.stdout
+    applied = command(live, "apply", str(manifest), cwd=tmp_path)
+    assert "+ prod  alias created  m1" in applied.stdout
+    assert "1 changes applied, 1 unchanged" in applied.stdout
     assert "no change" in command(live, "apply", str(manifest), cwd=tmp_path).stdout
     manifest.write_text(only)
     assert "no change" in command(live, "apply", str(manifest), cwd=tmp_path).stdout
@@ -142,7 +142,7 @@ def test_folders_are_registered_together_under_their_own_names(live: Live, tmp_p
 
 
 def test_applying_refuses_what_nobody_can_serve(live: Live) -> None:
-    def apply(**body: object) -> httpx.Response:
+    def apply(**body: object) -> httpx2.Response:
         return live.client.post("/admin/apply", json=body, headers=live.admin)
 
     known = versions(live)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
@@ -48,26 +48,26 @@ def plain(text: str) -> str:
 
 
 @pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[httpx.Request]]:
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[httpx2.Request]]:
     """Replace the network: answers by ``METHOD path``; returns the requests that were made."""
 
-    def install(answers: dict[str, Any]) -> list[httpx.Request]:
-        seen: list[httpx.Request] = []
+    def install(answers: dict[str, Any]) -> list[httpx2.Request]:
+        seen: list[httpx2.Request] = []
 
-        def handle(request: httpx.Request) -> httpx.Response:
+        def handle(request: httpx2.Request) -> httpx2.Response:
             request.read()
             seen.append(request)
             answer = answers[f"{request.method} {request.url.path}"]
-            if isinstance(answer, httpx.Response):
+            if isinstance(answer, httpx2.Response):
                 return answer
-            return httpx.Response(200, json=answer)
+            return httpx2.Response(200, json=answer)
 
-        original = httpx.Client
+        original = httpx2.Client
 
-        def client(**arguments: Any) -> httpx.Client:
-            return original(transport=httpx.MockTransport(handle), **arguments)
+        def client(**arguments: Any) -> httpx2.Client:
+            return original(transport=httpx2.MockTransport(handle), **arguments)
 
-        monkeypatch.setattr(httpx, "Client", client)
+        monkeypatch.setattr(httpx2, "Client", client)
         return seen
 
     return install
@@ -307,7 +307,7 @@ def test_adapters_add_remote_sends_the_source(answering: Any) -> None:
 def test_adapters_remove_and_pin(answering: Any) -> None:
     seen = answering(
         {
-            "DELETE /admin/adapters/mine": httpx.Response(204),
+            "DELETE /admin/adapters/mine": httpx2.Response(204),
             "PATCH /admin/adapters/mine": {"name": "mine", "pinned": False},
         }
     )
@@ -318,7 +318,7 @@ def test_adapters_remove_and_pin(answering: Any) -> None:
 
 def test_errors_of_the_server_are_shown_with_their_fix(answering: Any) -> None:
     problem = {"code": "shape_mismatch", "detail": "q_proj does not fit.", "fix": "Train it anew."}
-    answering({"POST /predict": httpx.Response(422, json={**problem, "problems": [problem] * 2})})
+    answering({"POST /predict": httpx2.Response(422, json={**problem, "problems": [problem] * 2})})
     done = runner.invoke(app, ["predict", "text", "--adapter", "imdb"])
     assert done.exit_code == 1
     assert done.stderr.count("hira: shape_mismatch: q_proj does not fit.") == 2
@@ -338,7 +338,7 @@ def test_generate_prints_words_as_they_come(answering: Any) -> None:
         {"token": {"text": "</s>", "special": True}, "generated_text": " a b"},
     ]
     body = "".join(f"data:{json.dumps(one)}\n\n" for one in events)
-    answering({"POST /generate_stream": httpx.Response(200, text=body)})
+    answering({"POST /generate_stream": httpx2.Response(200, text=body)})
     assert runner.invoke(app, ["generate", "x"]).output == " a b\n"
 
 
@@ -376,7 +376,7 @@ def test_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 def test_names_are_written_as_one_part_of_a_path(answering: Any) -> None:
-    seen = answering({"DELETE /admin/adapters/a/b?c": httpx.Response(204)})
+    seen = answering({"DELETE /admin/adapters/a/b?c": httpx2.Response(204)})
     assert runner.invoke(app, ["adapters", "remove", "a/b?c"]).exit_code == 0
     assert seen[0].url.raw_path == b"/admin/adapters/a%2Fb%3Fc"
 

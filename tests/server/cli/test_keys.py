@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from typer.testing import CliRunner
 
@@ -57,11 +60,38 @@ def test_entries_are_put_into_a_file_and_the_rest_stays(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["keys.toml"]
 
 
+def test_of_keys_made_at_once_none_is_lost(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    command = "from server.cli.main import app; app()"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", command, "keys", "new", f"k{number}", "--file", str(file)],
+            stdout=subprocess.DEVNULL,
+        )
+        for number in range(6)
+    ]
+    assert [one.wait(120) for one in children] == [0] * 6
+    assert {one.name for one in read_key_file(file).values()} == {f"k{one}" for one in range(6)}
+    assert [one.name for one in tmp_path.iterdir()] == ["keys.toml"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
+def test_a_file_stays_its_owners(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    assert run("new", "ops", "--admin", "--file", str(file))[0] == 0
+    os.chown(file, 12345, 54321)
+    file.chmod(0o640)
+    assert run("new", "app", "--file", str(file))[0] == 0
+    there = file.stat()
+    assert (there.st_uid, there.st_gid, there.st_mode & 0o777) == (12345, 54321, 0o640)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("new", "no space"), "name of a key is not allowed"),
         (("new", "a", "--expires", "tomorrow"), "--expires is no moment"),
+        (("new", "a", "--expires", "9999-12-31T23:00:00-14:00"), "--expires is no moment"),
         (("new", "a", "--admin", "--adapter", "x"), "leave adapters out"),
         (("new", "a", "--adapter", "Imdb"), "adapters.0"),
     ],
@@ -79,6 +109,9 @@ def test_check_lists_the_keys_or_the_faults(tmp_path: Path) -> None:
     file.write_text(f'[old]\nsha256 = "{digest}"\nexpires = 2020-01-01T00:00:00Z\n')
     status, out, _ = run("check", str(file))
     assert (status, out) == (0, "old\t*\t2020-01-01T00:00:00Z (expired)\n")
+    file.write_text(f'[old]\nsha256 = "{digest}"\nexpires = 9999-12-31T23:00:00-14:00\n')
+    status, _, err = run("check", str(file))
+    assert (status, "outside of the years" in err) == (1, True)
     file.write_text('[old]\nkey = "clear"\n')
     status, _, err = run("check", str(file))
     assert status == 1
@@ -96,15 +129,15 @@ def test_usage_is_shown_with_its_limits(monkeypatch: pytest.MonkeyPatch) -> None
         ],
         "fault": None,
     }
-    seen: list[httpx.Request] = []
+    seen: list[httpx2.Request] = []
 
-    def handle(request: httpx.Request) -> httpx.Response:
+    def handle(request: httpx2.Request) -> httpx2.Response:
         seen.append(request)
-        return httpx.Response(200, json=told)
+        return httpx2.Response(200, json=told)
 
-    original = httpx.Client
+    original = httpx2.Client
     monkeypatch.setattr(
-        httpx, "Client", lambda **more: original(transport=httpx.MockTransport(handle), **more)
+        httpx2, "Client", lambda **more: original(transport=httpx2.MockTransport(handle), **more)
     )
     status, out, _ = run("usage", "--days", "2", "--key", "k-1")
     assert status == 0

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.demo import ADAPTERS_DIR
@@ -47,7 +47,7 @@ def cluster(folder: Path, **more: Any) -> Iterator[Live]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Live]]:
     folder = tmp_path_factory.mktemp("cluster")
     with (
-        hira(folder / "one", wait=False, source_root=ADAPTERS_DIR, **SETTINGS) as one,
+        hira(folder / "one", wait=False, anew=True, source_root=ADAPTERS_DIR, **SETTINGS) as one,
         cluster(folder / "many", source_root=ADAPTERS_DIR) as many,
     ):
         one.wait_ready(START_S)
@@ -62,7 +62,7 @@ def adapters() -> dict[str, str]:
     return found
 
 
-def shown(answer: httpx.Response) -> tuple[int, dict[str, str], Any]:
+def shown(answer: httpx2.Response) -> tuple[int, dict[str, str], Any]:
     """What must be equal: status, headers and body but for times and ids."""
     headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
     try:

@@ -15,6 +15,7 @@ import pytest
 from adapters.registry.names import Names
 from adapters.registry.records import AdapterRecord, Canary
 from server.edge.target import Targets, drawn_arm
+from server.errors import Refusal
 
 STABLE = AdapterRecord(
     name="a",
@@ -93,3 +94,15 @@ def test_a_canary_of_another_base_takes_no_part() -> None:
     assert targets(100).resolve(("a",), "/predict", key="k").version == "v2"
     one = targets(100, "other").resolve(("a",), "/predict", key="k")
     assert (one.version, one.arm) == ("v1", None)
+
+
+def test_a_key_is_held_to_the_name_that_was_asked_for_not_to_what_it_points_to() -> None:
+    found = targets(50)
+    found.may_ask = lambda name: name == "prod"
+    assert found.resolve(("prod",), "/predict").adapter == "a"
+    with pytest.raises(Refusal) as refused:
+        found.resolve(("a",), "/predict")
+    found.may_ask = lambda name: name == "a"
+    with pytest.raises(Refusal) as unknown:
+        found.resolve(("prod",), "/predict")
+    assert [one.value.code for one in (refused, unknown)] == ["adapter_forbidden"] * 2

@@ -23,7 +23,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("coverage")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("family", "storage"), STAGES, ids="-".join)
 def test_every_answer_equals_float64(family: str, storage: str, root: Path) -> None:
     cells = coverage.run(family, storage, root / f"of {family}")

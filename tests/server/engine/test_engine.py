@@ -383,11 +383,23 @@ def test_a_decoder_generates_and_classifies_in_turns(tmp_path: Path) -> None:
     engine.submit(GenerateRequest("g", None, None, engine.text.tokenize_prompt("a film"), sampling))
     lanes = []
     ended: list[Event] = []
+    waits_s: dict[str, list[float]] = {"encode": [], "generate": []}
     while engine.has_work():
         ended += engine.step()
         step = engine.last_step
         assert step is not None
         lanes.append(step.lane)
+        waits_s[step.lane] += step.waits_s
+    answers = [one for one in ended if isinstance(one, EncodeResult | GenerateResult)]
+    told = {
+        "encode": [one.queue_ms / 1000 for one in answers if isinstance(one, EncodeResult)],
+        "generate": [one.queue_ms / 1000 for one in answers if isinstance(one, GenerateResult)],
+    }
+    for lane, waits in waits_s.items():
+        assert sorted(waits) == pytest.approx(sorted(told[lane])), "each request's, once"
+    totals = engine.snapshot().totals
+    assert (totals["miss"], totals["hit"]) == (1, len(inputs)), "the first had to be loaded"
+    assert len(engine.take_load_seconds()) == 1
     assert lanes[:8].count("generate") == 4, "the lanes take turns"
     results = by_id(ended)
     assert isinstance(results["g"], GenerateResult)

@@ -63,7 +63,6 @@ def traffic(name: str, steps: DecodeSteps, seed: int) -> tuple[Stage, dict[str, 
     raise AssertionError("the lane did not come to an end")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("seed", range(4))
 def test_answers_are_those_of_steps_that_wait(name: str, seed: int) -> None:

@@ -14,10 +14,10 @@ from server.generation.kv_cache import KVCache
 from server.generation.page_attention import (
     Pages,
     VarlenBatch,
-    attend_row_by_row,
     decode_by_varlen,
     decode_in_torch,
 )
+from tests.stand.row_attention import attend_row_by_row
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 

@@ -6,17 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
 from server.generation.sampling import TokenChooser, choose, truncate
 from server.messages import SamplingOptions
+from tests.stand.warpers import penalties, warpers
 
 VOCABULARY = 2500
 
@@ -34,17 +27,9 @@ options_of = st.builds(
 
 def expected_scores(row: torch.Tensor, options: SamplingOptions, ids: list[int]) -> torch.Tensor:
     """What transformers' ``generate`` would sample from, or take the best of."""
-    steps = LogitsProcessorList()
-    if options.repetition_penalty != 1.0:
-        steps.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    steps = penalties(options)
     if options.do_sample:
-        steps.append(TemperatureLogitsWarper(options.temperature))
-        if options.top_k:
-            steps.append(TopKLogitsWarper(options.top_k))
-        if options.top_p < 1.0:
-            steps.append(TopPLogitsWarper(options.top_p))
-        if options.typical_p < 1.0:
-            steps.append(TypicalLogitsWarper(options.typical_p))
+        steps += warpers(options)
     scores: torch.Tensor = steps(torch.tensor([ids]), row[None].clone())[0]
     return scores
 

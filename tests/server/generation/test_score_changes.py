@@ -11,17 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
-    LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 
 from server.generation.sampling import TokenChooser, choose
@@ -30,6 +24,7 @@ from server.messages import Failure, SamplingOptions
 from tests.stand.dense import VOCABULARY as SMALL
 from tests.stand.dense import Stage, ids_of, prompts, terminals
 from tests.stand.generate_lane import VERSIONS, nothing_is_held
+from tests.stand.warpers import warpers
 
 VOCABULARY = 400
 ENDS = (7, 11)
@@ -96,17 +91,9 @@ def expected(
     row: torch.Tensor, options: SamplingOptions, prompt: list[int], generated: list[int]
 ) -> torch.Tensor:
     """float64 shares that transformers would sample from, [vocabulary]."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(options.temperature)])
-    if options.top_k:
-        warpers.append(TopKLogitsWarper(options.top_k))
-    if options.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(options.top_p))
-    if options.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(options.min_p))
-    if options.typical_p < 1.0:
-        warpers.append(TypicalLogitsWarper(options.typical_p))
     nothing: Any = None
-    scores: torch.Tensor = warpers(nothing, changed(row, options, prompt, generated)[None])[0]
+    row = changed(row, options, prompt, generated)
+    scores: torch.Tensor = warpers(options)(nothing, row[None])[0]
     return scores.double().softmax(-1)
 
 

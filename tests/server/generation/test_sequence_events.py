@@ -48,6 +48,8 @@ def test_a_stop_string_ends_an_answer_before_it() -> None:
     assert result.finish_reason == "stop_sequence"
     assert result.text == whole.text[: whole.text.find(stop)]
     assert "".join(e.text for e in events[:-1]) == result.text
+    own = [e.text if e.spelling is None else e.spelling for e in events[:-1]]
+    assert own == [t.text for t in result.tokens]
     assert len(result.tokens) <= second + 1
     assert nothing_is_held(stage)
 

@@ -8,12 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     LlamaConfig,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from server.generation.kv_cache import KVCache
@@ -22,6 +16,7 @@ from server.generation.step_buffers import RowNumbers, StepBuffers
 from server.generation.step_sampling import choose_all, choose_best, option_obstacle, takes_best
 from server.messages import Grammar, SamplingOptions
 from tests.stand.launches import Launches
+from tests.stand.warpers import penalties, warpers
 
 VOCABULARY = 700
 ROWS = 7
@@ -115,19 +110,11 @@ def test_what_may_be_drawn_is_what_transformers_leaves(wish: SamplingOptions, se
     step = buffers()
     told(step, logits, [chooser], [ids])
     token = int(step.told_ids[0, 0])
-    made = LogitsProcessorList()
-    if wish.repetition_penalty != 1.0:
-        made.append(RepetitionPenaltyLogitsProcessor(wish.repetition_penalty))
+    made = penalties(wish)
     if not wish.do_sample:
         assert token == int(made(torch.tensor([ids]), logits.clone())[0].argmax())
         return
-    made.append(TemperatureLogitsWarper(wish.temperature))
-    if wish.top_k:
-        made.append(TopKLogitsWarper(wish.top_k))
-    if wish.top_p < 1.0:
-        made.append(TopPLogitsWarper(wish.top_p))
-    if wish.min_p > 0.0:
-        made.append(MinPLogitsWarper(wish.min_p))
+    made += warpers(wish)
     shares = made(torch.tensor([ids]), logits.double()).softmax(-1)[0]
     before = float(shares[:token].sum())
     # The point lies within the token's share, to what top-p's border may move by rounding.

@@ -108,6 +108,25 @@ def test_what_can_be_kept_is_taken(process: GrammarProcess, kind: str, content: 
     assert len(made.digest) == 64
 
 
+@pytest.mark.parametrize(
+    ("schema", "begins"),
+    [
+        ({"properties": {"a": {"type": "boolean"}}, "required": ["a"]}, b"{"),
+        ('{"properties": {}}', b"{"),
+        ({"required": ["a"]}, b"{"),
+        ({"properties": {}, "type": ["object", "null"]}, b"n{"),
+        ({"properties": {}, "anyOf": [{"type": "object"}, {"type": "null"}]}, b"n{"),
+        ({"type": "array"}, b"["),
+        ({"items": {"type": "integer"}}, b'"-0123456789[fnt{'),
+    ],
+)
+def test_a_schema_of_properties_is_that_of_an_object(
+    process: GrammarProcess, schema: Any, begins: bytes
+) -> None:
+    mask = Vocabulary(BYTES).matcher(process.check("json_schema", schema).text).compute_bitmask()
+    assert bytes(one for one in range(256) if mask[one >> 3] >> (one & 7) & 1) == begins
+
+
 def test_nesting_without_end_is_refused(process: GrammarProcess) -> None:
     deep: Any = {"type": "string"}
     for _ in range(200):

@@ -14,12 +14,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from server.inputs.rendering import (
     ChatTemplate,
     ChatTemplateFailed,
-    ChatTemplateTooSlow,
     ChatTemplateUnread,
     RenderLimits,
     RenderProcess,
 )
-from server.inputs.text_errors import InvalidInput
+from server.inputs.text_errors import InputTooSlow, InvalidInput
 
 PIECES = (
     "{%- for m in messages %}\n  {{ m.role }}: {{ m.content | trim }}\n{%- endfor %}",
@@ -125,7 +124,7 @@ def test_a_deadline_ends_it_too() -> None:
     )
     with RenderProcess(RenderLimits(cpu_s=30.0)) as process:
         process.render(ChatTemplate("x"), [])
-        with pytest.raises(ChatTemplateTooSlow):
+        with pytest.raises(InputTooSlow):
             process.render(slow, [], deadline=time.monotonic() + 0.3)
 
 

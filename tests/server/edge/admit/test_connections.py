@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, fake
@@ -30,7 +30,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         client_timeout_s=PATIENCE_S,
         max_connections=CONNECTIONS,
         max_header_bytes=HEAD_BYTES,
-        anew=False,
     ) as server:
         yield server
 
@@ -141,7 +140,7 @@ def test_too_many_headers_are_refused(live: Live) -> None:
 def test_long_query_is_refused(live: Live) -> None:
     answered = live.client.post("/predict?adapter=" + "a" * 3000, json={"inputs": "x"})
     assert answered.status_code == 422  # a name of that length is none
-    with fake(live.folder.parent / "wide", max_header_bytes=65536, anew=False) as wide:
+    with fake(live.folder.parent / "wide", max_header_bytes=65536) as wide:
         long = wide.client.post("/predict?adapter=imdb&x=" + "a" * 5000, json={"inputs": "x"})
         assert (long.status_code, long.json()["code"]) == (422, "invalid_request")
         assert long.json()["expected"] == "at most 4096"
@@ -287,7 +286,7 @@ def test_connections_beyond_the_most_are_refused_when_all_are_busy(live: Live) -
         assert (status, answer(found)[1]["code"]) == (503, "too_many_connections")
         assert b"retry-after: 1" in found
     live.client.close()
-    live.client = httpx.Client(base_url=live.url, timeout=60)
+    live.client = httpx2.Client(base_url=live.url, timeout=60)
     live.wait_ready()
     assert refused(live, "too_many_connections") > before
 

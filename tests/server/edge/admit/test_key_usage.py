@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,52 @@ def test_counts_are_those_of_a_plain_counter(steps: list[tuple[str, int, float]]
         else:
             refused(shared.count_request, app)
         assert shared.of(name).minute_requests == plain[name, minute]
+
+
+def test_many_writers_at_once_leave_a_whole_file(tmp_path: Path) -> None:
+    names, rounds = [f"key-{number}" for number in range(200)], 15
+    shared = SharedUsage(1)
+    for name in names:
+        shared.count_request(ApiKey(name))
+    file = KeyUsageFile(tmp_path / "key-usage.json", shared)
+    context = multiprocessing.get_context("fork")
+    start = context.Event()
+
+    def write() -> None:
+        start.wait()
+        for _ in range(rounds):
+            file.write(names)
+
+    children = [context.Process(target=write) for _ in range(4)]
+    for one in children:
+        one.start()
+    start.set()
+    for one in children:
+        one.join(60)
+        assert one.exitcode == 0
+    (day,) = file.read().days.values()
+    assert day.keys() == set(names)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["key-usage.json", "key-usage.lock"]
+
+
+def test_a_child_forked_during_a_writing_holds_nobody_up(tmp_path: Path) -> None:
+    file = KeyUsageFile(tmp_path / "key-usage.json", SharedUsage(1))
+    context = multiprocessing.get_context("fork")
+    done = context.Event()
+    child, again = context.Process(target=done.wait), context.Process(target=file.write, args=([],))
+
+    def forking() -> Iterator[str]:
+        child.start()
+        yield "app"
+
+    file.write(forking())
+    again.start()
+    again.join(20)
+    waits = again.is_alive()
+    again.kill()
+    done.set()
+    child.join(60)
+    assert not waits
 
 
 def test_a_restart_gives_nobody_his_day_anew(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from starlette.datastructures import Headers
 
@@ -33,11 +33,11 @@ from tests.stand.live import Live, fake
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("calls") / "data"
-    with fake(folder, max_queue_requests=4, max_adapter_requests=3, anew=False) as server:
+    with fake(folder, max_queue_requests=4, max_adapter_requests=3) as server:
         yield server
 
 
-def post(live: Live, path: str, body: dict[str, Any]) -> httpx.Response:
+def post(live: Live, path: str, body: dict[str, Any]) -> httpx2.Response:
     return live.client.post(path, json=body)
 
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.http
 
 OPS, READER = new_key(), new_key()
 SOURCES = sorted(one for one in ADAPTERS_DIR.iterdir() if one.is_dir())
+SAME_TASK = [ADAPTERS_DIR / name for name in ("hira-imdb", "hira-sst2")]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def rows(live: Live) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log_of(live).read_text().splitlines()]
 
 
-def asked(live: Live, method: str, path: str, key: str = OPS, **more: Any) -> Any:
+def asked(live: Live, method: str, path: str, key: str = OPS, json: Any = None) -> Any:
     headers = {"Authorization": f"Bearer {key}", "X-Request-Id": f"id-{method}"}
-    return live.client.request(method, path, headers=headers, **more)
+    return live.client.request(method, path, headers=headers, json=json)
 
 
 def test_changes_are_in_the_log_with_their_versions_and_reads_are_not(live: Live) -> None:
@@ -58,7 +59,8 @@ def test_changes_are_in_the_log_with_their_versions_and_reads_are_not(live: Live
     second = asked(live, "POST", "/admin/adapters", json=other).json()["version"]
     assert rows(live)[-1]["changes"] == [{"name": "a", "before": first, "after": second}]
     asked(live, "PATCH", "/admin/adapters/a", json={"pinned": True})
-    assert rows(live)[-1]["changes"] == [{"name": "a", "before": second, "after": second}]
+    pinned = {"name": "a", "before": second, "after": second, "pinned": True}
+    assert rows(live)[-1]["changes"] == [pinned]
     asked(live, "POST", "/admin/adapters/a/rollback", json={})
     assert rows(live)[-1]["changes"] == [{"name": "a", "before": second, "after": first}]
     asked(live, "DELETE", "/admin/adapters/a")
@@ -72,6 +74,34 @@ def test_changes_are_in_the_log_with_their_versions_and_reads_are_not(live: Live
     assert asked(live, "DELETE", "/admin/adapters/a", key="nonsense").status_code == 403
     assert len(rows(live)) == before
     assert OPS not in log_of(live).read_text()
+
+
+def test_who_points_an_alias_or_gives_a_share_is_in_the_log(live: Live) -> None:
+    one, other = ({"name": "m", "source": str(it), "replace": True} for it in SAME_TASK)
+    first = asked(live, "POST", "/admin/adapters", json=one).json()["version"]
+    second = asked(live, "POST", "/admin/adapters", json=other).json()["version"]
+    asked(live, "POST", "/admin/adapters", json={**one, "name": "n"})
+
+    def changed(method: str, path: str, **body: Any) -> list[dict[str, Any]]:
+        assert asked(live, method, path, json=body or None).is_success
+        found: list[dict[str, Any]] = rows(live)[-1]["changes"]
+        return found
+
+    alias = "/admin/aliases/prod"
+    moved = {"alias": "prod", "before": None, "after": "m"}
+    assert changed("PUT", alias, adapter="m") == [moved]
+    assert changed("PUT", alias, adapter="n") == [{**moved, "before": "m", "after": "n"}]
+    applied = {"adapters": [], "remove": [], "aliases": {"prod": "m"}}
+    assert changed("POST", "/admin/apply", **applied, dry_run=True) == []
+    assert changed("POST", "/admin/apply", **applied) == [{**moved, "before": "n", "after": "m"}]
+    assert changed("DELETE", alias) == [{**moved, "before": "m", "after": None}]
+    stays = {"name": "m", "before": second, "after": second}
+    shared = {**stays, "canary": {"version": first, "share": 5.0}}
+    path = "/admin/adapters/m/canary"
+    assert changed("PUT", path, version=first, share=5) == [shared]
+    assert changed("DELETE", path) == [{**stays, "canary": None}]
+    for name in ("m", "n"):
+        asked(live, "DELETE", f"/admin/adapters/{name}")
 
 
 def test_what_cannot_be_written_down_is_not_done_and_a_removal_says_so(live: Live) -> None:

@@ -46,6 +46,8 @@ def test_a_message_keeps_what_it_says_and_nothing_else() -> None:
     }
     tool = ChatMessage.model_validate({"role": "tool", "tool_call_id": "a", "name": "f"})
     assert tool.plain() == {"role": "tool", "content": "", "name": "f", "tool_call_id": "a"}
+    told = ChatMessage.model_validate({"role": "developer", "content": "x"})
+    assert told.plain() == {"role": "system", "content": "x"}
     parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
     assert ChatMessage.model_validate({"role": "user", "content": parts}).plain() == {
         "role": "user", "content": "xy",

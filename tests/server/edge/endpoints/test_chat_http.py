@@ -79,7 +79,7 @@ def live(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
     given = ", ".join(f"{name}={folder}" for name, folder in world.folders.items())
     folder = tmp_path_factory.mktemp("server") / "data"
     settings = {**world.settings, "adapter": given, "default_adapter": "long"}
-    with hira(folder, **settings, anew=False) as running:
+    with hira(folder, **settings) as running:
         yield running
 
 
@@ -212,7 +212,7 @@ def test_a_replacement_changes_how_it_speaks_and_a_restart_nothing(
 ) -> None:
     settings = {**world.settings, "default_adapter": "it"}
     data = tmp_path / "data"
-    with hira(data, adapter=f"it={world.folders['short']}", **settings, anew=False) as live:
+    with hira(data, adapter=f"it={world.folders['short']}", **settings) as live:
         check(chat(live, None), world.said["short"])
         changed = upload(live, "it", world.folders["long"], replace="true")
         assert changed.status_code == 201, changed.text
@@ -220,7 +220,7 @@ def test_a_replacement_changes_how_it_speaks_and_a_restart_nothing(
         assert changed.json()["generation"]["end_ids"][1] == 90
         check(chat(live, "it"), world.said["long"])
         live.end()
-    with hira(data, **settings, anew=False) as live:
+    with hira(data, **settings) as live:
         check(chat(live, "it"), world.said["long"])
         assert live.client.get("/admin/adapters/it", headers=live.admin).json()["chat_template"]
 
@@ -228,8 +228,6 @@ def test_a_replacement_changes_how_it_speaks_and_a_restart_nothing(
 def test_a_template_file_that_does_not_render_ends_the_start(world: World, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jinja"
     bad.write_text("{% for %}")
-    with hira(
-        tmp_path / "data", wait=False, **{**world.settings, "chat_template": bad}, anew=False
-    ) as live:
+    with hira(tmp_path / "data", wait=False, **{**world.settings, "chat_template": bad}) as live:
         assert live.child.wait(120) != os.EX_OK
         assert "chat_template" in live.log.read_text()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, hira
@@ -41,29 +41,29 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield running
 
 
-def complete(live: Live, **fields: Any) -> httpx.Response:
+def complete(live: Live, **fields: Any) -> httpx2.Response:
     body = {"prompt": PROMPT, "max_tokens": SIZE, "temperature": 0, "ignore_eos": True, **fields}
     return live.client.post("/v1/completions", json=body)
 
 
-def chat(live: Live, **fields: Any) -> httpx.Response:
+def chat(live: Live, **fields: Any) -> httpx2.Response:
     messages = [{"role": "user", "content": PROMPT}]
     body = {"messages": messages, "max_tokens": SIZE, "temperature": 0, "ignore_eos": True}
     return live.client.post("/v1/chat/completions", json=body | fields)
 
 
-def generate(live: Live, **parameters: Any) -> httpx.Response:
+def generate(live: Live, **parameters: Any) -> httpx2.Response:
     asked = {"max_new_tokens": SIZE, "ignore_eos_token": True, "details": True, **parameters}
     return live.client.post("/generate", json={"inputs": PROMPT, "parameters": asked})
 
 
-def words(answer: httpx.Response) -> list[str]:
+def words(answer: httpx2.Response) -> list[str]:
     assert answer.status_code == 200, answer.text
     choice = answer.json()["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"]).split()
 
 
-def refused(answer: httpx.Response) -> tuple[int, str, str]:
+def refused(answer: httpx2.Response) -> tuple[int, str, str]:
     error = answer.json()["error"]
     return answer.status_code, error["code"], error["param"]
 
@@ -203,6 +203,30 @@ def test_tgis_frequency_penalty_is_openais(live: Live) -> None:
         other = complete(live, max_tokens=30, frequency_penalty=value)
         assert native["generated_text"].split() == words(other)
     assert plain.split() == words(complete(live, max_tokens=30))
+
+
+def choices_of(answer: httpx2.Response) -> list[dict[str, Any]]:
+    lines = [one for one in answer.text.split("\n\n") if one.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+
+
+def test_a_stream_tells_the_logprobs_of_tokens_that_are_held_back(live: Live) -> None:
+    third = words(complete(live))[2]
+    asked: dict[str, Any] = {"logprobs": 2, "stop": [f"{third} and more"]}
+    whole = complete(live, **asked).json()["choices"][0]
+    streamed = choices_of(complete(live, **asked, stream=True))
+    texts = [one["text"] for one in streamed]
+    assert texts != [one["text"] for one in choices_of(complete(live, logprobs=2, stream=True))], (
+        "nothing was held back"
+    )
+    found: dict[str, list[Any]] = {name: [] for name in whole["logprobs"]}
+    for one in streamed:
+        for name, values in (one["logprobs"] or {}).items():
+            found[name] += values
+    assert "".join(texts) == whole["text"]
+    for name in ("tokens", "text_offset"):
+        assert found[name] == whole["logprobs"][name]
+    assert found["token_logprobs"] == pytest.approx(whole["logprobs"]["token_logprobs"])
 
 
 def test_twenty_likely_tokens_are_told_and_no_more(live: Live) -> None:

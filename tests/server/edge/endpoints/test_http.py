@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.demo import BASE_DIR
@@ -50,15 +50,15 @@ def live(tmp_path_factory: pytest.TempPathFactory, made: Path) -> Iterator[Live]
     arguments = ["--base", str(BASE_DIR), "--base-name", "demo", "--dtype", "fp32"]
     for name in ("mood", "topic", "teller", "poet"):
         arguments += ["--adapter", f"{name}={made / name}"]
-    with hira(folder, *arguments, "--source-root", str(made), slots=4) as server:
+    with hira(folder, *arguments, "--source-root", str(made), anew=True, slots=4) as server:
         yield server
 
 
-def post(live: Live, path: str, body: Any, **more: Any) -> httpx.Response:
+def post(live: Live, path: str, body: Any, **more: Any) -> httpx2.Response:
     return live.client.post(path, json=body, **more)
 
 
-def upload(live: Live, name: str, folder: Path, **fields: str) -> httpx.Response:
+def upload(live: Live, name: str, folder: Path, **fields: str) -> httpx2.Response:
     files = [
         ("files", (one, (folder / one).read_bytes())) for one in FILES if (folder / one).exists()
     ]
@@ -431,7 +431,7 @@ def test_adapters_and_keys_outlive_the_server(live: Live, made: Path) -> None:
     """Runs after the server of this module has ended, on its data."""
     assert live.child.poll() == 0
     arguments = ["--base", str(BASE_DIR), "--base-name", "demo", "--dtype", "fp32"]
-    with hira(live.folder, *arguments, api_keys=f"app={INFERENCE_KEY}") as again:
+    with hira(live.folder, *arguments, anew=True, api_keys=f"app={INFERENCE_KEY}") as again:
         assert post(again, "/predict?adapter=topic", {"inputs": "x"}).status_code == 401
         wrong = {"Authorization": "Bearer nearly"}
         assert (

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -56,7 +56,7 @@ def live(file: Path) -> Iterator[Live]:
         yield server
 
 
-def post(live: Live, call: tuple[str, Any], name: str | None) -> httpx.Response:
+def post(live: Live, call: tuple[str, Any], name: str | None) -> httpx2.Response:
     path, body = call
     return live.client.post(path, json=body, headers={} if name is None else bearer(name))
 
@@ -76,7 +76,7 @@ def soon(found: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def plain(answer: httpx.Response) -> tuple[int, str, dict[str, str]]:
+def plain(answer: httpx2.Response) -> tuple[int, str, dict[str, str]]:
     """All that a client sees, but what differs with every request."""
     headers = {
         name: value
@@ -121,7 +121,7 @@ def test_a_key_asks_for_what_it_is_for(live: Live) -> None:
 def test_what_is_there_and_what_is_not_get_the_same_answer(
     live: Live, call: tuple[str, Any]
 ) -> None:
-    def asked(name: str) -> httpx.Response:
+    def asked(name: str) -> httpx2.Response:
         def filled(value: Any) -> Any:
             if isinstance(value, dict):
                 return {one: filled(it) for one, it in value.items()}

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 
@@ -50,7 +50,7 @@ def logits(base: Path, folder: Path) -> list[float]:
     return [float(reference(one.token_ids, one.type_ids).logits[0, 0]) for one in items]
 
 
-def post(live: Live, path: str, body: Any) -> httpx.Response:
+def post(live: Live, path: str, body: Any) -> httpx2.Response:
     return live.client.post(path, json=body)
 
 
@@ -118,6 +118,10 @@ def test_scores_come_in_the_order_of_the_pairs(
         assert answer.status_code == 200, answer.text
         assert [one["score"] for one in answer.json()["data"]] == wanted
         assert [one["index"] for one in answer.json()["data"]] == list(range(len(TEXTS)))
+    del body["model"]
+    unnamed = post(live, "/v1/score?adapter=relevance", body).json()
+    assert unnamed["model"] == "relevance"
+    assert [one["score"] for one in unnamed["data"]] == wanted
 
 
 def test_a_ranking_adapter_classifies_pairs_in_a_batch(live: Live, logits: list[float]) -> None:

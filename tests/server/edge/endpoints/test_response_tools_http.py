@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from pydantic import TypeAdapter
 
@@ -55,7 +55,7 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def respond(live: Live, said: str, **fields: Any) -> httpx.Response:
+def respond(live: Live, said: str, **fields: Any) -> httpx2.Response:
     body = {"input": f"«{said}»", "tools": [TOOL], "max_output_tokens": 500}
     return live.client.post("/v1/responses", json=body | fields)
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, fake
@@ -25,7 +25,7 @@ TEMPLATE = (
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("responses")
     (root / "base.jinja").write_text(TEMPLATE)
-    with fake(root / "data", chat_template=root / "base.jinja", anew=False) as server:
+    with fake(root / "data", chat_template=root / "base.jinja") as server:
         yield server
 
 
@@ -38,7 +38,7 @@ def client(live: Live) -> Iterator[Any]:
         yield made
 
 
-def respond(live: Live, **fields: Any) -> httpx.Response:
+def respond(live: Live, **fields: Any) -> httpx2.Response:
     return live.client.post("/v1/responses", json={"input": "«yes»", **fields})
 
 

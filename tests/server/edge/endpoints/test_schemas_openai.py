@@ -27,6 +27,8 @@ from server.edge.endpoints.schemas_openai import CompletionRequest
         {"allowed_token_ids": []},
         {"allowed_token_ids": ["x"]},
         {"stop_token_ids": [1] * 70_000},
+        {"guided_choice": []},
+        {"structured_outputs": {"choice": []}},
         {"best_of": 0},
         {"n": 17},
         {"logprobs": 21},

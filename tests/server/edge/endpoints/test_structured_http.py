@@ -114,6 +114,10 @@ def test_openai_and_vllm_fields_hold_answers(live: Live, field: dict[str, Any], 
     [
         ({"type": "json", "value": SCHEMA}, is_object),
         ({"type": "json", "value": json.dumps(SCHEMA)}, is_object),
+        (
+            {"type": "json", "value": {name: SCHEMA[name] for name in SCHEMA if name != "type"}},
+            is_object,
+        ),
         ({"type": "json_schema", "value": NAMED}, is_object),
         ({"type": "regex", "value": PATTERN}, fits_pattern),
     ],

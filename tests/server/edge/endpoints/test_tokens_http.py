@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from transformers import AutoTokenizer
 
@@ -59,7 +59,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield server
 
 
-def post(live: Live, path: str, body: Any) -> httpx.Response:
+def post(live: Live, path: str, body: Any) -> httpx2.Response:
     return live.client.post(path, json=body)
 
 
@@ -186,6 +186,20 @@ def test_tools_and_variables_of_a_template_count_as_in_a_chat(
     assert chat["usage"]["prompt_tokens"] == counted["count"]
 
 
+def test_fields_that_vllms_shape_does_not_have_are_named_or_refused(decoder: Live) -> None:
+    chat: dict[str, Any] = {"model": "talk", "messages": [{"role": "user", "content": "a"}]}
+    for path, body in (
+        ("/tokenize", {"prompt": "a"}),
+        ("/tokenize", chat),
+        ("/detokenize", {"tokens": [5]}),
+    ):
+        answer = post(decoder, path, {**body, "x_vendor": 1})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Ignored-Fields"] == "x_vendor"
+        told = post(decoder, path, {**body, "adapter": "mute"})
+        assert (told.status_code, told.json()["field"]) == (400, "adapter")
+
+
 def test_what_changes_a_conversation_is_refused(decoder: Live) -> None:
     body = {"model": "talk", "messages": [{"role": "user", "content": "a"}]}
     for name, value in (
@@ -223,7 +237,7 @@ def test_the_served_model_is_described(encoder: Live, decoder: Live) -> None:
 
 
 def test_lookups_need_a_key_where_inference_does_and_health_none(encoder: Live) -> None:
-    bare = httpx.Client(base_url=encoder.url)
+    bare = httpx2.Client(base_url=encoder.url)
     for path in ("/tokenize", "/detokenize", "/decode"):
         assert bare.post(path, json={}).status_code == 401
     assert bare.get("/info").status_code == 401

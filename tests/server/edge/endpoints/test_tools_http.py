@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, fake
@@ -41,23 +41,23 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("tools")
     (root / "base.jinja").write_text(TEMPLATE)
-    with fake(root / "data", chat_template=root / "base.jinja", anew=False) as server:
+    with fake(root / "data", chat_template=root / "base.jinja") as server:
         yield server
 
 
-def chat(live: Live, said: str, **fields: Any) -> httpx.Response:
+def chat(live: Live, said: str, **fields: Any) -> httpx2.Response:
     body = {"messages": [{"role": "user", "content": f"«{said}»"}], "max_tokens": 500}
     return live.client.post("/v1/chat/completions", json=body | fields)
 
 
-def choice_of(answer: httpx.Response) -> dict[str, Any]:
+def choice_of(answer: httpx2.Response) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
     assert isinstance(choice, dict)
     return choice
 
 
-def refused(answer: httpx.Response) -> tuple[int, str, str]:
+def refused(answer: httpx2.Response) -> tuple[int, str, str]:
     error = answer.json()["error"]
     return answer.status_code, error["code"], error["param"]
 
@@ -230,7 +230,7 @@ def test_a_template_must_know_tools_and_how_they_are_called(
 ) -> None:
     (tmp_path / "own.jinja").write_text(template)
     with fake(
-        tmp_path / "data", chat_template=tmp_path / "own.jinja", tool_format=setting, anew=False
+        tmp_path / "data", chat_template=tmp_path / "own.jinja", tool_format=setting
     ) as server:
         said = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2}}]'
         answer = chat(server, said, tools=[TOOL])

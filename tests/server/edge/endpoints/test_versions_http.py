@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.demo import ADAPTERS_DIR
@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def call(live: Live, method: str, path: str, **arguments: Any) -> httpx.Response:
+def call(live: Live, method: str, path: str, **arguments: Any) -> httpx2.Response:
     return live.client.request(method, f"/admin{path}", headers=live.admin, **arguments)
 
 
@@ -57,7 +57,7 @@ def put(live: Live, name: str, folder: Path, **fields: str) -> dict[str, Any]:
     return record
 
 
-def answering(live: Live, name: str) -> httpx.Response:
+def answering(live: Live, name: str) -> httpx2.Response:
     return live.client.post(f"/predict?adapter={name}", json={"inputs": "a film"})
 
 
@@ -142,7 +142,7 @@ def test_no_request_after_the_acknowledgement_is_answered_by_what_was_left(
 
     def ask() -> None:
         count = 0
-        with httpx.Client(base_url=live.url, timeout=60) as client:
+        with httpx2.Client(base_url=live.url, timeout=60) as client:
             while not ended.is_set():
                 sent = time.monotonic()
                 answer = client.post("/predict?adapter=busy", json={"inputs": "a film"})

@@ -40,6 +40,18 @@ def test_what_arrives_is_answered_and_each_step_is_counted_once(engine: FakeEngi
     assert sorted(event.id for event in answered) == ["1", "2", "3"]
     text = generate_latest(registry).decode()
     assert 'hira_batch_rows_count{lane="encode"} 3.0' in text
+    assert 'hira_queue_seconds_count{lane="encode"} 3.0' in text
+
+
+def test_each_load_is_counted_once(engine: FakeEngine) -> None:
+    registry = CollectorRegistry()
+    steps = EngineSteps(engine, WorkerMetrics(registry), figures_s=60.0)
+    engine.load_seconds = [0.5, 0.25]
+    steps.look()
+    steps.look()
+    text = generate_latest(registry).decode()
+    assert "hira_adapter_load_seconds_count 2.0" in text
+    assert "hira_adapter_load_seconds_sum 0.75" in text
 
 
 def test_figures_are_those_of_the_latest_look(engine: FakeEngine) -> None:

@@ -34,11 +34,11 @@ def test_death_of_a_thread_of_ours_is_told(
     died: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     from adapters.residency.slots import Residency
-    from server.edge.litserve.loop import _Pump
+    from server.edge.litserve.loop import LoopRun
 
     incomplete: Any = object()
     end(lambda: None, "ends well")
-    end(_Pump._read.__get__(incomplete), "requests")
+    end(LoopRun.read_requests.__get__(incomplete), "requests")
     end(Residency._run.__get__(incomplete), "adapter-loader")
     assert died == ["requests", "adapter-loader"]
     assert "AttributeError" in caplog.text, "with its traceback"

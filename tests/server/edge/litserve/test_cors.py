@@ -27,7 +27,7 @@ def test_what_is_no_origin_stops_the_start(origin: str) -> None:
 @pytest.mark.http
 def test_answers_errors_and_streams_name_an_allowed_origin(tmp_path: Path) -> None:
     keys = "reader=secret-key"
-    with fake(tmp_path / "data", cors_origins=HOME, api_keys=keys, anew=False) as live:
+    with fake(tmp_path / "data", cors_origins=HOME, api_keys=keys) as live:
         call = live.client
         before = call.options("/v1/completions", headers={"Origin": HOME, **ASKED})
         assert before.status_code == 200
@@ -55,12 +55,12 @@ def test_answers_errors_and_streams_name_an_allowed_origin(tmp_path: Path) -> No
 
 @pytest.mark.http
 def test_without_the_setting_no_origin_is_named(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", anew=False) as live:
+    with fake(tmp_path / "data") as live:
         assert (
             live.client.options("/v1/models", headers={"Origin": HOME, **ASKED}).status_code == 405
         )
         answer = live.client.get("/v1/models", headers={"Origin": HOME})
         assert not [one for one in answer.headers if one.startswith("access-control")]
-    with fake(tmp_path / "more", cors_origins="*", anew=False) as live:
+    with fake(tmp_path / "more", cors_origins="*") as live:
         answer = live.client.get("/v1/models", headers={"Origin": HOME})
         assert answer.headers["Access-Control-Allow-Origin"] == "*"

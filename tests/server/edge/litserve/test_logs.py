@@ -63,7 +63,7 @@ def test_an_error_keeps_its_traceback() -> None:
 @pytest.mark.http
 def test_all_processes_log_objects(tmp_path: Path) -> None:
     with fake(
-        tmp_path / "data", log_format="json", access_log=True, api_keys="app=k-12345678"
+        tmp_path / "data", anew=True, log_format="json", access_log=True, api_keys="app=k-12345678"
     ) as live:
         answer = live.client.post(
             "/predict?adapter=imdb",

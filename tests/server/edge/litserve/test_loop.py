@@ -20,7 +20,7 @@ from server.edge.link.http_processes import HttpProcesses, RunningRequests
 from server.edge.link.thread_deaths import watch_threads
 from server.edge.link.worker_state import read_state
 from server.edge.litserve import loop
-from server.edge.litserve.loop import EngineLoop, _Pump
+from server.edge.litserve.loop import EngineLoop, LoopRun
 from server.messages import Cancel, GenerateRequest, SamplingOptions, TokenEvent
 from server.metrics import WorkerMetrics
 from server.options import EngineOptions
@@ -77,13 +77,13 @@ def transport() -> Transport:
 
 
 @pytest.fixture
-def pump(
+def one_run(
     tmp_path: Path, requests: Queue, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> _Pump:
+) -> LoopRun:
     monkeypatch.setattr(loop, "WorkerMetrics", lambda: WorkerMetrics(CollectorRegistry()))
     monkeypatch.setattr(loop, "count_as", lambda _: None)
     api: Any = Api(tmp_path)
-    return _Pump(EngineLoop(1), api, 0, requests, transport)
+    return LoopRun(EngineLoop(1), api, 0, requests, transport)
 
 
 @pytest.fixture
@@ -110,26 +110,26 @@ def generation(name: str) -> GenerateRequest:
 
 
 def test_requests_of_a_dead_http_process_are_cancelled(
-    pump: _Pump, requests: Queue, caller: subprocess.Popen[bytes], died: list[str]
+    one_run: LoopRun, requests: Queue, caller: subprocess.Popen[bytes], died: list[str]
 ) -> None:
-    reader = threading.Thread(target=pump._read, name="requests")
+    reader = threading.Thread(target=one_run.read_requests, name="requests")
     reader.start()
-    engine: Any = pump.engine
+    engine: Any = one_run.engine
 
     def running() -> set[str]:
-        pump._take()
+        one_run.take_arrived()
         return set(engine.running)
 
     theirs = tuple(generation(f"0.{number}") for number in range(3))
-    late = Requests(pump.epoch, (generation("0.9"),), caller.pid)
-    requests.put(Requests(pump.epoch, theirs, caller.pid))
-    requests.put(Requests(pump.epoch, (generation("1.0"),), os.getpid()))
+    late = Requests(one_run.epoch, (generation("0.9"),), caller.pid)
+    requests.put(Requests(one_run.epoch, theirs, caller.pid))
+    requests.put(Requests(one_run.epoch, (generation("1.0"),), os.getpid()))
     until(lambda: running() == {"0.0", "0.1", "0.2", "1.0"})
     caller.kill()
     until(lambda: running() == {"1.0"})
     caller.wait()
     requests.put(late)  # what it had sent before, and was still in the queue
-    requests.put(Requests(pump.epoch, (generation("1.1"),), os.getpid()))
+    requests.put(Requests(one_run.epoch, (generation("1.1"),), os.getpid()))
     until(lambda: "1.1" in running())
     assert running() == {"1.0", "1.1"}
     assert died == []
@@ -171,10 +171,10 @@ def test_death_of_a_caller_is_noticed_once(caller: subprocess.Popen[bytes]) -> N
 
 @pytest.mark.parametrize("error", [OSError(5, "an error"), EOFError(), Broken()])
 def test_death_of_the_reader_is_told(
-    pump: _Pump, requests: Queue, died: list[str], error: Exception
+    one_run: LoopRun, requests: Queue, died: list[str], error: Exception
 ) -> None:
     requests.error = error
-    reader = threading.Thread(target=pump._read, name="requests")
+    reader = threading.Thread(target=one_run.read_requests, name="requests")
     reader.start()
     reader.join(10)
     assert died == ["requests"]
@@ -182,39 +182,39 @@ def test_death_of_the_reader_is_told(
 
 @pytest.mark.parametrize("error", [OSError(5, "an error"), Broken()])
 def test_death_of_the_writer_is_told(
-    pump: _Pump, transport: Transport, died: list[str], error: Exception
+    one_run: LoopRun, transport: Transport, died: list[str], error: Exception
 ) -> None:
     transport.error = error
-    writer = threading.Thread(target=pump._write, name="events")
+    writer = threading.Thread(target=one_run.write_events, name="events")
     writer.start()
-    pump.outbox.put([loop_failure("0.1")])
+    one_run.outbox.put([loop_failure("0.1")])
     writer.join(10)
     assert died == ["events"]
 
 
-def test_writer_sends_each_http_process_its_own(pump: _Pump, transport: Transport) -> None:
-    pump.outbox.put([loop_failure("0.1"), loop_failure("1.1"), loop_failure("0.2")])
-    pump.outbox.put(None)
-    pump._write()
+def test_writer_sends_each_http_process_its_own(one_run: LoopRun, transport: Transport) -> None:
+    one_run.outbox.put([loop_failure("0.1"), loop_failure("1.1"), loop_failure("0.2")])
+    one_run.outbox.put(None)
+    one_run.write_events()
     sent = [transport.sent.get(timeout=1)[1][0] for _ in range(2)]
     assert all(isinstance(one, Events) for one in sent)
     assert [[event.id for event in one.events] for one in sent] == [["0.1", "0.2"], ["1.1"]]
 
 
-def test_queue_that_does_not_answer_is_told_of(pump: _Pump) -> None:
-    pump._beat()
-    state = read_state(pump.run_dir)
+def test_queue_that_does_not_answer_is_told_of(one_run: LoopRun) -> None:
+    one_run.tell_state()
+    state = read_state(one_run.run_dir)
     assert state is not None
     assert state.queue_silent_s < 10
-    pump.queue_heard -= 100
-    pump._beat()
-    state = read_state(pump.run_dir)
+    one_run.queue_heard -= 100
+    one_run.tell_state()
+    state = read_state(one_run.run_dir)
     assert state is not None
     assert state.queue_silent_s > 90
 
 
 def test_engine_that_breaks_ends_the_worker(
-    pump: _Pump, monkeypatch: pytest.MonkeyPatch, requests: Queue, died: list[str]
+    one_run: LoopRun, monkeypatch: pytest.MonkeyPatch, requests: Queue, died: list[str]
 ) -> None:
     parts: list[str] = []
 
@@ -233,12 +233,12 @@ def test_engine_that_breaks_ends_the_worker(
 
     monkeypatch.setattr(loop, "abandon", abandon)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr(pump.engine, "step", step)
-    requests.put(Requests(pump.epoch, (generation("0.1"),), os.getpid()))
+    monkeypatch.setattr(one_run.engine, "step", step)
+    requests.put(Requests(one_run.epoch, (generation("0.1"),), os.getpid()))
     with pytest.raises(Ended):
-        pump.run()
+        one_run.run()
     assert parts == ["engine"]
     requests.error = Broken()  # and the threads that `run` began
-    pump.ending.set()
-    pump.outbox.put(None)
+    one_run.ending.set()
+    one_run.outbox.put(None)
     until(lambda: died == ["requests"])

@@ -62,11 +62,11 @@ def test_adapters_of_another_base_are_named_at_the_start_and_not_served(tmp_path
     base = other_base(tmp_path / "other")
     root = f"--source-root={sources}"
 
-    with hira(data, f"--base={BASE_DIR}", root, dtype="fp32", anew=False) as live:
+    with hira(data, f"--base={BASE_DIR}", root, dtype="fp32") as live:
         register(live, "first", first)
         known = scores(live, "first")
 
-    with hira(data, f"--base={base}", root, dtype="fp32", anew=False) as live:
+    with hira(data, f"--base={base}", root, dtype="fp32") as live:
         assert told(live) == ("0 of 1", "first")
         assert "first" not in listed(live)
         refused = live.client.post("/predict?adapter=first", json=TEXT)
@@ -77,7 +77,7 @@ def test_adapters_of_another_base_are_named_at_the_start_and_not_served(tmp_path
         assert live.client.post("/predict?adapter=second", json=TEXT).status_code == 200
         assert "second" in listed(live)
 
-    with hira(data, f"--base={BASE_DIR}", root, dtype="fp32", anew=False) as live:
+    with hira(data, f"--base={BASE_DIR}", root, dtype="fp32") as live:
         assert told(live) == ("1 of 2", "second")
         assert listed(live) & {"first", "second"} == {"first"}
         assert scores(live, "first") == pytest.approx(known, abs=1e-4)

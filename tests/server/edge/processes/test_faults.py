@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -32,17 +32,17 @@ pytestmark = pytest.mark.http
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("faults") / "data"
-    with fake(folder, api_processes=2, max_body_bytes=4096, anew=False) as server:
+    with fake(folder, api_processes=2, max_body_bytes=4096) as server:
         yield server
 
 
-def predict(live: Live, **parameters: Any) -> httpx.Response:
+def predict(live: Live, **parameters: Any) -> httpx2.Response:
     return live.client.post(
         "/predict?adapter=imdb", json={"inputs": "hello", "parameters": parameters}
     )
 
 
-def generate(live: Live, tokens: int, seed: int | None = None, **more: Any) -> httpx.Response:
+def generate(live: Live, tokens: int, seed: int | None = None, **more: Any) -> httpx2.Response:
     body = {"inputs": "hello", "parameters": {"max_new_tokens": tokens, "seed": seed}}
     return live.client.post("/generate?adapter=story", json=body, **more)
 
@@ -105,10 +105,10 @@ def test_killed_http_process_is_replaced(live: Live) -> None:
     first.kill()
     until(lambda: {one.pid for one in main.children()} - before)
     live.client.close()
-    live.client = httpx.Client(base_url=live.url, timeout=60)
+    live.client = httpx2.Client(base_url=live.url, timeout=60)
     live.wait_ready()
     for _ in range(20):
-        assert httpx.get(f"{live.url}/health/ready").status_code == 200
+        assert httpx2.get(f"{live.url}/health/ready").status_code == 200
     # Both answer, the new one from its first request on.
     with ThreadPoolExecutor(8) as pool:
         assert {one.status_code for one in pool.map(lambda _: predict(live), range(200))} == {200}
@@ -200,7 +200,7 @@ def test_stopped_worker_makes_requests_end_by_their_deadline(live: Live) -> None
 
 def test_overload_is_refused_with_a_time_to_return(tmp_path: Path) -> None:
     with (
-        fake(tmp_path / "data", max_queue_requests=3, anew=False) as live,
+        fake(tmp_path / "data", max_queue_requests=3) as live,
         ThreadPoolExecutor(8) as pool,
     ):
         answers = [one.result() for one in [pool.submit(generate, live, 30) for _ in range(8)]]
@@ -211,8 +211,8 @@ def test_overload_is_refused_with_a_time_to_return(tmp_path: Path) -> None:
 
 
 def test_term_drains_then_ends_well_with_nothing_left(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", api_processes=2, anew=False) as live:
-        answers: list[httpx.Response] = []
+    with fake(tmp_path / "data", api_processes=2) as live:
+        answers: list[httpx2.Response] = []
         client = threading.Thread(target=lambda: answers.append(generate(live, 60)))
         client.start()
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
@@ -231,7 +231,7 @@ def test_term_drains_then_ends_well_with_nothing_left(tmp_path: Path) -> None:
 
 
 def test_term_to_all_processes_at_once_drains_too(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", anew=False) as live, ThreadPoolExecutor(1) as pool:
+    with fake(tmp_path / "data") as live, ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, live, 120)
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
         live.processes()
@@ -246,23 +246,23 @@ def test_hangup_reads_the_settings_again(tmp_path: Path) -> None:
     config.write_text("max_inputs = 2\n")
     body = {"inputs": ["a", "b", "c"]}
     path = "/predict?adapter=imdb"
-    with fake(tmp_path / "data", config=config, api_processes=2, anew=False) as live:
+    with fake(tmp_path / "data", config=config, api_processes=2) as live:
         assert live.client.post(path, json=body).status_code == 422
         config.write_text('max_inputs = 3\n[api_keys]\napp = "a-new-key"\n')
         live.child.send_signal(signal.SIGHUP)
         until(lambda: live.client.post(path, json=body).status_code == 401)
         right = {"Authorization": "Bearer a-new-key"}
         for _ in range(10):
-            assert httpx.post(live.url + path, json=body, headers=right).status_code == 200
+            assert httpx2.post(live.url + path, json=body, headers=right).status_code == 200
         config.write_text("nonsense = 1\n")
         live.child.send_signal(signal.SIGHUP)
         until(lambda: "nonsense" in live.log.read_text())
-        assert httpx.post(live.url + path, json=body, headers=right).status_code == 200
+        assert httpx2.post(live.url + path, json=body, headers=right).status_code == 200
 
 
 def test_drain_has_a_bound(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", drain_s=0.5, anew=False) as live:
-        answers: list[httpx.Response] = []
+    with fake(tmp_path / "data", drain_s=0.5) as live:
+        answers: list[httpx2.Response] = []
         client = threading.Thread(target=lambda: answers.append(generate(live, 250, SLOW_SEED)))
         client.start()
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 1)
@@ -277,7 +277,7 @@ def test_drain_has_a_bound(tmp_path: Path) -> None:
 @pytest.mark.parametrize("build", ["build", "build_deaf"])
 def test_work_that_outlives_the_drain_is_dropped_and_not_killed(tmp_path: Path, build: str) -> None:
     engine = f"tests.stand.fake_engine:{build}"
-    with fake(tmp_path / "data", engine, drain_s=0.5, api_processes=4, anew=False) as live:
+    with fake(tmp_path / "data", engine, drain_s=0.5, api_processes=4) as live:
         body = {"inputs": "hello", "parameters": {"max_new_tokens": 250, "seed": SLOW_SEED}}
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(live.client.post, "/generate?adapter=story", json=body)
@@ -293,7 +293,7 @@ def test_work_that_outlives_the_drain_is_dropped_and_not_killed(tmp_path: Path, 
 
 
 def test_killed_main_process_leaves_no_orphans(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", api_processes=2, anew=False) as live:
+    with fake(tmp_path / "data", api_processes=2) as live:
         assert len(live.processes()) >= 5
         live.child.kill()
         live.child.wait()
@@ -301,9 +301,7 @@ def test_killed_main_process_leaves_no_orphans(tmp_path: Path) -> None:
 
 
 def test_worker_that_cannot_be_set_up_ends_the_start_with_one_line(tmp_path: Path) -> None:
-    with fake(
-        tmp_path / "data", "tests.stand.fake_engine:build_broken", wait=False, anew=False
-    ) as live:
+    with fake(tmp_path / "data", "tests.stand.fake_engine:build_broken", wait=False) as live:
         assert live.child.wait(START_S) == 1
         text = live.log.read_text()
         assert "hira: ValueError: no such base in two lines" in text

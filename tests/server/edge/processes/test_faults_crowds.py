@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -34,6 +34,8 @@ CROWD = 300
 # What these tell the time for is for people: when something was made, started or last used.
 WALL_CLOCK = frozenset(
     {
+        "server/edge/admit/key_file.py",  # when a key ends
+        "server/edge/admit/key_usage_file.py",  # of which day
         "server/edge/service.py",
         "server/edge/endpoints/openai.py",
         "server/edge/endpoints/ranking.py",
@@ -48,19 +50,19 @@ WALL_CLOCK = frozenset(
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with fake(tmp_path_factory.mktemp("crowds") / "data") as server:
+    with fake(tmp_path_factory.mktemp("crowds") / "data", anew=True) as server:
         yield server
 
 
 def generate(
     live: Live, tokens: int, *, seed: int | None = None, timeout_s: float = 120.0
-) -> httpx.Response:
+) -> httpx2.Response:
     body = {"inputs": "hello", "parameters": {"max_new_tokens": tokens, "seed": seed}}
     headers = {"X-Timeout-Seconds": str(timeout_s)}
     return live.client.post("/generate?adapter=story", json=body, headers=headers)
 
 
-def predict(live: Live) -> httpx.Response:
+def predict(live: Live) -> httpx2.Response:
     return live.client.post("/predict?adapter=imdb", json={"inputs": "hello"})
 
 

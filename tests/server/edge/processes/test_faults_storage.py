@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import Live, hira
@@ -37,12 +37,12 @@ class World:
     sources: Path
     known: dict[str, float]
 
-    def ask(self, name: str = "hira-imdb") -> httpx.Response:
+    def ask(self, name: str = "hira-imdb") -> httpx2.Response:
         return self.live.client.post(
             f"/predict?adapter={name}", json={"inputs": "A fine film, warmly played."}
         )
 
-    def register(self, name: str, seed: int) -> httpx.Response:
+    def register(self, name: str, seed: int) -> httpx2.Response:
         folder = self.sources / f"{name}-{seed}"
         if not folder.exists():
             make_adapter(folder, seed=seed, labels=("LOW", "HIGH"))
@@ -56,7 +56,7 @@ class World:
         assert scores_of(answer) == pytest.approx(self.known, abs=TOLERANCE)
 
 
-def scores_of(answer: httpx.Response) -> dict[str, float]:
+def scores_of(answer: httpx2.Response) -> dict[str, float]:
     return {one["label"]: one["score"] for one in answer.json()}
 
 

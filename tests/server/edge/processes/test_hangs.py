@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -29,7 +29,7 @@ PATIENCE_S = 120.0  # for what must come to pass, but not by when
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("hangs") / "data"
-    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2, anew=False) as server:
+    with fake(folder, hang_s=HANG_S, max_step_s=3, api_processes=2) as server:
         yield server
 
 
@@ -51,7 +51,7 @@ def test_stopped_worker_is_noticed_killed_and_replaced(live: Live) -> None:
     assert "no sign of life" in live.log.read_text()
 
 
-def generate_slowly(live: Live) -> httpx.Response:
+def generate_slowly(live: Live) -> httpx2.Response:
     """Not over before the worker is stopped, however late that is."""
     body = {"inputs": "hello", "parameters": {"max_new_tokens": 250, "seed": SLOW_SEED}}
     return live.client.post("/generate?adapter=story", json=body)
@@ -86,7 +86,7 @@ def accepting(main: psutil.Process) -> list[psutil.Process]:
 
 
 def test_stopped_http_process_is_replaced(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", hang_s=6, api_processes=2, anew=False) as live:
+    with fake(tmp_path / "data", hang_s=6, api_processes=2) as live:
         main = psutil.Process(live.child.pid)
         holding = accepting(main)
         _, first, _ = sorted(holding, key=lambda one: one.create_time())
@@ -95,12 +95,12 @@ def test_stopped_http_process_is_replaced(tmp_path: Path) -> None:
         until(lambda: suspended not in {one.pid for one in accepting(main)})
         until(lambda: len(accepting(main)) == len(holding))
         for _ in range(20):
-            assert httpx.get(f"{live.url}/health/live", timeout=60).status_code == 200
+            assert httpx2.get(f"{live.url}/health/live", timeout=60).status_code == 200
         assert "HTTP process 0: no sign of life" in live.log.read_text()
 
 
 def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", anew=False) as live, ThreadPoolExecutor(4) as pool:
+    with fake(tmp_path / "data") as live, ThreadPoolExecutor(4) as pool:
         cancelled = 'hira_adapters{state="cancelled"}'
         running = [pool.submit(generate_slowly, live) for _ in range(3)]
         until(lambda: live.metric('hira_admitted{kind="requests"}') == 3)
@@ -117,7 +117,7 @@ def test_http_process_that_loses_a_part_answers_all_and_is_replaced(tmp_path: Pa
 
 
 def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", anew=False) as live:
+    with fake(tmp_path / "data") as live:
         order = live.folder / HUNG_CHORE
         order.touch()
         until(lambda: order.read_text() != "")
@@ -131,7 +131,7 @@ def test_chore_that_hangs_holds_up_neither_requests_nor_the_main_process(tmp_pat
 
 
 def test_text_on_which_the_tokenizer_hangs_costs_one_http_process(tmp_path: Path) -> None:
-    with fake(tmp_path / "data", hang_s=6, anew=False) as live:
+    with fake(tmp_path / "data", hang_s=6) as live:
         body = {"inputs": HANGING}
         first = live.client.post(
             "/predict?adapter=imdb", json=body, headers={"X-Timeout-Seconds": "1"}

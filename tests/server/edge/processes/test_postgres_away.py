@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand import postgres
@@ -30,7 +30,7 @@ class World:
     sources: Path
     known: dict[str, float] = field(default_factory=dict)
 
-    def ask(self, name: str = "hira-imdb") -> httpx.Response:
+    def ask(self, name: str = "hira-imdb") -> httpx2.Response:
         body = {"inputs": "A fine film, warmly played."}
         return self.live.client.post(f"/predict?adapter={name}", json=body)
 
@@ -39,7 +39,7 @@ class World:
         assert answer.status_code == 200, answer.text
         return {one["label"]: one["score"] for one in answer.json()}
 
-    def register(self, name: str, seed: int) -> httpx.Response:
+    def register(self, name: str, seed: int) -> httpx2.Response:
         folder = self.sources / f"{name}-{seed}"
         if not folder.exists():
             make_adapter(folder, seed=seed, labels=("LOW", "HIGH"))
@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with postgres.postgres() as database:
         data = tmp_path_factory.mktemp("served") / "data"
         root = f"--source-root={sources}"
-        with hira(data, root, registry_url=database.url, dtype="fp32") as live:
+        with hira(data, root, registry_url=database.url, dtype="fp32", anew=True) as live:
             made = World(live, database, sources)
             made.known = made.scores()
             yield made

@@ -56,8 +56,8 @@ def process(registry: Registry, load: SharedLoad, number: int) -> Service:
     made.names.refresh()
     made._number, made._changing, made._reading = number, threading.Lock(), None
     made._reader = ThreadPoolExecutor(1)
-    nothing: Any = None
-    made.targets = Targets(made.names, nothing)
+    base: Any = SimpleNamespace(answers_to=lambda name: name == "base")
+    made.targets = Targets(made.names, base)
     made.dispatcher = Dispatcher(load, Bounds(9, 9, 9), 1, Path("none"))
     made.slow_work = SlowWork(Settings(), made.dispatcher.admission, made.dispatcher.give_up)
     made.slow_work.open()

@@ -140,7 +140,7 @@ def counted(live: Live) -> float:
 def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_death(
     tmp_path: Path,
 ) -> None:
-    with hira(tmp_path / "data", anew=False) as live:
+    with hira(tmp_path / "data") as live:
         pid, place = live.worker_pid, live.folder / "run"
         shutil.rmtree(place.resolve())
         until((place / "worker-0.json").exists)

@@ -8,7 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.stand.live import fake
@@ -21,6 +21,7 @@ ADMIN, APP, WRONG, INPUT = "admin-0d1e2f3a", "app-4b5c6d7e", "wrong-8f9a0b1c", "
 def test_no_key_and_no_input_is_logged(tmp_path: Path) -> None:
     with fake(
         tmp_path / "data",
+        anew=True,
         log_level="debug",
         access_log=True,
         admin_key=ADMIN,
@@ -44,7 +45,7 @@ def test_no_key_and_no_input_is_logged(tmp_path: Path) -> None:
             one.sendall(f"Authorization: Bearer {APP}\r\n\r\n".encode())
             one.recv(4096)
         body = {"inputs": INPUT, "parameters": {"max_new_tokens": 200}}
-        with pytest.raises(httpx.ReadTimeout):
+        with pytest.raises(httpx2.ReadTimeout):
             live.client.post(
                 "/generate?adapter=story",
                 json=body,
