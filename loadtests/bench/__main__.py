@@ -1,6 +1,6 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
 [choice] [http] [residency] [deterministic] [structured] [gpu] [--dtype auto] [--quick]
-[--dry-run] [--one-thread] [--json FILE] [--markdown FILE]`. Without a name it runs
+[--dry-run] [--one-thread] [--json FILE] [--markdown FILE] [--record]`. Without a name it runs
 all of them."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from loadtests.bench import peers
+from loadtests.bench import gpu_record, peers
 from loadtests.bench.timing import Report, dtype_of, machine, print_machine
 
 BENCHES = (
@@ -48,6 +48,11 @@ def main() -> int:
         help="gpu: every part on the processor and on shapes of nothing, to see that it runs",
     )
     parser.add_argument(
+        "--record",
+        action="store_true",
+        help="gpu: write its figures into README.md and docs/measured.md, too",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
@@ -57,6 +62,8 @@ def main() -> int:
     unknown = sorted(set(options.names) - set(BENCHES))
     if unknown:
         parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    if options.record and (options.names != ["gpu"] or options.dry_run):
+        parser.error("--record is for `gpu` alone, and not for a dry run")
     peers.quiet()
     began = time.monotonic()
     dtype = dtype_of(options.dtype)
@@ -75,6 +82,8 @@ def main() -> int:
         options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     if options.markdown is not None:
         options.markdown.write_text(report.as_markdown(), encoding="utf-8")
+    if options.record:
+        gpu_record.record(report.as_json())
     return 0
 
 

@@ -1,74 +1,61 @@
-"""Whole steps of the engine on random Llama shapes, decoding and prompts, and stock peers.
+"""Whole steps of the engine on random Llama shapes, decoding and prompts, against stock peers.
 
-All kinds of decode steps are measured in one run, against transformers' ``generate`` on the
-bitsandbytes base without any adapter and PEFT with one adapter, a request at a time.
+Every kind of decode steps is measured in one run, with the path of before as the first: dynamic
+steps, the fused kernel alone, prompts by 1,024 tokens a step. Ratios stand in that run alone.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
 
 import torch
-from safetensors.torch import save_file
 
-from adapters.registry.store import Store
-from adapters.signature import describe
-from loadtests.bench.generation import save_base
+from loadtests.bench.gpu_bases import Shape, StoredBase, random_llama, stored
 from loadtests.bench.gpu_http import measure_http
+from loadtests.bench.gpu_peers import FIRST_TOKENS, generate_s, step_s, with_one_adapter
 from loadtests.bench.gpu_swaps import measure_swaps
-from loadtests.bench.modulation import LLAMA_TARGETS, random_factors
 from loadtests.bench.part_clock import PartClock
-from loadtests.bench.peers import nf4_options, prepare_for_peft, quantize
+from loadtests.bench.peers import prepare_for_peft
 from loadtests.bench.runs import run_to_end
 from loadtests.bench.timing import Figure, Report
 from server.engine.engine import Engine
 from server.messages import GenerateRequest, SamplingOptions
 from server.options import DecodeSteps, EngineOptions
 
-RANK_OF_ADAPTERS = 32
-# The most telling first: what does not fit into the time is left out from the end.
-STEPS: tuple[DecodeSteps, ...] = ("dynamic", "ahead", "static")
 _MORE_ADAPTERS = 4  # than slots: so many are elsewhere while adapters are swapped
+_EARLIER_PREFILL_TOKENS = 1024
+_LOAD_S = 12.0  # an engine's start, of a large base with the captures of its steps; the server's
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A Llama of random numbers."""
+class StepKind:
+    """How an engine runs.
+
+    Args:
+        name: In the report.
+        steps: Its ``decode_steps``.
+        is_earlier: As the engine was before it had anything else.
+    """
 
     name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    key_heads: int
-    tied: bool
-    max_sequences: int = 64
-    kv_bytes: int = 4 << 30
+    steps: DecodeSteps
+    is_earlier: bool = False
 
 
-SHAPES = (
-    Shape("1.2 B", 2048, 8192, 16, 32, 8, tied=True),
-    Shape("8 B", 4096, 14336, 32, 32, 8, tied=False),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A base in a folder, in bitsandbytes' NF4, and its adapters in a store."""
-
-    root: Path
-    base: Path
-    folders: tuple[Path, ...]
-    versions: tuple[str, ...]
+EARLIER: Final = StepKind("earlier", "dynamic", is_earlier=True)
+DYNAMIC: Final = StepKind("dynamic", "dynamic")
+STATIC: Final = StepKind("static", "static")
+AHEAD: Final = StepKind("ahead", "ahead")
+# The most telling first: what does not fit into the time is left out from the end.
+SMALL_KINDS: Final = (EARLIER, AHEAD, STATIC, DYNAMIC)
+LARGE_KINDS: Final = (EARLIER, AHEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,109 +64,52 @@ class Amounts:
 
     Args:
         adapters: And sequences of a usual step.
-        new_tokens: Of each sequence.
+        more_tokens: Of each sequence, once it has its first ones.
         vocabulary: Of the base.
         prompt_tokens: Of prompts that are read.
         swaps: Adapters loaded while others decode.
         clients: Of the server.
+        rounds: Of each time, of which the best counts.
     """
 
     adapters: int = 16
-    new_tokens: int = 32
+    more_tokens: int = 24
     vocabulary: int = 128_256
     prompt_tokens: int = 512
     swaps: int = 1000
     clients: tuple[int, ...] = (1, 16, 64)
+    rounds: int = 2
 
 
-def random_llama(shape: Shape, device: torch.device, vocabulary: int) -> Any:
-    """transformers' model of this shape in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclass(slots=True)
+class ShapeTimes:
+    """What of one shape later figures are held against, by case: seconds of a step, of prompts."""
 
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model: Any = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval()
-
-
-@contextmanager
-def stored(model: Any, shape: Shape, device: torch.device, adapters: int) -> Iterator[Stored]:
-    """Quantize a model in place and write it, and so many adapters, to a folder that is gone
-    afterwards; so a large base is never written whole, nor quantized twice."""
-    signature = describe(model, "base")
-    quantize(model, device)
-    options = nf4_options()
-    options.llm_int8_skip_modules = ["lm_head"]
-    with tempfile.TemporaryDirectory(prefix="hira-gpu-") as name:
-        root = Path(name)
-        base = root / "base"
-        save_base(model, base, weights=False)
-        described = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        described["quantization_config"] = options.to_dict()
-        described["dtype"] = "bfloat16"
-        (base / "config.json").write_text(json.dumps(described), encoding="utf-8")
-        tensors = {key: one.contiguous() for key, one in model.state_dict().items()}
-        if shape.tied:
-            tensors.pop("lm_head.weight")
-        save_file(tensors, base / "model.safetensors", {"format": "pt"})
-        del tensors
-        folders = tuple(_adapter(root / f"a{n}", signature, n) for n in range(adapters))
-        store = Store(root / "store")
-        yield Stored(root, base, folders, tuple(store.add(one) for one in folders))
-
-
-def _adapter(folder: Path, signature: Any, seed: int) -> Path:
-    tensors: dict[str, torch.Tensor] = {}
-    for path, entry in random_factors(signature, LLAMA_TARGETS, seed).items():
-        tensors[f"base_model.model.{path}.hira_A"] = entry.a
-        tensors[f"base_model.model.{path}.hira_B"] = entry.b
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    described = {
-        "peft_type": "HIRA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "base",
-        "r": RANK_OF_ADAPTERS,
-        "target_modules": list(LLAMA_TARGETS),
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
-    return folder
+    peers: dict[str, float] = field(default_factory=dict)
+    earlier: dict[str, float] = field(default_factory=dict)
 
 
 @contextmanager
 def engine_on(
-    made: Stored, shape: Shape, device: torch.device, steps: DecodeSteps, slots: int
+    made: StoredBase, shape: Shape, device: torch.device, kind: StepKind, slots: int
 ) -> Iterator[Engine]:
     """The engine on what is stored."""
+    on_card = device.type == "cuda"
     engine = Engine.build(
         EngineOptions(
             base=str(made.base),
             store_dir=made.root / "store",
-            cache_dir=made.root / f"cache-{steps}",
+            cache_dir=made.root / f"cache-{kind.name}",
             dtype="bf16",
-            device="cuda" if device.type == "cuda" else "cpu",
-            decode_steps=steps,
+            device="cuda" if on_card else "cpu",
+            modulation="fused" if kind.is_earlier and on_card else "auto",
+            decode_steps=kind.steps,
+            prefill_tokens=_EARLIER_PREFILL_TOKENS if kind.is_earlier else None,
             kv_bytes=shape.kv_bytes,
-            device_bytes=8 << 30 if device.type == "cuda" else 1 << 30,
+            device_bytes=8 << 30 if on_card else 1 << 30,
             max_sequences=shape.max_sequences,
             slots=slots,
+            threads=torch.get_num_threads(),
         )
     )
     try:
@@ -220,7 +150,7 @@ def measure_engine(
     amounts: Amounts,
     *,
     clock: PartClock,
-    kinds: Sequence[DecodeSteps] = STEPS,
+    kinds: Sequence[StepKind] = SMALL_KINDS,
 ) -> None:
     """Peers, all kinds of steps and prompts of one shape; with ``ahead`` swaps and the server, too.
 
@@ -230,55 +160,64 @@ def measure_engine(
         device: Where all of it runs.
         amounts: How much.
         clock: What does not fit is left out.
-        kinds: Of decode steps.
+        kinds: Of engines.
     """
+    times = ShapeTimes()
     model = random_llama(shape, device, amounts.vocabulary)
-    peers: dict[str, float] = {}
-    for rows in dict.fromkeys((amounts.adapters, 1)):
-        if clock.has_time(f"{shape.name}: dense model, batch of {rows}"):
-            name = f"{shape.name}, {rows} sequences, bare base"
-            _add_generate(
-                report, name, "generate on dense bf16", model,
-                rows=rows, new_tokens=amounts.new_tokens,
-            )  # fmt: skip
+    if clock.has_time(f"{shape.name}: dense model"):
+        _add_generate(
+            report, shape, "generate on dense bf16", model,
+            rows=amounts.adapters, amounts=amounts,
+        )  # fmt: skip
     more = _MORE_ADAPTERS if amounts.swaps else 0
-    with stored(model, shape, device, amounts.adapters + more) as made:
+    adapters = amounts.adapters + more
+    with stored(model, shape, device, adapters=adapters, few_rank=amounts.adapters) as made:
         # What is written is not what bitsandbytes makes of it in its forward on a processor.
         prepare_for_peft(model)
         for rows in dict.fromkeys((amounts.adapters, 1, shape.max_sequences)):
             if clock.has_time(f"{shape.name}: bitsandbytes, batch of {rows}"):
-                name = f"{shape.name}, {rows} sequences, bare base"
-                peers[str(rows)] = _add_generate(
-                    report,
-                    name,
-                    "generate on bitsandbytes",
-                    model,
-                    rows=rows,
-                    new_tokens=amounts.new_tokens,
+                what = "generate on bitsandbytes"
+                times.peers[_decoding(rows, 0)] = _add_generate(
+                    report, shape, what, model, rows=rows, amounts=amounts
                 )
+        if clock.has_time(f"{shape.name}: prompts on bitsandbytes"):
+            rows = min(8, amounts.adapters)
+            generate_s(model, rows, 1, amounts.prompt_tokens)
+            seconds = generate_s(model, rows, 1, amounts.prompt_tokens)
+            case = f"{shape.name}, {_prompts(rows, amounts)}, bare base"
+            rate = rows * amounts.prompt_tokens / seconds
+            report.add(Figure("gpu", case, "generate on bitsandbytes", rate, unit="tokens/s"))
         if clock.has_time(f"{shape.name}: PEFT"):
-            _peft(report, shape, made, model, amounts.new_tokens)
+            wrapped = with_one_adapter(model, made.folders[0])
+            step = step_s(partial(generate_s, wrapped, 1), amounts.more_tokens, 1)
+            report.add(Figure("gpu", f"{shape.name}, 1 request", "PEFT", 1 / step, unit="tokens/s"))
+            del wrapped
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for steps in kinds:
-            if not clock.has_time(f"{shape.name}: {steps} steps"):
+        for kind in kinds:
+            if not clock.has_time(f"{shape.name}: {kind.name} steps", _LOAD_S):
                 continue
-            slots = amounts.adapters
-            with engine_on(made, shape, device, steps, slots) as engine:
+            with engine_on(made, shape, device, kind, amounts.adapters) as engine:
                 _steps(
-                    report, shape, engine, made,
-                    amounts=amounts, clock=clock, steps=steps, peers=peers,
-                )  # fmt: skip
-                if steps == "ahead" and amounts.swaps and clock.has_time(f"{shape.name}: swaps"):
+                    report,
+                    shape,
+                    engine,
+                    made,
+                    amounts=amounts,
+                    clock=clock,
+                    kind=kind,
+                    times=times,
+                )
+                if kind == AHEAD and amounts.swaps and clock.has_time(f"{shape.name}: swaps"):
                     measure_swaps(
                         report, shape.name, engine, made.versions, swaps=amounts.swaps, clock=clock
                     )
-            if steps == "ahead" and amounts.clients and clock.has_time(f"{shape.name}: HTTP"):
+            if kind == AHEAD and amounts.clients and clock.has_time(f"{shape.name}: HTTP", _LOAD_S):
                 measure_http(
-                    report, shape.name, made.base, made.folders[: amounts.adapters],
-                    device=device, steps=steps, new_tokens=amounts.new_tokens,
-                    clients=amounts.clients, kv_bytes=shape.kv_bytes, clock=clock,
+                    report, shape.name, made, amounts.adapters, device=device, steps=kind.steps,
+                    new_tokens=amounts.more_tokens, clients=amounts.clients,
+                    kv_bytes=shape.kv_bytes, clock=clock,
                 )  # fmt: skip
 
 
@@ -286,93 +225,146 @@ def _steps(
     report: Report,
     shape: Shape,
     engine: Engine,
-    made: Stored,
+    made: StoredBase,
     *,
     amounts: Amounts,
     clock: PartClock,
-    steps: DecodeSteps,
-    peers: dict[str, float],
+    kind: StepKind,
+    times: ShapeTimes,
 ) -> None:
-    adapters, new_tokens = amounts.adapters, amounts.new_tokens
+    """All cases of one engine, and its ratios where it is the one that is asked something of."""
+    adapters, goals = amounts.adapters, shape.goals
     own = made.versions[:adapters]
-    usual = f"{adapters} sequences, {adapters} adapters"
+    usual, many, one = (_decoding(n, min(n, adapters)) for n in (adapters, shape.max_sequences, 1))
+    bare, few = _decoding(adapters, 0), f"{_decoding(adapters, adapters)} of rank 8"
     cases: dict[str, Sequence[str | None]] = {
         usual: own,
-        f"{shape.max_sequences} sequences, {adapters} adapters": [
-            own[i % adapters] for i in range(shape.max_sequences)
-        ],
-        "1 sequence, 1 adapter": own[:1],
-        f"{adapters} sequences, bare base": [None] * adapters,
+        bare: [None] * adapters,
+        many: [own[i % adapters] for i in range(shape.max_sequences)],
+        one: own[:1],
+        few: made.few_rank,
     }
+    asked = kind == AHEAD
+    steps: dict[str, float] = {}
+
+    def add_speed(
+        case: str, what: str, other: dict[str, float], than: str, goal: float | None
+    ) -> None:
+        if case in steps and than in other:
+            speed = other[than] / steps[case]
+            report.add(
+                Figure(
+                    "gpu", f"{shape.name}, {case}", what, speed, at_least=goal if asked else None
+                )
+            )
+
     for case, versions in cases.items():
-        if not clock.has_time(f"{shape.name}, {case}, {steps} steps"):
+        if case == few and kind.is_earlier:
             continue
-        seconds_of(engine, versions, 2)
-        seconds = min(seconds_of(engine, versions, new_tokens) for _ in range(2))
-        named = f"{shape.name}, {case}"
-        note = f"{len(versions) * new_tokens / seconds:.0f} tokens/s"
-        step_ms = seconds / new_tokens * 1e3
-        report.add(Figure("gpu", named, f"{steps} steps", step_ms, unit="ms", note=note))
-        if case == usual and str(adapters) in peers:
-            against = f"{steps} steps against generate on bitsandbytes"
-            report.add(Figure("gpu", named, against, peers[str(adapters)] / seconds))
+        if not clock.has_time(f"{shape.name}, {case}, {kind.name} steps"):
+            continue
+        run = partial(seconds_of, engine, versions)
+        steps[case] = step_s(run, amounts.more_tokens, amounts.rounds)
+        note = f"{len(versions) / steps[case]:.0f} tokens/s"
+        report.add(
+            Figure(
+                "gpu", f"{shape.name}, {case}", f"{kind.name} steps", steps[case] * 1e3,
+                unit="ms", note=note,
+            )
+        )  # fmt: skip
         if case == usual and engine.base.device.type == "cuda":
-            busy = _busy_s(engine, versions, new_tokens) / seconds
-            report.add(Figure("gpu", named, f"card busy, {steps} steps", busy, unit="of the time"))
-    many = own[:8]
-    if clock.has_time(f"{shape.name}, prompts, {steps} steps"):
-        seconds_of(engine, many, 1, amounts.prompt_tokens)
-        seconds = seconds_of(engine, many, 1, amounts.prompt_tokens)
-        named = f"{shape.name}, prompts of {amounts.prompt_tokens}, {len(many)} adapters"
-        rate = len(many) * amounts.prompt_tokens / seconds
-        report.add(Figure("gpu", named, f"{steps} steps", rate, unit="tokens/s"))
+            busy = busy_share(run, amounts.more_tokens, steps[case], cuda_kernels_s)
+            what, goal = f"card busy, {kind.name} steps", goals.busy if asked else None
+            report.add(
+                Figure("gpu", f"{shape.name}, {case}", what, busy, "of a step", at_least=goal)
+            )
+    if kind.is_earlier:
+        times.earlier |= steps
+    else:
+        against = f"{kind.name} against earlier steps"
+        for case, goal in ((usual, goals.usual), (many, goals.many), (one, goals.one)):
+            add_speed(case, against, times.earlier, case, goal)
+        what = f"{kind.name} against generate on bitsandbytes"
+        add_speed(usual, what, times.peers, bare, goals.generate)
+        for case, goal in ((usual, goals.adapters), (few, goals.few_rank)):
+            add_speed(case, f"{kind.name} against the bare base in this engine", steps, bare, goal)
+    _read_prompts(report, shape, engine, own, amounts=amounts, clock=clock, kind=kind, times=times)
 
 
-def _busy_s(engine: Engine, versions: Sequence[str | None], new_tokens: int) -> float:
-    """Seconds that kernels ran in one run of all of these, by torch's profiler."""
+def _read_prompts(
+    report: Report,
+    shape: Shape,
+    engine: Engine,
+    versions: Sequence[str],
+    *,
+    amounts: Amounts,
+    clock: PartClock,
+    kind: StepKind,
+    times: ShapeTimes,
+) -> None:
+    some = versions[:8]
+    case = f"{_prompts(len(some), amounts)}, {len(some)} adapters"
+    if not clock.has_time(f"{shape.name}, {case}, {kind.name} steps"):
+        return
+    # Forms of the kernels are timed at first, a few in each forward.
+    for _ in range(2 * amounts.rounds):
+        seconds_of(engine, some, 1, amounts.prompt_tokens)
+    seconds = min(seconds_of(engine, some, 1, amounts.prompt_tokens) for _ in range(amounts.rounds))
+    named, rate = f"{shape.name}, {case}", len(some) * amounts.prompt_tokens / seconds
+    report.add(Figure("gpu", named, f"{kind.name} steps", rate, unit="tokens/s"))
+    if kind.is_earlier:
+        times.earlier[case] = seconds
+    elif case in times.earlier:
+        goal = shape.goals.prompts if kind == AHEAD else None
+        what = f"{kind.name} against earlier steps"
+        report.add(Figure("gpu", named, what, times.earlier[case] / seconds, at_least=goal))
+
+
+def busy_share(
+    run: Callable[[int], float],
+    more_tokens: int,
+    step: float,
+    kernels_s: Callable[[Callable[[], object]], float],
+) -> float:
+    """Share of a step in which kernels ran.
+
+    Args:
+        run: Requests with so many new tokens each.
+        more_tokens: Beyond the first few, which are prompts.
+        step: Seconds of a step, measured without a profiler.
+        kernels_s: Seconds of kernels in a call.
+    """
+    short, long = (
+        kernels_s(partial(run, tokens)) for tokens in (FIRST_TOKENS, FIRST_TOKENS + more_tokens)
+    )
+    return (long - short) / more_tokens / step
+
+
+def cuda_kernels_s(run: Callable[[], object]) -> float:
+    """Seconds that kernels and copies took of the card, by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        seconds_of(engine, versions, new_tokens)
+        run()
         torch.cuda.synchronize()
     return float(sum(one.self_device_time_total for one in seen.events())) / 1e6
 
 
 def _add_generate(
-    report: Report, case: str, what: str, model: Any, *, rows: int, new_tokens: int
+    report: Report, shape: Shape, what: str, model: object, *, rows: int, amounts: Amounts
 ) -> float:
-    """Report and return the seconds of transformers' ``generate`` for so many sequences."""
-    _generate_s(model, rows, 2)
-    seconds = min(_generate_s(model, rows, new_tokens) for _ in range(2))
-    note = f"{rows * new_tokens / seconds:.0f} tokens/s"
-    report.add(Figure("gpu", case, what, seconds / new_tokens * 1e3, unit="ms", note=note))
-    return seconds
+    """Report and return the seconds of a step of transformers' ``generate``."""
+    step = step_s(partial(generate_s, model, rows), amounts.more_tokens, amounts.rounds)
+    note = f"{rows / step:.0f} tokens/s"
+    case = f"{shape.name}, {_decoding(rows, 0)}"
+    report.add(Figure("gpu", case, what, step * 1e3, unit="ms", note=note))
+    return step
 
 
-def _generate_s(model: Any, rows: int, new_tokens: int) -> float:
-    ids = torch.full((rows, 32), 7, device=model.device)
-    began = time.perf_counter()
-    with torch.inference_mode():
-        found = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-        )
-        found.cpu()
-    return time.perf_counter() - began
+def _decoding(sequences: int, adapters: int) -> str:
+    on = f"{adapters} adapter{'s' * (adapters > 1)}" if adapters else "bare base"
+    return f"{sequences} sequence{'s' * (sequences > 1)}, {on}"
 
 
-def _peft(report: Report, shape: Shape, made: Stored, base: Any, new_tokens: int) -> None:
-    """One adapter under PEFT, one request at a time; wraps ``base``, which is not used again."""
-    from peft import PeftModel
-
-    wrapped: Any = PeftModel.from_pretrained(
-        base, made.folders[0], adapter_name="0", autocast_adapter_dtype=False
-    ).eval()
-    _generate_s(wrapped, 1, 2)
-    alone = _generate_s(wrapped, 1, new_tokens)
-    report.add(
-        Figure("gpu", f"{shape.name}, 1 request", "PEFT", new_tokens / alone, unit="tokens/s")
-    )
+def _prompts(count: int, amounts: Amounts) -> str:
+    return f"{count} prompts of {amounts.prompt_tokens}"

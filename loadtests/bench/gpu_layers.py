@@ -1,7 +1,7 @@
 """One NF4 layer with HiRA on a device: every form of the kernels, dense and bitsandbytes products.
 
-The first side's answer is held to float64 before anything is timed. "graph" is replayed from a CUDA
-graph, so without the host.
+Our forms' answers are held to float64 before anything is timed; one that is wrong is not timed.
+"graph" is replayed from a CUDA graph, so without the host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from loadtests.bench.part_clock import PartClock
 from loadtests.bench.timing import Budget, Figure, Report, alternate
 
 _CALLS = 20  # of one sample
-_AGREEMENT = 1e-2
+_AGREEMENT = 1e-2  # beyond it a form is wrong
+_MOST_ERROR = 5e-3
 # A card's bytes and operations in a microsecond, for the floor: H200, copy and dense bfloat16.
 _BYTES_A_US = 4.3e6
 _FLOPS_A_US = 790e6
@@ -39,6 +40,7 @@ class LayerCase:
         rows, adapters: Of the batch.
         out, inputs, rank: Of the layer and of its adapters.
         at_most_us: From a graph, by the fastest form.
+        at_most_dense: Likewise, against the dense product.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class LayerCase:
     inputs: int = 4096
     rank: int = 32
     at_most_us: float | None = None
+    at_most_dense: float | None = None
 
     @property
     def name(self) -> str:
@@ -68,7 +71,7 @@ LAYER_CASES = (
     LayerCase(1, 1, at_most_us=12.0),
     LayerCase(16, 16, out=14336, at_most_us=160.0),
     LayerCase(64, 64, at_most_us=200.0),
-    LayerCase(1024, 8),
+    LayerCase(1024, 8, at_most_dense=1.5),
     LayerCase(16, 1),
     LayerCase(64, 8),
     LayerCase(256, 8),
@@ -80,7 +83,7 @@ LAYER_CASES = (
     LayerCase(16, 16, rank=128),
     LayerCase(16, 16, out=1024),
 )
-TINY_LAYERS = (LayerCase(1, 1, 64, 128, 4), LayerCase(40, 2, 64, 128, 4))
+TINY_LAYERS = (LayerCase(40, 2, 64, 128, 4, 1e6, 1e6),)
 
 
 def measure_layers(
@@ -97,18 +100,18 @@ def measure_layers(
 def _measure_case(report: Report, case: LayerCase, device: torch.device, budget: Budget) -> None:
     torch.manual_seed(0)
     sides, truth = _sides(case, device)
-    errors = {
-        name: float((side().double() - truth).abs().max() / truth.abs().max())
-        for name, side in sides.items()
-        if name in ("as served", *_FORMS)
-    }
-    for name, error in errors.items():
-        if error > _AGREEMENT:
-            raise SystemExit(f"{case.name}: {name} is off float64 by {error:.2g}")
+    errors: dict[str, float] = {}
+    for name in [name for name in sides if name in ("as served", *_FORMS)]:
+        error = float((sides[name]().double() - truth).abs().max() / truth.abs().max())
+        if error <= _AGREEMENT:
+            errors[name] = error
+        else:
+            report.leave_out(f"layers: {case.name}: {name}: off float64 by {error:.2g}")
+            del sides[name]
     timed: dict[str, Callable[[], None]] = {}
     for name, side in sides.items():
         timed[name] = repeated(side, device, _CALLS)
-        if name == "as served":
+        if name == "as served" and device.type == "cuda":
             continue  # it may time its forms at any call
         try:
             timed[f"{name}, graph"] = graph_of(side, device, _CALLS)
@@ -116,31 +119,35 @@ def _measure_case(report: Report, case: LayerCase, device: torch.device, budget:
             report.leave_out(f"layers: {case.name}: {name} as a graph: {str(error)[:100]}")
     samples = alternate(timed, budget)
     micro = {name: samples.median(name) / _CALLS * 1e6 for name in timed}
-    ours = [name for name in micro if name.removesuffix(", graph") in errors]
-    fastest = min((one for one in ours if one.endswith("graph")), key=micro.__getitem__, default="")
+
+    def add(what: str, value: float, unit: str, goal: float | None = None, note: str = "") -> None:
+        report.add(Figure("gpu", case.name, what, value, unit, at_most=goal, note=note))
+
     for name, value in micro.items():
         plain = name.removesuffix(", graph")
-        note = f"off float64 by {errors[plain]:.1g}" if plain in errors else ""
-        report.add(
-            Figure(
-                "gpu",
-                case.name,
-                name,
-                value,
-                unit="us",
-                note=note,
-                at_most=case.at_most_us if name == fastest else None,
-            )
+        add(
+            name, value, "us", note=f"off float64 by {errors[plain]:.1g}" if plain in errors else ""
         )
+    if errors:
+        add("largest error", max(errors.values()), "of the largest", _MOST_ERROR)
+    ours = [f"{name}, graph" for name in errors if f"{name}, graph" in micro]
+    if ours:
+        fastest = min(ours, key=micro.__getitem__)
+        add("fastest form, graph", micro[fastest], "us", case.at_most_us, fastest)
+        dense = f"{_DENSE}, graph"
+        if dense in micro:
+            share = micro[fastest] / micro[dense]
+            add("fastest form against dense", share, "of its time", case.at_most_dense)
     report.add(Figure("gpu", case.name, "floor of an H200", case.floor_us, unit="us"))
 
 
+_DENSE = "dense bf16 matmul"
 _FORMS = ("tiles", "product", "scratch", "row")
 
 
 def _sides(
     case: LayerCase, device: torch.device
-) -> tuple[Mapping[str, Callable[[], torch.Tensor]], torch.Tensor]:
+) -> tuple[dict[str, Callable[[], torch.Tensor]], torch.Tensor]:
     import bitsandbytes as bnb
 
     weight = torch.randn(case.out, case.inputs, device=device, dtype=torch.bfloat16) * 0.02
@@ -176,7 +183,7 @@ def _sides(
     return {
         "as served": run,
         **_forms(adapted, segments, x),
-        "dense bf16 matmul": lambda: F.linear(x, weight),
+        _DENSE: lambda: F.linear(x, weight),
         "bitsandbytes 4-bit, no adapter": lambda: bnb.matmul_4bit(x, packed.t(), state),
     }, truth
 

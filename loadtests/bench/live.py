@@ -7,6 +7,7 @@ on the same cores.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx2
 import psutil
 
 from loadtests.bench.timing import THREADS
@@ -91,8 +91,14 @@ class Server:
     log: Path
 
     def get(self, path: str) -> tuple[int, str]:
-        answer = httpx2.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
-        return answer.status_code, answer.text
+        # Not a client library's: it is asked ten times a second while the server starts.
+        asked = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            asked.close()
 
     def wait_ready(self) -> None:
         limit = time.monotonic() + _START_S
@@ -102,7 +108,7 @@ class Server:
             try:
                 if self.get("/health/ready")[0] == 200:
                     return
-            except httpx2.TransportError:
+            except (OSError, http.client.HTTPException):
                 pass  # not listening yet
             time.sleep(0.1)
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]

@@ -25,9 +25,14 @@ class PartClock:
     def left_s(self) -> float:
         return self._ends - time.monotonic()
 
-    def has_time(self, what: str) -> bool:
-        """Whether ``what`` may begin; if not, the report says that it was left out."""
-        if self.left_s > 0:
+    def has_time(self, what: str, least_s: float = 0.0) -> bool:
+        """Whether ``what`` may begin; if not, the report says that it was left out.
+
+        Args:
+            what: In the words of the report.
+            least_s: That it takes at least.
+        """
+        if self.left_s > least_s:
             return True
         self._report.leave_out(f"{self._part}: {what}: its time was up")
         return False

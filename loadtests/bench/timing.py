@@ -144,17 +144,10 @@ class Report:
         print(f"left out: {what}", flush=True)
 
     def as_markdown(self) -> str:
-        """The figures as a table, the machine and the versions above it."""
-        lines = [f"{name}: {value}" for name, value in self.machine.items()]
-        lines = [*lines, "", "| case | what | value | goal | |", "| --- | --- | --- | --- | --- |"]
-        for one in self.figures:
-            goal = "" if one.at_least is None else f"≥ {one.at_least:.3g}"
-            goal = goal if one.at_most is None else f"≤ {one.at_most:.3g}"
-            cells = (one.case, one.what, f"{one.number:.4g} {one.unit}", goal, one.note)
-            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-        if self.left_out:
-            lines += ["", "Left out:", *(f"- {one}" for one in self.left_out)]
-        return "\n".join(lines) + "\n"
+        """The figures as tables, those that something is asked of first; above them the machine."""
+        from loadtests.bench.report_tables import as_page
+
+        return as_page(self.as_json())
 
     def as_json(self) -> dict[str, Any]:
         rows = [{**asdict(one), "reached": one.reached} for one in self.figures]
