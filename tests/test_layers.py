@@ -112,6 +112,7 @@ TORCH_FREE = (
     "server/settings.py",
     "server/edge/processes/preflight.py",
     "server/edge/endpoints/schemas.py",
+    "server/edge/endpoints/schemas_admin.py",
     "server/errors.py",
     "server/cluster/routing.py",
 )
@@ -296,7 +297,7 @@ PRIVATE_READS = {
     "adapters/layers/test_layers.py": 1,
     "adapters/modulation/test_autotune.py": 1,
     "adapters/modulation/test_fused.py": 4,
-    "adapters/registry/test_registry.py": 4,
+    "adapters/registry/test_registry.py": 1,
     "adapters/registry/test_store.py": 1,
     "adapters/residency/test_packing.py": 3,
     "loadtests/test_residency_window.py": 1,

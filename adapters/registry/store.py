@@ -42,6 +42,9 @@ from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
+# By file, in the order of names: name, inode, bytes, and when its content and its inode changed, in
+# ns. Nobody but the kernel sets the last.
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 
 class Store:
@@ -149,6 +152,32 @@ class Store:
         with open_regular(path) as file:
             return stored_conversation(file.read())
 
+    def stamp(self, version: str) -> Stamp:
+        """What the file system says of the files of ``version``; reads none of them.
+
+        Writing to a file, cutting it or putting another in its place changes its entry, whatever
+        its time of modification is set to afterwards. A medium that forgets changes nothing here.
+
+        Raises:
+            AdapterNotFound: There is no such version in this store.
+        """
+        try:
+            return tuple(
+                sorted(
+                    (
+                        entry.name,
+                        (told := entry.stat()).st_ino,
+                        told.st_size,
+                        told.st_mtime_ns,
+                        told.st_ctime_ns,
+                    )
+                    for entry in os.scandir(self.path(version))
+                )
+            )
+        except FileNotFoundError:
+            self.path(version)  # removed meanwhile: says so
+            raise
+
     def touch(self, version: str) -> None:
         """Start the grace of an entry anew: it is about to be named."""
         os.utime(self.path(version))
@@ -181,8 +210,9 @@ class Store:
         """Whether the content of an entry is what its name says; reads every byte of it."""
         folder = self._versions / version
         try:
-            # Entries of former releases were named for less: what they did not serve then.
-            return version in (version_of(folder), version_of(folder, former=True))
+            # Entries of former releases were named for less: what they did not serve then. Asked
+            # only where it is needed, for it reads every byte once more.
+            return version == version_of(folder) or version == version_of(folder, former=True)
         except AdapterError:
             return False
 

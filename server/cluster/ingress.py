@@ -21,7 +21,7 @@ from adapters.registry.registry import Registry
 from adapters.registry.store import Store
 from server.cluster.cluster_link import ClusterLink
 from server.cluster.metric_files import count_on_node
-from server.edge.endpoints.admin import Admin, admin_routes
+from server.edge.endpoints.admin import admin_routes
 from server.edge.endpoints.application import add_endpoints, describe_app
 from server.edge.endpoints.cross_origin import cors_options
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
@@ -109,7 +109,7 @@ def build_app(service: Service) -> FastAPI:
     describe_app(app, version)
     inference = inference_routes(TeiTgi(service), Ranking(service), OpenAI(service))
     health = observe_routes(HealthEndpoints(service, version))
-    admin = [*admin_routes(Admin(service)), *key_routes(KeyReport(service))]
+    admin = [*admin_routes(service), *key_routes(KeyReport(service))]
     others = [*health, *admin, *page_routes()]
     add_endpoints(app, service, inference, others)
     return app

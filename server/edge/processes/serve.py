@@ -17,7 +17,7 @@ from adapters.registry.registry import Registry
 from adapters.registry.store import Store
 from server import metrics
 from server.edge.admit.keys import resolve_admin_key
-from server.edge.endpoints.admin import Admin, admin_routes
+from server.edge.endpoints.admin import admin_routes
 from server.edge.endpoints.key_report import KeyReport, key_routes
 from server.edge.endpoints.pages import page_routes
 from server.edge.link.engine_like import ENGINE
@@ -121,7 +121,7 @@ def _serve_in(
 
     run_service(
         service,
-        [*admin_routes(Admin(service)), *key_routes(KeyReport(service)), *page_routes()],
+        [*admin_routes(service), *key_routes(KeyReport(service)), *page_routes()],
         base=place,
         engine=engine,
         on_ready=ready,
