@@ -44,6 +44,7 @@ class EngineOptions:
     device_bytes: int = 1024 * MIB  # their factors in the compute dtype
     host_bytes: int = 2048 * MIB  # factors kept in memory off the device
     folded_bytes: int = 256 * MIB  # cached folded weights
+    packed_bytes: int = 16384 * MIB  # on disk: adapters as they lie in memory; 0: none
     head_bytes: int = 256 * MIB  # task heads in float32
 
     max_batch_tokens: int = 8192  # padded tokens in one forward of the encode lane

@@ -271,6 +271,9 @@ class Settings(BaseSettings):
     device_bytes: Bytes = setting(1024 * MIB, "Adapter factors on the device.", "Budgets")
     host_bytes: Bytes = setting(2048 * MIB, "Adapter factors in host memory.", "Budgets")
     folded_bytes: Bytes = setting(256 * MIB, "Cached folded weights.", "Budgets")
+    packed_bytes: Bytes = setting(
+        16384 * MIB, "Packed files of adapters on disk; 0 makes none.", "Budgets"
+    )
     head_bytes: Bytes = setting(256 * MIB, "Task heads on the device, in float32.", "Budgets")
     kv_bytes: Bytes = setting(256 * MIB, "KV cache.", "Budgets")
     grammar_bytes: Bytes = setting(64 * MIB, "Grammars kept compiled.", "Budgets")
@@ -463,6 +466,7 @@ class Settings(BaseSettings):
             device_bytes=int(self.device_bytes),
             host_bytes=int(self.host_bytes),
             folded_bytes=int(self.folded_bytes),
+            packed_bytes=int(self.packed_bytes),
             head_bytes=int(self.head_bytes),
             max_batch_tokens=self.max_batch_tokens,
             max_batch_rows=self.max_batch_rows,

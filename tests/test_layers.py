@@ -27,7 +27,7 @@ ADAPTERS = {
     "adapters.inspection": ("errors", "signature", "tasks", "intake"),
     "adapters.modulation": ("errors", "signature", "factors", "segments", "kernels"),
     "adapters.layers": ("errors", "signature", "segments", "kernels", "modulation"),
-    "adapters.residency": ("errors", "intake", "modulation", "layers"),
+    "adapters.residency": ("errors", "factors", "intake", "modulation", "layers"),
 }
 SERVER = {
     "server.version": (),

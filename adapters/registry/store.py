@@ -34,6 +34,7 @@ from adapters.intake.conversation import (
     conversation_bytes,
     stored_conversation,
 )
+from adapters.intake.file_names import Stamp
 from adapters.intake.model_config import HEAD_FIELDS
 from adapters.intake.pooling import MODULES_FILE, POOLING_FILES, located
 from adapters.intake.safetensors_header import TENSOR_FILE, open_regular, read_header
@@ -43,9 +44,6 @@ from adapters.registry.objects import StoreNote
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
-# By file, in the order of names: name, inode, bytes, and when its content and its inode changed, in
-# ns. Nobody but the kernel sets the last.
-Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 
 class Store:

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import UnsupportedOption
-from adapters.intake.checkpoint import AdapterWeights, load_adapter
+from adapters.intake.checkpoint import AdapterWeights, Numbers, load_adapter, load_with
 from adapters.registry.adapter_bytes import AdapterBytes, open_store
 from adapters.registry.objects import StoreNote
+from adapters.residency.packed_files import PackedFiles
 from adapters.residency.slots import Residency
 from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase, load_base
@@ -113,8 +114,7 @@ class Engine:
         inputs = inputs_of(base, options)
         store = open_store(options.store_dir, options.remote_store)
 
-        def load(version: str) -> AdapterWeights:
-            weights = load_adapter(store.sound_path(version), signature)
+        def served(weights: AdapterWeights) -> AdapterWeights:
             if weights.head and BY_NAME[weights.task].head != "adapter":
                 raise UnsupportedOption(
                     f"The adapter does {weights.task} and saved modules whole.",
@@ -124,9 +124,25 @@ class Engine:
                 )
             return weights
 
+        def load(version: str) -> AdapterWeights:
+            return served(load_adapter(store.sound_path(version), signature))
+
+        def load_packed(version: str, numbers: Numbers) -> AdapterWeights:
+            return served(load_with(store.path(version), signature, numbers))
+
+        files = PackedFiles(
+            options.cache_dir / "packed",
+            dtype=base.dtype,
+            b_by_column=base.adapted.fused is not None,
+            pinned=base.device.type == "cuda",
+            max_bytes=options.packed_bytes,
+            stamp=store.stamp,
+            load_with=load_packed,
+        )
         residency = Residency(
             base.adapted,
             load,
+            files=files if options.packed_bytes else None,
             slots=options.slots,
             device_bytes=options.device_bytes,
             host_bytes=options.host_bytes,
@@ -223,6 +239,7 @@ class Engine:
                 self._parts.residency.set_pinned(message.versions)
                 if message.named is not None:
                     self._names.named = frozenset((*message.named, *message.versions))
+                    self._parts.residency.forget_files(self._names.named)
                     self._tidy()
 
     def step(self) -> list[Event]:
@@ -292,6 +309,7 @@ class Engine:
         blocks: dict[str, int] = {}
         totals = {
             "load": known.loads,
+            "ready_made": known.ready_made,
             "eviction": known.evictions,
             "failure": known.failures,
             "quarantine": parts.failures.total,
