@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import builtins
 import logging
-import sqlite3
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -24,11 +20,11 @@ from sqlalchemy.exc import IntegrityError
 from adapters.errors import (
     AdapterError,
     AdapterExists,
-    RegistryUnavailable,
     StoreFull,
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.intake.conversation import Conversation, UsedConversation, unused
+from adapters.registry.adapter_bytes import AdapterBytes
 from adapters.registry.aliases import (
     AliasChange,
     Aliases,
@@ -36,7 +32,7 @@ from adapters.registry.aliases import (
     check_not_aliased,
     plan_aliases,
 )
-from adapters.registry.faults import connected, time_limit
+from adapters.registry.database import Database
 from adapters.registry.history import (
     Act,
     entries_of,
@@ -53,7 +49,6 @@ from adapters.registry.records import (
     WantedName,
     checked_anew,
     delete,
-    read_changes,
     read_one,
     record_of,
     set_base,
@@ -62,7 +57,7 @@ from adapters.registry.records import (
     with_pin,
     write,
 )
-from adapters.registry.store import Store, version_of, versions_of
+from adapters.registry.store import version_of, versions_of
 from adapters.registry.tables import ADAPTERS, CANARIES, STATE, migrate
 from adapters.signature import BaseSignature
 
@@ -95,23 +90,19 @@ class Registry:
     def __init__(
         self,
         url: str | Path,
-        store: Store,
+        store: AdapterBytes,
         *,
         kept_versions: int = KEPT_VERSIONS,
         grace_s: float = UNNAMED_BYTES_KEPT_S,
     ) -> None:
-        self.url = url if isinstance(url, str) and "://" in url else f"sqlite:///{url}"
+        self._database = Database(url)
+        self.url = self._database.url
         self.store = store
         self.kept_versions = kept_versions
         self.grace_s = grace_s
-        self.moves = Moves(self.reading, self.transaction, store)
-        self.aliases = Aliases(self.reading, self.transaction)
-        self._lock = threading.RLock()
-        self._engine: sa.Engine | None = None
-        self._watch: sa.Connection | None = None
-        self._known: dict[str, AdapterRecord] = {}
-        self._known_at: Any = None
-        with self.transaction(alone=False) as connection:  # there may be no table yet
+        self.moves = Moves(self._database.reading, self._database.transaction, store)
+        self.aliases = Aliases(self._database.reading, self._database.transaction)
+        with self._database.transaction(alone=False) as connection:  # there may be no table yet
             migrate(connection)
 
     def register(
@@ -157,7 +148,7 @@ class Registry:
         weights = load_adapter(folder, base)
         if check is not None:
             check(weights)
-        with self.reading() as connection:
+        with self._database.reading() as connection:
             check_no_alias(connection, name)
             taken = None if replace else read_one(connection, name)
         if taken is not None:  # else nothing is hashed twice
@@ -168,7 +159,7 @@ class Registry:
             *(name, version, weights, settled),
             source=source, pinned=pinned, base_digest=base.digest,
         )  # fmt: skip
-        with self.transaction() as connection:
+        with self._database.transaction() as connection:
             check_no_alias(connection, name)
             present = read_one(connection, name)
             if present is not None and present.version == version:
@@ -288,7 +279,7 @@ class Registry:
             AdapterFaults: Of the aliases, all of them: as ``Aliases.set`` has them, and
                 AdapterAliased where one points to a name that goes.
         """
-        writing = self.reading() if dry_run else self.transaction()
+        writing = self._database.reading() if dry_run else self._database.transaction()
         changes = []
         with writing as connection:
             moved = plan_aliases(
@@ -332,9 +323,7 @@ class Registry:
         Raises:
             AdapterNotFound: There is none.
         """
-        with self._lock:
-            self._refresh()
-            record = self._known.get(name)
+        record = self.records().get(name)
         if record is None:
             raise name_not_found(name)
         return record
@@ -352,7 +341,7 @@ class Registry:
         Raises:
             AdapterNotFound: There is no such name.
         """
-        with self.transaction() as connection:
+        with self._database.transaction() as connection:
             present = read_one(connection, name)
             if present is None:
                 raise name_not_found(name)
@@ -366,7 +355,7 @@ class Registry:
             AdapterNotFound: There is no such name.
             AdapterAliased: Aliases point to it.
         """
-        with self.transaction() as connection:
+        with self._database.transaction() as connection:
             present = read_one(connection, name)
             if present is None:
                 raise name_not_found(name)
@@ -386,7 +375,7 @@ class Registry:
 
     def generation(self) -> int:
         """A number that grows with every change, by whatever process."""
-        with self.reading() as connection:
+        with self._database.reading() as connection:
             return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())
 
     def collect_garbage(
@@ -405,7 +394,7 @@ class Registry:
 
     def versions_kept(self) -> set[str]:
         """Old versions of all names whose bytes are kept."""
-        with self.reading() as connection:
+        with self._database.reading() as connection:
             return kept_versions(connection, self.kept_versions)
 
     def _remove_bytes(self, version: str, grace_s: float, *, kept: bool) -> bool:
@@ -415,7 +404,7 @@ class Registry:
             kept: Whether those of old versions that are kept stay as well.
         """
         # Inside a write transaction nobody can put a name on it meanwhile.
-        with self.transaction() as connection:
+        with self._database.transaction() as connection:
             for column in (ADAPTERS.c.version, CANARIES.c.version):
                 query = sa.select(sa.func.count()).where(column == version)
                 if connection.execute(query).scalar_one():
@@ -439,16 +428,14 @@ class Registry:
             try:
                 return self.store.add(folder)
             except StoreFull:
-                with self.reading() as connection:
+                with self._database.reading() as connection:
                     old = [one for one in oldest_first(connection) if self.store.has(one)]
                 if not any(self._remove_bytes(one, self.grace_s, kept=False) for one in old):
                     raise
 
     def records(self) -> Mapping[str, AdapterRecord]:
         """Every record by name, in the order of names, as last committed by any process."""
-        with self._lock:
-            self._refresh()
-            return self._known
+        return self._database.records()
 
     def check_base(
         self, base: BaseSignature, check: Callable[[AdapterWeights], None]
@@ -472,7 +459,7 @@ class Registry:
             except (AdapterError, OSError) as error:
                 logger.warning("Version %s does not fit the base: %s", version, error)
                 continue
-            with self.transaction() as connection:
+            with self._database.transaction() as connection:
                 set_base(connection, version, base.digest)
         return [one for one in self._all() if not one.fits(base.digest)]
 
@@ -484,116 +471,23 @@ class Registry:
         """
         self.store.sweep()
         self.collect_garbage(grace_s=0.0)
-        lost = [record.name for record in self._all() if not self.store.has(record.version)]
+        records = self._all()
+        missing = self.store.missing({record.version for record in records})
+        lost = [record.name for record in records if record.version in missing]
         for name in lost:
             logger.error("The bytes of adapter %s are missing; register it again.", name)
         return lost
 
     def reopen(self) -> None:
         """Forget connections that came over a fork; the next call makes new ones."""
-        self._lock = threading.RLock()
-        if self._engine is not None:
-            self._engine.dispose(close=False)  # they belong to the parent
-        self._engine = self._watch = None
-        self._known_at = None
+        self._database.reopen()
 
     def close(self) -> None:
         """Let go of every connection; a later call opens anew."""
-        with self._lock:
-            if self._watch is not None:
-                self._watch.close()
-            if self._engine is not None:
-                self._engine.dispose()
-            self._engine = self._watch = None
-            self._known_at = None
-
-    # Connections.
-
-    @property
-    def _is_sqlite(self) -> bool:
-        return self.url.startswith("sqlite")
-
-    def _connected(self) -> sa.Engine:
-        with self._lock:
-            if self._engine is None:
-                self._engine = connected(self.url)
-            return self._engine
-
-    @contextmanager
-    def reading(self) -> Iterator[sa.Connection]:
-        """A connection to read with, within the bounds of time that all have."""
-        with (
-            _typed_database_errors(),
-            self._connected().connect() as connection,
-            time_limit(connection),
-            connection.begin(),
-        ):
-            yield connection
-
-    @contextmanager
-    def transaction(self, *, alone: bool = True) -> Iterator[sa.Connection]:
-        """One write transaction; from its first statement no other one changes a name.
-
-        Args:
-            alone: False where the tables may not be there yet; SQLite's are alone always.
-        """
-        with (
-            _typed_database_errors(),
-            self._connected().connect() as connection,
-            time_limit(connection),  # its commit included
-            connection.begin(),
-        ):
-            if self._is_sqlite:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            elif alone:
-                connection.execute(sa.select(STATE.c.id).with_for_update())
-            yield connection
+        self._database.close()
 
     def _all(self) -> builtins.list[AdapterRecord]:
-        with self._lock:
-            self._refresh()
-            return list(self._known.values())
-
-    def _refresh(self) -> None:
-        """Read the table again if any process has committed since; called with the lock held."""
-        for last in (self._watch is None, True):
-            try:
-                with _typed_database_errors():
-                    self._read_changes()
-                return
-            except RegistryUnavailable:
-                # The connection goes, because after damage, or a server that went away and has come
-                # back, only a new one can work; with a new one at once, before anybody hears of it.
-                self._drop_watch()
-                if last:
-                    raise
-
-    def _drop_watch(self) -> None:
-        watch, self._watch, self._known_at = self._watch, None, None
-        if watch is not None:
-            with suppress(sa.exc.SQLAlchemyError):
-                watch.invalidate()
-                watch.close()
-
-    def _read_changes(self) -> None:
-        if self._watch is None:
-            self._watch = (
-                self._connected().connect().execution_options(isolation_level="AUTOCOMMIT")
-            )
-        with time_limit(self._watch):
-            self._read_watched(self._watch)
-
-    def _read_watched(self, watch: sa.Connection) -> None:
-        if self._is_sqlite:
-            # Two pages of shared memory: it moves with every commit of every other connection.
-            # All writes go through other connections than this one.
-            driver: Any = watch.connection.driver_connection
-            now: Any = driver.execute("PRAGMA data_version").fetchone()[0]
-        else:
-            now = watch.execute(sa.select(STATE.c.generation)).scalar_one()
-        if now != self._known_at:
-            self._known = read_changes(watch, self._known)
-            self._known_at = now
+        return list(self.records().values())
 
 
 def _change_of(present: AdapterRecord | None, record: AdapterRecord) -> Change:
@@ -621,31 +515,3 @@ def _check_free(name: str, present: AdapterRecord | None, folder: Path) -> None:
             expected=version_of(folder),
             fix="Set replace to true, or choose another name.",
         )
-
-
-@contextmanager
-def _typed_database_errors() -> Iterator[None]:
-    """Turn what a database raises for its own reasons into typed errors.
-
-    Raises:
-        StoreFull: Its disk is full.
-        RegistryUnavailable: It is locked for too long, damaged, or cannot be reached.
-    """
-    try:
-        yield
-    except IntegrityError:
-        raise  # a matter of the rows, not of the database
-    except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
-        cause = getattr(error, "orig", None) or error
-        lines = str(cause).splitlines() or [type(cause).__name__]  # a driver may say nothing
-        reason = lines[0][:200]
-        if "full" in reason:
-            raise StoreFull(
-                "The registry's disk is full.", fix="Free disk space, or remove adapters."
-            ) from error
-        raise RegistryUnavailable(
-            "The registry cannot be used now.",
-            found=reason,
-            expected="a database that answers",
-            fix="Try again in a few seconds; if it stays so, the operator must look at it.",
-        ) from error

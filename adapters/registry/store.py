@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,12 @@ from adapters.intake.conversation import (
     conversation_bytes,
     stored_conversation,
 )
+from adapters.intake.file_names import Stamp
 from adapters.intake.model_config import HEAD_FIELDS
 from adapters.intake.pooling import MODULES_FILE, POOLING_FILES, located
 from adapters.intake.safetensors_header import TENSOR_FILE, open_regular, read_header
 from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
+from adapters.registry.objects import StoreNote
 
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
@@ -136,6 +138,17 @@ class Store:
         }
         return sum(self._sizes.values())
 
+    def missing(self, versions: Collection[str]) -> set[str]:
+        """Those of ``versions`` whose bytes are not here."""
+        return {one for one in versions if not self.has(one)}
+
+    def tensor_bytes(self, version: str) -> int:
+        """Bytes of the tensors of ``version``; 0 where it is not here."""
+        try:
+            return (self._versions / version / TENSOR_FILE).stat().st_size
+        except OSError:
+            return 0
+
     def conversation(self, version: str) -> Conversation:
         """What the adapter brought for conversations and for generating; an empty one if nothing.
 
@@ -148,6 +161,32 @@ class Store:
             return Conversation()
         with open_regular(path) as file:
             return stored_conversation(file.read())
+
+    def stamp(self, version: str) -> Stamp:
+        """What the file system says of the files of ``version``; reads none of them.
+
+        Writing to a file, cutting it or putting another in its place changes its entry, whatever
+        its time of modification is set to afterwards. A medium that forgets changes nothing here.
+
+        Raises:
+            AdapterNotFound: There is no such version in this store.
+        """
+        try:
+            return tuple(
+                sorted(
+                    (
+                        entry.name,
+                        (told := entry.stat()).st_ino,
+                        told.st_size,
+                        told.st_mtime_ns,
+                        told.st_ctime_ns,
+                    )
+                    for entry in os.scandir(self.path(version))
+                )
+            )
+        except FileNotFoundError:
+            self.path(version)  # removed meanwhile: says so
+            raise
 
     def touch(self, version: str) -> None:
         """Start the grace of an entry anew: it is about to be named."""
@@ -181,8 +220,9 @@ class Store:
         """Whether the content of an entry is what its name says; reads every byte of it."""
         folder = self._versions / version
         try:
-            # Entries of former releases were named for less: what they did not serve then.
-            return version in (version_of(folder), version_of(folder, former=True))
+            # Entries of former releases were named for less: what they did not serve then. Asked
+            # only where it is needed, for it reads every byte once more.
+            return version == version_of(folder) or version == version_of(folder, former=True)
         except AdapterError:
             return False
 
@@ -202,6 +242,13 @@ class Store:
                 fix="Register the adapter again.",
             )
         return folder
+
+    def take_notes(self) -> Sequence[StoreNote]:
+        """What was asked of an object store since the last call: nothing."""
+        return ()
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _check_room(self, folder: Path) -> None:
         if self.max_bytes is None:

@@ -17,11 +17,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.registry.adapter_bytes import open_store
 from adapters.registry.registry import Registry
-from adapters.registry.store import Store
 from server.cluster.cluster_link import ClusterLink
 from server.cluster.metric_files import count_on_node
-from server.edge.endpoints.admin import Admin, admin_routes
+from server.edge.endpoints.admin import admin_routes
 from server.edge.endpoints.application import add_endpoints, describe_app
 from server.edge.endpoints.cross_origin import cors_options
 from server.edge.endpoints.health import HealthEndpoints, observe_routes
@@ -82,9 +82,9 @@ class Ingress:
         store_bytes = None if settings.store_bytes is None else int(settings.store_bytes)
         registry = Registry(
             settings.database,
-            Store(settings.store_dir, store_bytes),
+            open_store(settings.store_dir, settings.remote_store, store_bytes),
             kept_versions=settings.kept_versions,
-            grace_s=settings.max_timeout_s + 60.0,
+            grace_s=settings.grace_s,
         )
         link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
         self.service = Service(settings, base, registry, lambda: settings, link)
@@ -109,7 +109,7 @@ def build_app(service: Service) -> FastAPI:
     describe_app(app, version)
     inference = inference_routes(TeiTgi(service), Ranking(service), OpenAI(service))
     health = observe_routes(HealthEndpoints(service, version))
-    admin = [*admin_routes(Admin(service)), *key_routes(KeyReport(service))]
+    admin = [*admin_routes(service), *key_routes(KeyReport(service))]
     others = [*health, *admin, *page_routes()]
     add_endpoints(app, service, inference, others)
     return app

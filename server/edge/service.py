@@ -191,6 +191,7 @@ class Service:
             self._grammars.close()
         self._trials.close()
         self.registry.close()
+        self.registry.store.close()
 
     @property
     def templates(self) -> Templates:
@@ -305,6 +306,8 @@ class Service:
         while True:
             epoch = self.dispatcher.epoch
             await self._read_registry()
+            if self.metrics is not None:
+                self.metrics.store(self.registry.store.take_notes())
             now = (epoch, self._known_versions())
             if epoch is not None and now != told:
                 self.dispatcher.tell(now[1])

@@ -8,10 +8,10 @@ from fastapi import Query, Request, Response
 
 from server.edge.admit.key_file import ApiKey
 from server.edge.admit.key_usage_file import DAYS_KEPT
-from server.edge.endpoints.admin import ADMIN_STATUSES
 from server.edge.endpoints.middleware import Json
+from server.edge.endpoints.registry_calls import ADMIN_STATUSES
 from server.edge.endpoints.routes import Endpoint
-from server.edge.endpoints.schemas import KeyAnswer, KeyDay, KeyLimits, KeyList
+from server.edge.endpoints.schemas_admin import KeyAnswer, KeyDay, KeyLimits, KeyList
 from server.edge.service import Service
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,37 +22,17 @@ from adapters.registry.records import WantedName
 from adapters.registry.registry import Registry
 from adapters.registry.tables import ALIASES, CANARIES, STATE
 from adapters.signature import BaseSignature
-from tests.stand.folders import hira_folder, small_base
-from tests.stand.registries import MISSING, databases, made_in
+from tests.stand.registries import base, folders, made_in, url
 
-KINDS = [
-    "sqlite",
-    pytest.param("postgres", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING))),
-]
-
-
-@pytest.fixture(scope="module")
-def base() -> BaseSignature:
-    return small_base()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hira_folder(tmp_path_factory.mktemp("aliases") / "one")
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    with databases(request.param) as found:
-        yield found
+__all__ = ["base", "folders", "url"]  # the fixtures
 
 
 @pytest.fixture
-def registry(tmp_path: Path, url: str | None, base: BaseSignature, folder: Path) -> Registry:
+def registry(tmp_path: Path, url: str | None, base: BaseSignature, folders: list[Path]) -> Registry:
     """With two adapters, a and b."""
     made = made_in(tmp_path, url)
     for name in "ab":
-        made.register(name, folder, base, source="x")
+        made.register(name, folders[0], base, source="x")
     return made
 
 
@@ -106,12 +85,12 @@ def test_what_is_no_alias_is_refused_and_changes_nothing(
 
 
 def test_no_adapter_takes_the_name_of_an_alias_and_no_target_goes(
-    registry: Registry, base: BaseSignature, folder: Path
+    registry: Registry, base: BaseSignature, folders: list[Path]
 ) -> None:
     registry.aliases.set("prod", "a")
     for replace in (False, True):
         with pytest.raises(AdapterExists, match="alias of a"):
-            registry.register("prod", folder, base, source="x", replace=replace)
+            registry.register("prod", folders[0], base, source="x", replace=replace)
     wanted = WantedName("prod", registry.resolve("a"), "x")
     for dry_run in (False, True):
         with pytest.raises(AdapterFaults, match="is the name of an adapter"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,30 +23,9 @@ from adapters.registry.names import Names
 from adapters.registry.records import AdapterRecord, WantedName
 from adapters.registry.registry import Registry
 from adapters.signature import BaseSignature
-from tests.stand.folders import hira_folder, small_base
-from tests.stand.registries import MISSING, databases, made_in
+from tests.stand.registries import base, folders, made_in, url
 
-KINDS = [
-    "sqlite",
-    pytest.param("postgres", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING))),
-]
-
-
-@pytest.fixture(scope="module")
-def base() -> BaseSignature:
-    return small_base()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("canaries")
-    return [hira_folder(root / str(seed), seed=seed) for seed in range(4)]
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    with databases(request.param) as found:
-        yield found
+__all__ = ["base", "folders", "url"]  # the fixtures
 
 
 @pytest.fixture

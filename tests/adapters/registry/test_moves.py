@@ -6,7 +6,6 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,30 +31,9 @@ from adapters.registry.registry import Registry
 from adapters.registry.store import Store, version_of
 from adapters.registry.tables import NAME_VERSIONS, STATE
 from adapters.signature import BaseSignature
-from tests.stand.folders import hira_folder, small_base
-from tests.stand.registries import MISSING, databases, made_in
+from tests.stand.registries import base, folders, made_in, url
 
-KINDS = [
-    "sqlite",
-    pytest.param("postgres", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING))),
-]
-
-
-@pytest.fixture(scope="module")
-def base() -> BaseSignature:
-    return small_base()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("moves")
-    return [hira_folder(root / str(seed), seed=seed) for seed in range(5)]
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    with databases(request.param) as found:
-        yield found
+__all__ = ["base", "folders", "url"]  # the fixtures
 
 
 @pytest.fixture

@@ -25,25 +25,18 @@ from adapters.errors import (
     RegistryUnavailable,
 )
 from adapters.intake.conversation import UsedConversation
+from adapters.registry.database import typed_database_errors
 from adapters.registry.faults import _network_bounds, time_limit
 from adapters.registry.naming import check_name
-from adapters.registry.registry import Registry, _typed_database_errors
+from adapters.registry.registry import Registry
 from adapters.registry.store import Store
 from adapters.registry.tables import STATE, SchemaTooNew
 from adapters.signature import BaseSignature
-from tests.stand.folders import change_config, hira_folder, small_base
+from tests.stand.folders import change_config
+from tests.stand.registries import base, folders
 from tests.stand.registry_crash import crash_once
 
-
-@pytest.fixture(scope="module")
-def base() -> BaseSignature:
-    return small_base()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("registry")
-    return [hira_folder(root / str(seed), seed=seed) for seed in range(3)]
+__all__ = ["base", "folders"]  # the fixtures
 
 
 @pytest.fixture
@@ -130,7 +123,7 @@ def test_what_another_process_commits_is_seen_at_once(
     other = again(registry)
     with pytest.raises(AdapterNotFound):
         other.resolve("a")
-    for folder in folders:
+    for folder in folders[:3]:
         record, _ = registry.register("a", folder, base, source="x", replace=True)
         assert other.resolve("a") == record
         assert registry.resolve("a") == record
@@ -199,7 +192,7 @@ def test_garbage_is_what_nobody_names_or_uses(
 ) -> None:
     versions = [
         registry.register(f"a{index}", folder, base, source="x")[0].version
-        for index, folder in enumerate(folders)
+        for index, folder in enumerate(folders[:3])
     ]
     registry.register("also", folders[0], base, source="x")
     for index in range(3):
@@ -306,7 +299,7 @@ def test_a_damaged_database_answers_nothing_and_a_restored_one_is_taken_up(
 
 @pytest.mark.parametrize("message", ["", "\n", "gone\nfor good"])
 def test_a_driver_that_says_little_is_an_error_all_the_same(message: str) -> None:
-    with pytest.raises(RegistryUnavailable) as caught, _typed_database_errors():
+    with pytest.raises(RegistryUnavailable) as caught, typed_database_errors():
         raise sa.exc.OperationalError("SELECT 1", {}, sqlite3.OperationalError(message))
     assert caught.value.found == (message.splitlines() or ["OperationalError"])[0]
 
@@ -410,11 +403,13 @@ def test_a_database_of_the_first_release_is_taken_over_and_its_versions_are_chec
 def test_a_connection_that_was_lost_is_made_anew_before_anybody_hears_of_it(
     registry: Registry, base: BaseSignature, folders: list[Path]
 ) -> None:
+    opened: list[sqlite3.Connection] = []
+    sa.event.listen(sa.Engine, "connect", lambda driver, _: opened.append(driver))
+    registry.close()
     registry.register("a", folders[0], base, source="x")
     registry.resolve("a")
-    assert registry._watch is not None
-    driver: Any = registry._watch.connection.driver_connection
-    driver.close()
+    for driver in opened:
+        driver.close()
     assert registry.resolve("a").name == "a"
 
 

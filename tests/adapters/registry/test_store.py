@@ -44,6 +44,36 @@ def test_what_is_added_is_there_whole(store: Store, adapter: Path) -> None:
     assert leftovers(store) == []
 
 
+def test_a_stamp_holds_until_a_file_changes(store: Store, adapter: Path) -> None:
+    """Each change keeps the number of bytes, or the time of modification, or both."""
+    version = store.add(adapter)
+    path = store.path(version) / TENSOR_FILE
+    before, told = store.stamp(version), path.stat()
+    assert {name for name, *_ in before} == {entry.name for entry in path.parent.iterdir()}
+    path.read_bytes()
+    store.touch(version)
+    assert store.stamp(version) == before
+
+    def restamped() -> Any:
+        os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+        return store.stamp(version)
+
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    written = restamped()
+    assert written != before
+    os.truncate(path, told.st_size - 1)
+    cut = restamped()
+    assert cut != written
+    shutil.copy2(path, path.with_name("other"))
+    path.with_name("other").replace(path)
+    assert restamped() != cut
+    store.remove(version)
+    with pytest.raises(AdapterNotFound):
+        store.stamp(version)
+
+
 def test_the_same_content_is_stored_once(store: Store, adapter: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(adapter, tmp_path / "copy")
     save_file(dict(reversed(load_file(adapter / TENSOR_FILE).items())), copy / TENSOR_FILE)

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from server.edge.endpoints.schemas import (
     GenerateParameters,
     GenerateRequestBody,
-    PatchRequest,
     PredictRequest,
 )
+from server.edge.endpoints.schemas_admin import PatchRequest
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,11 @@ def test_an_alias_is_asked_listed_and_refused(live: Live) -> None:
     answer = answering(live, "production")
     assert answer.headers["X-Adapter"] == NAME
     assert answer.headers["X-Adapter-Alias"] == "production"
-    assert answer.json() == answering(live, NAME).json()
+    by_alias, by_name = (
+        {one["label"]: one["score"] for one in told.json()}
+        for told in (answer, answering(live, NAME))
+    )
+    assert by_alias == pytest.approx(by_name, abs=1e-4)  # another strategy may have computed it
     assert "X-Adapter-Alias" not in answering(live, NAME).headers
     models = {one["id"]: one for one in live.client.get("/v1/models").json()["data"]}
     assert models["production"]["alias_of"] == NAME
