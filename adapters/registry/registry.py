@@ -24,6 +24,7 @@ from adapters.errors import (
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.intake.conversation import Conversation, UsedConversation, unused
+from adapters.registry.adapter_bytes import AdapterBytes
 from adapters.registry.aliases import (
     AliasChange,
     Aliases,
@@ -56,7 +57,7 @@ from adapters.registry.records import (
     with_pin,
     write,
 )
-from adapters.registry.store import Store, version_of, versions_of
+from adapters.registry.store import version_of, versions_of
 from adapters.registry.tables import ADAPTERS, CANARIES, STATE, migrate
 from adapters.signature import BaseSignature
 
@@ -89,7 +90,7 @@ class Registry:
     def __init__(
         self,
         url: str | Path,
-        store: Store,
+        store: AdapterBytes,
         *,
         kept_versions: int = KEPT_VERSIONS,
         grace_s: float = UNNAMED_BYTES_KEPT_S,
@@ -471,19 +472,18 @@ class Registry:
         """
         self.store.sweep()
         self.collect_garbage(grace_s=0.0)
-        there, lost = self.store.versions(), []
-        for record in self._all():
-            if record.version not in there:
+        records = self._all()
+        missing = self.store.missing({one for record in records for one in record.versions()})
+        for record in records:
+            if record.version in missing:
                 logger.error("The bytes of adapter %s are missing; register it again.", record.name)
-            canary = None if record.canary is None else record.canary.record.version
-            if canary is not None and canary not in there:
+            if record.canary is not None and record.canary.record.version in missing:
                 logger.error(
                     "The bytes of the canary of %s, version %s, are missing; stage it again, or "
                     "abort the canary.",
-                    *(record.name, canary),
+                    *(record.name, record.canary.record.version),
                 )
-            if not there.issuperset(record.versions()):
-                lost.append(record.name)
+        lost = [record.name for record in records if not missing.isdisjoint(record.versions())]
         return lost
 
     def reopen(self) -> None:

@@ -1,6 +1,6 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
 [choice] [http] [residency] [deterministic] [structured] [gpu] [--dtype auto] [--quick]
-[--one-thread] [--json FILE] [--markdown FILE]`. Without a name it runs
+[--dry-run] [--one-thread] [--json FILE] [--markdown FILE] [--record]`. Without a name it runs
 all of them."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from loadtests.bench import peers
+from loadtests.bench import gpu_record, peers
 from loadtests.bench.timing import Report, dtype_of, machine, print_machine
 
 BENCHES = (
@@ -43,6 +43,16 @@ def main() -> int:
         help="modulation and choice in one thread, by its processor time: for a busy machine",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="gpu: every part on the processor and on shapes of nothing, to see that it runs",
+    )
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="gpu: write its figures into README.md and docs/measured.md, too",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
@@ -52,21 +62,28 @@ def main() -> int:
     unknown = sorted(set(options.names) - set(BENCHES))
     if unknown:
         parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    if options.record and (options.names != ["gpu"] or options.dry_run):
+        parser.error("--record is for `gpu` alone, and not for a dry run")
     peers.quiet()
     began = time.monotonic()
     dtype = dtype_of(options.dtype)
     report = Report({**machine(), "dtype": dtype}, options.quick, options.one_thread, dtype)
+    report.dry_run = options.dry_run
     print_machine(report.machine)
     for name in BENCHES:
         if not options.names or name in options.names:
             importlib.import_module(f"loadtests.bench.{name}").bench(report)
     print(f"\n{time.monotonic() - began:.0f} s in all")
+    if options.dry_run:
+        print("dry run: nothing here is a figure of a GPU")
     if options.quick:
         print("quick run: too few rounds for conclusions")
     if options.json is not None:
         options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     if options.markdown is not None:
         options.markdown.write_text(report.as_markdown(), encoding="utf-8")
+    if options.record:
+        gpu_record.record(report.as_json())
     return 0
 
 

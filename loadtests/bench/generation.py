@@ -225,7 +225,8 @@ def _peft_request(wrapped: Any, tokenizer: Any, number: int) -> list[int]:
     return new
 
 
-def save_base(model: Any, folder: Path) -> None:
+def save_base(model: Any, folder: Path, *, weights: bool = True) -> None:
+    """Write a base with the demo's tokenizer; without ``weights``, all but these."""
     from transformers import AutoTokenizer, GenerationConfig
 
     from server.demo import BASE_DIR
@@ -234,7 +235,12 @@ def save_base(model: Any, folder: Path) -> None:
     tokenizer.eos_token = None
     assert len(tokenizer) == llama_config().vocab_size
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1)
-    model.save_pretrained(folder)
+    if weights:
+        model.save_pretrained(folder)
+    else:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -7,6 +7,7 @@ on the same cores.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -19,9 +20,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import httpx2
 import psutil
 
 from loadtests.bench.timing import THREADS
@@ -91,8 +91,14 @@ class Server:
     log: Path
 
     def get(self, path: str) -> tuple[int, str]:
-        answer = httpx2.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
-        return answer.status_code, answer.text
+        # Not a client library's: it is asked ten times a second while the server starts.
+        asked = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            asked.close()
 
     def wait_ready(self) -> None:
         limit = time.monotonic() + _START_S
@@ -102,7 +108,7 @@ class Server:
             try:
                 if self.get("/health/ready")[0] == 200:
                     return
-            except httpx2.TransportError:
+            except (OSError, http.client.HTTPException):
                 pass  # not listening yet
             time.sleep(0.1)
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
@@ -150,8 +156,16 @@ class Server:
 
 
 @contextmanager
-def running(base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Server]:
-    """`hira serve` in ``dtype`` with all adapters; ended with all its processes."""
+def running(
+    base: Path,
+    adapters: Sequence[Path],
+    dtype: str,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    more: Sequence[str] = (),
+) -> Iterator[Server]:
+    """`hira serve` in ``dtype`` with all adapters and ``more`` flags; ended with all its
+    processes."""
     with tempfile.TemporaryDirectory(prefix="hira-bench-server-") as name:
         root = Path(name)
         port = _free_port()
@@ -159,9 +173,9 @@ def running(base: Path, adapters: Sequence[Path], dtype: str) -> Iterator[Server
         command = [
             *(sys.executable, "-c", "from server.cli.main import main; main()", "serve"),
             *("--base", str(base), "--host=127.0.0.1", f"--port={port}"),
-            *(f"--dtype={dtype}", "--device=cpu", f"--threads={THREADS}"),
+            *(f"--dtype={dtype}", f"--device={device}", f"--threads={THREADS}"),
             *("--timeout-s=600", "--max-timeout-s=600"),  # a slow machine is measured as well
-            *(f"--data-dir={root / 'data'}", *named),
+            *(f"--data-dir={root / 'data'}", *named, *more),
         ]
         kept = {
             key: value

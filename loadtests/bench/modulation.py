@@ -25,6 +25,7 @@ from loadtests.bench import peers
 from loadtests.bench.timing import Budget, DTypeName, Figure, Report, Samples, alternate
 
 RANK = 32
+_HOST = torch.device("cpu")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 _CONTEXT = 64  # tokens in the cache of a decoding step
 _MERGED_COPIES = 8  # held at most, used in turn: together far larger than any cache
@@ -124,15 +125,18 @@ def random_factors(
     targets: tuple[str, ...],
     seed: int,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    rank: int = RANK,
+    device: torch.device = _HOST,
 ) -> dict[str, SlotFactors]:
-    """HiRA factors whose modulation has elements of about a third."""
-    generator = torch.Generator().manual_seed(seed)
+    """HiRA factors whose modulation has elements of about a third, made on ``device``."""
+    generator = torch.Generator(device).manual_seed(seed)
     factors: dict[str, SlotFactors] = {}
     for path, layer in signature.layers.items():
         if path.rsplit(".", 1)[-1] in targets:
-            shape_a, shape_b = layer.factor_shapes(RANK, "hira")
-            a = torch.randn(shape_a, generator=generator)
-            b = torch.randn(shape_b, generator=generator) * (0.3 / RANK**0.5)
+            shape_a, shape_b = layer.factor_shapes(rank, "hira")
+            a = torch.randn(shape_a, generator=generator, device=device)
+            b = torch.randn(shape_b, generator=generator, device=device) * (0.3 / rank**0.5)
             factors[path] = SlotFactors("hira", a.to(dtype), b.to(dtype))
     return factors
 

@@ -38,9 +38,13 @@ def quiet() -> None:
 
 def quantized(dense: nn.Module) -> nn.Module:
     """A copy with every linear layer but the output layer in bitsandbytes' NF4, not packed."""
+    return quantize(copy.deepcopy(dense), torch.device("cpu"))
+
+
+def quantize(model: nn.Module, device: torch.device) -> nn.Module:
+    """As ``quantized``, the model itself, layer by layer on ``device``."""
     import bitsandbytes as bnb
 
-    model = copy.deepcopy(dense)
     output = output_layer(model)
     for path, module in list(model.named_modules()):
         if module is output or type(module) is not nn.Linear:
@@ -59,7 +63,7 @@ def quantized(dense: nn.Module) -> nn.Module:
             quant_type=_QUANT_TYPE,
             compress_statistics=False,
             module=layer,
-        ).to("cpu")
+        ).to(device)
         layer.bias = module.bias
         model.set_submodule(path, layer)
     model.requires_grad_(False)

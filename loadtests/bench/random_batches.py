@@ -274,7 +274,8 @@ class Comparison:
             SystemExit: A request failed.
         """
         chance = random.Random(seed)
-        waiting = chance.sample(range(len(self._requests)), _EACH_ROUND)
+        known = len(self._requests)
+        waiting = chance.sample(range(known), min(known, _EACH_ROUND))
         names: dict[str, int] = {}
         ends: dict[str, Event] = {}
         forwards = 0

@@ -25,7 +25,7 @@ THREADS = 2
 _SHORTEST_SAMPLE_S = 0.05
 DTypeName = Literal["bf16", "fp32"]
 _DTYPES: Mapping[DTypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "litserve")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "litserve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,8 @@ class Report:
     one_thread: bool = False
     dtype: DTypeName = "bf16"
     figures: list[Figure] = field(default_factory=list)
+    dry_run: bool = False
+    left_out: list[str] = field(default_factory=list)  # what was to be measured and was not, why
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -136,20 +138,26 @@ class Report:
         self.figures.append(figure)
         print(_line(figure), flush=True)
 
+    def leave_out(self, what: str) -> None:
+        """Say what is not measured, and why."""
+        self.left_out.append(what)
+        print(f"left out: {what}", flush=True)
+
     def as_markdown(self) -> str:
-        """The figures as a table, the machine and the versions above it."""
-        lines = [f"{name}: {value}" for name, value in self.machine.items()]
-        lines = [*lines, "", "| case | what | value | goal | |", "| --- | --- | --- | --- | --- |"]
-        for one in self.figures:
-            goal = "" if one.at_least is None else f"≥ {one.at_least:.3g}"
-            goal = goal if one.at_most is None else f"≤ {one.at_most:.3g}"
-            cells = (one.case, one.what, f"{one.number:.4g} {one.unit}", goal, one.note)
-            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-        return "\n".join(lines) + "\n"
+        """The figures as tables, those that something is asked of first; above them the machine."""
+        from loadtests.bench.report_tables import as_page
+
+        return as_page(self.as_json())
 
     def as_json(self) -> dict[str, Any]:
         rows = [{**asdict(one), "reached": one.reached} for one in self.figures]
-        return {"machine": dict(self.machine), "quick": self.quick, "figures": rows}
+        return {
+            "machine": dict(self.machine),
+            "quick": self.quick,
+            "dry run": self.dry_run,
+            "figures": rows,
+            "left out": self.left_out,
+        }
 
 
 def alternate(
