@@ -127,6 +127,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.part = options.part or list(PARTS)
     options.base, options.dtype, options.sources = "tiny", "fp32", None
+    options.bound_s = 2.0 if options.http_replicas > 1 else 0.0  # until all know a version
     return options
 
 
