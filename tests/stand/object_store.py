@@ -170,6 +170,9 @@ def object_store() -> Iterator[ObjectStore]:
     finally:
         made.kill()
         shutil.rmtree(folder, ignore_errors=True)
+        for left in Path("/tmp").glob("seaweedfs-*.sock"):  # where it puts its sockets
+            if str(made.port)[:-1] in left.name or str(made.port + GRPC_ABOVE)[:-1] in left.name:
+                left.unlink(missing_ok=True)
 
 
 def in_folder(folder: Path) -> Any:
