@@ -170,8 +170,8 @@ def object_store() -> Iterator[ObjectStore]:
     finally:
         made.kill()
         shutil.rmtree(folder, ignore_errors=True)
-        for left in Path("/tmp").glob("seaweedfs-*.sock"):  # where it puts its sockets
-            if str(made.port)[:-1] in left.name or str(made.port + GRPC_ABOVE)[:-1] in left.name:
+        for number in (made.port + one + above for one in range(4) for above in (0, GRPC_ABOVE)):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # where it puts them
                 left.unlink(missing_ok=True)
 
 
