@@ -94,6 +94,7 @@ def main() -> int:
             *arguments,
             "--slots=4",
             "--host-bytes=0",
+            "--deterministic",  # so that a generated text has one right form
             replicas=options.replicas,
             http_replicas=options.http_replicas,
             with_objects="store" in options.part,
