@@ -85,6 +85,7 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "audit_unwritable": ErrorCode(507, "The audit log cannot be written"),
     # The server
     "overloaded": ErrorCode(429, "Too many requests are waiting"),
+    "wait_too_long": ErrorCode(429, "The answer would come after the deadline"),
     "too_many_connections": ErrorCode(503, "Too many connections are open"),
     "starting": ErrorCode(503, "The server is starting"),
     "registry_unavailable": ErrorCode(503, "The registry cannot be read or written"),

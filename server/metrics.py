@@ -212,6 +212,12 @@ class HttpMetrics:
         self._refused = counter(
             "hira_refusals_total", "Error responses and refused connections.", "code"
         )
+        self._predicted = histogram(
+            "hira_predicted_wait_seconds",
+            "What an admitted request was predicted to wait, where a queue was.",
+            "lane",
+            buckets=WAIT_SECONDS,
+        )
         self._canary = counter(
             "hira_canary_requests_total",
             "Requests answered for names with a canary, by which version answered.",
@@ -276,6 +282,10 @@ class HttpMetrics:
 
     def canary_failure(self, adapter: str, arm: str, code: str) -> None:
         self._child(self._canary_failed, self._labels.of(adapter), arm, code).inc()
+
+    def predicted_wait(self, lane: str, seconds: float) -> None:
+        """What a request that was admitted will wait, as it was predicted."""
+        self._predicted.labels(lane).observe(seconds)
 
     def store(self, notes: Iterable[StoreNote]) -> None:
         """What was asked of the object store of adapters."""

@@ -170,6 +170,7 @@ class Service:
             hung=self.dispatcher.give_up,
         )
         self.dispatcher.on_event = self._count
+        self.dispatcher.on_predicted = self.metrics.predicted_wait
 
     def refused(self, code: str) -> None:
         """Count an error response, or a connection that ended before it had a request."""

@@ -49,6 +49,7 @@ def shown() -> dict[str, set[str]]:
     http.next_token("a", 0.1)
     http.failure("a", "cancelled")
     http.refusal("overloaded")
+    http.predicted_wait("encode", 0.1)
     http.canary_request("a", "canary", 200)
     http.canary_failure("a", "canary", "cancelled")
     http.key_request("k", 200)
