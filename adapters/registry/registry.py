@@ -485,8 +485,7 @@ class Registry:
                     "abort the canary.",
                     *(record.name, record.canary.record.version),
                 )
-        lost = [record.name for record in records if not missing.isdisjoint(record.versions())]
-        return lost
+        return [record.name for record in records if not missing.isdisjoint(record.versions())]
 
     def reopen(self) -> None:
         """Forget connections that came over a fork; the next call makes new ones."""
