@@ -19,8 +19,10 @@ const KINDS = ["light", "dark"].flatMap((scheme) => Object.keys(SIZES).map((size
 const WRONG = {
   starting: "loading and quantizing weights 40 of 146",
   draining: "",
-  restarting: "",
-  worker_silent: "no sign for 31 s",
+  restarting: "This HTTP process is being restarted; others may be there.",
+  worker_lost: "The inference worker is being restarted.",
+  worker_silent: "The worker has not been heard for 31 s.",
+  worker_stuck: "One step has been running for 301 s.",
 };
 
 async function open(path, size, bypass = false, scheme = "light", prepare = async () => {}) {

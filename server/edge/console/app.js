@@ -65,7 +65,8 @@ const STATES = {
   starting: "starting: the base is being loaded",
   draining: "draining: running requests end, new ones are refused",
   stopping: "stopping",
-  restarting: "worker down: a new one is being started",
+  restarting: "restarting: this part of the server ends and comes again",
+  worker_lost: "worker down: a new one is being started",
   worker_silent: "worker down: it has not been heard",
   worker_stuck: "worker stuck in a step",
 };

@@ -130,7 +130,7 @@ def first_call(service: Service, served: Sequence[AdapterRecord], url: str) -> t
     known.sort(key=lambda one: one.task != "text-classification")
     task = BY_NAME[known[0].task if known else base.task]
     asked = f"?adapter={known[0].name}" if known else ""
-    text = "A film that is warm, funny and well played."
+    text = "A film that is warm and well played."
     body: dict[str, object] = {"inputs": text}
     if task.path == "/rerank":
         body = {"query": "a warm comedy", "texts": [text, "A sad song."]}

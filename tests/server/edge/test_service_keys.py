@@ -130,14 +130,14 @@ def test_a_closed_server_keeps_the_last_good_keys_while_the_file_is_broken(tmp_p
     file = tmp_path / "keys.toml"
     file.write_text(GOOD)
     settings = load_settings(
-        {"data_dir": tmp_path, "keys_file": file, "api_keys": {"app": "a-key-1"}}
+        {"data_dir": tmp_path, "keys_file": file, "api_keys": {"app": "old-key-1"}}
     )
     service = service_of([settings])
     for content in (BROKEN, UNMANNED):
         file.write_text(content)
         follow_until(service, lambda: service.keys_fault is not None)
         assert service.keys.admit_admin("Bearer new").name == "ops"
-        assert service.keys.admit_inference("Bearer a-key-1") == ApiKey("app")
+        assert service.keys.admit_inference("Bearer old-key-1") == ApiKey("app")
         assert not is_open(service)
         file.write_text(GOOD)
         follow_until(service, lambda: service.keys_fault is None)
@@ -150,7 +150,7 @@ def test_a_process_that_begins_while_the_file_is_broken_takes_no_key_that_may_be
     file = tmp_path / "keys.toml"
     file.write_text(GOOD)
     settings = load_settings(
-        {"data_dir": tmp_path, "keys_file": file, "api_keys": {"app": "a-key-1"}}
+        {"data_dir": tmp_path, "keys_file": file, "api_keys": {"app": "old-key-1"}}
     )
     service = service_of([settings])  # as the main process has it, which makes all others
     if changed:
@@ -159,7 +159,7 @@ def test_a_process_that_begins_while_the_file_is_broken_takes_no_key_that_may_be
     service.look_at_keys()
     assert service.keys_fault is not None
     assert not is_open(service)
-    assert service.keys.admit_inference("Bearer a-key-1") == ApiKey("app")
+    assert service.keys.admit_inference("Bearer old-key-1") == ApiKey("app")
     if changed:
         with pytest.raises(Refusal, match="not an admin key"):
             service.keys.admit_admin("Bearer new")

@@ -138,8 +138,11 @@ def test_a_file_is_turned_over_before_it_is_too_large(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl", AUDIT_FILES * 2 * line)
     for number in range(3):
         log.write({"number": number})
-    assert [json.loads(one)["number"] for one in (tmp_path / "audit.jsonl.1").open()] == [0, 1]
-    assert [json.loads(one)["number"] for one in (tmp_path / "audit.jsonl").open()] == [2]
+    held = [(tmp_path / name).read_text() for name in ("audit.jsonl.1", "audit.jsonl")]
+    assert [[json.loads(one)["number"] for one in text.splitlines()] for text in held] == [
+        [0, 1],
+        [2],
+    ]
 
 
 def test_times_have_milliseconds_and_a_zone() -> None:

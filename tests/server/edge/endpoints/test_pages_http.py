@@ -19,6 +19,7 @@ import pytest
 
 from server.demo import ADAPTERS_DIR
 from server.edge.endpoints.examples import CALLS
+from server.edge.link.link import WHY_NOT
 from tests.stand.folders import change_config
 from tests.stand.live import ROOT, Live, hira
 
@@ -52,6 +53,13 @@ def test_a_page_names_nothing_but_this_server_and_forbids_the_rest(live: Live, p
         assert answer.status_code == 200
         assert len(answer.content) > 100
         assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_console_has_words_for_every_state_of_a_server(live: Live) -> None:
+    script = live.client.get("/console/app.js").text
+    states = script[script.index("const STATES") :].split("};", 1)[0]
+    told = re.findall(r"^  (\w+): ", states, re.MULTILINE)
+    assert {*WHY_NOT, "ready", "worker_stuck"} <= set(told)
 
 
 def test_what_was_elsewhere_leads_to_the_reference(live: Live) -> None:
@@ -130,13 +138,15 @@ def test_a_browser_sees_the_pages_and_axe_finds_nothing(live: Live, tmp_path: Pa
     seen = json.loads(looked.stdout)
     assert seen["foreign"] == []
     assert seen["complaints"] == []
-    assert len(seen["axe"]) == 34
+    assert len(seen["axe"]) == 38
     assert {name: found for name, found in seen["axe"].items() if found} == {}
     assert {name: most for name, most in seen["wide"].items() if most} == {}, "scrolls sideways"
     assert "40 of 146" in seen["states"]["starting"]
     assert "draining" in seen["states"]["draining"]
-    assert "worker down" in seen["states"]["restarting"]
+    assert "worker down" in seen["states"]["worker_lost"]
     assert "worker down" in seen["states"]["worker_silent"]
+    assert "stuck" in seen["states"]["worker_stuck"]
+    assert "restarting: " in seen["states"]["restarting"]
     assert "no answer" in seen["states"]["away"]
     assert seen["first"] == ["hira-imdb", "hira-sst2"], "what can be compared is chosen at first"
     assert seen["rolled"] == 1
