@@ -100,7 +100,7 @@ def apply_manifest(
     present = {one["name"]: one for one in every_adapter(client)}
     staged, faults = _stage_all(client, wanted, present)
     if faults:
-        wrong = _tell_faults(faults)
+        wrong = _tell_adapter_faults(faults)
         fail(f"nothing was applied: {wrong} of {len(wanted.entries)} adapters cannot be")
     names = {one.name for one in wanted.entries}
     body = {
@@ -149,11 +149,11 @@ def tell_manifest_faults(wrong: ManifestFaults, url: str, key: str | None) -> No
         print_fault(text, {"fix": fix})
     if wrong.entries:
         with suppress(SystemExit), reach(url, key_or_local_admin_key(key)) as client:
-            _tell_faults(_stage_all(client, Manifest(wrong.entries), {})[1])
+            _tell_adapter_faults(_stage_all(client, Manifest(wrong.entries), {})[1])
     fail("nothing was applied", status=MISUSED)
 
 
-def _tell_faults(faults: Sequence[tuple[str, dict[str, Any]]]) -> int:
+def _tell_adapter_faults(faults: Sequence[tuple[str, dict[str, Any]]]) -> int:
     """Print what is wrong with adapters; returns how many they are."""
     for text, problem in faults:
         print_fault(text, problem)
