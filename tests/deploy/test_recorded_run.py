@@ -142,23 +142,28 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-            while not scraped(client):
-                assert watching.poll() is None, "prometheus ended"
-                time.sleep(0.2)
-            began, ended = time.time(), threading.Event()
-            asking = [threading.Thread(target=ask_all, args=(live, ended)) for _ in range(3)]
-            for one in asking:
-                one.start()
-            time.sleep(RUN_S)
-            ended.set()
-            for one in asking:
-                one.join()
-            time.sleep(2)  # one more scrape
-            yield Recording(client, began, time.time())
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                while not scraped(client):
+                    assert watching.poll() is None, "prometheus ended"
+                    time.sleep(0.2)
+                yield record(live, client)
         finally:
             watching.terminate()
             watching.wait(30)
+
+
+def record(live: Live, client: httpx2.Client) -> Recording:
+    """Have the server asked for a while."""
+    began, ended = time.time(), threading.Event()
+    asking = [threading.Thread(target=ask_all, args=(live, ended)) for _ in range(3)]
+    for one in asking:
+        one.start()
+    time.sleep(RUN_S)
+    ended.set()
+    for one in asking:
+        one.join()
+    time.sleep(2)  # one more scrape
+    return Recording(client, began, time.time())
 
 
 def scraped(client: httpx2.Client) -> bool:
