@@ -390,6 +390,8 @@ class Registry:
         candidates = self.store.versions() - set(in_use) - self.versions()
         if candidates:
             candidates -= self.versions_kept()
+        # Not one by one, for each look is a transaction that others wait for.
+        candidates = self.store.idle(candidates, grace_s) if candidates else candidates
         return [one for one in sorted(candidates) if self._remove_bytes(one, grace_s, kept=True)]
 
     def versions_kept(self) -> set[str]:
