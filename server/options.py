@@ -16,6 +16,7 @@ Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
 DecodeSteps = Literal["dynamic", "static", "ahead"]
+EncodeBatches = Literal["dynamic", "static"]
 TokenizerSource = Literal["file", "class"]
 
 MIB = 1 << 20
@@ -55,6 +56,7 @@ class EngineOptions:
     max_request_pixels: int = 1 << 26  # of all images of one request
     allow_prefix_sharing: bool = False
     decode_steps: DecodeSteps = "dynamic"
+    encode_batches: EncodeBatches = "dynamic"
     deterministic: bool = False  # answers do not depend on their batch in a single bit
 
     quarantine_failures: int = 5  # of one adapter, in a row

@@ -39,6 +39,7 @@ from server.options import (
     DecodeSteps,
     Device,
     DType,
+    EncodeBatches,
     EngineOptions,
     Quantization,
     TokenizerSource,
@@ -184,6 +185,9 @@ class Settings(BaseSettings):
         "dynamic",
         "How a step of decoding runs: over fixed buffers or not, and launched ahead or not.",
         "Base",
+    )
+    encode_batches: EncodeBatches = setting(
+        "dynamic", "How a batch of texts that are encoded runs: over fixed buffers or not.", "Base"
     )
 
     deterministic: bool = setting(
@@ -405,6 +409,7 @@ class Settings(BaseSettings):
             threads=self.threads,
             modulation=self.modulation,
             decode_steps=self.decode_steps,
+            encode_batches=self.encode_batches,
             deterministic=self.deterministic,
             slots=self.slots,
             device_bytes=int(self.device_bytes),

@@ -27,7 +27,7 @@ from adapters.kernels.triton_operands import (
     PackedWeight,
     pack_weight,
 )
-from adapters.kernels.triton_tiles import BatchTiles, FewRows, padded_rank
+from adapters.kernels.triton_tiles import BatchTiles, FewRows, TokenTiles, padded_rank
 from adapters.modulation.autotune import Autotuner
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
@@ -179,7 +179,7 @@ class FusedLayers:
         table: torch.Tensor,
         *,
         layer: int,
-        few: FewRows,
+        tiles: FewRows | TokenTiles,
         slots: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -190,7 +190,7 @@ class FusedLayers:
             x: ``[rows, in]``.
             table: int64 ``[slots, layers, 3]``, as ``FactorTable.addresses``.
             layer: Of the table.
-            few: Tiles that hold all rows of ``x``; its buffers may change until the launch runs.
+            tiles: That hold all rows of ``x``; its buffers may change until the launch runs.
             slots: int32 ``[rows]``, a buffer likewise.
             bias: ``[out]``, or None.
 
@@ -200,13 +200,15 @@ class FusedLayers:
         x = x if x.stride(-1) == 1 else x.contiguous()
         weight = self._layers[path].weight
         y: torch.Tensor
-        if x.shape[0] == 1 and weight.shape in self._shapes_by_row:
+        if isinstance(tiles, TokenTiles):
+            y = self._ops.token_rows_linear(x, weight, table, layer, tiles, bias)
+        elif x.shape[0] == 1 and weight.shape in self._shapes_by_row:
             y = _one_row_ops().one_row_linear(
                 x, weight, table, layer, slots,
-                rank=few.rank, first_row=self._first_row, bias=bias,
+                rank=tiles.rank, first_row=self._first_row, bias=bias,
             )  # fmt: skip
         else:
-            y = self._ops.few_rows_linear(x, weight, table, layer, few, bias)
+            y = self._ops.few_rows_linear(x, weight, table, layer, tiles, bias)
         return y
 
     def add_lora_by_address(

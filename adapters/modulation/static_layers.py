@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 
+from adapters.errors import SegmentMismatch
 from adapters.kernels.triton_operands import ADDRESS_MULTIPLE_BYTES, KERNEL_MAX_RANK
-from adapters.kernels.triton_tiles import FewRows, padded_rank, share_tiles
+from adapters.kernels.triton_tiles import (
+    FewRows,
+    ManyRows,
+    TokenTiles,
+    padded_rank,
+    share_tiles,
+    slot_tiles,
+)
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.modulation.workspace import Workspace
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
 
 COLUMNS: Final = 3  # of a table: addresses of A [r, in] and Bᵀ [r, out], then r; 0: none
 TILE_ROWS: Final = 16
+TOKEN_TILES: Final = (64, 128)  # rows, below and from so many rows of a batch
+_LARGE_BATCH_ROWS: Final = 4096
 
 
 class StaticRows:
@@ -60,7 +70,7 @@ class StaticRows:
         return self._slots[: self.rows]
 
     @property
-    def few(self) -> FewRows:
+    def tiles(self) -> FewRows:
         """The tiles as the fused kernel reads them."""
         return FewRows(
             rank=self.rank or 16,
@@ -93,6 +103,83 @@ class StaticRows:
         self._all.copy_(self._host[0], non_blocking=True)
 
 
+class StaticTokens:
+    """Which row is of which slot where slots have many rows each: tokens of texts; by ``fill``.
+
+    Args:
+        most: Rows at most.
+        most_runs: Neighbours of one slot at most, those beyond the last row included.
+        device: Of the model.
+    """
+
+    def __init__(self, most: int, most_runs: int, device: torch.device) -> None:
+        self._most_runs = most_runs
+        self._sizes = [most, 3 * self._tiles_of(most, min(TOKEN_TILES))]
+        self._host = [torch.zeros(sum(self._sizes), dtype=torch.int32) for _ in range(2)]
+        if device.type == "cuda":
+            self._host = [one.pin_memory() for one in self._host]
+        self._all = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
+        self._slots, self._tiles = torch.split(self._all, self._sizes)
+        self._order = torch.arange(most, dtype=torch.int32, device=device)
+        self.rows, self.rank, self.has_lora = most, 0, False  # as of ``StaticRows``
+
+    def all(self) -> list[torch.Tensor]:
+        """The memory that every batch reads."""
+        return [self._all, self._order]
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 ``[rows]``."""
+        return self._slots[: self.rows]
+
+    @property
+    def tiles(self) -> TokenTiles:
+        """The tiles as the fused kernel reads them."""
+        block_rows = _token_tile(self.rows)
+        count = self._tiles_of(self.rows, block_rows)
+        many = ManyRows(self.rank, block_rows, self._tiles[: 3 * count], count)
+        return TokenTiles(self._order[: self.rows], many)
+
+    def shape(self, rows: int, rank: int, has_lora: bool) -> None:
+        """Say what the next launches are made for; changes no buffer."""
+        self.rows, self.rank, self.has_lora = rows, rank, has_lora
+
+    def fill(self, runs: Sequence[tuple[int, int]], rows: int) -> None:
+        """Write the slots of ``rows`` rows and their tiles.
+
+        Args:
+            runs: Slot and how many rows, in order; the rest are the base's.
+            rows: As ``shape`` is told.
+
+        Raises:
+            ValueError: More runs, or more rows, than there is room for.
+        """
+        joined: list[list[int]] = []
+        for slot, count in [*runs, (BASE_SLOT, rows - sum(count for _, count in runs))]:
+            if joined and joined[-1][0] == slot:
+                joined[-1][1] += count
+            elif count:
+                joined.append([slot, count])
+        if len(joined) > self._most_runs or any(count < 0 for _, count in joined):
+            raise ValueError(f"{len(joined)} runs of slots in {rows} rows: there is no room.")
+        slots = [slot for slot, count in joined for _ in range(count)]
+        tiles = slot_tiles([(slot, count) for slot, count in joined], _token_tile(rows))
+        self._host.reverse()
+        host = self._host[0].zero_()
+        host[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
+        host[self._sizes[0] :][: len(tiles)] = torch.tensor(tiles, dtype=torch.int32)
+        self._all.copy_(host, non_blocking=True)
+
+    def _tiles_of(self, rows: int, block_rows: int) -> int:
+        """Tiles that ``rows`` rows can need: each run has one that is not full at most."""
+        return -(-rows // block_rows) + min(rows, self._most_runs)
+
+
+def _token_tile(rows: int) -> int:
+    """Rows of a tile: few texts are many slots' more often than many are."""
+    return TOKEN_TILES[rows >= _LARGE_BATCH_ROWS]
+
+
 class StaticLayers:
     """The linear layers of one model, and the tables of all slots.
 
@@ -118,7 +205,7 @@ class StaticLayers:
         self.slots = slots
         self.dtype = dtype
         self.fused = fused
-        self.rows: StaticRows | None = None  # None: no static step is under way
+        self.rows: StaticRows | StaticTokens | None = None  # None: no static step is under way
         self._index = {path: place for place, path in enumerate(weights)}
         self._weights = dict(weights)
         shape = (slots, max(1, len(weights)), COLUMNS)
@@ -196,7 +283,7 @@ class StaticLayers:
         self._alive.pop(slot, None)
 
     def linear(
-        self, path: str, x: torch.Tensor, bias: torch.Tensor | None, rows: StaticRows
+        self, path: str, x: torch.Tensor, bias: torch.Tensor | None, rows: StaticRows | StaticTokens
     ) -> torch.Tensor:
         """One layer for the rows of a step: a new ``[rows, out]`` in the dtype of ``x``.
 
@@ -205,12 +292,21 @@ class StaticLayers:
             x: ``[rows, in]``.
             bias: ``[out]`` in the dtype of ``x``, or None.
             rows: Whose ``shape`` the launches are made for.
+
+        Raises:
+            SegmentMismatch: ``x`` has another number of rows.
         """
+        if x.shape[0] != rows.rows:
+            raise SegmentMismatch(
+                "A layer of a static step was given rows that nobody knows the slots of.",
+                found=f"{x.shape[0]} rows in {path}",
+                expected=f"{rows.rows}",
+            )
         place = self._index[path]
         tables = (self.hira, self.lora, self.scales)
         if self.fused is not None and self.fused.serves(path, x):
             y = self.fused.rows_by_address(
-                path, x, self.hira, layer=place, few=rows.few, slots=rows.slots, bias=bias
+                path, x, self.hira, layer=place, tiles=rows.tiles, slots=rows.slots, bias=bias
             )
             if rows.has_lora:
                 self.fused.add_lora_by_address(

@@ -329,7 +329,8 @@ class Engine:
             generate_tokens={}
             if generate is None
             else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
-            static_bytes={} if generate is None else generate.static_bytes,
+            static_bytes=Counter(encode.static_bytes)
+            + Counter({} if generate is None else generate.static_bytes),
             grammars={}
             if generate is None
             else {

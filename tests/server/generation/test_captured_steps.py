@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from server.base.captured_steps import CapturedSteps, StepKey
 from server.generation import static_step
-from server.generation.captured_steps import CapturedSteps, StepKey
 from tests.stand.dense import terminals
 from tests.stand.static_steps import factors_of, staged
 
