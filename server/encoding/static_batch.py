@@ -9,6 +9,7 @@ embedding, more tokens than there is room for) is named by ``obstacle``, and the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
@@ -16,14 +17,15 @@ from typing import Any, Final
 import torch
 from torch.nn import functional as F
 
-from adapters.modulation.static_layers import StaticLayers, StaticTokens
+from adapters.modulation.static_layers import StaticLayers
+from adapters.modulation.static_rows import StaticTokens
 from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey, launch_class
 from server.base.load import LoadedBase
 from server.encoding.batch import FlatFeed
 from server.encoding.text_bounds import Attend, TextBounds
 
 FIRST_BUCKET_TOKENS: Final = 16
-_IN_TURN: Final = 2  # copies on the host: one may be under way while the next one is written
+_HOST_COPIES: Final = 2  # copies on the host: one may be under way while the next one is written
 
 
 def token_buckets(most: int) -> tuple[int, ...]:
@@ -56,7 +58,11 @@ def attend_under_mask(  # noqa: PLR0917  # as ``Attend``, which has no names
     window: int | None,
     causal: bool,
 ) -> torch.Tensor:
-    """All rows against all under a mask: for static batches, on any device, in memory N²."""
+    """All rows against all under a mask: for static batches, on any device, in memory N².
+
+    Numbers that are not finite reach every row of their own text and no other: a mask alone would
+    multiply them by 0, which is not finite either.
+    """
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (
@@ -71,9 +77,12 @@ def attend_under_mask(  # noqa: PLR0917  # as ``Attend``, which has no names
         sees = sees & (distance.abs() < window)
     if causal:
         sees = sees & (distance >= 0)
+    bad = ~(torch.isfinite(key) & torch.isfinite(value)).flatten(1).all(1)
+    key, value = (one.masked_fill(bad[:, None, None], 0) for one in (key, value))
     q, k, v = (one.transpose(0, 1)[None] for one in (query, key, value))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale)
-    return attended[0].transpose(0, 1)
+    reached = (sees & bad).any(1)
+    return attended[0].transpose(0, 1).masked_fill(reached[:, None, None], float("nan"))
 
 
 class StaticBatch:
@@ -111,13 +120,16 @@ class StaticBatch:
         self._starts = torch.zeros(texts + 1, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._host = [
-            torch.zeros(texts + 1, dtype=torch.int32, pin_memory=pinned) for _ in range(_IN_TURN)
+            torch.zeros(texts + 1, dtype=torch.int32, pin_memory=pinned)
+            for _ in range(_HOST_COPIES)
         ]
         width = int(base.backbone.config.get_text_config().hidden_size)
         self._out = torch.zeros(most_tokens, width, dtype=base.dtype, device=device)
         self._token_rows = StaticTokens(most_tokens, most_texts + 1, device)
         embeddings = getattr(base.backbone, "embeddings", None)
         self._has_types = getattr(embeddings, "token_type_embeddings", None) is not None
+        known = inspect.signature(base.backbone.forward).parameters
+        self._constant: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
         self._captured = CapturedSteps(device)
 
     def fixed(self) -> list[torch.Tensor]:
@@ -188,6 +200,7 @@ class StaticBatch:
                 position_ids=self._tokens[1, : key.rows][None],
                 texts=texts,
                 **more,
+                **self._constant,
             )
         self._out[: key.rows].copy_(out.last_hidden_state[0])
 

@@ -329,8 +329,7 @@ class Engine:
             generate_tokens={}
             if generate is None
             else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
-            static_bytes=Counter(encode.static_bytes)
-            + Counter({} if generate is None else generate.static_bytes),
+            static_bytes=_sum(encode.static_bytes, generate.static_bytes if generate else {}),
             grammars={}
             if generate is None
             else {
@@ -477,3 +476,11 @@ class Engine:
                 seconds,
                 lane.take_waits_s(),
             )
+
+
+def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
+    """By name, over all of them; what is 0 stays."""
+    total: Counter[str] = Counter()
+    for one in parts:
+        total.update(one)
+    return dict(total)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
+from server.base.captured_steps import LAUNCH_CLASSES
 from server.base.rope import RopeByLength
 from server.failures import is_lost, split_apart
 from server.generation.attention import (
@@ -276,7 +277,7 @@ class PagedForward:
         if self._rope.kinds:
             self.leave_static("rope", "the rotary factors of this base depend on the length")
             return
-        layers = self._adapted.make_static(slots)
+        layers = self._adapted.make_static(slots, most, [rank for rank, _ in LAUNCH_CLASSES])
         attention = decode_in_torch
         if self._kv.block_tokens % VARLEN_PAGE_TOKENS == 0:
             attention = decode_by_varlen

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from adapters.modulation.static_layers import StaticLayers, StaticRows
+from adapters.modulation.static_layers import StaticLayers
+from adapters.modulation.static_rows import StaticRows
 from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey, launch_class
 from server.generation import step_sampling
 from server.generation.attention import Call, check_all_attended

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from adapters.modulation.static_layers import StaticTokens
+from adapters.modulation.static_rows import StaticTokens
 from adapters.segments import from_rows
-from server.base.captured_steps import StepKey
+from server.base.captured_steps import CapturedSteps, StepKey
 from server.base.load import load_base
 from server.base.probe_adapters import probe_factors
 from server.base.rope import RopeByLength
+from server.encoding import static_batch
 from server.encoding.batch import Rows
 from server.encoding.read import BatchStates
-from server.encoding.static_batch import StaticBatch, token_buckets
-from server.encoding.unpadded import UnpaddedForward, static_fault
+from server.encoding.static_batch import StaticBatch, StaticTexts, attend_under_mask, token_buckets
+from server.encoding.text_bounds import TextBounds
+from server.encoding.unpadded import UnpaddedForward, attend_text_by_text, static_fault
 from server.messages import EncodeResult, TokenizedInput
 from tests.stand import tiny_bases
 from tests.stand.encode_lane import Lane
 from tests.stand.launches import Launches
+from tests.stand.made_up_steps import MadeUpSteps
 
 SUM_ORDER_TOLERANCE = 1e-4
 MOST_TOKENS, MOST_TEXTS = 100, 6
@@ -41,12 +43,12 @@ def _one_thread() -> Iterator[None]:
 class Ways:
     """One base whose batches run over fixed buffers, two adapters in it, and the other way."""
 
-    def __init__(self, root: Path, kind: str) -> None:
+    def __init__(self, root: Path, kind: str, slots: int = 4) -> None:
         folder = tiny_bases.base_folder(root, kind)
         self.base = load_base(tiny_bases.options(folder, root))
         self.rows = Rows(self.base, tiny_bases.text_of(folder))
         self.unpadded = UnpaddedForward(self.base, self.rows, RopeByLength(self.base.model))
-        assert self.unpadded.make_static(3, MOST_TOKENS, MOST_TEXTS) is None
+        assert self.unpadded.make_static(slots, MOST_TOKENS, MOST_TEXTS) is None
         for slot in (1, 2):
             self.install(slot, slot)
 
@@ -103,12 +105,97 @@ def test_states_are_those_of_padded_batches(kind: str, tmp_path: Path) -> None:
     assert static_fault(ways.base, ways.unpadded, ways.padded) is None
 
 
+@pytest.mark.parametrize("slots", [2, 3])
+def test_few_slots_are_compared_as_well(slots: int, tmp_path: Path) -> None:
+    ways = Ways(tmp_path, "bert", slots)
+    for slot in (1, 2):
+        ways.base.adapted.uninstall(slot)
+    assert static_fault(ways.base, ways.unpadded, ways.padded) is None
+
+
+def test_states_that_are_not_finite_stay_in_their_text(tmp_path: Path) -> None:
+    ways = Ways(tmp_path, "bert")
+    items, slots = [TokenizedInput((5, 6, 7, one)) for one in (8, 9, 10)], [0, 1, 2]
+    with torch.inference_mode():
+        wanted = ways.unpadded.side_by_side(items, slots).hidden
+        # No adapter gets into a slot like this: it stands for a product that overflows.
+        for layer in ways.base.adapted.layers.values():
+            if 1 in layer.slots:
+                layer.slots[1].a[0] = float("nan")
+        found = ways.unpadded(items, slots)
+    assert ways.unpadded.ran == "static"
+    assert torch.isnan(found.hidden[1]).any(-1).all()
+    for text in (0, 2):
+        assert torch.allclose(found.hidden[text], wanted[text], atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_attention_under_a_mask_keeps_numbers_apart(bad: float) -> None:
+    torch.manual_seed(0)
+    rows, starts = 9, torch.tensor([0, 4, 9, 9], dtype=torch.int32)
+    for seed in range(8):
+        chance = random.Random(seed)
+        heads, shared = chance.choice([(2, 1), (4, 2)])
+        query, key, value = (
+            torch.randn(rows, many, 8) for many in (heads, heads // shared, heads // shared)
+        )
+        window, causal = chance.choice([None, 2]), chance.random() < 0.5
+        texts = StaticTexts(starts, 5, attend_under_mask)
+        wanted = attend_under_mask(query, key, value, texts, None, window, causal)
+        plain = TextBounds((4, 5), torch.tensor([0, 4, 9]), attend_text_by_text)
+        theirs = attend_text_by_text(query, key, value, plain, None, window, causal)
+        assert torch.allclose(wanted, theirs, atol=1e-5)
+        (key, value)[seed % 2][2, 0, 3] = bad
+        found = attend_under_mask(query, key, value, texts, None, window, causal)
+        assert torch.equal(found[4:], wanted[4:])
+        assert not torch.isfinite(found[2]).any()
+
+
+def test_memory_that_ends_leaves_fewer_buckets_and_right_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MadeUpSteps(room_rows=32)
+    monkeypatch.setattr(static_batch, "CapturedSteps", lambda _: made)
+    ways = Ways(tmp_path, "bert")
+    list(ways.unpadded.capture_static())
+    assert {key.rows for key in made.runs} == {16, 32}
+    assert made.refused == [MOST_TOKENS, 64]
+    for seed in range(4):
+        items, slots = random_batch(seed)
+        with torch.inference_mode():
+            found, wanted = ways.unpadded(items, slots), ways.padded(items, slots)
+        assert ways.unpadded.ran == "static"
+        shown = found.mask == 1
+        assert torch.allclose(found.hidden[shown], wanted.hidden[shown], atol=5e-4)
+
+
+def test_a_device_that_cannot_capture_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cannot(self: CapturedSteps, key: StepKey, run: Callable[[], None]) -> bool:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(CapturedSteps, "possible", True)
+    monkeypatch.setattr(CapturedSteps, "capture", cannot)
+    tasks = {"a": "text-classification"}
+    lane = Lane(tmp_path, "bert", tasks, encode_batches="static", max_batch_tokens=64)
+    lines = [one.getMessage() for one in caplog.records if "static" in one.getMessage()]
+    assert lines == [
+        "No batch of texts is static: RuntimeError: operation not permitted when stream is "
+        "capturing"
+    ]
+    lane.lane.submit(lane.request("1", "a", tasks["a"], ["a b c"]))
+    lane.drain()
+    assert set(lane.lane.figures().steps_by) == {"unpadded"}
+
+
 def test_launches_and_addresses_stay_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways = Ways(tmp_path, "bert")
     layers = ways.base.adapted.modulator.static
     assert layers is not None
+    ways.unpadded.by_static(*random_batch(99))  # what is allocated once, for the largest layer
     plain_run = StaticBatch.run
     batches: dict[StepKey, list[list[Any]]] = {}
 
@@ -238,9 +325,9 @@ def test_tiles_hold_every_row_once_and_no_other() -> None:
 
 def test_too_many_runs_are_refused() -> None:
     made = StaticTokens(32, 3, torch.device("cpu"))
-    with suppress(ValueError):
+    made.fill([(1, 1), (2, 31)], 32)
+    with pytest.raises(ValueError, match="no room"):
         made.fill([(1, 1), (2, 1), (1, 1)], 32)
-        raise AssertionError("four runs where there is room for three")
 
 
 def test_buckets_hold_any_number_of_tokens() -> None:
