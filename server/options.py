@@ -61,3 +61,16 @@ class EngineOptions:
 
     quarantine_failures: int = 5  # of one adapter, in a row
     quarantine_s: float = 60.0  # the first time
+
+
+def runs_apart(options: EngineOptions, device: str) -> bool:
+    """Whether each sequence and each text has a forward of its own, so that no other can change it.
+
+    That is how ``deterministic`` is kept on a GPU, where the libraries' sums over a row, too, go by
+    how many rows there are. On a CPU fewer things do, and those are kept apart one by one.
+
+    Args:
+        options: Of the engine.
+        device: Its type.
+    """
+    return options.deterministic and device != "cpu"

@@ -191,7 +191,7 @@ class Settings(BaseSettings):
     )
 
     deterministic: bool = setting(
-        False, "Answer the same in any batch, bit for bit; slower, on a CPU only.", "Base"
+        False, "Answer the same in any batch, bit for bit; slower, on a GPU by far.", "Base"
     )
 
     # Where it listens and keeps its state
@@ -343,10 +343,12 @@ class Settings(BaseSettings):
                 f"host: LitServe listens on {', '.join(HOSTS)} only, not {self.host!r}; "
                 "choose 0.0.0.0 and filter by a firewall or a proxy"
             )
-        if self.deterministic and (self.prefix_sharing or self.decode_steps != "dynamic"):
+        static = self.decode_steps != "dynamic" or self.encode_batches != "dynamic"
+        if self.deterministic and (self.prefix_sharing or static):
             raise ValueError(
-                "deterministic: not together with prefix_sharing or other decode_steps, by which "
-                "bits depend on what is beside or was before; leave them off"
+                "deterministic: not together with prefix_sharing or other decode_steps or "
+                "encode_batches, by which bits depend on what is beside or was before; leave them "
+                "off"
             )
         if self.timeout_s > self.max_timeout_s:
             raise ValueError(

@@ -34,7 +34,7 @@ from server.encoding.unpadded import (
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import EncodeRequest, EncodeResult, Event
-from server.options import EngineOptions
+from server.options import EngineOptions, runs_apart
 from server.stages import tell_stage
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class EncodeLane:
         self._rows = Rows(base, inputs)
         self._rope = RopeByLength(base.model)
         self._deterministic = options.deterministic
+        self._apart = runs_apart(options, base.device.type)
         self._options = options
         self._unpadded: UnpaddedForward | None = None
         self._how = "padded"  # a batch runs: ``unpadded``, or why not
@@ -381,12 +382,14 @@ class EncodeLane:
         """An output, or the exception that took its place, for each row: what raises is run apart,
         by adapter and then by halves, until only the rows that are at fault have failed."""
         if self._deterministic:
-            tokens = [item.tokens for item in self._asked(rows)[0]]
-            if len(set(tokens)) > 1:
+            kinds = [item.tokens for item in self._asked(rows)[0]]
+            if self._apart:
+                kinds = list(range(len(rows)))
+            if len(set(kinds)) > 1:
                 # No padding, and so no shape but a text's own.
                 outputs: list[Any] = [None] * len(rows)
-                for length in dict.fromkeys(tokens):
-                    places = [place for place, one in enumerate(tokens) if one == length]
+                for kind in dict.fromkeys(kinds):
+                    places = [place for place, one in enumerate(kinds) if one == kind]
                     found = self._forward([rows[place] for place in places], slots)
                     for place, output in zip(places, found, strict=True):
                         outputs[place] = output

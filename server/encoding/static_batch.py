@@ -141,6 +141,15 @@ class StaticBatch:
         buffers = sum(one.nbytes for one in self.fixed())
         return {"buffers": buffers, "graphs": self._captured.nbytes}
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether any batch is replayed: only then it can be the faster way."""
+        return bool(list(self._captured))
+
+    def bucket_of(self, tokens: int) -> int | None:
+        """The bucket that holds so many tokens; None: none does."""
+        return next((one for one in self._buckets if one >= tokens), None)
+
     def obstacle(self, feed: FlatFeed, slots: Sequence[int]) -> str | None:
         """Why a batch cannot run so, in one word for a metric; None: it can."""
         if sum(feed.lengths) > self._buckets[-1] or len(feed.lengths) > self._most_texts:
@@ -156,7 +165,8 @@ class StaticBatch:
         own = dict.fromkeys(slots)
         rank = max((self._layers.rank(slot) for slot in own), default=0)
         has_lora = any(self._layers.has_lora(slot) for slot in own)
-        tokens = next(one for one in self._buckets if one >= sum(feed.lengths))
+        tokens = self.bucket_of(sum(feed.lengths))
+        assert tokens is not None  # as ``obstacle`` found
         return StepKey(tokens, *launch_class(rank, has_lora), plain=True)
 
     def keys(self, least: StepKey) -> list[StepKey]:

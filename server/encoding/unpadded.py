@@ -15,6 +15,7 @@ padded ones before anybody is answered.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -34,6 +35,7 @@ from server.encoding.batch import FlatFeed, Rows
 from server.encoding.read import BatchStates
 from server.encoding.static_batch import StaticBatch, attend_under_mask
 from server.encoding.text_bounds import Attend, TextBounds
+from server.encoding.way_times import WAYS, WayTimes
 from server.failures import is_lost
 from server.messages import TokenizedInput
 
@@ -175,6 +177,7 @@ class UnpaddedForward:
         self._attend: Attend = attend_by_varlen if fast else attend_text_by_text
         self._attend_static: Attend = attend_by_varlen if fast else attend_under_mask
         self.static: StaticBatch | None = None
+        self._times = WayTimes()
         self.ran = "unpadded"  # how the latest batch did: or ``static``, or why not
         self.windows: list[bool] = []  # of the latest forward: see ``TextBounds``
 
@@ -244,6 +247,31 @@ class UnpaddedForward:
         """
         if self.static is None:
             return self.side_by_side(items, slots)
+        bucket = self.static.bucket_of(sum(len(one.token_ids) for one in items))
+        if bucket is None or not self.static.is_captured:
+            return self._static_if_it_can(items, slots)
+        run = self._static_if_it_can
+        if self._times.way(bucket) == "unpadded":
+            run = self.side_by_side
+        if not self._times.is_due(bucket):
+            return run(items, slots)
+        self._wait()
+        began = time.perf_counter()
+        states = run(items, slots)
+        self._wait()
+        seconds = (time.perf_counter() - began) / sum(len(one.token_ids) for one in items)
+        for way in WAYS:
+            if self.ran == way:
+                self._times.note(bucket, way, seconds)
+        return states
+
+    def _wait(self) -> None:
+        if self._base.device.type == "cuda":
+            torch.cuda.synchronize(self._base.device)
+
+    def _static_if_it_can(
+        self, items: Sequence[TokenizedInput], slots: Sequence[int]
+    ) -> BatchStates:
         try:
             found = self.by_static(items, slots)
         except Exception as error:

@@ -25,6 +25,7 @@ from adapters.layers.adapted import AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation import fused, native_path
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.fixed_blocks import FixedBlocks
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
@@ -414,6 +415,37 @@ def test_more_rows_are_computed_as_the_next_number_that_was_timed() -> None:
     assert made.cases("product") == [(shape, 32, 4)]
     assert made.without("product").of(shape, 32, 4) == "tiles"
     assert made.without("product").of(shape, 32, 1) == "row"
+
+
+def test_with_fixed_blocks_the_kernel_still_computes_what_it_takes(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, layer = one_layer()
+    adapted.modulator.fixed = FixedBlocks()
+    for slot, rank in ((1, 5), (2, 130)):
+        factors = random_factors(adapted.signature, ["0"], rank=rank, dtype=torch.float16)
+        adapted.install(slot, factors)
+    rows: list[int] = []
+    plain = FixedBlocks.product
+
+    def counted(self: FixedBlocks, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return plain(self, x, weight)
+
+    monkeypatch.setattr(FixedBlocks, "product", counted)
+    segments = from_runs([(1, 3), (0, 2), (2, 4)])
+    x = torch.randn(9, layer.in_features).half()
+    with torch.no_grad(), adapted.batch(segments):
+        y = adapted.model(x)
+    truth = modulated_linear(
+        x,
+        layer.quantized.dequantize(dtype=torch.float32),
+        {s: (f.method, f.a, f.b, f.scale, f.bias) for s, f in layer.slots.items()},
+        segments,
+        layer.get_parameter("bias"),
+    )
+    assert_close(y, truth, 1e-2)
+    assert rows == [4]  # a rank above the kernel's
 
 
 def test_the_probe_finds_a_kernel_that_is_wrong(

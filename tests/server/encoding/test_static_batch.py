@@ -16,12 +16,13 @@ from server.base.captured_steps import CapturedSteps, StepKey
 from server.base.load import load_base
 from server.base.probe_adapters import probe_factors
 from server.base.rope import RopeByLength
-from server.encoding import static_batch
+from server.encoding import static_batch, unpadded
 from server.encoding.batch import Rows
 from server.encoding.read import BatchStates
 from server.encoding.static_batch import StaticBatch, StaticTexts, attend_under_mask, token_buckets
 from server.encoding.text_bounds import TextBounds
 from server.encoding.unpadded import UnpaddedForward, attend_text_by_text, static_fault
+from server.encoding.way_times import TRIALS, Way
 from server.messages import EncodeResult, TokenizedInput
 from tests.stand import tiny_bases
 from tests.stand.encode_lane import Lane
@@ -129,6 +130,40 @@ def test_states_that_are_not_finite_stay_in_their_text(tmp_path: Path) -> None:
         assert torch.allclose(found.hidden[text], wanted[text], atol=1e-4)
 
 
+@pytest.mark.parametrize("faster", ["static", "unpadded"])
+def test_the_way_that_was_faster_is_taken(
+    faster: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(unpadded.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(static_batch, "CapturedSteps", lambda _: MadeUpSteps(room_rows=100))
+    ways = Ways(tmp_path, "bert")
+    list(ways.unpadded.capture_static())
+    plain, both = UnpaddedForward.side_by_side, UnpaddedForward.by_static
+
+    def slow_plain(self: UnpaddedForward, *given: Any) -> Any:
+        clock[0] += 1.0 if faster == "unpadded" else 3.0
+        return plain(self, *given)
+
+    def slow_static(self: UnpaddedForward, *given: Any) -> Any:
+        clock[0] += 2.0
+        return both(self, *given)
+
+    monkeypatch.setattr(UnpaddedForward, "side_by_side", slow_plain)
+    monkeypatch.setattr(UnpaddedForward, "by_static", slow_static)
+    ran: list[str] = []
+    for seed in range(2 * TRIALS + 4):
+        items = [TokenizedInput(tuple(range(5, 15 + seed % 3)))]
+        with torch.inference_mode():
+            ways.unpadded(items, [seed % 3])
+        ran.append(ways.unpadded.ran)
+    assert ran[: 2 * TRIALS] == ["static", "unpadded"] * TRIALS
+    assert ran[2 * TRIALS :] == [faster] * 4
+    with torch.inference_mode():  # another bucket is another question
+        ways.unpadded([TokenizedInput(tuple(range(5, 25)))] * 3, [0, 1, 2])
+    assert ways.unpadded.ran == "static"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_attention_under_a_mask_keeps_numbers_apart(bad: float) -> None:
     torch.manual_seed(0)
@@ -163,8 +198,8 @@ def test_memory_that_ends_leaves_fewer_buckets_and_right_answers(
     for seed in range(4):
         items, slots = random_batch(seed)
         with torch.inference_mode():
-            found, wanted = ways.unpadded(items, slots), ways.padded(items, slots)
-        assert ways.unpadded.ran == "static"
+            found, wanted = ways.unpadded.by_static(items, slots), ways.padded(items, slots)
+        assert found is not None
         shown = found.mask == 1
         assert torch.allclose(found.hidden[shown], wanted.hidden[shown], atol=5e-4)
 
