@@ -171,7 +171,8 @@ class StaticLayers:
         weight = self._weights[path]
         w0 = self._workspace.dequantized(weight, x.dtype)
         y = F.linear(x, w0, bias)
-        if rows.rank or rows.has_lora:
+        # On a GPU no adapter of a static step has factors in a layer without the kernel.
+        if (rows.rank or rows.has_lora) and x.device.type == "cpu":
             torch.ops.hira.add_by_address(y, x, w0, rows.slots, *tables, place)
         return y
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from adapters.modulation.static_rows import StaticTokens
 from adapters.segments import from_rows
-from server.base.captured_steps import CapturedSteps, StepKey
+from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey
 from server.base.load import load_base
 from server.base.probe_adapters import probe_factors
 from server.base.rope import RopeByLength
@@ -249,6 +250,22 @@ def test_launches_and_addresses_stay_the_same(
     for runs in batches.values():
         assert len(runs[0]) > 20
         assert all(run == runs[0] for run in runs[1:])
+
+
+def test_a_batch_needs_nothing_of_the_processor(tmp_path: Path) -> None:
+    """On the meta device, where no number can be read and no memory of the host is at hand."""
+    device = torch.device("meta")
+    folder = tiny_bases.base_folder(tmp_path, "bert")
+    base = load_base(tiny_bases.options(folder, tmp_path, quantization="none"))
+    base.model.to(device)
+    base = replace(base, device=device)
+    rows = Rows(base, tiny_bases.text_of(folder))
+    made = UnpaddedForward(base, rows, RopeByLength(base.model))
+    assert made.make_static(4, MOST_TOKENS, MOST_TEXTS) is None
+    assert made.static is not None
+    for tokens in token_buckets(MOST_TOKENS):
+        for rank, has_lora in LAUNCH_CLASSES:
+            made.static.run(StepKey(tokens, rank, has_lora, plain=True))
 
 
 def test_larger_launches_give_the_same(tmp_path: Path) -> None:
