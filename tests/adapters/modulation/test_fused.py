@@ -463,6 +463,25 @@ def test_the_probe_finds_a_kernel_that_is_wrong(
     assert fused._probe_error(torch.float16, CPU) > fused._PROBE_TOLERANCE
 
 
+def test_a_driver_that_fails_is_told_in_one_line(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> float:
+        raise RuntimeError("CUDA driver error:\n  its version is insufficient")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("adapters.modulation.fused._probe_error", fails)
+    device = torch.device("cuda", 7)
+    for _ in range(2):  # it is not tried again
+        assert fused.obstacle(torch.float16, device) == "RuntimeError in its probe"
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert line == (
+        "The fused kernel failed its probe, torch computes: "
+        "RuntimeError: CUDA driver error: its version is insufficient"
+    )
+
+
 class _Tied(nn.Module):
     """A 4-bit table, and an output layer on the same bytes."""
 
