@@ -20,6 +20,7 @@ here: the server maps every code to one in its own table.
     ├── SourceUnavailable       source_unavailable   an allowed source that could not be read
     ├── UploadTooLarge          upload_too_large
     ├── StoreFull               store_full
+    ├── StoreUnavailable        store_unavailable    the object store with the bytes is away
     ├── RegistryUnavailable     registry_unavailable  its database is locked, damaged or away
     ├── SegmentMismatch         segment_mismatch     segments that do not cover the rows
     ├── SlotNotResident         slot_not_resident    a slot without factors
@@ -218,6 +219,12 @@ class UploadTooLarge(AdapterError):
 
 class StoreFull(AdapterError):
     code = "store_full"
+
+
+class StoreUnavailable(AdapterError):
+    """The object store that holds the bytes of adapters does not answer, or refuses."""
+
+    code = "store_unavailable"
 
 
 class RegistryUnavailable(AdapterError):

@@ -64,6 +64,26 @@ class Tenant:
     pool: dict[str, Version]
     uploads: list[str]  # digests, oldest first; the last may still be on its way
     acknowledged: int = 0  # position in uploads of the last one that the server confirmed
+    confirmed_at: list[tuple[int, float]] = field(default_factory=list)  # positions, and when
+
+    def confirm(self, position: int) -> None:
+        """The server has told that what stands there in ``uploads`` is served from now on."""
+        self.acknowledged = position
+        self.confirmed_at.append((position, time.monotonic()))
+
+    def oldest(self, bound_s: float) -> int:
+        """The position of the oldest upload that may answer a request that is sent now, where the
+        server may answer by what was replaced for ``bound_s`` seconds yet."""
+        if not bound_s:
+            return self.acknowledged
+        before = time.monotonic() - bound_s
+        return max((position for position, at in self.confirmed_at if at <= before), default=0)
+
+    def stale_s(self, digest: str, sent: float) -> float:
+        """For how long ``digest`` had been replaced when a request was sent that it answered."""
+        last = max(number for number, one in enumerate(self.uploads) if one == digest)
+        later = [at for position, at in self.confirmed_at if position > last]
+        return max(0.0, sent - min(later, default=sent))
 
 
 class Quota:
@@ -97,6 +117,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)  # answers by digest
+    stale_s: float = 0.0  # the longest that an answer's version had been replaced before
 
 
 def main() -> int:
@@ -143,6 +164,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.set_defaults(bound_s=0.0)  # one machine tells all its HTTP processes at once
     options = parser.parse_args()
     if options.versions < 2:
         parser.error("--versions must be at least 2: there is nothing to replace with otherwise")
@@ -183,7 +205,7 @@ def prepare(server: Server, sources: list[Path], options: argparse.Namespace) ->
                     break
                 content = archive(sources[index % len(sources)], seed)
                 seed += 1
-                version = learn(client, server, name, content)
+                version = learn(client, server, name, content, options.bound_s)
                 tenant.uploads = [version.digest]
                 # On some text no answer can then pass for that of another version.
                 if all(apart(version, one) > 2 * tolerance for one in tenant.pool.values()):
@@ -194,9 +216,12 @@ def prepare(server: Server, sources: list[Path], options: argparse.Namespace) ->
     return tenants
 
 
-def learn(client: httpx2.Client, server: Server, name: str, content: bytes) -> Version:
-    """Put one version under ``name`` and ask it everything, alone."""
+def learn(
+    client: httpx2.Client, server: Server, name: str, content: bytes, bound_s: float = 0.0
+) -> Version:
+    """Put one version under ``name`` and, when all know it, ask it everything, alone."""
     digest = upload(client, server, name, content)
+    time.sleep(bound_s)
     answers: dict[str, Scores] = {}
     for text in TEXTS:
         reply = client.post("/predict", params={"adapter": name}, json={"inputs": text})
@@ -305,7 +330,7 @@ async def ask(
         tenant = rng.choice(tenants)
         texts = rng.sample(TEXTS, rng.choice((1, 1, 1, 3)))
         body = {"inputs": texts if len(texts) > 1 else texts[0]}
-        oldest = tenant.acknowledged
+        oldest = tenant.oldest(options.bound_s)
         began = time.monotonic()
         tally.requests += 1
         try:
@@ -325,6 +350,9 @@ async def ask(
         fault = fault_in(reply, tenant, texts, oldest, tolerance)
         if fault is not None:
             tally.wrong.append(f"{tenant.name}: {fault}")
+        else:
+            digest = reply.header("X-Adapter-Version") or ""
+            tally.stale_s = max(tally.stale_s, tenant.stale_s(digest, began))
         tally.served[reply.header("X-Adapter-Version") or ""] += 1
         quota.compared += 1
     if connection is not None:
@@ -393,7 +421,7 @@ def replace(
             else:
                 tally.replace_latencies.append(time.monotonic() - began)
                 if digest == chosen.digest:
-                    tenant.acknowledged = len(tenant.uploads) - 1
+                    tenant.confirm(len(tenant.uploads) - 1)
                 else:
                     tally.wrong.append(f"{tenant.name}: uploaded {chosen.digest}, told {digest}")
             due += 1.0 / options.replace_per_s

@@ -36,6 +36,7 @@ MIN_GOODPUT = 0.9
 GROWTH_BYTES = 96 << 20
 SLACK = 3.0  # p99 of what is accepted, over the time that a full queue takes to drain
 RETRY_MAX_S = 60
+REFUSED = ("429 overloaded", "429 wait_too_long")
 
 
 def main() -> int:
@@ -197,9 +198,7 @@ def _faults(row: dict[str, Any], before: dict[str, int], bound_s: float) -> list
     if row["accepted_s"].get("p99", 0.0) > bound_s:
         found.append(f"{level}: p99 of accepted {row['accepted_s']['p99']:.1f} s > {bound_s:.1f} s")
     strange = {
-        name: count
-        for name, count in row["statuses"].items()
-        if name not in {"200", "429 overloaded"}
+        name: count for name, count in row["statuses"].items() if name not in {"200", *REFUSED}
     }
     if strange or row["unanswered"]:
         found.append(f"{level}: neither 200 nor 429: {strange}, unanswered {row['unanswered']}")
@@ -225,7 +224,7 @@ def _print(report: dict[str, Any]) -> None:
     )
     for row in report["levels"]:
         statuses = row["statuses"]
-        refused = statuses.get("429 overloaded", 0)
+        refused = sum(statuses.get(code, 0) for code in REFUSED)
         other = sum(statuses.values()) - statuses.get("200", 0) - refused + row["unanswered"]
         waits, accepted = row["retry_after_s"], row["accepted_s"]
         retry = f"{waits['p0']:.0f}-{waits['p100']:.0f}" if waits else "-"

@@ -85,9 +85,11 @@ TABLE: Final[Mapping[str, ErrorCode]] = {
     "audit_unwritable": ErrorCode(507, "The audit log cannot be written"),
     # The server
     "overloaded": ErrorCode(429, "Too many requests are waiting"),
+    "wait_too_long": ErrorCode(429, "The answer would come after the deadline"),
     "too_many_connections": ErrorCode(503, "Too many connections are open"),
     "starting": ErrorCode(503, "The server is starting"),
     "registry_unavailable": ErrorCode(503, "The registry cannot be read or written"),
+    "store_unavailable": ErrorCode(503, "The adapter store cannot be reached"),
     "draining": ErrorCode(503, "The server is stopping"),
     "restarting": ErrorCode(503, "The HTTP process is being restarted"),
     "worker_lost": ErrorCode(503, "The inference worker was lost"),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Histogram
     from prometheus_client.metrics_core import Metric
 
+    from adapters.registry.objects import StoreNote
+
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 BASE_LABEL: Final = "base"
 OTHER_LABEL: Final = "_other"  # no adapter can have this name
@@ -118,13 +120,57 @@ class AdapterLabels:
         return adapter
 
 
+class StoreMetrics:
+    """What a process asked of an object store that holds the bytes of adapters."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        from prometheus_client import Counter, Histogram
+
+        self._cache = Counter(
+            "hira_store_cache_total",
+            "Looks for an adapter on this disk, before it is fetched from the object store.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._calls = Counter(
+            "hira_store_calls_total",
+            "Calls of the object store.",
+            ["operation", "outcome"],
+            registry=registry,
+        )
+        self._bytes = Counter(
+            "hira_store_bytes_total",
+            "Bytes of adapters put into the object store, and got from it.",
+            ["operation"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "hira_store_seconds",
+            "Time of a call of the object store.",
+            ["operation"],
+            buckets=REQUEST_SECONDS,
+            registry=registry,
+        )
+
+    def add(self, note: StoreNote) -> None:
+        """Count one note."""
+        if note.operation == "cache":
+            self._cache.labels(note.outcome).inc()
+            return
+        self._calls.labels(note.operation, note.outcome).inc()
+        self._seconds.labels(note.operation).observe(note.seconds)
+        if note.nbytes:
+            self._bytes.labels(note.operation).inc(note.nbytes)
+
+
 class HttpMetrics:
     """What an HTTP process counts."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-        registry = registry or REGISTRY
+        self._registry = registry = registry or REGISTRY
+        self._store: StoreMetrics | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
@@ -165,6 +211,12 @@ class HttpMetrics:
         )
         self._refused = counter(
             "hira_refusals_total", "Error responses and refused connections.", "code"
+        )
+        self._predicted = histogram(
+            "hira_predicted_wait_seconds",
+            "What an admitted request was predicted to wait, where a queue was.",
+            "lane",
+            buckets=WAIT_SECONDS,
         )
         self._canary = counter(
             "hira_canary_requests_total",
@@ -231,6 +283,16 @@ class HttpMetrics:
     def canary_failure(self, adapter: str, arm: str, code: str) -> None:
         self._child(self._canary_failed, self._labels.of(adapter), arm, code).inc()
 
+    def predicted_wait(self, lane: str, seconds: float) -> None:
+        """What a request that was admitted will wait, as it was predicted."""
+        self._predicted.labels(lane).observe(seconds)
+
+    def store(self, notes: Iterable[StoreNote]) -> None:
+        """What was asked of the object store of adapters."""
+        for note in notes:
+            self._store = self._store or StoreMetrics(self._registry)
+            self._store.add(note)
+
     def refusal(self, code: str) -> None:
         """An error response, or a connection that ended before it had a request."""
         self._child(self._refused, code).inc()
@@ -250,7 +312,8 @@ class WorkerMetrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         from prometheus_client import REGISTRY, Histogram
 
-        registry = registry or REGISTRY
+        self._registry = registry = registry or REGISTRY
+        self._store: StoreMetrics | None = None
 
         def histogram(
             name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ("lane",)
@@ -284,6 +347,12 @@ class WorkerMetrics:
         """Adapters that were loaded from disk, each in so many seconds."""
         for one in seconds:
             self._loads.observe(one)
+
+    def store(self, notes: Iterable[StoreNote]) -> None:
+        """What was asked of the object store of adapters."""
+        for note in notes:
+            self._store = self._store or StoreMetrics(self._registry)
+            self._store.add(note)
 
 
 # Of the engine's snapshot: its field, the metric and its text, and the label of the values.

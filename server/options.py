@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from adapters.modulation.strategy import Strategy
+from adapters.registry.remote_place import RemotePlace
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
@@ -29,6 +30,7 @@ class EngineOptions:
     base: str  # a folder or a hub id
     store_dir: Path  # adapters by version, as adapters.registry.store lays them out
     cache_dir: Path  # times of strategies and other files that can be made again
+    remote_store: RemotePlace | None = None  # then store_dir keeps those that are used
     revision: str | None = None
     quantization: Quantization = "nf4"
     double_quant: bool = True
@@ -43,6 +45,7 @@ class EngineOptions:
     device_bytes: int = 1024 * MIB  # their factors in the compute dtype
     host_bytes: int = 2048 * MIB  # factors kept in memory off the device
     folded_bytes: int = 256 * MIB  # cached folded weights
+    packed_bytes: int = 16384 * MIB  # on disk: adapters as they lie in memory; 0: none
     head_bytes: int = 256 * MIB  # task heads in float32
 
     max_batch_tokens: int = 8192  # padded tokens in one forward of the encode lane

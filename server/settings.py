@@ -34,6 +34,7 @@ from pydantic_settings import (
 )
 
 from adapters.modulation.strategy import Strategy
+from adapters.registry.remote_place import RemotePlace
 from server.options import (
     MIB,
     DecodeSteps,
@@ -51,6 +52,9 @@ SETTINGS_FILE: Final = Path("hira.toml")
 NOT_SETTINGS: Final = frozenset({"HIRA_CONFIG", "HIRA_URL", "HIRA_KEY"})
 HOSTS: Final = ("127.0.0.1", "0.0.0.0", "::")
 KEY_BYTES_MIN: Final = 8
+GRACE_SPARE_S: Final = 60.0
+BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.\.?(/|$))[\w.-]+)*/?")
+ENDPOINT: Final = re.compile(r"https?://[^\s/@?#]+/?")
 ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
@@ -136,6 +140,18 @@ def _strong_admin(key: SecretStr | None) -> SecretStr | None:
     if key is not None:
         _strong({"admin": key})
     return key
+
+
+def _bucket_url(url: str | None) -> str | None:
+    if url is not None and not BUCKET.fullmatch(url):
+        raise ValueError("expected s3://BUCKET or s3://BUCKET/PREFIX")
+    return url
+
+
+def _plain_url(url: str | None) -> str | None:
+    if url is not None and not ENDPOINT.fullmatch(url):
+        raise ValueError("expected http(s)://HOST[:PORT], without keys: they are AWS_ACCESS_KEY_ID")
+    return url
 
 
 StringPairs = Annotated[dict[str, str], NoDecode, BeforeValidator(_paired)]
@@ -240,6 +256,18 @@ class Settings(BaseSettings):
         3, "Old versions of each name whose bytes are kept, to roll back to.", "Adapters"
     )
     store_bytes: Bytes | None = setting(None, "Size limit of the adapter store.", "Adapters")
+    store_url: Annotated[str | None, AfterValidator(_bucket_url)] = setting(
+        None, "s3://BUCKET/PREFIX of the adapter store (default: a folder).", "Adapters"
+    )
+    store_endpoint: Annotated[str | None, AfterValidator(_plain_url)] = setting(
+        None, "URL of an S3-compatible store that is not Amazon's.", "Adapters"
+    )
+    store_cache_dir: Path | None = setting(
+        None, "Folder of what is used of store_url (default: DATA_DIR/store-cache).", "Adapters"
+    )
+    store_cache_bytes: Annotated[ByteSize, Field(ge=1 * MIB)] = setting(
+        10 * 1024 * MIB, "Size limit of that folder.", "Adapters"
+    )
     max_upload_bytes: Bytes = setting(2048 * MIB, "Size limit of one upload.", "Adapters")
 
     # Budgets of the worker
@@ -247,6 +275,9 @@ class Settings(BaseSettings):
     device_bytes: Bytes = setting(1024 * MIB, "Adapter factors on the device.", "Budgets")
     host_bytes: Bytes = setting(2048 * MIB, "Adapter factors in host memory.", "Budgets")
     folded_bytes: Bytes = setting(256 * MIB, "Cached folded weights.", "Budgets")
+    packed_bytes: Bytes = setting(
+        16384 * MIB, "Packed files of adapters on disk; 0 makes none.", "Budgets"
+    )
     head_bytes: Bytes = setting(256 * MIB, "Task heads on the device, in float32.", "Budgets")
     kv_bytes: Bytes = setting(256 * MIB, "KV cache.", "Budgets")
     grammar_bytes: Bytes = setting(64 * MIB, "Grammars kept compiled.", "Budgets")
@@ -350,6 +381,10 @@ class Settings(BaseSettings):
                 "encode_batches, by which bits depend on what is beside or was before; leave them "
                 "off"
             )
+        if self.store_url is None and (self.store_endpoint or self.store_cache_dir):
+            raise ValueError(
+                "store_endpoint and store_cache_dir are of store_url, which is not set"
+            )
         if self.timeout_s > self.max_timeout_s:
             raise ValueError(
                 f"timeout_s: {self.timeout_s:g} exceeds max_timeout_s {self.max_timeout_s:g}"
@@ -384,7 +419,27 @@ class Settings(BaseSettings):
 
     @property
     def store_dir(self) -> Path:
-        return self.data_dir / "store"
+        """Of the bytes of adapters; of those in use, where they are in an object store."""
+        if self.store_url is None:
+            return self.data_dir / "store"
+        return self.store_cache_dir or self.data_dir / "store-cache"
+
+    @property
+    def remote_store(self) -> RemotePlace | None:
+        """The object store that holds the bytes of adapters; None where a folder does."""
+        if self.store_url is None:
+            return None
+        return RemotePlace(
+            url=self.store_url,
+            endpoint=self.store_endpoint,
+            cache_bytes=int(self.store_cache_bytes),
+            least_idle_s=self.grace_s,
+        )
+
+    @property
+    def grace_s(self) -> float:
+        """Seconds after which no request can need the bytes of a version that a name has left."""
+        return self.max_timeout_s + GRACE_SPARE_S
 
     @property
     def metrics_dir(self) -> Path:
@@ -400,6 +455,7 @@ class Settings(BaseSettings):
         return EngineOptions(
             base=base,
             store_dir=self.store_dir,
+            remote_store=self.remote_store,
             cache_dir=self.data_dir / "cache",
             revision=self.revision,
             quantization=self.quantization,
@@ -417,6 +473,7 @@ class Settings(BaseSettings):
             device_bytes=int(self.device_bytes),
             host_bytes=int(self.host_bytes),
             folded_bytes=int(self.folded_bytes),
+            packed_bytes=int(self.packed_bytes),
             head_bytes=int(self.head_bytes),
             max_batch_tokens=self.max_batch_tokens,
             max_batch_rows=self.max_batch_rows,
@@ -503,7 +560,8 @@ def _explain_fault(fault: dict[str, Any], given: Mapping[str, object], path: Pat
         source = ENV_PREFIX + name.upper()
     else:
         source = f"{path}: {name}"
-    secret = "key" in name or fault["type"] == "missing"
+    # A URL may have a password in it.
+    secret = "key" in name or fault["type"] == "missing" or "@" in repr(fault["input"])
     return SettingFault(f"{source}: {text}", found=None if secret else repr(fault["input"]))
 
 

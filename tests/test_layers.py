@@ -27,7 +27,7 @@ ADAPTERS = {
     "adapters.inspection": ("errors", "signature", "tasks", "intake"),
     "adapters.modulation": ("errors", "signature", "factors", "segments", "kernels"),
     "adapters.layers": ("errors", "signature", "segments", "kernels", "modulation"),
-    "adapters.residency": ("errors", "intake", "modulation", "layers"),
+    "adapters.residency": ("errors", "factors", "intake", "modulation", "layers"),
 }
 SERVER = {
     "server.version": (),
@@ -99,6 +99,7 @@ CONFINED = {
     "pythonjsonlogger": ("server/edge/litserve/logs.py",),
     "peft": ("server/training/", "loadtests/bench/"),
     "sqlalchemy": ("adapters/registry/",),
+    "s3fs": ("adapters/registry/objects.py",),
     "typer": ("server/cli/",),
 }
 # Modules that must load without torch: they run where memory or start-up time is short.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,6 +65,7 @@ class AdapterWeights:
         tensor_bytes: Of all its tensors, as stored.
         parameters: Numbers in all its tensors.
         nonzero: Of the parameters of its factors.
+        zero_sides: ``A`` or ``B``, where every number of that side is zero.
         notes: Contradictions, and what of it is not used, for a person to read.
         head_config: What its own ``config.json`` says of how the head is built and read.
         pooling: What it declares of how a vector is made.
@@ -78,6 +80,7 @@ class AdapterWeights:
     tensor_bytes: int = 0
     parameters: int = 0
     nonzero: int = 0
+    zero_sides: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     head_config: Mapping[str, Any] = field(default_factory=dict)
     pooling: Declaration = field(default_factory=Declaration)
@@ -94,6 +97,23 @@ class AdapterWeights:
         """The share of zeros among the numbers of the factors, 0 to 1."""
         count = sum(entry.a.numel() + entry.b.numel() for entry in self.factors.values())
         return 1.0 - self.nonzero / count if count else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """All numbers of an adapter, without what its configuration says of them.
+
+    Args:
+        factors: By the layer's path in the base: A, B, and the bias that replaces the layer's.
+        head: By the tensor's path in the task's model.
+        nonzero: Of the factors, in the dtype they were stored in.
+        zero_sides: ``A`` or ``B``, where every number of that side is zero.
+    """
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    head: Mapping[str, torch.Tensor]
+    nonzero: int
+    zero_sides: tuple[str, ...] = ()
 
 
 def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
@@ -116,6 +136,53 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
         UnmatchedTensors, MissingTensors, ShapeMismatch, NonFinite: As their names say.
         AdapterFaults: Several of these.
     """
+    with _open_folder(folder, base) as (file, entries, plan):
+        numbers, faults = _read_numbers(file, entries, plan.layout, base)
+    return _weights(folder, entries, plan, numbers, faults)
+
+
+def load_with(folder: Path, base: BaseSignature, numbers: Numbers) -> AdapterWeights:
+    """The adapter in ``folder`` as ``load_adapter`` reads it, with numbers that were read and
+    checked before: all files but the tensors are read and checked again.
+
+    Args:
+        folder, base: As for ``load_adapter``.
+        numbers: Of this very adapter, in any dtype and of any strides.
+
+    Raises:
+        ValueError: They are not of the shapes that the adapter has.
+        AdapterError: As for ``load_adapter``.
+    """
+    with _open_folder(folder, base) as (file, entries, plan):
+        layout = plan.layout
+        faults = [
+            fault
+            for parameter, entry in layout.copies
+            for fault in _copy_faults(file, parameter, entry, base)
+        ]
+    expected: dict[str, Any] = {
+        layer: (pair["A"].shape, pair["B"].shape, _shape_of(layout.biases.get(layer)))
+        for layer, pair in layout.pairs.items()
+    }
+    found: dict[str, Any] = {
+        layer: tuple(map(_shape_of, tensors)) for layer, tensors in numbers.factors.items()
+    }
+    heads = {key.name: (entry.dtype, entry.shape) for key, entry in layout.saved}
+    found_heads = {name: (one.dtype, tuple(one.shape)) for name, one in numbers.head.items()}
+    if expected != found or heads != found_heads:
+        raise ValueError("these are the numbers of another adapter")
+    return _weights(folder, entries, plan, numbers, faults)
+
+
+def _shape_of(tensor: torch.Tensor | TensorEntry | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+@contextmanager
+def _open_folder(
+    folder: Path, base: BaseSignature
+) -> Iterator[tuple[BinaryIO, Mapping[str, TensorEntry], _CheckedFolder]]:
+    """The open tensors of an adapter, their header, and all that can be said before any number."""
     config_json = _read_small(folder, CONFIG_FILE)
     task_json = _read_small(folder, TASK_CONFIG_FILE, optional=True)
     pooling = pooling_files(folder)
@@ -128,51 +195,77 @@ def load_adapter(folder: Path, base: BaseSignature) -> AdapterWeights:
             (id(base), config_json, task_json, *pooling.items(), tuple(entries.values())),
             lambda: _plan(config_json, task_json, pooling, entries, base),
         )
-        layout, task, config = plan.layout, plan.task, plan.layout.config
-        faults: list[AdapterError] = []
-        tensors: dict[str, torch.Tensor] = {}
-        nonzero = {"A": 0, "B": 0}
-        copies = {entry.name for _, entry in layout.copies}
-        for parameter, entry in layout.copies:
-            faults += _copy_faults(file, parameter, entry, base)
-        for entry in entries.values():
-            if entry.name in copies:
-                continue  # the base's own is used
-            tensor = read_tensor(file, entry)
-            values = inspect_values(tensor, entry.name)
-            if values.fault is not None:
-                faults.append(values.fault)
-            key = parse_key(entry.name)
-            if isinstance(key, FactorKey):
-                nonzero[key.side] += values.nonzero
-            tensors[entry.name] = tensor
+        yield file, entries, plan
+
+
+def _read_numbers(
+    file: BinaryIO, entries: Mapping[str, TensorEntry], layout: Layout, base: BaseSignature
+) -> tuple[Numbers, list[AdapterError]]:
+    """Every number that is used of a file, and what is wrong with the numbers."""
+    faults: list[AdapterError] = []
+    tensors: dict[str, torch.Tensor] = {}
+    nonzero = {"A": 0, "B": 0}
+    copies = {entry.name for _, entry in layout.copies}
+    for parameter, entry in layout.copies:
+        faults += _copy_faults(file, parameter, entry, base)
+    for entry in entries.values():
+        if entry.name in copies:
+            continue  # the base's own is used
+        tensor = read_tensor(file, entry)
+        values = inspect_values(tensor, entry.name)
+        if values.fault is not None:
+            faults.append(values.fault)
+        key = parse_key(entry.name)
+        if isinstance(key, FactorKey):
+            nonzero[key.side] += values.nonzero
+        tensors[entry.name] = tensor
+    factors = {
+        layer: (
+            tensors[pair["A"].name],
+            tensors[pair["B"].name],
+            tensors[layout.biases[layer].name] if layer in layout.biases else None,
+        )
+        for layer, pair in layout.pairs.items()
+    }
     head = {key.name: tensors[entry.name] for key, entry in layout.saved}
+    zero_sides = tuple(side for side, count in nonzero.items() if not count)
+    return Numbers(factors, head, sum(nonzero.values()), zero_sides), faults
+
+
+def _weights(
+    folder: Path,
+    entries: Mapping[str, TensorEntry],
+    plan: _CheckedFolder,
+    numbers: Numbers,
+    faults: list[AdapterError],
+) -> AdapterWeights:
+    """A checked folder and its numbers as one adapter; raises ``faults``, and those of its head."""
+    layout, task, config = plan.layout, plan.task, plan.layout.config
     labels: Labels | None = None
     if BY_NAME[task].head == "adapter":
-        labels, label_faults = plan.task_config.labels_for(head, task)
-        faults += label_faults
+        labels, label_faults = plan.task_config.labels_for(numbers.head, task)
+        faults = [*faults, *label_faults]
     _raise_all(faults)
     generates = BY_NAME[task].lane == "generate"
     said = read_conversation(folder) if generates else Conversation()
+    copies = {entry.name for _, entry in layout.copies}
+    used = [entry for entry in entries.values() if entry.name not in copies]
     return AdapterWeights(
         config=config,
         factors={
             layer: Factors(
-                config.method,
-                tensors[pair["A"].name],
-                tensors[pair["B"].name],
-                config.scale(layout.spelled[layer], pair["A"].shape[0]),
-                tensors[layout.biases[layer].name] if layer in layout.biases else None,
+                config.method, a, b, config.scale(layout.spelled[layer], a.shape[0]), bias
             )
-            for layer, pair in layout.pairs.items()
+            for layer, (a, b, bias) in numbers.factors.items()
         },
-        head=head,
+        head=numbers.head,
         labels=labels,
         task=task,
-        tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        nonzero=sum(nonzero.values()),
-        notes=(*plan.notes, *said.notes, *_without_effect(nonzero)),
+        tensor_bytes=sum(entry.stop - entry.start for entry in used),
+        parameters=sum(entry.elements for entry in used),
+        nonzero=numbers.nonzero,
+        zero_sides=numbers.zero_sides,
+        notes=(*plan.notes, *said.notes, *_without_effect(numbers.zero_sides)),
         head_config=plan.task_config.head,
         pooling=plan.pooling,
         conversation=said,
@@ -211,10 +304,9 @@ def _copy_faults(
     ]
 
 
-def _without_effect(nonzero: Mapping[str, int]) -> Iterator[str]:
-    for side, count in nonzero.items():
-        if not count:
-            yield f"every {side} is zero: the layers answer as the base's own, as before training"
+def _without_effect(sides: tuple[str, ...]) -> Iterator[str]:
+    for side in sides:
+        yield f"every {side} is zero: the layers answer as the base's own, as before training"
 
 
 def _plan(

@@ -24,6 +24,7 @@ from adapters.errors import (
     VersionGone,
     VersionNotFound,
 )
+from adapters.registry.adapter_bytes import AdapterBytes
 from adapters.registry.history import HistoryEntry, chosen_entry, entries_of
 from adapters.registry.naming import name_not_found
 from adapters.registry.records import (
@@ -35,7 +36,6 @@ from adapters.registry.records import (
     write,
     write_canary,
 )
-from adapters.registry.store import Store
 
 Opened = Callable[[], AbstractContextManager[sa.Connection]]
 
@@ -48,7 +48,7 @@ class Moves:
         store: Where the bytes are.
     """
 
-    def __init__(self, reading: Opened, transaction: Opened, store: Store) -> None:
+    def __init__(self, reading: Opened, transaction: Opened, store: AdapterBytes) -> None:
         self._reading = reading
         self._transaction = transaction
         self._store = store

@@ -23,7 +23,7 @@ from adapters.registry.naming import name_not_found
 if TYPE_CHECKING:
     from adapters.registry.records import AdapterRecord
 
-POLL_S: Final = 1.0
+POLL_S: Final = 0.5  # so that with its reading a change of others is known within a second
 _FIX: Final = "Try again in a few seconds; if it stays so, the operator must look at it."
 
 logger = logging.getLogger(__name__)

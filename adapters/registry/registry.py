@@ -24,6 +24,7 @@ from adapters.errors import (
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
 from adapters.intake.conversation import Conversation, UsedConversation, unused
+from adapters.registry.adapter_bytes import AdapterBytes
 from adapters.registry.aliases import (
     AliasChange,
     Aliases,
@@ -56,7 +57,7 @@ from adapters.registry.records import (
     with_pin,
     write,
 )
-from adapters.registry.store import Store, version_of, versions_of
+from adapters.registry.store import version_of, versions_of
 from adapters.registry.tables import ADAPTERS, CANARIES, STATE, migrate
 from adapters.signature import BaseSignature
 
@@ -89,7 +90,7 @@ class Registry:
     def __init__(
         self,
         url: str | Path,
-        store: Store,
+        store: AdapterBytes,
         *,
         kept_versions: int = KEPT_VERSIONS,
         grace_s: float = UNNAMED_BYTES_KEPT_S,
@@ -389,6 +390,8 @@ class Registry:
         candidates = self.store.versions() - set(in_use) - self.versions()
         if candidates:
             candidates -= self.versions_kept()
+        # Not one by one, for each look is a transaction that others wait for.
+        candidates = self.store.idle(candidates, grace_s) if candidates else candidates
         return [one for one in sorted(candidates) if self._remove_bytes(one, grace_s, kept=True)]
 
     def versions_kept(self) -> set[str]:
@@ -470,7 +473,9 @@ class Registry:
         """
         self.store.sweep()
         self.collect_garbage(grace_s=0.0)
-        lost = [record.name for record in self._all() if not self.store.has(record.version)]
+        records = self._all()
+        missing = self.store.missing({record.version for record in records})
+        lost = [record.name for record in records if record.version in missing]
         for name in lost:
             logger.error("The bytes of adapter %s are missing; register it again.", name)
         return lost

@@ -20,8 +20,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,16 @@ from adapters.intake.conversation import (
     conversation_bytes,
     stored_conversation,
 )
+from adapters.intake.file_names import Stamp
 from adapters.intake.model_config import HEAD_FIELDS
 from adapters.intake.pooling import MODULES_FILE, POOLING_FILES, located
 from adapters.intake.safetensors_header import TENSOR_FILE, open_regular, read_header
 from adapters.intake.strict_json import MAX_JSON_BYTES, strict_json, strict_list
+from adapters.registry.objects import StoreNote
 
 _REQUIRED = (CONFIG_FILE, TENSOR_FILE)
 _TASK_FIELDS = ("model_type", "architectures", "id2label", "num_labels", "problem_type")
 _VERSION = re.compile(r"[0-9a-f]{32}")
-# By file, in the order of names: name, inode, bytes, and when its content and its inode changed, in
-# ns. Nobody but the kernel sets the last.
-Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 
 class Store:
@@ -139,6 +138,17 @@ class Store:
         }
         return sum(self._sizes.values())
 
+    def missing(self, versions: Collection[str]) -> set[str]:
+        """Those of ``versions`` whose bytes are not here."""
+        return {one for one in versions if not self.has(one)}
+
+    def tensor_bytes(self, version: str) -> int:
+        """Bytes of the tensors of ``version``; 0 where it is not here."""
+        try:
+            return (self._versions / version / TENSOR_FILE).stat().st_size
+        except OSError:
+            return 0
+
     def conversation(self, version: str) -> Conversation:
         """What the adapter brought for conversations and for generating; an empty one if nothing.
 
@@ -181,6 +191,15 @@ class Store:
     def touch(self, version: str) -> None:
         """Start the grace of an entry anew: it is about to be named."""
         os.utime(self.path(version))
+
+    def idle(self, versions: Collection[str], idle_s: float) -> set[str]:
+        """Those of ``versions`` that were neither added nor named within ``idle_s`` seconds."""
+        found, now = set(), time.time()
+        for version in versions:
+            with suppress(FileNotFoundError):
+                if now - (self._versions / version).stat().st_mtime >= idle_s:
+                    found.add(version)
+        return found
 
     def remove(self, version: str, *, idle_s: float = 0.0) -> bool:
         """Delete an entry, unless it was added or named within ``idle_s`` seconds.
@@ -232,6 +251,13 @@ class Store:
                 fix="Register the adapter again.",
             )
         return folder
+
+    def take_notes(self) -> Sequence[StoreNote]:
+        """What was asked of an object store since the last call: nothing."""
+        return ()
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _check_room(self, folder: Path) -> None:
         if self.max_bytes is None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from adapters.errors import MissingTensors
+from adapters.factors import Factors
 from adapters.modulation.slot_factors import SlotFactors
 
 if TYPE_CHECKING:
@@ -28,17 +29,33 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
+    """Where a tensor is in a buffer."""
+
     offset: int  # in elements
     shape: tuple[int, ...]
     by_column: bool = False  # a matrix whose columns, not rows, lie in one piece
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        count = 1
-        for size in self.shape:
-            count *= size
-        flat = buffer[self.offset : self.offset + count]
-        return flat.view(self.shape[::-1]).t() if self.by_column else flat.view(self.shape)
+        """Raises RuntimeError where it does not lie in the buffer."""
+        strides, step = [], 1
+        for size in self.shape if self.by_column else reversed(self.shape):
+            strides.append(step)
+            step *= max(1, size)
+        order = strides if self.by_column else strides[::-1]
+        return buffer.as_strided(self.shape, order, self.offset)
+
+
+Places = tuple[Place, Place, Place | None]  # of A, B and bias of a layer
+
+
+@dataclass(frozen=True, slots=True)
+class PackedImage:
+    """What a packed adapter is made of, for a file; no part of it changes any more."""
+
+    weights: AdapterWeights
+    buffer: torch.Tensor
+    places: Mapping[str, Places]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +97,7 @@ class PackedAdapter:
         self,
         weights: AdapterWeights,
         buffer: torch.Tensor,
-        places: Mapping[str, tuple[_Place, _Place, _Place | None]],
+        places: Mapping[str, Places],
         factors: Mapping[str, SlotFactors],
     ) -> None:
         self.weights = weights
@@ -95,6 +112,11 @@ class PackedAdapter:
         self._is_pruned = dense <= _SPARSE_TO
         self._compact_nbytes = int(buffer.nbytes * dense) + buffer.numel() // _BYTE_BITS
         self._head_bytes: int = sum(tensor.nbytes for tensor in weights.head.values())
+
+    def image(self) -> PackedImage:
+        """What is to be kept of it in a file, while it is whole in host memory."""
+        assert self._host is not None
+        return PackedImage(self.weights, self._host, self._places)
 
     @property
     def is_compact(self) -> bool:
@@ -197,12 +219,12 @@ def pack_adapter(
             "The adapter has no factors.", found="0 layers", expected="at least one target layer"
         )
     step = max(1, _TENSOR_ALIGNMENT_BYTES // dtype.itemsize)
-    places: dict[str, tuple[_Place, _Place, _Place | None]] = {}
+    places: dict[str, Places] = {}
     end = 0
 
-    def place(tensor: torch.Tensor, by_column: bool = False) -> _Place:
+    def place(tensor: torch.Tensor, by_column: bool = False) -> Place:
         nonlocal end
-        spot = _Place(end, tuple(tensor.shape), by_column and tensor.dim() == 2)
+        spot = Place(end, tuple(tensor.shape), by_column and tensor.dim() == 2)
         end += -(-tensor.numel() // step) * step
         return spot
 
@@ -213,25 +235,39 @@ def pack_adapter(
             None if entry.bias is None else place(entry.bias),
         )
     buffer = torch.zeros(end, dtype=dtype, pin_memory=device.type == "cuda")
-    factors: dict[str, SlotFactors] = {}
-    for path, (a, b, bias) in places.items():
+    views = views_in(buffer, places)
+    factors: dict[str, Factors] = {}
+    for path, (a, b, bias) in views.items():
         source = weights.factors[path]
-        for spot, tensor in ((a, source.a), (b, source.b), (bias, source.bias)):
-            if spot is not None and tensor is not None:
-                spot.view(buffer).copy_(tensor)
-        factors[path] = SlotFactors(
-            source.method,
-            a.view(buffer),
-            b.view(buffer),
-            float(source.scale),
-            None if bias is None else bias.view(buffer),
-        )
-    return PackedAdapter(_with_factors(weights, factors), buffer, places, factors)
+        for view, tensor in ((a, source.a), (b, source.b), (bias, source.bias)):
+            if view is not None and tensor is not None:
+                view.copy_(tensor)
+        factors[path] = replace(source, a=a, b=b, bias=bias)
+    return packed_in(replace(weights, factors=factors), buffer, places)
 
 
-def _with_views(
-    entry: SlotFactors, places: tuple[_Place, _Place, _Place | None], buffer: torch.Tensor
-) -> SlotFactors:
+def views_in(
+    buffer: torch.Tensor, places: Mapping[str, Places]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """A, B and bias of each layer, as views of the buffer that they lie in."""
+    return {
+        path: (a.view(buffer), b.view(buffer), None if bias is None else bias.view(buffer))
+        for path, (a, b, bias) in places.items()
+    }
+
+
+def packed_in(
+    weights: AdapterWeights, buffer: torch.Tensor, places: Mapping[str, Places]
+) -> PackedAdapter:
+    """An adapter whose factors are views of ``buffer`` (``views_in``) already."""
+    factors = {
+        path: SlotFactors(one.method, one.a, one.b, float(one.scale), one.bias)
+        for path, one in weights.factors.items()
+    }
+    return PackedAdapter(weights, buffer, places, factors)
+
+
+def _with_views(entry: SlotFactors, places: Places, buffer: torch.Tensor) -> SlotFactors:
     a, b, bias = places
     return replace(
         entry,

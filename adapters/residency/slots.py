@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.errors import SlotNotResident
+from adapters.intake.file_names import Stamp
 from adapters.layers.inject import AdaptedModel
 from adapters.modulation.folded import FoldedCache
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.residency.low_priority import step_back
-from adapters.residency.packing import PackedAdapter, pack_adapter
+from adapters.residency.packed_files import PackedFiles
+from adapters.residency.packing import PackedAdapter, PackedImage, pack_adapter
 from adapters.residency.tiers import PINNED_QUARTERS, ResidencySnapshot, State, Tiers, Vacated
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Residency:
         dtype: The compute dtype.
         grace_s: How long a version just placed is kept for whoever asked for it.
         size: Bytes of a version's file, found out quickly; 0 when it is not known.
+        files: Where adapters are kept as they lie in memory; None: they are not.
         clock: Seconds that only grow; what graces and waits are counted by.
     """
 
@@ -71,6 +74,7 @@ class Residency:
         dtype: torch.dtype,
         grace_s: float = _NEWCOMER_GRACE_S,
         size: Callable[[str], int] = lambda _: 0,
+        files: PackedFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if slots < 1:
@@ -83,6 +87,7 @@ class Residency:
         self._adapted = adapted
         self._load = load
         self._size = size
+        self._files = files
         self._device = adapted.device
         on_cuda = self._device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
@@ -90,6 +95,7 @@ class Residency:
         adapted.modulator.folded = self._folded
         self._callbacks: list[Callable[[str], None]] = []
         self._loads = 0
+        self._ready_made = 0  # of the loads: from packed files
         self._pins_reported: list[str] = []
         self._changed = Condition()
         self._closed = False
@@ -206,6 +212,14 @@ class Residency:
                 self._tiers.forget(version)
                 self._changed.notify_all()
 
+    def forget_files(self, versions: Collection[str]) -> None:
+        """Delete the packed files of all but ``versions``, in a reader's thread; returns at once.
+
+        A file that is needed after all is made again.
+        """
+        if self._files is not None and not self._closed:
+            self._readers.submit(self._files.keep_only, frozenset(versions))
+
     def weights(self, version: str) -> AdapterWeights:
         """The adapter as loaded, its factors in the compute dtype; for its head and labels.
 
@@ -237,6 +251,7 @@ class Residency:
                 pinned=tuple(held),
                 pins_without_room=tuple(excess),
                 loads=self._loads,
+                ready_made=self._ready_made,
                 evictions=self._tiers.evictions,
                 failures=self._tiers.failures,
             )
@@ -324,11 +339,18 @@ class Residency:
     def _read(self, version: str) -> None:
         """Disk to host, in a reader's thread; the loader tells of it when it failed."""
         packed: PackedAdapter | None = None
+        image: PackedImage | None = None
+        stamp: Stamp = ()
         failure: Exception | None = None
         try:
-            fused = self._adapted.fused is not None
-            packed = pack_adapter(self._load(version), self.dtype, self._device, b_by_column=fused)
-            self._adapted.check(packed.factors)
+            if self._files is not None:
+                packed = self._files.read(version)
+            is_ready_made = packed is not None
+            if packed is None:
+                if self._files is not None:
+                    stamp = self._files.stamp(version)
+                packed = self._read_stored(version)
+                image = packed.image()
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             failure = error
         with self._changed:
@@ -339,8 +361,18 @@ class Residency:
             elif entry is not None and version in self._tiers.wanted and entry.packed is None:
                 entry.packed = packed
                 self._loads += 1
+                self._ready_made += is_ready_made
                 self._tiers.trim_host()
             self._changed.notify_all()
+        if self._files is not None and image is not None:  # when nobody waits for it any more
+            self._files.write(version, image, stamp)
+
+    def _read_stored(self, version: str) -> PackedAdapter:
+        """The stored adapter, with every byte and every number looked at."""
+        fused = self._adapted.fused is not None
+        packed = pack_adapter(self._load(version), self.dtype, self._device, b_by_column=fused)
+        self._adapted.check(packed.factors)
+        return packed
 
     def _compact(self, packed: PackedAdapter) -> None:
         try:

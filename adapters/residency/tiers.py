@@ -43,6 +43,7 @@ class ResidencySnapshot:
         pinned: Versions that may not leave.
         pins_without_room: Asked to be pinned, but more than pins may take: served as any other.
         loads, evictions, failures: Since the start.
+        ready_made: Of the loads, those from packed files.
     """
 
     tiers: dict[str, Tier]
@@ -56,6 +57,7 @@ class ResidencySnapshot:
     loads: int
     evictions: int
     failures: int
+    ready_made: int = 0
 
 
 @dataclass(slots=True)

@@ -44,7 +44,7 @@ HANG_S: Final = 8
 SETUP_S: Final = 60
 RECOVERY_S: Final = 180.0
 CROWD: Final = Crowd(4, 2, 2, 1)
-FINE: Final = frozenset({"ok", "left", "429 overloaded"})
+FINE: Final = frozenset({"ok", "left", "429 overloaded", "429 wait_too_long"})
 GROWTH_PART, GROWTH_BYTES = 0.10, 64 << 20
 SHOWN: Final = 12
 

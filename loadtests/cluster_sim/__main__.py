@@ -1,9 +1,10 @@
 """Simulates a cluster with the product's routing and others: `python -m loadtests.cluster_sim`.
 
 Without arguments it is 8 replicas and 10,000 adapters. `--sweep` adds clusters of 1 to 64 replicas,
-10 to 100,000 adapters and other exponents, `--burst-every 30` crowds that all want one adapter, and
-`--lose-at 60` the death of a replica. Figures of loads are for each 1,000 requests. With `--judge`
-the exit status is not 0 where the goals are missed.
+10 to 100,000 adapters and other exponents, with the product's routing and the least loaded or with
+each `--policy`; `--burst-every 30` crowds that all want one adapter, and `--lose-at 60` the death
+of a replica. Figures of loads are for each 1,000 requests. With `--judge` the exit status is not 0
+where the goals are missed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def main() -> int:
         for replicas, adapters, zipf in SWEEP:
             demand = replace(plan.demand, adapters=adapters, zipf=zipf)
             one = replace(plan, replicas=replicas, demand=demand)
-            swept = compare(one, {name: policies[name] for name in SWEPT}, options.load)
+            swept = compare(
+                one, {name: policies[name] for name in options.policy or SWEPT}, options.load
+            )
             tables[_title(one)] = swept
             _print(one, swept)
     if options.json is not None:

@@ -16,7 +16,6 @@ from ray.serve.schema import LoggingConfig
 
 from adapters.registry.faults import RegistryUnusable, database_faults
 from adapters.registry.registry import Registry
-from adapters.registry.store import Store
 from server.cluster.ingress import Ingress, IngressPlan
 from server.cluster.replica import EngineReplica, ReplicaPlan
 from server.cluster.router import AffinityRouter
@@ -105,12 +104,13 @@ def open_registry(settings: Settings, *, check: bool = False) -> Registry:
         StartFailed: It cannot be used; the line says why.
     """
     try:
+        store = prepare.open_adapter_store(settings)
         with database_faults(settings.database):
             registry = Registry(
                 settings.database,
-                Store(settings.store_dir),
+                store,
                 kept_versions=settings.kept_versions,
-                grace_s=settings.max_timeout_s + 60.0,
+                grace_s=settings.grace_s,
             )
             if check:
                 registry.check()
@@ -129,6 +129,7 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
     prepare.check_base(registry, base)
     prepare.check_default(registry, settings)
     registry.close()
+    registry.store.close()
     environment = {FOLDER_VARIABLE: str(settings.metrics_dir), "TOKENIZERS_PARALLELISM": "false"}
     kept = {name: os.environ[name] for name in ("OMP_WAIT_POLICY",) if name in os.environ}
     # A line for each call would cost more than many a call, and the HTTP replicas have one.

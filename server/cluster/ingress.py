@@ -17,8 +17,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.registry.adapter_bytes import open_store
 from adapters.registry.registry import Registry
-from adapters.registry.store import Store
 from server.cluster.cluster_link import ClusterLink
 from server.cluster.metric_files import count_on_node
 from server.edge.endpoints.admin import admin_routes
@@ -82,9 +82,9 @@ class Ingress:
         store_bytes = None if settings.store_bytes is None else int(settings.store_bytes)
         registry = Registry(
             settings.database,
-            Store(settings.store_dir, store_bytes),
+            open_store(settings.store_dir, settings.remote_store, store_bytes),
             kept_versions=settings.kept_versions,
-            grace_s=settings.max_timeout_s + 60.0,
+            grace_s=settings.grace_s,
         )
         link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
         self.service = Service(settings, base, registry, lambda: settings, link)

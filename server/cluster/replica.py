@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from adapters.registry.adapter_bytes import open_store
 from adapters.registry.names import POLL_S, Names
 from adapters.registry.registry import Registry
-from adapters.registry.store import Store
 from server.cluster.engine_thread import EngineThread
 from server.cluster.metric_files import count_on_node
 from server.edge.link.engine_like import ENGINE_FAILED, build_engine
@@ -190,7 +190,7 @@ class EngineReplica:
         while not self._closing.wait(0.0 if told is None and names is None else POLL_S):
             try:
                 if names is None:
-                    registry = Registry(self.plan.database, Store(self.plan.options.store_dir))
+                    registry = Registry(self.plan.database, open_store(self.plan.options.store_dir))
                     names = Names(registry, lambda: 0, base_digest=self.plan.base_digest)
                 if names.refresh():
                     now = Pin(names.pinned_versions(), named=tuple(sorted(names.versions())))

@@ -7,13 +7,18 @@ lengths that replicas report with every request that they take.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from typing import Any
+from typing import Any, Final
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from server.cluster.replica import Addressed, short
 from server.cluster.routing import ReplicaLoad, SpillPolicy, route
+
+# A replica that a call could not reach is asked last for so long: until Ray Serve has taken it away
+# if it died, which takes it some of its rounds, or else it is tried again.
+SHUNNED_S: Final = 5.0
 
 
 class AffinityRouter(RequestRouter):
@@ -23,10 +28,24 @@ class AffinityRouter(RequestRouter):
         """Called by Ray Serve with ``request_router_kwargs``: the fields of ``SpillPolicy``."""
         self.policy = SpillPolicy(**policy)
         self.routed: Counter[str] = Counter()  # requests by reason
+        self.shunned: dict[str, float] = {}  # by replica: until when, monotonic
         # Imported here: Ray sends this class with a copy of what its module holds.
         from server.cluster.router_table import ROUTERS
 
         ROUTERS[self._deployment_id.name] = self
+
+    def on_replica_actor_unavailable(self, replica_id: Any) -> None:
+        """Called by Ray Serve where a call broke, as when the replica was killed.
+
+        What is known of its queue is forgotten then, so it would look idle, and have every call.
+        """
+        super().on_replica_actor_unavailable(replica_id)
+        self.shunned[replica_id.unique_id] = time.monotonic() + SHUNNED_S
+
+    def reachable(self) -> bool:
+        """Whether there is a replica but those that a call could not reach of late."""
+        now = time.monotonic()
+        return any(self.shunned.get(one.unique_id, 0.0) <= now for one in list(self.curr_replicas))
 
     async def choose_replicas(
         self,
@@ -49,6 +68,9 @@ class AffinityRouter(RequestRouter):
                 if message.replica is not None:
                     only = by_name.get(message.replica)
                     return [] if only is None else [[only]]
+        now = time.monotonic()
+        self.shunned = {name: until for name, until in self.shunned.items() if until > now}
+        last = [one for name, one in by_name.items() if name in self.shunned]
         loads = [
             ReplicaLoad(
                 name,
@@ -56,8 +78,11 @@ class AffinityRouter(RequestRouter):
                 frozenset((one.routing_stats or {}).get("resident", ())),
             )
             for name, one in by_name.items()
+            if name not in self.shunned
         ]
+        if not loads:
+            return [[one] for one in last]
         found = route(None if version is None else short(version), loads, self.policy)
         if not again:
             self.routed[found.reason] += 1
-        return [[by_name[name]] for name in found.order]
+        return [[by_name[name]] for name in found.order] + [[one] for one in last]

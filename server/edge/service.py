@@ -170,6 +170,7 @@ class Service:
             hung=self.dispatcher.give_up,
         )
         self.dispatcher.on_event = self._count
+        self.dispatcher.on_predicted = self.metrics.predicted_wait
 
     def refused(self, code: str) -> None:
         """Count an error response, or a connection that ended before it had a request."""
@@ -190,6 +191,7 @@ class Service:
             self._grammars.close()
         self._trials.close()
         self.registry.close()
+        self.registry.store.close()
 
     @property
     def templates(self) -> Templates:
@@ -304,6 +306,8 @@ class Service:
         while True:
             epoch = self.dispatcher.epoch
             await self._read_registry()
+            if self.metrics is not None:
+                self.metrics.store(self.registry.store.take_notes())
             now = (epoch, self._known_versions())
             if epoch is not None and now != told:
                 self.dispatcher.tell(now[1])

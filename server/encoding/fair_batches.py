@@ -3,7 +3,9 @@
 Pure book-keeping over lengths and names: no torch, no clock, no threads. A batch is filled by
 serving, again and again, the adapter that has been served the fewest tokens so far (the limit of
 deficit round robin for a small quantum), among rows of similar length, within a budget of padded
-tokens. Loading adapters, running batches and answering are left to the lane.
+tokens. A request is answered with its last row, so an adapter's requests are ended one after the
+other rather than begun together. Loading adapters, running batches and answering are left to the
+lane.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ AdapterVersion = str | None  # an adapter version; None is the bare base
 
 WASTE_TOKENS = 512  # padding that any batch may hold: less than what a forward costs anyway
 WASTE_SHARE = 0.2  # padding that a large batch may hold, as a share of its padded tokens
-LOOKAHEAD_ROWS = 256  # rows of one adapter that are compared for length, oldest first
+# Rows of one adapter that are compared for length, oldest first: so many times its part of a batch.
+# With more of them batches have a little less padding, and rows of rare lengths wait much longer.
+LOOKAHEAD_PARTS = 3
+LOOKAHEAD_ROWS = 16  # at least
+# Lengths that count as alike: among these, whole requests come one after the other.
+ALIKE_TOKENS = 16
+ALIKE_SHARE = 0.25  # of the length that the batch is for
 PATIENCE_BATCHES = 8  # per waiting adapter: batches that may pass over its oldest row
 
 
@@ -67,6 +75,7 @@ class _QueuedRequest:
     key: AdapterVersion
     deadline: float | None
     rows: dict[int, Row]  # those still waiting
+    begun: bool = False  # others have been served
 
 
 @dataclass(slots=True)
@@ -167,7 +176,8 @@ class Scheduler:
         """Take the next batch out of the queues, or None if no adapter with rows is ready.
 
         The adapter served least leads with its oldest row, which sets the length of the batch; the
-        rest is filled with rows of similar length, each from the adapter served least so far.
+        rest is filled with rows of similar length, each from the adapter served least so far: rows
+        of requests that have begun, then those of the oldest others.
 
         Args:
             ready: Whether an adapter's factors are on the device. Called once per waiting adapter.
@@ -219,6 +229,8 @@ class Scheduler:
         first = next(iter(self._queues[lead].rows.values()))
         filling.add(first)
         self._serve(first)
+        part = self.max_batch_rows // len(open_keys)
+        ahead = max(LOOKAHEAD_ROWS, LOOKAHEAD_PARTS * part)
         candidates: dict[AdapterVersion, Iterator[Row]] = {}
         heap = [
             (self._queues[key].served_tokens, order, key)
@@ -229,7 +241,7 @@ class Scheduler:
         while heap and not filling.full:
             _, order, key = heapq.heappop(heap)
             if key not in candidates:
-                candidates[key] = iter(_by_similarity(self._queues[key], first.tokens))
+                candidates[key] = iter(self._in_order(self._queues[key], first.tokens, ahead))
             row = next((one for one in candidates[key] if filling.fits(one)), None)
             if row is None:
                 continue
@@ -238,11 +250,32 @@ class Scheduler:
             if key in self._queues:
                 heapq.heappush(heap, (served, order, key))
 
+    def _in_order(self, queue: _Queue, tokens: int, ahead: int) -> list[Row]:
+        """The adapter's oldest rows, ``ahead`` of them, as they are tried for a batch of about
+        ``tokens`` a row.
+
+        Rows of a similar length first, and of these the requests that have begun, then the oldest
+        one whole, then the next; the others by how near their length is. Requests that were begun
+        together would all be answered late: what they had by then was no answer to anybody.
+        """
+        alike = max(ALIKE_TOKENS, ALIKE_SHARE * tokens)
+        places: dict[str, int] = {}
+
+        def place(row: Row) -> tuple[float, int, int]:
+            off = abs(row.tokens - tokens)
+            if off > alike:
+                return float(off), 0, 0
+            age = places.setdefault(row.request, len(places))
+            return 0.0, age - ahead * self._requests[row.request].begun, off
+
+        return sorted(islice(queue.rows.values(), ahead), key=place)
+
     def _serve(self, row: Row) -> float:
         """Charge a row to its adapter and take it out; returns what the adapter has had."""
         queue = self._queues[row.key]
         queue.served_tokens += row.tokens
         request = self._requests[row.request]
+        request.begun = True
         del request.rows[row.index]
         if not request.rows:
             del self._requests[row.request]
@@ -303,9 +336,3 @@ class _Filling:
         self.rows.append(row)
         self._longest = max(self._longest, row.tokens)
         self._tokens += row.tokens
-
-
-def _by_similarity(queue: _Queue, tokens: int) -> list[Row]:
-    """The adapter's oldest rows, nearest in length to ``tokens`` first; equal ones by age."""
-    oldest = list(islice(queue.rows.values(), LOOKAHEAD_ROWS))
-    return sorted(oldest, key=lambda row: abs(row.tokens - tokens))

@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapters.errors import AdapterNotFound, UnsupportedOption
-from adapters.intake.checkpoint import AdapterWeights, load_adapter
-from adapters.intake.safetensors_header import TENSOR_FILE
-from adapters.registry.store import Store
+from adapters.errors import UnsupportedOption
+from adapters.intake.checkpoint import AdapterWeights, Numbers, load_adapter, load_with
+from adapters.registry.adapter_bytes import AdapterBytes, open_store
+from adapters.registry.objects import StoreNote
+from adapters.residency.packed_files import PackedFiles
 from adapters.residency.slots import Residency
 from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase, load_base
@@ -77,6 +78,7 @@ class _EngineParts:
     residency: Residency
     encode: EncodeLane
     generate: GenerateLane | None
+    store: AdapterBytes
     failures: FailureTracker
     base_bytes: Mapping[str, int] = field(default_factory=dict)
 
@@ -110,10 +112,9 @@ class Engine:
         base = load_base(options)
         signature = base.adapted.signature
         inputs = inputs_of(base, options)
-        store = Store(options.store_dir)
+        store = open_store(options.store_dir, options.remote_store)
 
-        def load(version: str) -> AdapterWeights:
-            weights = load_adapter(store.sound_path(version), signature)
+        def served(weights: AdapterWeights) -> AdapterWeights:
             if weights.head and BY_NAME[weights.task].head != "adapter":
                 raise UnsupportedOption(
                     f"The adapter does {weights.task} and saved modules whole.",
@@ -123,21 +124,31 @@ class Engine:
                 )
             return weights
 
-        def size(version: str) -> int:
-            try:
-                return (store.path(version) / TENSOR_FILE).stat().st_size
-            except (AdapterNotFound, OSError):
-                return 0  # loading it says what is wrong
+        def load(version: str) -> AdapterWeights:
+            return served(load_adapter(store.sound_path(version), signature))
 
+        def load_packed(version: str, numbers: Numbers) -> AdapterWeights:
+            return served(load_with(store.path(version), signature, numbers))
+
+        files = PackedFiles(
+            options.cache_dir / "packed",
+            dtype=base.dtype,
+            b_by_column=base.adapted.fused is not None,
+            pinned=base.device.type == "cuda",
+            max_bytes=options.packed_bytes,
+            stamp=store.stamp,
+            load_with=load_packed,
+        )
         residency = Residency(
             base.adapted,
             load,
+            files=files if options.packed_bytes else None,
             slots=options.slots,
             device_bytes=options.device_bytes,
             host_bytes=options.host_bytes,
             folded_bytes=options.folded_bytes,
             dtype=base.dtype,
-            size=size,
+            size=store.tensor_bytes,
         )
         try:
             encode = EncodeLane(base, inputs, residency, options)
@@ -160,6 +171,7 @@ class Engine:
                 residency=residency,
                 encode=encode,
                 generate=generate,
+                store=store,
                 failures=FailureTracker(options.quarantine_failures, options.quarantine_s),
                 base_bytes={"linear": linear, "other": other},
             )
@@ -227,6 +239,7 @@ class Engine:
                 self._parts.residency.set_pinned(message.versions)
                 if message.named is not None:
                     self._names.named = frozenset((*message.named, *message.versions))
+                    self._parts.residency.forget_files(self._names.named)
                     self._tidy()
 
     def step(self) -> list[Event]:
@@ -282,6 +295,10 @@ class Engine:
         """How long each load of an adapter from disk took, in seconds, since the last call."""
         return self._parts.residency.take_load_seconds()
 
+    def take_store_notes(self) -> Sequence[StoreNote]:
+        """What was asked of an object store that holds adapters, since the last call."""
+        return self._parts.store.take_notes()
+
     def snapshot(self) -> EngineSnapshot:
         parts = self._parts
         known = parts.residency.snapshot()
@@ -292,6 +309,7 @@ class Engine:
         blocks: dict[str, int] = {}
         totals = {
             "load": known.loads,
+            "ready_made": known.ready_made,
             "eviction": known.evictions,
             "failure": known.failures,
             "quarantine": parts.failures.total,
@@ -355,6 +373,7 @@ class Engine:
         if self._parts.generate is not None:
             events += self._parts.generate.close()
         self._parts.residency.close()
+        self._parts.store.close()
         return events
 
     # For tests and notebooks: a request at a time, without a loop of one's own.

@@ -68,7 +68,14 @@ def test_the_server_is_given_settings_that_there_are_and_time_to_drain(
     settings = load_settings()
     assert settings.registry_url == "postgresql+psycopg://hira@postgres/hira"
     assert seconds(server["stop_grace_period"]) >= settings.drain_s + SPARE_S
-    assert "postgres" in server["build"]["args"]["EXTRAS"].split(",")
+    assert {"postgres", "s3"} <= set(server["build"]["args"]["EXTRAS"].split(","))
+    assert settings.store_endpoint == "http://store:8333"
+    assert "-s3.port=8333" in SERVICES["store"]["command"]
+    assert "-master.telemetry=false" in SERVICES["store"]["command"]
+    (identity,) = json.loads(COMPOSE["configs"]["store-keys"]["content"])["identities"]
+    (keys,) = identity["credentials"]
+    assert keys["accessKey"] == server["environment"]["AWS_ACCESS_KEY_ID"]
+    assert keys["secretKey"] == server["environment"]["AWS_SECRET_ACCESS_KEY"]
 
 
 def test_the_server_runs_as_the_user_of_the_image_and_writes_only_where_it_may() -> None:

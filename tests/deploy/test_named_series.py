@@ -14,6 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapters.registry.objects import StoreNote
 from server.metrics import HttpMetrics, Live, WorkerMetrics
 from tests.stand.promql import SUFFIXES, series_of
 
@@ -48,12 +49,14 @@ def shown() -> dict[str, set[str]]:
     http.next_token("a", 0.1)
     http.failure("a", "cancelled")
     http.refusal("overloaded")
+    http.predicted_wait("encode", 0.1)
     http.canary_request("a", "canary", 200)
     http.canary_failure("a", "canary", "cancelled")
     http.key_request("k", 200)
     http.key_tokens("k", prompt=1, generated=1)
     worker.step("encode", rows=1, adapters=1, seconds=0.1, waits_s=(0.1,))
     worker.loads([0.1])
+    worker.store([StoreNote("get", "ok", 0.1, 1), StoreNote("cache", "hit")])
     figures: dict[str, Any] = {
         "queue_depth": {"encode": 1},
         "base_bytes": {"linear": 1},

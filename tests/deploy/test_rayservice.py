@@ -15,7 +15,7 @@ from server.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "deploy" / "kubernetes" / "rayservice.yaml"
-CLAIM, SERVICE = yaml.safe_load_all(MANIFEST.read_text(encoding="utf-8"))
+SERVICE: dict[str, Any] = yaml.safe_load(MANIFEST.read_text(encoding="utf-8"))
 SCHEMA = Path(__file__).with_name("schemas") / "rayservice-1.6.2.json.gz"
 SERVE: dict[str, Any] = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
 CLUSTER: dict[str, Any] = SERVICE["spec"]["rayClusterConfig"]
@@ -105,8 +105,14 @@ def test_every_pod_is_confined_watched_and_sized(pod: dict[str, Any]) -> None:
         assert container["livenessProbe"]
 
 
-def test_the_store_is_shared_by_all_nodes() -> None:
-    assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"]
+def test_all_nodes_have_the_same_store_and_its_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(SERVE["applications"][0]["args"]["settings"])
+    assert settings.remote_store is not None
     for pod in PODS:
-        claims = [one.get("persistentVolumeClaim", {}).get("claimName") for one in pod["volumes"]]
-        assert CLAIM["metadata"]["name"] in claims
+        variables = {one["name"] for one in pod["containers"][0]["env"]}
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"} <= variables
+        (room,) = (one["emptyDir"]["sizeLimit"] for one in pod["volumes"] if one["name"] == "data")
+        assert int(room.removesuffix("Gi")) << 30 > settings.remote_store.cache_bytes

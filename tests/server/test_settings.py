@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,38 @@ def test_every_setting_is_described() -> None:
         assert field.description, name
         assert isinstance(field.json_schema_extra, dict), name
         assert field.json_schema_extra["panel"], name
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"store_url": "/a/folder"}, "s3://BUCKET"),
+        ({"store_url": "s3://B"}, "s3://BUCKET"),
+        ({"store_url": "s3://bucket/../other"}, "s3://BUCKET"),
+        ({"store_url": "s3://bucket/a.b/c-d_e/"}, None),
+        ({"store_url": "s3://bucket", "store_endpoint": "host:9000"}, "http(s)://HOST"),
+        ({"store_url": "s3://bucket", "store_endpoint": "http://me:pass@host"}, "without keys"),
+        ({"store_endpoint": "http://host"}, "store_url"),
+        ({"store_url": "s3://bucket", "store_cache_bytes": "1KiB"}, "1048576"),
+    ],
+)
+def test_a_store_that_is_none_is_refused(flags: dict[str, str], said: str | None) -> None:
+    if said is None:
+        assert load_settings(flags).store_url == flags["store_url"]
+        return
+    with pytest.raises(SettingsFault, match=re.escape(said)) as caught:
+        load_settings(flags)
+    assert "me:pass" not in str(caught.value)
+
+
+def test_with_an_object_store_the_folder_holds_what_is_used(tmp_path: Path) -> None:
+    plain = load_settings({"data_dir": str(tmp_path)})
+    assert (plain.store_dir, plain.remote_store) == (tmp_path / "store", None)
+    remote = load_settings(
+        {"data_dir": str(tmp_path), "store_url": "s3://bucket/hira", "max_timeout_s": "100"}
+    )
+    assert remote.store_dir == tmp_path / "store-cache"
+    assert remote.remote_store is not None
+    assert remote.remote_store.url == "s3://bucket/hira"
+    assert remote.remote_store.least_idle_s > 100
+    assert remote.engine_options("base").remote_store == remote.remote_store

@@ -11,9 +11,11 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapters.registry.objects import StoreNote
 from server.messages import (
     Cancel,
     EncodeRequest,
@@ -97,6 +99,9 @@ class FakeEngine:
             "base_bytes": {"linear": 1000, "other": 10},
             "adapters": {"cancelled": self.cancelled},
         }
+
+    def take_store_notes(self) -> Sequence[StoreNote]:
+        return ()
 
     def take_load_seconds(self) -> list[float]:
         taken, self.load_seconds = self.load_seconds, []

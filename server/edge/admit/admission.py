@@ -1,4 +1,5 @@
-"""How much may be under way at once, and when those who were sent away may come back.
+"""How much may be under way at once, who would wait too long, and when those who were sent away may
+come back.
 
 Counts of one HTTP process, within bounds of all of them. Whether a worker is there, and what
 becomes of what was admitted, is the dispatcher's affair.
@@ -12,15 +13,20 @@ import time
 from collections import Counter, deque
 from typing import Final
 
+from adapters.tasks import Lane
 from server.edge.admit.bounds import Bounds
+from server.edge.admit.predicted_wait import LANES, LaneWaits, PredictedWait, lane_of
 from server.edge.admit.shared_load import SharedLoad
 from server.errors import Refusal
-from server.messages import Request
+from server.messages import EncodeResult, GenerateResult, Request
 
 RATE_WINDOW_S: Final = 10.0
 RATE_SAMPLES: Final = 8192
 RETRY_MAX_S: Final = 60
 UNNAMED: Final = ""  # no adapter has this name
+# One adapter may have so many times as many requests under way as there is room left for: where all
+# ask for more than there is, all have as many, and who asks for little always finds room.
+ROOM_TIMES: Final = 8
 
 
 class Admission:
@@ -45,6 +51,7 @@ class Admission:
         # Monotonic times of requests that ended, and of those that were refused as too many.
         self._finished: deque[float] = deque(maxlen=RATE_SAMPLES)
         self._refused: deque[float] = deque(maxlen=RATE_SAMPLES)
+        self._waits: dict[Lane, LaneWaits] = {lane: LaneWaits(lane) for lane in LANES}
 
     def check(self, adapter: str | None, tokens: int, pixel_bytes: int = 0) -> None:
         """Refuse what does not fit beside what is under way.
@@ -76,7 +83,7 @@ class Admission:
         ):
             found = f"{all_pixels} bytes of pixels, and {pixel_bytes} more asked for"
             expected = f"at most {most_pixels}"
-        elif mine + 1 > share:
+        elif mine + 1 > (share := min(share, self._part_of_room(waiting))):
             found, expected = f"{mine} requests for this adapter", f"at most {share}"
         elif token_share is not None and my_tokens + tokens > token_share and my_tokens > 0:
             found = f"{my_tokens} tokens for this adapter, and {tokens} more asked for"
@@ -84,6 +91,62 @@ class Admission:
         else:
             return
         raise self.overloaded(found, expected)
+
+    def _part_of_room(self, waiting: int) -> int:
+        """How many requests one adapter may have under way in this process, of the room there is
+        now; one always, since that is no crowd."""
+        room = self.bounds.requests - waiting
+        return max(1, ROOM_TIMES * room // self.processes)
+
+    def predict(
+        self, lane: Lane, adapter: str | None, tokens: int, left_s: float = 0.0
+    ) -> PredictedWait | None:
+        """What a request would meet now; None where nothing waits, or nothing is known.
+
+        Args:
+            lane, adapter, tokens: Of the request.
+            left_s: Until its deadline; a wait that is much shorter is told roughly.
+        """
+        now = time.monotonic()
+        return self._waits[lane].predict(adapter, tokens, now, no_matter_s=left_s / 4)
+
+    def check_wait(
+        self, lane: Lane, adapter: str | None, tokens: int, deadline: float | None
+    ) -> PredictedWait | None:
+        """Refuse what would not be answered before its deadline.
+
+        Args:
+            lane, adapter, tokens: Of the request.
+            deadline: As ``time.monotonic()`` counts.
+
+        Returns:
+            The wait that was predicted, if any was.
+
+        Raises:
+            Refusal: wait_too_long, with Retry-After.
+        """
+        left_s = math.inf if deadline is None else deadline - time.monotonic()
+        wait = self.predict(lane, adapter, tokens, left_s)
+        excess_s = 0.0 if wait is None or deadline is None else wait.excess_s(left_s)
+        if wait is None or excess_s <= 0.0:
+            return wait
+        retry_s = self._retry_later_s(excess_s)
+        raise Refusal.because(
+            "wait_too_long",
+            "What is waiting already would take longer than this request has time.",
+            found=_seconds_told(wait.queue_s + wait.run_s),
+            expected=f"at most {max(0.0, left_s):.1f} s, its deadline",
+            fix=f"Try again in {retry_s} s, or allow more time with X-Timeout-Seconds.",
+            headers={"Retry-After": str(retry_s)},
+        )
+
+    def answered(self, request: Request, result: EncodeResult | GenerateResult) -> None:
+        """Learn from an answer how fast what waits passes; before `remove`."""
+        self._waits[lane_of(request)].answered(request, result, time.monotonic())
+
+    def too_late(self, request: Request) -> None:
+        """Learn from a request whose deadline passed; before `remove`."""
+        self._waits[lane_of(request)].too_late(request, time.monotonic())
 
     def overloaded(self, found: str, expected: str) -> Refusal:
         """The refusal of one who comes too many, counted among those who will come back."""
@@ -97,17 +160,24 @@ class Admission:
             headers={"Retry-After": str(retry_s)},
         )
 
-    def check_early(self, adapter: str | None) -> None:
+    def check_early(
+        self, adapter: str | None, lane: Lane | None = None, deadline: float | None = None
+    ) -> None:
         """`check` before a body has been read: refuses only what no body could change.
 
         Args:
             adapter: As the query names it; None where it does not.
+            lane: That the path is for; None where that is not known.
+            deadline: As ``time.monotonic()`` counts.
 
         Raises:
-            Refusal: overloaded, with Retry-After.
+            Refusal: overloaded or wait_too_long, with Retry-After.
         """
         # An adapter that is not named, or not known, has nothing under way.
-        self.check(UNNAMED if adapter is None else adapter, 1)
+        named = UNNAMED if adapter is None else adapter
+        self.check(named, 1)
+        if lane is not None:
+            self.check_wait(lane, named, 1, deadline)
 
     def add(self, request: Request) -> None:
         """Count a request in."""
@@ -116,6 +186,7 @@ class Admission:
         self._pixel_bytes += request.pixel_bytes
         self._per_adapter[request.adapter] += 1
         self._adapter_tokens[request.adapter] += request.tokens
+        self._waits[lane_of(request)].add(request)
         self.publish()
 
     def remove(self, request: Request) -> None:
@@ -127,6 +198,7 @@ class Admission:
         self._adapter_tokens[request.adapter] -= request.tokens
         if not self._per_adapter[request.adapter]:
             del self._per_adapter[request.adapter], self._adapter_tokens[request.adapter]
+        self._waits[lane_of(request)].remove(request)
         self._finished.append(time.monotonic())
         self.publish()
 
@@ -147,16 +219,36 @@ class Admission:
         them. Those for whom that is too long to say are spread over the later half of the longest
         time. Where nothing has ended yet, what is under way is taken to end within the window.
         """
+        return _whole_seconds((self._requests + self._count_refusal()) / self._ended_per_s())
+
+    def _retry_later_s(self, excess_s: float) -> int:
+        """When one who would have waited ``excess_s`` too long may try again: once that much has
+        passed, and those who were refused just before have had their turn."""
+        return _whole_seconds(excess_s + self._count_refusal() / self._ended_per_s())
+
+    def _count_refusal(self) -> int:
+        """Count one more who will come back; how many were refused lately, with this one."""
         now = time.monotonic()
         self._refused.append(now)
         for times in (self._finished, self._refused):
             while times and now - times[0] > RATE_WINDOW_S:
                 times.popleft()
+        return len(self._refused)
+
+    def _ended_per_s(self) -> float:
+        """Requests that ended lately; where none has, what is under way is taken to end within the
+        window."""
         if self._finished:
-            per_s = len(self._finished) / max(1.0, now - self._finished[0])
-        else:
-            per_s = max(1.0, self._requests / RATE_WINDOW_S)
-        wait_s = math.ceil((self._requests + len(self._refused)) / per_s)
-        if wait_s > RETRY_MAX_S:
-            return random.randint(RETRY_MAX_S // 2, RETRY_MAX_S)
-        return max(1, wait_s)
+            return len(self._finished) / max(1.0, time.monotonic() - self._finished[0])
+        return max(1.0, self._requests / RATE_WINDOW_S)
+
+
+def _seconds_told(wait_s: float) -> str:
+    return "all before it were late" if wait_s == math.inf else f"about {wait_s:.1f} s"
+
+
+def _whole_seconds(wait_s: float) -> int:
+    """Seconds for Retry-After: whole, and spread where they would be too many."""
+    if wait_s > RETRY_MAX_S:
+        return random.randint(RETRY_MAX_S // 2, RETRY_MAX_S)
+    return max(1, math.ceil(wait_s))

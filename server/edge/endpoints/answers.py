@@ -187,9 +187,12 @@ async def tokenized(
         Refusal: In the words of the tokenizer or the image processor; as `tokenize`; overloaded.
     """
     encoder: Any = service.base.inputs
+    count, adapter = len(inputs), context_of(request).adapter
+    # No work on what would be refused after it: an input has a token at least.
+    deadline = deadline_of(request, service)
+    service.dispatcher.admission.check_wait("encode", adapter, count, deadline)
     if isinstance(encoder, Images):
-        count, adapter = len(inputs), context_of(request).adapter
-        # What they come to is known: no work on images that would be refused after it.
+        # What they come to is known.
         service.dispatcher.admission.check(
             adapter, count * encoder.tokens, count * encoder.pixel_bytes
         )

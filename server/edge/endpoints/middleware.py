@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.tasks import Lane
 from server.edge.admit.body_budget import HeldBody
 from server.edge.admit.callers import Caller, set_caller
 from server.edge.admit.connections import HEAD_FAULT
@@ -40,6 +41,13 @@ REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 INFERENCE: Final = frozenset(
     {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank", "/generate", "/generate_stream"}
 )
+# The lane that a path is for, where it is for one whatever its body says.
+LANES_OF: Final[dict[str, Lane]] = {
+    **dict.fromkeys(("/predict", "/embed", "/similarity", "/v1/embeddings"), "encode"),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank", "/v1/score"), "encode"),
+    **dict.fromkeys(("/generate", "/generate_stream", "/v1/completions"), "generate"),
+    **dict.fromkeys(("/v1/chat/completions", "/v1/responses"), "generate"),
+}
 # What needs a key where inference does, and no worker.
 LOOKUPS: Final = frozenset({"/info", "/tokenize", "/detokenize", "/decode"})
 UPLOADS: Final = "/admin/adapters"  # the one path whose forms go to disk
@@ -227,9 +235,19 @@ class RequestMiddleware:
         if scope["method"] != "POST":
             return
         if not lookup:
-            self.service.dispatcher.check_early(named)
+            self.service.dispatcher.check_early(
+                named, LANES_OF.get(path), self._deadline(scope, headers)
+            )
         if key is not None:
             self.service.key_usage.count_request(key)
+
+    def _deadline(self, scope: Scope, headers: Headers) -> float | None:
+        """When a call must be done; None where its header is no time, which the endpoint says."""
+        context = scope["hira"]
+        try:
+            return self.service.deadline(context.began, headers.get("x-timeout-seconds"))
+        except Refusal:
+            return None
 
     def _limit(self, scope: Scope, headers: Headers, *, uploads: bool) -> int:
         settings = self.service.settings

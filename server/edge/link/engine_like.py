@@ -6,8 +6,10 @@ HTTP processes never load the engine, so nobody here imports it.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Final, Protocol, cast
 
+from adapters.registry.objects import StoreNote
 from server.messages import Event, Message
 from server.options import EngineOptions
 
@@ -53,6 +55,8 @@ class EngineLike(Protocol):
     def snapshot(self) -> Any: ...
 
     def take_load_seconds(self) -> list[float]: ...
+
+    def take_store_notes(self) -> Sequence[StoreNote]: ...
 
     def close(self) -> list[Event]: ...
 

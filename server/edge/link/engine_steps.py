@@ -87,6 +87,7 @@ class EngineSteps:
         """Ask the engine how it stands, and count what it loaded; on its thread."""
         self._looked = time.monotonic()
         self._metrics.loads(self._engine.take_load_seconds())
+        self._metrics.store(self._engine.take_store_notes())
         snapshot = self._engine.snapshot()
         # Not asdict: it takes Counters apart wrongly.
         self.snapshot = (

@@ -20,15 +20,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
+from adapters.tasks import Lane
 from server.edge.admit.admission import Admission
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.callers import current_caller
 from server.edge.admit.key_usage import SharedUsage
+from server.edge.admit.predicted_wait import lane_of
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.ticket import Ticket
 from server.edge.link.worker_state import WorkerState
 from server.errors import Refusal
-from server.messages import Event, Failure, Message, Origin, Request
+from server.messages import (
+    EncodeResult,
+    Event,
+    Failure,
+    GenerateResult,
+    Message,
+    Origin,
+    Request,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +74,7 @@ class Link(ABC):
         self.admission = Admission(load, bounds, processes)
         self.processes = processes
         self.on_event: Callable[[Request, Event], None] | None = None
+        self.on_predicted: Callable[[Lane, float], None] | None = None  # with the wait, in seconds
         self.key_usage: SharedUsage | None = None  # counts what requests of a key come to
         self.end: Callable[[], None] = end_in_order
         self._tickets: dict[str, Ticket] = {}
@@ -136,17 +147,22 @@ class Link(ABC):
     def bounds(self, bounds: Bounds) -> None:
         self.admission.bounds = bounds
 
-    def check_early(self, adapter: str | None) -> None:
+    def check_early(
+        self, adapter: str | None, lane: Lane | None = None, deadline: float | None = None
+    ) -> None:
         """Refuse what would be refused whatever its body says, before that is read.
 
         Args:
             adapter: As the query names it; None where it does not.
+            lane: That the path is for; None where that is not known.
+            deadline: As ``time.monotonic()`` counts.
 
         Raises:
-            Refusal: starting, draining, restarting, worker_lost, worker_silent or overloaded.
+            Refusal: starting, draining, restarting, worker_lost, worker_silent, overloaded or
+                wait_too_long.
         """
         self._check_status()
-        self.admission.check_early(adapter)
+        self.admission.check_early(adapter, lane, deadline)
 
     @contextmanager
     def admit(self, request: Request) -> Iterator[Ticket]:
@@ -157,7 +173,8 @@ class Link(ABC):
 
         Raises:
             Refusal: starting, draining, restarting, worker_lost, worker_silent, overloaded,
-                deadline_exceeded, or rate_limit_exceeded or request_too_large by the key's quotas.
+                wait_too_long, deadline_exceeded, or rate_limit_exceeded or request_too_large by the
+                key's quotas.
         """
         self._check(request)
         loop = asyncio.get_running_loop()
@@ -267,6 +284,10 @@ class Link(ABC):
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise Refusal.because("deadline_exceeded", "The deadline passed before admission.")
         self.admission.check(request.adapter, request.tokens, request.pixel_bytes)
+        lane = lane_of(request)
+        wait = self.admission.check_wait(lane, request.adapter, request.tokens, request.deadline)
+        if wait is not None and self.on_predicted is not None:
+            self.on_predicted(lane, wait.queue_s)
 
     def _check_quota(self, tokens: int) -> None:
         caller = current_caller()
@@ -277,6 +298,8 @@ class Link(ABC):
         if ticket.ended:
             return
         ticket.put(event)
+        if isinstance(event, EncodeResult | GenerateResult):
+            self.admission.answered(ticket.request, event)
         if self.on_event is not None:
             try:
                 self.on_event(ticket.request, event)
@@ -290,6 +313,7 @@ class Link(ABC):
     def _expire(self, ticket: Ticket) -> None:
         if not ticket.ended:
             self._withdraw(ticket.request)
+            self.admission.too_late(ticket.request)
             self._deliver(
                 ticket,
                 Failure(

@@ -63,12 +63,13 @@ def check_before_loading(settings: Settings) -> None:
 
 
 def check_callers(settings: Settings) -> None:
-    """Look at what concerns keys and traces, on one machine and in a cluster.
+    """Look at what concerns keys, traces and the store, on one machine and in a cluster.
 
     Raises:
         StartFailed: With the first fault, or all of the keys file.
     """
     _check_tracing(settings.otel_endpoint)
+    _check_store(settings.store_url)
     _check_key_file(settings)
 
 
@@ -219,6 +220,16 @@ def _check_tracing(endpoint: str | None) -> None:
             found=f"--otel-endpoint {endpoint}, and no {_OTLP_MODULE}",
             expected="the extra otel",
             fix="pip install 'hira-server[otel]'",
+        )
+
+
+def _check_store(url: str | None) -> None:
+    if url is not None and importlib.util.find_spec("s3fs") is None:
+        raise StartFailed(
+            "an object store needs packages that are not installed",
+            found=f"--store-url {url}, and no s3fs",
+            expected="the extra s3",
+            fix="pip install 'hira-server[s3]'",
         )
 
 

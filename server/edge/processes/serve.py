@@ -14,7 +14,6 @@ from typing import Final
 from adapters.errors import AdapterError
 from adapters.registry.faults import RegistryUnusable, database_faults
 from adapters.registry.registry import Registry
-from adapters.registry.store import Store
 from server import metrics
 from server.edge.admit.keys import resolve_admin_key
 from server.edge.endpoints.admin import admin_routes
@@ -86,9 +85,7 @@ def _serve_in(
     key_file = settings.keys_file
     if keyed:
         _, key_file = resolve_admin_key(settings.admin_key, settings.data_dir)
-    store = Store(
-        settings.store_dir, None if settings.store_bytes is None else int(settings.store_bytes)
-    )
+    store = prepare.open_adapter_store(settings)
     try:
         with database_faults(settings.database):
             registry = Registry(
@@ -109,6 +106,7 @@ def _serve_in(
     except SettingsFault as fault:  # the keys file has changed since it was looked at
         raise StartFailed(str(fault)) from None
     registry.close()  # what is forked from here on must open its own
+    store.close()
     collector = Collector(service)
 
     def ready() -> None:
@@ -133,7 +131,7 @@ def _serve_in(
 
 def grace_of(settings: Settings) -> float:
     """Seconds after which no request can need the bytes of a version that a name has left."""
-    return settings.max_timeout_s + 60.0
+    return settings.grace_s
 
 
 class Collector:

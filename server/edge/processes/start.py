@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, StoreUnavailable
+from adapters.registry.adapter_bytes import AdapterBytes, open_store
 from adapters.registry.registry import Registry
+from adapters.registry.remote_store import RemoteStore
 from adapters.registry.store import versions_of
 from server.edge.endpoints.allowed_sources import sources_of
 from server.edge.processes.failed_start import StartFailed
@@ -50,6 +52,27 @@ def base_and_adapters(settings: Settings) -> tuple[str, str, tuple[AdapterSource
     own = (AdapterSource(one.parent.name, str(one.parent)) for one in folders)
     adapters = (*(one for one in own if one.name not in taken), *settings.adapters)
     return str(demo.BASE_DIR), settings.base_name or DEMO_NAME, adapters
+
+
+def open_adapter_store(settings: Settings) -> AdapterBytes:
+    """Where the bytes of adapters are; an object store is written to once, to see that it can be.
+
+    Raises:
+        StartFailed: It cannot; the fault says why.
+    """
+    limit = None if settings.store_bytes is None else int(settings.store_bytes)
+    store = open_store(settings.store_dir, settings.remote_store, limit)
+    if isinstance(store, RemoteStore):
+        try:
+            store.try_it()
+        except StoreUnavailable as error:
+            raise StartFailed(
+                f"the adapter store {settings.store_url} cannot be used",
+                found=error.found,
+                expected="a bucket that is there, and keys that may write to it",
+                fix="see store_url and store_endpoint, AWS_ACCESS_KEY_ID and AWS_REGION",
+            ) from None
+    return store
 
 
 def describe_base(settings: Settings, place: str, name: str) -> Base:

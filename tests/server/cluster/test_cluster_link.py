@@ -147,7 +147,7 @@ def test_an_answer_comes_under_the_id_of_its_request_with_times_as_durations() -
     ((_, waited_s, left_s),) = engines.asked
     assert 0 <= waited_s < 5
     assert left_s is not None
-    assert 0 < left_s <= 5
+    assert 50 < left_s <= 60
 
 
 def test_a_request_for_one_forward_is_asked_once_more_when_its_replica_dies() -> None:
@@ -202,7 +202,7 @@ def test_requests_wait_for_nobody_where_no_replica_is_left() -> None:
     async def scenario() -> None:
         async with linked(engines) as link:
             with link.admit(encode_request()) as ticket:
-                router: Any = SimpleNamespace(curr_replicas={})
+                router: Any = SimpleNamespace(curr_replicas={}, reachable=lambda: False)
                 ROUTERS["engine"] = router
                 event = await asyncio.wait_for(ticket.next(), 60)
                 assert isinstance(event, Failure)

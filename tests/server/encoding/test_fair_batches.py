@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.encoding.fair_batches import WASTE_SHARE, WASTE_TOKENS, AdapterVersion, Batch, Scheduler
+from server.encoding.fair_batches import (
+    LOOKAHEAD_PARTS,
+    LOOKAHEAD_ROWS,
+    WASTE_SHARE,
+    WASTE_TOKENS,
+    AdapterVersion,
+    Batch,
+    Scheduler,
+)
 
 KEYS: tuple[AdapterVersion, ...] = (None, "a", "b", "c")
 lengths = st.lists(st.integers(1, 200), min_size=1, max_size=12)
@@ -137,6 +146,43 @@ def test_an_adapter_that_was_idle_gains_no_credit() -> None:
         assert batch is not None
         counts.update(row.key for row in batch.rows)
     assert max(counts.values()) - min(counts.values()) <= 4, "no more than one batch apart"
+
+
+@given(st.integers(1, 40), st.integers(2, 64), st.randoms(use_true_random=False))
+def test_of_requests_with_rows_alike_at_most_one_is_begun_and_not_ended(
+    rows: int, most_rows: int, rng: random.Random
+) -> None:
+    """What is begun and not ended is work that is no answer to anybody yet."""
+    scheduler = Scheduler(8192, most_rows)
+    left = {}
+    for number in range(30):
+        left[str(number)] = rows
+        scheduler.submit(str(number), "a", [rng.randint(12, 20) for _ in range(rows)])
+    while (batch := scheduler.next_batch(all_ready)) is not None:
+        for row in batch.rows:
+            left[row.request] -= 1
+        assert sum(0 < one < rows for one in left.values()) <= 1
+
+
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 300)), min_size=1, max_size=300),
+)
+def test_no_row_runs_before_many_that_are_older(adapters: int, rows: list[tuple[int, int]]) -> None:
+    """Of its adapter, that is: so a rare length waits little longer than others."""
+    scheduler = Scheduler(4096, 16)
+    waiting: dict[AdapterVersion, list[str]] = {}
+    for number, (adapter, tokens) in enumerate(rows):
+        key = str(adapter % adapters)
+        waiting.setdefault(key, []).append(str(number))
+        scheduler.submit(str(number), key, [tokens])
+    while (batch := scheduler.next_batch(all_ready)) is not None:
+        open_keys = sum(bool(one) for one in waiting.values())
+        ahead = max(LOOKAHEAD_ROWS, LOOKAHEAD_PARTS * (16 // open_keys))
+        for row in batch.rows:
+            assert waiting[row.key].index(row.request) < ahead
+        for row in batch.rows:
+            waiting[row.key].remove(row.request)
 
 
 def test_rows_of_one_adapter_and_length_run_in_the_order_of_their_arrival() -> None:

@@ -22,7 +22,7 @@ from server.edge.processes.serve import Collector
 from server.edge.service import Service
 from server.edge.target import Targets
 from server.errors import Refusal
-from server.settings import Settings
+from server.settings import Settings, load_settings
 
 
 def row_of(version: str) -> SimpleNamespace:
@@ -153,4 +153,4 @@ def test_the_collector_takes_over_a_longer_limit_and_keeps_it(
 
 
 def limited(run_dir: Path, max_timeout_s: float) -> Any:
-    return SimpleNamespace(run_dir=run_dir, max_timeout_s=max_timeout_s)
+    return load_settings({"data_dir": str(run_dir), "max_timeout_s": str(max_timeout_s)})
