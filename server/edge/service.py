@@ -303,12 +303,15 @@ class Service:
         """Tell the worker which versions are pinned and which have a name: when it comes up, and
         when any process has changed it."""
         told: object = None
+        seen, known = None, self._known_versions()
         while True:
             epoch = self.dispatcher.epoch
             await self._read_registry()
             if self.metrics is not None:
                 self.metrics.store(self.registry.store.take_notes())
-            now = (epoch, self._known_versions())
+            if self.names.records is not seen:  # of ten thousand names it takes milliseconds
+                seen, known = self.names.records, self._known_versions()
+            now = (epoch, known)
             if epoch is not None and now != told:
                 self.dispatcher.tell(now[1])
                 told = now

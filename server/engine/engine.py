@@ -471,7 +471,7 @@ class Engine:
         encode, generate = self._parts.encode, self._parts.generate
         known = {*self._parts.residency.snapshot().tiers, *encode.headed()}
         needed = encode.versions() | (generate.versions() if generate is not None else set())
-        for version in self._names.unnamed(known - needed):
+        for version in self._names.unnamed(known, needed):
             self._parts.residency.drop(version)
             encode.forget_head(version)
 
