@@ -25,7 +25,7 @@ TIMED_ADAPTERS: Final = 16  # of the rows that are timed, at most
 # Rows of ``product``, expanded by their ranks: beyond it its buffers are large and it is hopeless.
 MOST_EXPANDED: Final = 8192
 _LAUNCHES: Final = 20  # of a round
-_ROUNDS: Final = 5
+_REPLAYS: Final = 5
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def fastest(runs: Mapping[StepForm, Callable[[], torch.Tensor]], device: torch.d
     for form, run in runs.items():
         try:
             graph = _as_graph(run)
-            times[form] = min(_replay_ms(graph) for _ in range(_ROUNDS))
+            times[form] = min(_replay_ms(graph) for _ in range(_REPLAYS))
         except Exception as cause:  # noqa: BLE001  # a driver, a library: another form serves
             told = " ".join(str(cause).split())[:200]
             logger.warning("%s was not timed for steps: %s: %s", form, type(cause).__name__, told)

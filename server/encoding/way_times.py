@@ -11,7 +11,7 @@ from typing import Final, Literal
 Way = Literal["static", "unpadded"]
 WAYS: Final[tuple[Way, ...]] = ("static", "unpadded")
 # Batches of a bucket that are timed each way: at first, kernels are compiled and timed themselves.
-TRIALS: Final = 8
+TIMED_BATCHES: Final = 8
 
 
 class WayTimes:
@@ -22,7 +22,7 @@ class WayTimes:
 
     def is_due(self, bucket: int) -> bool:
         """Whether the next batch of a bucket is to be timed."""
-        return any(len(times) < TRIALS for times in self._of(bucket).values())
+        return any(len(times) < TIMED_BATCHES for times in self._of(bucket).values())
 
     def way(self, bucket: int) -> Way:
         """How the next batch of a bucket is to run: both in turn, and then the faster."""

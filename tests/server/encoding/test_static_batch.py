@@ -23,7 +23,7 @@ from server.encoding.read import BatchStates
 from server.encoding.static_batch import StaticBatch, StaticTexts, attend_under_mask, token_buckets
 from server.encoding.text_bounds import TextBounds
 from server.encoding.unpadded import UnpaddedForward, attend_text_by_text, static_fault
-from server.encoding.way_times import TRIALS, Way
+from server.encoding.way_times import TIMED_BATCHES, Way
 from server.messages import EncodeResult, TokenizedInput
 from tests.stand import tiny_bases
 from tests.stand.encode_lane import Lane
@@ -153,13 +153,13 @@ def test_the_way_that_was_faster_is_taken(
     monkeypatch.setattr(UnpaddedForward, "side_by_side", slow_plain)
     monkeypatch.setattr(UnpaddedForward, "by_static", slow_static)
     ran: list[str] = []
-    for seed in range(2 * TRIALS + 4):
+    for seed in range(2 * TIMED_BATCHES + 4):
         items = [TokenizedInput(tuple(range(5, 15 + seed % 3)))]
         with torch.inference_mode():
             ways.unpadded(items, [seed % 3])
         ran.append(ways.unpadded.ran)
-    assert ran[: 2 * TRIALS] == ["static", "unpadded"] * TRIALS
-    assert ran[2 * TRIALS :] == [faster] * 4
+    assert ran[: 2 * TIMED_BATCHES] == ["static", "unpadded"] * TIMED_BATCHES
+    assert ran[2 * TIMED_BATCHES :] == [faster] * 4
     with torch.inference_mode():  # another bucket is another question
         ways.unpadded([TokenizedInput(tuple(range(5, 25)))] * 3, [0, 1, 2])
     assert ways.unpadded.ran == "static"

@@ -93,7 +93,7 @@ def test_a_step_needs_nothing_of_the_processor(attend: DecodeAttention) -> None:
         page_tokens=256,
     )
     step = StaticStep(model, adapted.make_static(4), kv, 4, attend)
-    model.config._attn_implementation = PAGED_ATTENTION
+    model.set_attn_implementation(PAGED_ATTENTION)
     for rows in (1, 4):
         for rank, has_lora in LAUNCH_CLASSES:
             for plain in (True, False):
