@@ -94,6 +94,7 @@ def main() -> int:
             *arguments,
             "--slots=4",
             "--host-bytes=0",
+            "--deterministic",  # so that a generated text has one right form
             replicas=options.replicas,
             http_replicas=options.http_replicas,
             with_objects="store" in options.part,
@@ -127,6 +128,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.part = options.part or list(PARTS)
     options.base, options.dtype, options.sources = "tiny", "fp32", None
+    options.bound_s = 2.0 if options.http_replicas > 1 else 0.0  # until all know a version
     return options
 
 

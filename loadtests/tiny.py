@@ -57,15 +57,6 @@ def make_base(folder: Path, *, seed: int = 0) -> Path:
 
 def make_classifier(folder: Path, *, seed: int) -> Path:
     """Write a random HiRA classifier for `make_base`, as PEFT saves one; returns its folder."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in range(LAYERS):
-        for target in TARGETS:
-            path = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-            tensors[f"{path}.hira_A"] = torch.randn(RANK, WIDTH, generator=generator)
-            tensors[f"{path}.hira_B"] = torch.randn(WIDTH, RANK, generator=generator) / RANK
-    head = torch.randn(len(LABELS), WIDTH, generator=generator) / 4
-    tensors["base_model.model.score.weight"] = head
     described = {
         "peft_type": "HIRA",
         "task_type": "SEQ_CLS",
@@ -83,5 +74,19 @@ def make_classifier(folder: Path, *, seed: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(described))
     (folder / "config.json").write_text(json.dumps(task))
+    return renumber(folder, seed=seed)
+
+
+def renumber(folder: Path, *, seed: int) -> Path:
+    """Write the numbers of ``seed`` into a folder that `make_classifier` made; returns it."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(LAYERS):
+        for target in TARGETS:
+            path = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+            tensors[f"{path}.hira_A"] = torch.randn(RANK, WIDTH, generator=generator)
+            tensors[f"{path}.hira_B"] = torch.randn(WIDTH, RANK, generator=generator) / RANK
+    head = torch.randn(len(LABELS), WIDTH, generator=generator) / 4
+    tensors["base_model.model.score.weight"] = head
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder

@@ -88,8 +88,9 @@ class Names:
                 return False
             if self.is_down:
                 logger.warning("The registry can be read again, after %.1f s", began - self.read_at)
-            others = {alias: one for one in records.values() for alias in one.aliases}
-            self._found = {**others, **records}
+            if records is not self.records:
+                others = {alias: one for one in records.values() for alias in one.aliases}
+                self._found = {**others, **records}
             self.records, self._seen, self.read_at = records, changes, began
             self.is_down = False
             return True

@@ -93,6 +93,7 @@ class RemoteStore:
         needed = sum(one.stat().st_size for one in folder.iterdir() if one.is_file())
         self._make_room(needed)
         version = self._cache.add(folder)
+        self._cache.touch(version)  # it may have been there for long
         with self._arriving_folder() as arriving:
             packed = arriving / "packed.tar"
             self._pack(self._cache.path(version), packed)
@@ -198,6 +199,24 @@ class RemoteStore:
         if not self.has(version):
             raise _missing(version, self._objects.url)
         self._objects.put(f"held/{version}", b"")
+
+    def idle(self, versions: Collection[str], idle_s: float) -> set[str]:
+        """Those of ``versions`` that were neither added nor named within ``idle_s`` seconds, nor
+        within ``least_idle_s``; two lists of all objects, however many are asked for.
+
+        Raises:
+            StoreUnavailable: The object store does not answer.
+        """
+        written = self._objects.listed("versions")
+        held = self._objects.listed("held")
+        before = self._store_time() - max(idle_s, self.least_idle_s)
+        found = set()
+        for version in versions:
+            of_it = (written.get(f"{version}.tar"), held.get(version))
+            changed = [one.changed for one in of_it if one is not None]
+            if of_it[0] is not None and max(changed) <= before:
+                found.add(version)
+        return found
 
     def remove(self, version: str, *, idle_s: float = 0.0) -> bool:
         """Delete an object, unless it was added or named within ``idle_s`` or ``least_idle_s``.

@@ -21,7 +21,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,15 @@ class Store:
     def touch(self, version: str) -> None:
         """Start the grace of an entry anew: it is about to be named."""
         os.utime(self.path(version))
+
+    def idle(self, versions: Collection[str], idle_s: float) -> set[str]:
+        """Those of ``versions`` that were neither added nor named within ``idle_s`` seconds."""
+        found, now = set(), time.time()
+        for version in versions:
+            with suppress(FileNotFoundError):
+                if now - (self._versions / version).stat().st_mtime >= idle_s:
+                    found.add(version)
+        return found
 
     def remove(self, version: str, *, idle_s: float = 0.0) -> bool:
         """Delete an entry, unless it was added or named within ``idle_s`` seconds.

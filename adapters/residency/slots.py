@@ -308,7 +308,7 @@ class Residency:
             leaving, arriving, settled = self._tiers.divide_slots()
             settled += failed
             version: str | None = None
-            loose: PackedAdapter | None = None
+            loose: tuple[str, PackedAdapter] | None = None
             if not arriving and not settled:
                 version = self._tiers.next_to_restore()
                 loose = self._tiers.to_compact()
@@ -322,7 +322,7 @@ class Residency:
         if version is not None:
             settled += self._restore(version)
         if loose is not None:
-            self._compact(loose)
+            self._compact(*loose)
         return settled
 
     def _restore(self, version: str) -> list[str]:
@@ -331,6 +331,8 @@ class Residency:
         try:
             if known is not None and known.packed is not None:
                 known.packed.restore()
+            with self._changed:
+                self._tiers.changed(version)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one adapter is its own
             with self._changed:
                 return self._tiers.fail(version, error)
@@ -359,7 +361,8 @@ class Residency:
             if failure is not None:
                 self._unread[version] = failure
             elif entry is not None and version in self._tiers.wanted and entry.packed is None:
-                entry.packed = packed
+                assert packed is not None
+                self._tiers.take(version, packed)
                 self._loads += 1
                 self._ready_made += is_ready_made
                 self._tiers.trim_host()
@@ -374,13 +377,14 @@ class Residency:
         self._adapted.check(packed.factors)
         return packed
 
-    def _compact(self, packed: PackedAdapter) -> None:
+    def _compact(self, version: str, packed: PackedAdapter) -> None:
         try:
             packed.compact()
         except Exception:  # out of memory, for one: then it is kept as it is
             logger.exception("an adapter could not be kept without its zeros")
             packed.stay_whole()
             with self._changed:
+                self._tiers.changed(version)
                 self._tiers.trim_host()
 
     def _fill_slots(self, leaving: list[Vacated], arriving: list[str]) -> list[str]:
@@ -406,6 +410,9 @@ class Residency:
                 errors[version] = error
         with self._changed:
             settled = []
+            # Their factors have moved since they were given and taken their slots.
+            for version in (*(one.version for one in leaving), *arriving):
+                self._tiers.changed(version)
             for version in arriving:
                 if version in errors:
                     settled += self._tiers.fail(version, errors[version])
@@ -455,8 +462,7 @@ class Residency:
 
     def _use(self, versions: Collection[str]) -> None:
         for version in versions:
-            self._tiers.entries[version].kept_until = 0.0
-            self._tiers.entries.move_to_end(version)
+            self._tiers.use(version)
 
     def _report_pins(self) -> None:
         """Log pins that there is no room for, once."""

@@ -74,6 +74,7 @@ class Entry:
         error: Why it failed.
         stuck_since: Monotonic, when it was first found to have no room; 0 when it was not.
         cold_since: Monotonic, when it was asked for while on disk only; None when it was not.
+        counted: Its bytes of host memory, as the sum of all has them.
     """
 
     state: State = "loading"
@@ -85,6 +86,7 @@ class Entry:
     error: Exception | None = None
     stuck_since: float = 0.0
     cold_since: float | None = None
+    counted: int = 0
 
     @property
     def is_arriving(self) -> bool:
@@ -106,10 +108,14 @@ class Vacated(NamedTuple):
 
     slot: int
     packed: PackedAdapter
+    version: str
 
 
 class Tiers:
     """The slots of one device and the host tier behind them.
+
+    What is asked at every load takes as long for ten thousand adapters in memory as for ten: sums
+    are kept up, and those in slots stand in an order of their own.
 
     Args:
         adapted: Whose slots they are; emptied here, filled by the caller.
@@ -132,6 +138,7 @@ class Tiers:
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
+        self.holding: OrderedDict[str, Entry] = OrderedDict()  # those in slots, in that order too
         self.free = list(range(slots, 0, -1))
         self.pinned: tuple[str, ...] = ()  # as asked for; see divide_pins
         self.wanted: OrderedDict[str, None] = OrderedDict()  # first asked for first
@@ -139,6 +146,9 @@ class Tiers:
         self.cold_load_s: deque[float] = deque(maxlen=_COLD_LOADS_KEPT)  # oldest first
         self._adapted = adapted
         self._clock = clock
+        self._device_used = self._host_used = 0
+        self._uncounted: set[str] = set()  # whose host bytes may have changed since they were
+        self._loose: dict[str, None] = {}  # pruned, and perhaps whole without a need
 
     @property
     def most_pins(self) -> int:
@@ -214,6 +224,9 @@ class Tiers:
             leaving += gone
             arriving.append(version)
             entry.slot = self.free.pop()
+            self.holding[version] = entry
+            self._device_used += packed.nbytes
+            self.changed(version)
         return leaving, arriving, failed
 
     def arrive(self, version: str, grace_s: float) -> list[str]:
@@ -227,8 +240,35 @@ class Tiers:
             self.forget(version)
             return []
         entry.kept_until = self._clock() + grace_s
-        self.entries.move_to_end(version)
+        self._move_to_end(version)
         return [version]
+
+    def take(self, version: str, packed: PackedAdapter) -> None:
+        """It was read, and is in host memory from now on."""
+        self.entries[version].packed = packed
+        self.changed(version)
+
+    def use(self, version: str) -> None:
+        """It is used: its grace ends, and it is the last to leave."""
+        self.entries[version].kept_until = 0.0
+        self._move_to_end(version)
+
+    def changed(self, version: str) -> None:
+        """Its bytes of host memory are to be counted anew: call it after whatever changes them."""
+        self._uncounted.add(version)
+
+    def _move_to_end(self, version: str) -> None:
+        self.entries.move_to_end(version)
+        if version in self.holding:
+            self.holding.move_to_end(version)
+
+    def _drop(self, version: str) -> Entry:
+        """Take an entry out of the books; it may still have a slot."""
+        entry = self.entries.pop(version)
+        self._host_used -= entry.counted
+        self._uncounted.discard(version)
+        self._loose.pop(version, None)
+        return entry
 
     def fail(self, version: str, error: Exception) -> list[str]:
         """It cannot be had; returns it, unless nobody waits for it. What it held is let go."""
@@ -238,25 +278,26 @@ class Tiers:
         del self.wanted[version]
         if entry.slot is not None:
             try:
-                self.leave_slot(entry)
+                self._leave_slot(version, entry)
             except Exception:  # it is empty in the books: the next fills it anew
                 logger.exception("the slot of %s could not be emptied", version)
         entry.state, entry.error, entry.packed = "failed", error, None
+        self.changed(version)
         self.failures += 1
         if entry.doomed:
-            del self.entries[version]
+            self._drop(version)
             return []
         failed = [name for name, other in self.entries.items() if other.state == "failed"]
         for name in failed[:-_FAILURES_KEPT]:
-            del self.entries[name]
+            self._drop(name)
         return [version]
 
     def forget(self, version: str) -> None:
         """Let go of all of it; its slot is in no batch's use."""
-        entry = self.entries.pop(version)
+        entry = self._drop(version)
         self.wanted.pop(version, None)
         if entry.slot is not None:
-            self.leave_slot(entry)
+            self._leave_slot(version, entry)
 
     def obstacle(self, need: int) -> Exception | None:
         """Why ``need`` bytes can never be in a slot, or None."""
@@ -279,10 +320,10 @@ class Tiers:
         pinned = frozenset(self.divide_pins(version, need)[0])
         free, used = len(self.free), self.device_used()
         leave: list[str] = []
-        for name, entry in self.entries.items():
+        for name, entry in self.holding.items():
             if free and used + need <= self.device_bytes:
                 break
-            if entry.slot is None or entry.state != "ready":  # or it is on its way there
+            if entry.state != "ready":  # it is on its way there
                 continue
             if entry.leases or entry.kept_until > now or name in pinned:
                 continue
@@ -292,22 +333,26 @@ class Tiers:
         if not free or used + need > self.device_bytes:
             return None
         self.evictions += len(leave)
-        return [self._vacate(self.entries[name]) for name in leave]
+        return [self._vacate(name, self.entries[name]) for name in leave]
 
-    def leave_slot(self, entry: Entry) -> None:
+    def _leave_slot(self, version: str, entry: Entry) -> None:
         """Empty the entry's slot; its factors stay in host memory."""
-        self.empty(self._vacate(entry))
+        self.empty(self._vacate(version, entry))
+        self.changed(version)
 
     def empty(self, vacated: Vacated) -> None:
         """Take the factors out of a slot that is free, or given to another, in the books."""
         self._adapted.uninstall(vacated.slot)
         vacated.packed.leave_device()
 
-    def _vacate(self, entry: Entry) -> Vacated:
+    def _vacate(self, version: str, entry: Entry) -> Vacated:
         assert entry.slot is not None
         assert entry.packed is not None
-        vacated = Vacated(entry.slot, entry.packed)
+        vacated = Vacated(entry.slot, entry.packed, version)
         self.free.append(entry.slot)
+        del self.holding[version]
+        self._device_used -= entry.packed.nbytes
+        self.changed(version)
         entry.slot, entry.state = None, "absent"
         return vacated
 
@@ -330,17 +375,22 @@ class Tiers:
         packs = ((version, self.entries[version].packed) for version in self.wanted)
         return next((name for name, one in packs if one is not None and one.is_compact), None)
 
-    def to_compact(self) -> PackedAdapter | None:
+    def to_compact(self) -> tuple[str, PackedAdapter] | None:
         """A pruned adapter out of its slot that still takes the memory of a whole one."""
-        for version, entry in self.entries.items():
-            packed = entry.packed if entry.slot is None and version not in self.wanted else None
-            if packed is not None and packed.is_loose:
-                return packed
+        self._count()
+        for version in list(self._loose):
+            entry = self.entries[version]
+            if entry.packed is None or not entry.packed.is_loose:
+                del self._loose[version]
+            elif entry.slot is None and version not in self.wanted:
+                return version, entry.packed
         return None
 
     def trim_host(self) -> None:
         """Bring the host tier into its budget, oldest use first; those that are wanted stay."""
         used = self.host_used()
+        if used <= self.host_bytes:
+            return
         for version, entry in list(self.entries.items()):
             if used <= self.host_bytes:
                 return
@@ -348,9 +398,10 @@ class Tiers:
                 continue
             if entry.slot is None:
                 used -= entry.packed.host_nbytes(in_slot=False)
-                del self.entries[version]
+                self._drop(version)
             else:
                 used -= entry.packed.release_host_factors()
+                self.changed(version)
 
     def ready(self, versions: Collection[str]) -> dict[str, int]:
         """The slots of those of ``versions`` that are ready."""
@@ -364,21 +415,28 @@ class Tiers:
     def until_grace_ends(self) -> float | None:
         """Seconds until the first version just placed may leave; None when there is none."""
         now = self._clock()
-        ends = [one.kept_until for one in self.entries.values() if one.kept_until > now]
+        ends = [one.kept_until for one in self.holding.values() if one.kept_until > now]
         return max(0.001, min(ends) - now) if ends else None
 
     def device_used(self) -> int:
         """Bytes of factors in slots."""
-        return sum(
-            entry.packed.nbytes
-            for entry in self.entries.values()
-            if entry.slot is not None and entry.packed is not None
-        )
+        return self._device_used
 
     def host_used(self) -> int:
         """Bytes of factors out of slots, and of all heads."""
-        return sum(
-            entry.packed.host_nbytes(in_slot=entry.slot is not None)
-            for entry in self.entries.values()
-            if entry.packed is not None
-        )
+        self._count()
+        return self._host_used
+
+    def _count(self) -> None:
+        for version in self._uncounted:
+            entry = self.entries.get(version)
+            if entry is None:
+                continue
+            packed, now = entry.packed, 0
+            if packed is not None:
+                now = packed.host_nbytes(in_slot=entry.slot is not None)
+                if packed.is_loose:
+                    self._loose[version] = None
+            self._host_used += now - entry.counted
+            entry.counted = now
+        self._uncounted.clear()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from loadtests.bench import gpu_record, peers
-from loadtests.bench.timing import Report, dtype_of, machine, print_machine
+from loadtests.bench.timing import Report, busy_processes, dtype_of, machine, print_machine
 
 BENCHES = (
     "modulation",
@@ -43,6 +43,13 @@ def main() -> int:
         help="modulation and choice in one thread, by its processor time: for a busy machine",
     )
     parser.add_argument(
+        "--load",
+        type=int,
+        default=0,
+        metavar="PROCESSES",
+        help="so many processes of its own do nothing but calculate meanwhile (default: none)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="gpu: every part on the processor and on shapes of nothing, to see that it runs",
@@ -67,12 +74,14 @@ def main() -> int:
     peers.quiet()
     began = time.monotonic()
     dtype = dtype_of(options.dtype)
-    report = Report({**machine(), "dtype": dtype}, options.quick, options.one_thread, dtype)
+    known = {**machine(), "dtype": dtype, "load beside it": options.load}
+    report = Report(known, options.quick, options.one_thread, dtype)
     report.dry_run = options.dry_run
     print_machine(report.machine)
-    for name in BENCHES:
-        if not options.names or name in options.names:
-            importlib.import_module(f"loadtests.bench.{name}").bench(report)
+    with busy_processes(options.load):
+        for name in BENCHES:
+            if not options.names or name in options.names:
+                importlib.import_module(f"loadtests.bench.{name}").bench(report)
     print(f"\n{time.monotonic() - began:.0f} s in all")
     if options.dry_run:
         print("dry run: nothing here is a figure of a GPU")

@@ -201,7 +201,7 @@ class ClusterLink(Link):
 
     def _replicas_there(self) -> bool:
         router = ROUTERS.get(self._deployment)
-        return router is None or bool(router.curr_replicas)
+        return router is None or router.reachable()
 
     def _heard(self) -> dict[str, tuple[float, dict[str, Any]]]:
         """Replicas that have spoken lately."""

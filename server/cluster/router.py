@@ -42,6 +42,11 @@ class AffinityRouter(RequestRouter):
         super().on_replica_actor_unavailable(replica_id)
         self.shunned[replica_id.unique_id] = time.monotonic() + SHUNNED_S
 
+    def reachable(self) -> bool:
+        """Whether there is a replica but those that a call could not reach of late."""
+        now = time.monotonic()
+        return any(self.shunned.get(one.unique_id, 0.0) <= now for one in list(self.curr_replicas))
+
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],

@@ -35,7 +35,8 @@ class Templates:
         self.waiting = 0
         self._read = read
         self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix="templates")
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="template-files")
+        # Two: one may wait for an object store that is away, and what is on this disk is read yet.
+        self._reader = ThreadPoolExecutor(2, thread_name_prefix="template-files")
         self._free = [RenderProcess(limits) for _ in range(PROCESSES)]
         self._all = tuple(self._free)
         self._places = asyncio.Semaphore(PROCESSES)

@@ -347,7 +347,7 @@ class Engine:
             generate_tokens={}
             if generate is None
             else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
-            static_bytes={} if generate is None else generate.static_bytes,
+            static_bytes=_sum(encode.static_bytes, generate.static_bytes if generate else {}),
             grammars={}
             if generate is None
             else {
@@ -471,7 +471,7 @@ class Engine:
         encode, generate = self._parts.encode, self._parts.generate
         known = {*self._parts.residency.snapshot().tiers, *encode.headed()}
         needed = encode.versions() | (generate.versions() if generate is not None else set())
-        for version in self._names.unnamed(known - needed):
+        for version in self._names.unnamed(known, needed):
             self._parts.residency.drop(version)
             encode.forget_head(version)
 
@@ -495,3 +495,11 @@ class Engine:
                 seconds,
                 lane.take_waits_s(),
             )
+
+
+def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
+    """By name, over all of them; what is 0 stays."""
+    total: Counter[str] = Counter()
+    for one in parts:
+        total.update(one)
+    return dict(total)

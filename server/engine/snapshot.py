@@ -178,27 +178,45 @@ class NamedVersions:
     """
 
     def __init__(self, spare_s: float = SPARE_S) -> None:
-        self.named: frozenset[str] | None = None  # None: nothing is known
         self.spare_s = spare_s
+        self._named: frozenset[str] | None = None
         self._asked: dict[str, float] = {}
         self._looked = 0.0
+        self._is_tidy = False  # nothing is held without a name, as far as is known
+
+    @property
+    def named(self) -> frozenset[str] | None:
+        """Versions that have a name; None: nothing is known."""
+        return self._named
+
+    @named.setter
+    def named(self, versions: frozenset[str] | None) -> None:
+        self._named, self._is_tidy = versions, False
 
     def ask(self, version: str) -> None:
         """A request for ``version`` has come."""
         self._asked[version] = time.monotonic()
+        if self._named is not None and version not in self._named:
+            self._is_tidy = False
 
     def is_due(self) -> bool:
-        """Whether it is time to look again."""
-        return self.named is not None and time.monotonic() - self._looked >= NAMES_CHECKED_EVERY_S
+        """Whether it is time to look again; not while nothing can have lost its name."""
+        if self._named is None or self._is_tidy:
+            return False
+        return time.monotonic() - self._looked >= NAMES_CHECKED_EVERY_S
 
-    def unnamed(self, versions: Collection[str]) -> set[str]:
-        """Those of ``versions`` that have no name and were not asked for lately."""
-        if self.named is None:
+    def unnamed(self, held: Collection[str], needed: Collection[str] = ()) -> set[str]:
+        """Those of ``held`` that have no name, were not asked for lately and are not ``needed``."""
+        if self._named is None:
             return set()
         self._looked = time.monotonic()
         since = self._looked - self.spare_s
         self._asked = {version: at for version, at in self._asked.items() if at > since}
-        return set(versions) - self.named - self._asked.keys()
+        without = set(held) - self._named
+        gone = without - self._asked.keys() - set(needed)
+        # What is asked for and not held yet comes again later.
+        self._is_tidy = without == gone and self._named.issuperset({*self._asked, *needed})
+        return gone
 
 
 def cuda_bytes(device: torch.device) -> dict[str, int]:

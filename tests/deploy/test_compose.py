@@ -72,8 +72,10 @@ def test_the_server_is_given_settings_that_there_are_and_time_to_drain(
     assert settings.store_endpoint == "http://store:8333"
     assert "-s3.port=8333" in SERVICES["store"]["command"]
     assert "-master.telemetry=false" in SERVICES["store"]["command"]
-    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    assert all(server["environment"][one] == SERVICES["store"]["environment"][one] for one in keys)
+    (identity,) = json.loads(COMPOSE["configs"]["store-keys"]["content"])["identities"]
+    (keys,) = identity["credentials"]
+    assert keys["accessKey"] == server["environment"]["AWS_ACCESS_KEY_ID"]
+    assert keys["secretKey"] == server["environment"]["AWS_SECRET_ACCESS_KEY"]
 
 
 def test_the_server_runs_as_the_user_of_the_image_and_writes_only_where_it_may() -> None:

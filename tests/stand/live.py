@@ -18,9 +18,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final
 
 import httpx2
 import psutil
+import pytest
 
 from tests.stand.forked_servers import ForkedServer, loaded
 
@@ -29,6 +31,12 @@ ROOT = Path(__file__).parents[2]
 # holds on a machine with many times the work that it can do.
 START_S = 280.0
 END_S = 120.0  # likewise, for its end
+
+
+# The same tests, of a cluster in place of one machine: how many engine replicas, or nothing.
+ON_CLUSTER: Final = os.environ.get("TESTS_ON_CLUSTER", "")
+CLUSTER_START_S: Final = 900.0  # Ray, the proxy and every replica load their libraries anew
+of_one_machine = pytest.mark.skipif(bool(ON_CLUSTER), reason="it is about one machine's processes")
 
 
 @dataclass
@@ -191,12 +199,28 @@ def running(
 def hira(
     folder: Path, *arguments: str, wait: bool = True, anew: bool = False, **settings: object
 ) -> AbstractContextManager[Live]:
-    """`hira serve` itself; with one thread where it is not run anew, and then others run too."""
+    """`hira serve` itself; with one thread where it is not run anew, and then others run too.
+
+    Where ``TESTS_ON_CLUSTER`` is set, to a number of engine replicas, it is `hira cluster up`.
+    """
+    if ON_CLUSTER:
+        return _cluster(folder, *arguments, wait=wait, **settings)
     if not anew:
         settings = {"threads": 1, **settings}
     script = ["-c", "from server.cli.main import main; main()"]
     command = [*(script if anew else ["-m", "server.cli.main"]), "serve", *arguments]
     return running(folder, command, wait=wait, anew=anew, **settings)
+
+
+@contextmanager
+def _cluster(folder: Path, *arguments: str, wait: bool, **settings: object) -> Iterator[Live]:
+    own = ["cluster", "up", "--replicas", ON_CLUSTER]
+    command = ["-c", "from server.cli.main import main; main()", *own, *arguments]
+    given: dict[str, Any] = {"threads": 1, **settings}
+    with running(folder, command, wait=False, **given) as live:
+        if wait:
+            live.wait_ready(CLUSTER_START_S)
+        yield live
 
 
 def fake(

@@ -170,6 +170,9 @@ def object_store() -> Iterator[ObjectStore]:
     finally:
         made.kill()
         shutil.rmtree(folder, ignore_errors=True)
+        for number in (made.port + one + above for one in range(4) for above in (0, GRPC_ABOVE)):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # where it puts them
+                left.unlink(missing_ok=True)
 
 
 def in_folder(folder: Path) -> Any:

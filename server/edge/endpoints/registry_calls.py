@@ -80,9 +80,9 @@ class RegistryCalls:
         state = self.service.dispatcher.state()
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        return AdapterStatus(
-            residency, quarantined, await self.service.slow_work.run(adapter_usage, "metrics")
-        )
+        stored = await self.service.slow_work.run(self.service.registry.store.versions, "records")
+        usage = await self.service.slow_work.run(adapter_usage, "metrics")
+        return AdapterStatus(residency, stored, quarantined, usage)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,47 @@ def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
         raise
 
 
+class TiersByVersion(Mapping[str, str]):
+    """Tiers by version out of versions by tier, worked out when somebody asks.
+
+    Every process reads the state each second, and few ask for this. Of ten thousand adapters in
+    memory it would take longer than all else; as one line of versions for each tier it does not.
+    """
+
+    def __init__(self, lines: Mapping[str, str]) -> None:
+        self._lines = lines
+        self._tiers: dict[str, str] | None = None
+
+    @staticmethod
+    def lines_of(tiers: Mapping[str, str]) -> dict[str, str]:
+        """One line of versions for each tier; versions have no spaces."""
+        by_tier: dict[str, list[str]] = {}
+        for version, tier in tiers.items():
+            by_tier.setdefault(tier, []).append(version)
+        return {tier: " ".join(versions) for tier, versions in by_tier.items()}
+
+    def _all(self) -> dict[str, str]:
+        if self._tiers is None:
+            self._tiers = {
+                version: tier for tier, line in self._lines.items() for version in line.split()
+            }
+        return self._tiers
+
+    def __getitem__(self, version: str) -> str:
+        return self._all()[version]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
 def write_state(run_dir: Path, state: WorkerState) -> None:
     told = {field.name: getattr(state, field.name) for field in fields(state)}
+    if "residency" in state.snapshot:
+        lines = TiersByVersion.lines_of(state.snapshot["residency"])
+        told["snapshot"] = {**state.snapshot, "residency": lines}
     replace_text(state_path(run_dir, state.worker), json.dumps(told))
 
 
@@ -89,7 +128,11 @@ def read_state(run_dir: Path, worker: int = 0) -> WorkerState | None:
     due then, rather than end himself.
     """
     try:
-        return WorkerState(**json.loads(state_path(run_dir, worker).read_text(encoding="utf-8")))
+        state = WorkerState(**json.loads(state_path(run_dir, worker).read_text(encoding="utf-8")))
+        if "residency" in state.snapshot:
+            tiers = TiersByVersion(dict(state.snapshot["residency"]))
+            state = replace(state, snapshot={**state.snapshot, "residency": tiers})
+        return state
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

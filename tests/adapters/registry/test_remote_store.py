@@ -267,6 +267,19 @@ def test_the_collector_leaves_what_another_machine_may_need(
     alone.close()
 
 
+def test_what_is_idle_is_what_may_be_removed(machine: Machines, folders: list[Path]) -> None:
+    """By lists of everything, as one look at each version says."""
+    store = machine()
+    added, named, missing = store.add(folders[0]), store.add(folders[1]), "0" * 32
+    store.touch(named)
+    assert store.idle({added, named, missing}, 3600.0) == set()
+    assert store.idle({added, named, missing}, 0.0) == {added, named}
+    assert machine("b", least_idle_s=3600.0).idle({added, named}, 0.0) == set()
+    plain = Store(store.root)
+    assert plain.idle({added, named, missing}, 0.0) == {added, named}
+    assert plain.idle({added, named, missing}, 3600.0) == set()
+
+
 def test_to_name_a_version_starts_its_grace_anew(machine: Machines, folders: list[Path]) -> None:
     store = machine()
     version = store.add(folders[0])

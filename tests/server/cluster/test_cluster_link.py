@@ -202,7 +202,7 @@ def test_requests_wait_for_nobody_where_no_replica_is_left() -> None:
     async def scenario() -> None:
         async with linked(engines) as link:
             with link.admit(encode_request()) as ticket:
-                router: Any = SimpleNamespace(curr_replicas={})
+                router: Any = SimpleNamespace(curr_replicas={}, reachable=lambda: False)
                 ROUTERS["engine"] = router
                 event = await asyncio.wait_for(ticket.next(), 60)
                 assert isinstance(event, Failure)
