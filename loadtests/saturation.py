@@ -139,7 +139,7 @@ async def _levels(
 def _cpu_s(server: Server) -> float:
     """Processor seconds that all processes of the server have taken so far."""
     times = (psutil.Process(pid).cpu_times() for pid in server.roles().values())
-    return sum(one.user + one.system for one in times)
+    return float(sum(one.user + one.system for one in times))
 
 
 def _questions(kind: str, stage: Stage, rng: random.Random, count: int = 512) -> list[Question]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from adapters.intake.conversation import Conversation
+from adapters.intake.file_names import Stamp
 from adapters.registry.objects import Objects, StoreNote
 from adapters.registry.remote_place import RemotePlace
 from adapters.registry.remote_store import RemoteStore
-from adapters.registry.store import Stamp, Store
+from adapters.registry.store import Store
 
 
 class AdapterBytes(Protocol):

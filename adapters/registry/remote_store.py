@@ -32,9 +32,10 @@ from adapters.errors import (
 )
 from adapters.intake.archive import WANTED, unpack
 from adapters.intake.conversation import Conversation
+from adapters.intake.file_names import Stamp
 from adapters.intake.safetensors_header import MAX_TENSOR_FILE_BYTES
 from adapters.registry.objects import Objects, StoreNote
-from adapters.registry.store import Stamp, Store, version_of
+from adapters.registry.store import Store, version_of
 
 CACHE_BYTES: Final = 10 << 30
 READ_WITHIN_S: Final = 60.0  # a version that was asked for so lately is not evicted: it is read

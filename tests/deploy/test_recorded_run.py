@@ -60,7 +60,12 @@ class Recording:
 
     def values(self, expression: str) -> list[float]:
         """Every number that an expression had during the run, of all its series."""
-        asked = {"query": expression, "start": self.began, "end": self.ended, "step": 1}
+        asked: dict[str, str | float] = {
+            "query": expression,
+            "start": self.began,
+            "end": self.ended,
+            "step": 1,
+        }
         answer = self.client.get("/api/v1/query_range", params=asked).json()
         assert answer["status"] == "success", answer
         found = [float(value) for one in answer["data"]["result"] for _, value in one["values"]]

@@ -213,6 +213,7 @@ def test_old_versions_make_place_for_a_new_adapter_the_oldest_first(
 ) -> None:
     registry = made_in(tmp_path, url, kept_versions=10, grace_s=0.0)
     versions = put(registry, base, "a", *folders[:3])
+    assert isinstance(registry.store, Store)
     registry.store.max_bytes = registry.store.nbytes()
     put(registry, base, "b", folders[3])
     assert registry.store.versions() == {versions[1], versions[2], version_of(folders[3])}
@@ -229,6 +230,7 @@ def test_bytes_that_a_request_may_need_do_not_make_place(
 ) -> None:
     registry = made_in(tmp_path, url, kept_versions=10, grace_s=600.0)
     versions = put(registry, base, "a", *folders[:2])
+    assert isinstance(registry.store, Store)
     registry.store.max_bytes = registry.store.nbytes()
     with pytest.raises(StoreFull):
         put(registry, base, "b", folders[2])

@@ -106,12 +106,12 @@ def test_sums_and_orders_are_those_of_all_entries(
                 for one in leaving:
                     tiers.empty(one)
                     tiers.changed(one.version)
-                for one in arriving:
-                    held = tiers.entries[one].packed
+                for new in arriving:
+                    held = tiers.entries[new].packed
                     assert held is not None
                     held.to_device(CPU)
-                    tiers.changed(one)
-                    tiers.arrive(one, 0.5)
+                    tiers.changed(new)
+                    tiers.arrive(new, 0.5)
                 tiers.trim_host()
             case "use" if entry is not None and entry.state == "ready":
                 tiers.use(name)

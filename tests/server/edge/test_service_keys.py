@@ -168,6 +168,6 @@ def test_a_process_that_begins_while_the_file_is_broken_takes_no_key_that_may_be
         assert service.keys.admit_admin("Bearer new").name == "ops"
     file.write_text(OTHER)
     service.look_at_keys()
-    assert service.keys_fault is None
+    assert not service.keys_fault
     assert service.keys.admit_admin("Bearer late").name == "late"
     assert service.load.keys_were_changed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -135,7 +135,7 @@ class SimulatedLane:
     scheduler: Scheduler = field(default_factory=lambda: Scheduler(8192, 64))
     requests: dict[str, EncodeRequest] = field(default_factory=dict)
     began: dict[str, float] = field(default_factory=dict)
-    ran_s: Counter[str] = field(default_factory=Counter)
+    ran_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     rows_left: dict[str, int] = field(default_factory=dict)
     ended: dict[str, float] = field(default_factory=dict)
 
