@@ -103,9 +103,9 @@ def test_sums_and_orders_are_those_of_all_entries(
             case "place":
                 leaving, arriving, _ = tiers.divide_slots()
                 check(tiers)
-                for one in leaving:
-                    tiers.empty(one)
-                    tiers.changed(one.version)
+                for vacated in leaving:
+                    tiers.empty(vacated)
+                    tiers.changed(vacated.version)
                 for one in arriving:
                     held = tiers.entries[one].packed
                     assert held is not None
