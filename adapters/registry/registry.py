@@ -469,16 +469,23 @@ class Registry:
         """Repair what a crash left; call at start, while nothing else uses the store.
 
         Returns:
-            Names whose bytes are missing: they cannot be served, and say so when asked for.
+            Names whose bytes are missing, or their canary's: what is missing cannot be served, and
+            says so when it is asked for.
         """
         self.store.sweep()
         self.collect_garbage(grace_s=0.0)
         records = self._all()
-        missing = self.store.missing({record.version for record in records})
-        lost = [record.name for record in records if record.version in missing]
-        for name in lost:
-            logger.error("The bytes of adapter %s are missing; register it again.", name)
-        return lost
+        missing = self.store.missing({one for record in records for one in record.versions()})
+        for record in records:
+            if record.version in missing:
+                logger.error("The bytes of adapter %s are missing; register it again.", record.name)
+            if record.canary is not None and record.canary.record.version in missing:
+                logger.error(
+                    "The bytes of the canary of %s, version %s, are missing; stage it again, or "
+                    "abort the canary.",
+                    *(record.name, record.canary.record.version),
+                )
+        return [record.name for record in records if not missing.isdisjoint(record.versions())]
 
     def reopen(self) -> None:
         """Forget connections that came over a fork; the next call makes new ones."""

@@ -145,7 +145,7 @@ def _add_many(paths: list[str], url: str, key: str | None, *, replace: bool, pin
     try:
         wanted = manifest_of(adapters, pinned or None)
     except ManifestFaults as wrong:
-        tell_manifest_faults(wrong)
+        tell_manifest_faults(wrong, url, key)
     with reach(url, key_or_local_admin_key(key)) as client:
         apply_manifest(client, wanted, replace=replace)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -63,16 +63,12 @@ def apply_file(
     One adapter that is broken: nothing is applied, and every fault is listed. The same manifest
     again changes nothing.
 
+    \b
     A manifest:
-
       adapters:
-
         imdb: ./runs/imdb
-
         sst2: {source: "hf://org/sst2@main", pinned: true}
-
       aliases: {production: imdb}
-
       prune: false
 
     Example:
@@ -82,7 +78,7 @@ def apply_file(
     try:
         wanted = read_manifest(manifest)
     except ManifestFaults as wrong:
-        tell_manifest_faults(wrong)
+        tell_manifest_faults(wrong, url, key)
     with reach(url, key_or_local_admin_key(key)) as client:
         apply_manifest(client, wanted, dry_run=dry_run)
 
@@ -104,9 +100,7 @@ def apply_manifest(
     present = {one["name"]: one for one in every_adapter(client)}
     staged, faults = _stage_all(client, wanted, present)
     if faults:
-        for text, problem in faults:
-            print_fault(text, problem)
-        wrong = len({problem["adapter"] for _, problem in faults})
+        wrong = _tell_adapter_faults(faults)
         fail(f"nothing was applied: {wrong} of {len(wanted.entries)} adapters cannot be")
     names = {one.name for one in wanted.entries}
     body = {
@@ -144,15 +138,26 @@ def apply_manifest(
         print(f"{count} changes applied, {len(planned) - count} unchanged")
 
 
-def tell_manifest_faults(wrong: ManifestFaults) -> NoReturn:
-    """End the command with every fault of a manifest.
+def tell_manifest_faults(wrong: ManifestFaults, url: str, key: str | None) -> NoReturn:
+    """End the command with every fault of a manifest, and with what the server finds in the files
+    of its other adapters: who mends one shall not be told of the next.
 
     Raises:
         SystemExit: Always.
     """
     for text, fix in wrong.faults:
         print_fault(text, {"fix": fix})
-    raise SystemExit(MISUSED)
+    if wrong.entries:
+        with suppress(SystemExit), reach(url, key_or_local_admin_key(key)) as client:
+            _tell_adapter_faults(_stage_all(client, Manifest(wrong.entries), {})[1])
+    fail("nothing was applied", status=MISUSED)
+
+
+def _tell_adapter_faults(faults: Sequence[tuple[str, dict[str, Any]]]) -> int:
+    """Print what is wrong with adapters; returns how many they are."""
+    for text, problem in faults:
+        print_fault(text, problem)
+    return len({problem["adapter"] for _, problem in faults})
 
 
 def _stage_all(

@@ -25,11 +25,19 @@ ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
 class ManifestFaults(Exception):
-    """A manifest that cannot be applied; ``faults`` are all of them, a line and its fix each."""
+    """A manifest that cannot be applied.
 
-    def __init__(self, faults: Sequence[tuple[str, str | None]]) -> None:
+    Args:
+        faults: All of them, a line and its fix each.
+        entries: Those that nothing is wrong with so far; a server may find more in their files.
+    """
+
+    def __init__(
+        self, faults: Sequence[tuple[str, str | None]], entries: Sequence[ManifestEntry] = ()
+    ) -> None:
         super().__init__("; ".join(text for text, _ in faults))
         self.faults = tuple(faults)
+        self.entries = tuple(entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ def read_manifest(path: Path) -> Manifest:
         except ManifestFaults as wrong:
             faults += wrong.faults
     if faults:
-        raise ManifestFaults(faults)
+        raise ManifestFaults(faults, entries)
     return Manifest(tuple(entries), bool(told.get("prune", False)), aliases)
 
 
@@ -123,7 +131,7 @@ def manifest_of(paths: Sequence[Path], pinned: bool | None = None) -> Manifest:
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
     if faults:
-        raise ManifestFaults(faults)
+        raise ManifestFaults(faults, entries)
     return Manifest(tuple(entries))
 
 

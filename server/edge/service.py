@@ -25,7 +25,7 @@ from server.edge.admit.callers import may_ask
 from server.edge.admit.key_file import ApiKey, read_key_file
 from server.edge.admit.key_usage import SharedUsage
 from server.edge.admit.key_usage_file import USAGE_FILE, KeyUsageFile, UsageDays
-from server.edge.admit.keys import keyring_of
+from server.edge.admit.keys import keyring_of, settings_keyring
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.admit.slow_work import Pool, SlowWork
 from server.edge.grammars import Grammars
@@ -155,6 +155,7 @@ class Service:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self._key_reader = ThreadPoolExecutor(1, thread_name_prefix="keys-file")
         self.key_usage.number = number
+        self.look_at_keys()
         self.registry.reopen()
         self.metrics = HttpMetrics()
         if self.settings.otel_endpoint is not None:
@@ -241,10 +242,10 @@ class Service:
             self._use_keys(None)
         elif self._file_keys is not None:
             self._use_keys(self._file_keys)
-        # else it is new: the keys of before hold until `follow_keys` has read it
+        # else it is new: the keys of before hold until `follow_keys` has read it, in a second
 
     async def follow_keys(self) -> None:
-        """Read the keys file again every KEYS_POLL_S; a broken one changes nothing."""
+        """Read the keys file again every KEYS_POLL_S; a broken one lets nobody in who was not."""
         loop = asyncio.get_running_loop()
         for tick in itertools.count(1):
             await asyncio.sleep(KEYS_POLL_S)
@@ -280,6 +281,23 @@ class Service:
         self.keep_usage()
         return self.usage_file.read()
 
+    def look_at_keys(self) -> None:
+        """Read the keys file before the first request: a process that replaces another begins with
+        the settings and keys of the start, of which some may have been taken away since."""
+        self.refresh()
+        if self.settings.keys_file is None:
+            return
+        try:
+            found = read_key_file(self.settings.keys_file)
+        except SettingsFault as fault:
+            if self.load.keys_were_changed():
+                # Which keys were the last good ones is not known here.
+                self._file_keys, self.keys = None, settings_keyring(self.settings)
+            self._tell_broken_keys(fault)
+            return
+        if found != self._file_keys:
+            self._use_keys(found)
+
     def _use_keys(self, from_file: dict[str, ApiKey] | None) -> None:
         """Take over the keys of a file, with those of the settings; or go on with what there is."""
         try:
@@ -289,15 +307,23 @@ class Service:
             return
         if self.keys_fault is not None:
             logger.warning("The keys file can be used again")
+        if from_file != self._file_keys:
+            self.load.keys_changed(self._number)
         self._file_keys, self.keys_fault = from_file, None
 
     def _tell_broken_keys(self, fault: SettingsFault) -> None:
-        """Say that the keys of before go on: when it becomes so, and every minute."""
+        """Go on with the keys of before, and say so: when it becomes so, and every minute.
+
+        Who names a keys file wants a server that asks for keys. So where none of it was ever read,
+        nobody gets in without a key, though the server may have been open until then.
+        """
         now = time.monotonic()
         if str(fault) != self.keys_fault or now - self._keys_told_at > KEYS_TOLD_EVERY_S:
-            logger.error("The keys were not changed, those of before hold: %s", fault)
+            logger.error("The keys were not changed, and only those of before hold: %s", fault)
             self._keys_told_at = now
         self.keys_fault = str(fault)
+        if self._file_keys is None:
+            self.keys = self.keys.closed()
 
     async def follow_registry(self) -> None:
         """Tell the worker which versions are pinned and which have a name: when it comes up, and

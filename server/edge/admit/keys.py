@@ -57,6 +57,15 @@ class Keyring:
         self._open = open_to_all
         self._open_metrics = open_metrics
 
+    @property
+    def open_to_all(self) -> bool:
+        """Whether inference needs no key."""
+        return self._open
+
+    def closed(self) -> Keyring:
+        """The same keys, and nothing without one."""
+        return Keyring(self._keys, open_to_all=False, open_metrics=False)
+
     def named(self) -> list[ApiKey]:
         """All keys, in the order of their names."""
         return sorted(self._keys.values(), key=lambda one: one.name)
@@ -115,13 +124,7 @@ def keyring_of(settings: Settings, from_file: Mapping[str, ApiKey] | None) -> Ke
     Raises:
         SettingsFault: Two have one name or are the same key, or there is no admin key.
     """
-    keys: dict[str, ApiKey] = {}
-    if from_file is None or settings.admin_key is not None:
-        admin, _ = resolve_admin_key(settings.admin_key, settings.data_dir)
-        keys[digest_of(admin.encode())] = ApiKey(ADMIN_NAME, admin=True, metrics=True)
-    # An api_keys entry may be the admin key once more: that one may do more.
-    for name, key in settings.api_keys.items():
-        keys.setdefault(digest_of(key.get_secret_value().encode()), ApiKey(name))
+    keys = _keys_of(settings, generated=from_file is None)
     names = {one.name for one in keys.values()}
     faults = [
         SettingFault(
@@ -145,6 +148,24 @@ def keyring_of(settings: Settings, from_file: Mapping[str, ApiKey] | None) -> Ke
         raise SettingsFault(*faults)
     closed = from_file is not None or bool(settings.api_keys)
     return Keyring(keys, open_to_all=not closed, open_metrics=from_file is None)
+
+
+def settings_keyring(settings: Settings) -> Keyring:
+    """The keys of the settings alone, for where those of the keys file are not known; nothing is
+    open, and no admin key is generated."""
+    return Keyring(_keys_of(settings, generated=False), open_to_all=False, open_metrics=False)
+
+
+def _keys_of(settings: Settings, *, generated: bool) -> dict[str, ApiKey]:
+    """The keys that the settings name, by digest; with the generated admin key where none is."""
+    keys: dict[str, ApiKey] = {}
+    if generated or settings.admin_key is not None:
+        admin, _ = resolve_admin_key(settings.admin_key, settings.data_dir)
+        keys[digest_of(admin.encode())] = ApiKey(ADMIN_NAME, admin=True, metrics=True)
+    # An api_keys entry may be the admin key once more: that one may do more.
+    for name, key in settings.api_keys.items():
+        keys.setdefault(digest_of(key.get_secret_value().encode()), ApiKey(name))
+    return keys
 
 
 def _bearer_token(authorization: str | None, why: str) -> bytes:

@@ -40,6 +40,7 @@ class SharedLoad:
         self._phase = _FORK.RawValue("i", int(Phase.SERVING))
         self._settings_age = _FORK.RawValue("q", 0)
         self._registry_changes = _FORK.RawArray("q", http_processes)
+        self._key_changes = _FORK.RawArray("q", http_processes)
 
     @property
     def phase(self) -> Phase:
@@ -67,6 +68,14 @@ class SharedLoad:
         Its threads must take turns: the cell has one writer at a time.
         """
         self._registry_changes[http_process] += 1
+
+    def keys_were_changed(self) -> bool:
+        """Whether any HTTP process has taken over other keys of the keys file since the start."""
+        return any(self._key_changes)
+
+    def keys_changed(self, http_process: int) -> None:
+        """This HTTP process has taken over other keys of the keys file."""
+        self._key_changes[http_process] += 1
 
     def set(self, http_process: int, *, requests: int, tokens: int, pixel_bytes: int = 0) -> None:
         self._requests[http_process] = requests

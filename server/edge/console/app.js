@@ -65,7 +65,8 @@ const STATES = {
   starting: "starting: the base is being loaded",
   draining: "draining: running requests end, new ones are refused",
   stopping: "stopping",
-  restarting: "worker down: a new one is being started",
+  restarting: "restarting: this part of the server ends and comes again",
+  worker_lost: "worker down: a new one is being started",
   worker_silent: "worker down: it has not been heard",
   worker_stuck: "worker stuck in a step",
 };
@@ -107,17 +108,19 @@ function summed(samples, name, keep = () => true) {
   return total;
 }
 
+const MIB = 1048576;
 const charts = [
-  { title: "Requests a second", unit: "", of: (now, was, s) => gain(now, was, "hira_requests_total") / s },
-  { title: "Tokens a second", unit: "", of: (now, was, s) => gain(now, was, "hira_tokens_total") / s },
-  { title: "Requests in the engine", unit: "", of: (now) => summed(now, "hira_queue_depth") },
-  { title: "Rows of a batch, mean", unit: "", of: (now, was) => mean(now, was, "hira_batch_rows") },
-  { title: "Adapters of a batch, mean", unit: "", of: (now, was) => mean(now, was, "hira_batch_adapters") },
-  ...["device", "host", "folded", "heads"].map((tier) => ({
-    title: `Adapter memory: ${tier}`,
-    unit: " MiB",
-    of: (now) => summed(now, "hira_adapter_bytes", (one) => one.tier === tier) / 1048576,
-  })),
+  { title: "Requests a second", lines: { "": (now, was, s) => gain(now, was, "hira_requests_total") / s } },
+  { title: "Tokens a second", lines: { "": (now, was, s) => gain(now, was, "hira_tokens_total") / s } },
+  { title: "Requests in the engine", lines: { "": (now) => summed(now, "hira_queue_depth") } },
+  { title: "Rows of a batch, mean", lines: { "": (now, was) => mean(now, was, "hira_batch_rows") } },
+  { title: "Adapters of a batch, mean", lines: { "": (now, was) => mean(now, was, "hira_batch_adapters") } },
+  {
+    title: "Adapters in memory, MiB",
+    lines: Object.fromEntries(["device", "host", "folded", "heads"].map((tier) => [
+      tier, (now) => summed(now, "hira_adapter_bytes", (one) => one.tier === tier) / MIB,
+    ])),
+  },
 ];
 
 function gain(now, was, name) {
@@ -134,13 +137,38 @@ function prepareCharts() {
     const figure = made("figure");
     const picture = drawn("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", "aria-hidden": "true" });
     for (const y of [1, 50, 99]) picture.append(drawn("line", { class: "grid", x1: 0, x2: 300, y1: y, y2: y }));
-    chart.line = drawn("polyline", { class: "series", points: "" });
-    picture.append(chart.line);
-    chart.caption = made("figcaption", `${chart.title}: -`);
-    chart.values = [];
-    figure.append(picture, chart.caption);
+    const caption = made("figcaption", chart.title);
+    const told = made("p", null, { class: "told" });
+    chart.most = made("span", "", { class: "note" });
+    chart.shown = Object.entries(chart.lines).map(([name, of], place) => {
+      const line = drawn("polyline", { class: `series line-${place}`, points: "" });
+      picture.append(line);
+      const value = made("b", "-");
+      const part = made("span", null, name ? { class: `key line-${place}` } : {});
+      part.append(name ? `${name} ` : "", value);
+      told.append(part, " ");
+      return { of, line, value, values: [] };
+    });
+    told.append(chart.most);
+    figure.append(caption, told, picture);
     find("charts").append(figure);
   }
+}
+
+function drawChart(chart, now, seconds) {
+  for (const one of chart.shown) {
+    const value = one.of(now, lastSamples, seconds);
+    one.values.push(value);
+    if (one.values.length > POINTS) one.values.shift();
+    one.value.textContent = value.toFixed(1);
+  }
+  const most = Math.max(...chart.shown.flatMap((one) => one.values), 1e-9);
+  const step = 300 / (POINTS - 1);
+  for (const one of chart.shown) {
+    const from = POINTS - one.values.length;
+    one.line.setAttribute("points", one.values.map((value, i) => `${((from + i) * step).toFixed(1)},${(98 - 95 * value / most).toFixed(1)}`).join(" "));
+  }
+  chart.most.textContent = `most ${most < 1e-6 ? "0.0" : most.toFixed(1)}`;
 }
 
 let lastSamples = null;
@@ -168,16 +196,7 @@ async function lookMetrics() {
       errors.set(name, (errors.get(name) || 0) + one.value);
     }
   }
-  for (const chart of charts) {
-    const value = chart.of(now, lastSamples, seconds);
-    chart.values.push(value);
-    if (chart.values.length > POINTS) chart.values.shift();
-    const most = Math.max(...chart.values, 1e-9);
-    const step = 300 / (POINTS - 1);
-    const from = POINTS - chart.values.length;
-    chart.line.setAttribute("points", chart.values.map((one, i) => `${((from + i) * step).toFixed(1)},${(98 - 95 * one / most).toFixed(1)}`).join(" "));
-    chart.caption.textContent = `${chart.title}: ${value.toFixed(1)}${chart.unit} (most ${most < 1e-6 ? "0.0" : most.toFixed(1)})`;
-  }
+  for (const chart of charts) drawChart(chart, now, seconds);
   lastSamples = now;
   lastAt = at;
 }
@@ -185,8 +204,15 @@ async function lookMetrics() {
 // Adapters
 
 let records = [];
+let models = []; // whom a text can be put to: the base, and each adapter
 let shownRows = "";
 let shownChoices = "";
+let lastNames = "";
+
+async function lookModels() {
+  const told = await (await call("/v1/models")).json();
+  models = told.data.filter((one) => !one.alias_of).map((one) => ({ name: one.id, task: one.task || "", base: !one.parent }));
+}
 
 async function lookAdapters() {
   const note = find("adapters-note");
@@ -203,6 +229,9 @@ async function lookAdapters() {
       if (isPart) {
         note.textContent += wanted ? `, ${page.total} of them begin with ${wanted}` : "; the first 500 are shown: say how a name begins";
       }
+      const names = JSON.stringify(records.map((one) => [one.name, one.task]));
+      if (names !== lastNames) await lookModels();
+      lastNames = names;
       showAdapters(true);
       return;
     } catch (error) {
@@ -212,13 +241,15 @@ async function lookAdapters() {
   } else {
     note.textContent = "Names only. With the admin key above: versions, states, errors, and changes.";
   }
-  const models = await (await call("/v1/models")).json();
-  records = models.data.map((one) => ({ name: one.id, task: one.task || "" }));
+  await lookModels();
+  records = models.filter((one) => !one.base);
   showAdapters(false);
 }
 
 function where(one) {
   if (one.quarantined_until) return `quarantined until ${one.quarantined_until.slice(11, 19)}: ${one.quarantine_reason}`;
+  if (one.residency === "lost") return "lost: its bytes are gone, register it again";
+  if (one.canary && one.canary.residency === "lost") return `${one.residency}; the bytes of its canary are gone`;
   if (one.served === false) return "made for another base";
   return `${one.residency || ""}${one.pinned ? ", pinned" : ""}`;
 }
@@ -231,7 +262,7 @@ function showAdapters(admin) {
     shownRows = state;
     find("adapter-rows").replaceChildren(...shown.map((one) => row(one, admin)));
   }
-  const names = JSON.stringify(records.map((one) => [one.name, one.task]));
+  const names = JSON.stringify(models);
   if (names !== shownChoices) {
     shownChoices = names;
     showChoices();
@@ -243,13 +274,15 @@ function versionText(one) {
   return one.canary ? `${text}, canary ${one.canary.version.slice(0, 12)} at ${one.canary.share} %` : text;
 }
 
+const COLUMNS = ["Name", "Version", "Task", "Method", "Where", "Requests/s", "Requests", "Errors", "Actions"];
+
 function row(one, admin) {
   const cells = [
     made("th", one.aliases && one.aliases.length ? `${one.name} (${one.aliases.join(", ")})` : one.name, { scope: "row" }),
     made("td", versionText(one), one.version ? { title: one.version } : {}),
     made("td", one.task),
     made("td", one.method ? `${one.method}, r ${[...new Set(one.ranks)].join(" to ")}` : ""),
-    made("td", where(one), one.quarantined_until ? { class: "error" } : {}),
+    made("td", where(one), one.quarantined_until || one.residency === "lost" || (one.canary && one.canary.residency === "lost") ? { class: "error" } : {}),
     made("td", (rates.get(one.name) || 0).toFixed(1), { class: "number" }),
     made("td", one.requests ?? "", { class: "number" }),
     made("td", errors.get(one.name) || 0, { class: "number" }),
@@ -272,8 +305,13 @@ function row(one, admin) {
       if (await sure(`Remove ${one.name}? Requests that run finish; later ones get 404.`)) await call(path, { method: "DELETE" });
     });
   }
-  const line = made("tr");
+  const line = made("tr", null, { role: "row" });
   line.append(...cells, actions);
+  // Roles by name, for on a phone the table is laid out as cards.
+  [...line.children].forEach((cell, place) => {
+    cell.setAttribute("role", place ? "cell" : "rowheader");
+    cell.setAttribute("data-column", COLUMNS[place]);
+  });
   return line;
 }
 
@@ -364,12 +402,14 @@ async function done(act) {
 
 function showChoices() {
   const before = new Set(chosen());
-  const boxes = records.map((one, place) => {
+  // To begin with, those that do what the first adapter does: their answers can be compared.
+  const alike = models.filter((one) => !one.base && one.task === (models.find((each) => !each.base) || one).task).slice(0, 2);
+  const boxes = models.map((one) => {
     const box = made("input", null, { type: "checkbox", value: one.name });
-    box.checked = before.size ? before.has(one.name) : place < 2;
+    box.checked = before.size ? before.has(one.name) : alike.includes(one);
     box.addEventListener("change", limitChoices);
     const label = made("label");
-    label.append(box, `${one.name}${one.task ? ` (${one.task})` : ""}`);
+    label.append(box, `${one.name} (${one.base ? "base, " : ""}${one.task})`);
     return label;
   });
   find("choices").replaceChildren(...boxes);
@@ -406,7 +446,7 @@ async function askAll(event) {
 }
 
 async function askOne(name, card, text, signal) {
-  const record = records.find((one) => one.name === name) || {};
+  const record = models.find((one) => one.name === name) || {};
   const query = `?adapter=${encodeURIComponent(name)}`;
   const place = card.querySelector(".said");
   try {
@@ -471,11 +511,11 @@ async function audit(event) {
 }
 
 function report(told) {
-  const found = [made("p", told.findings.length ? `${told.findings.length} findings` : "Nothing is contradicted.")];
+  const found = [made("p", ["Nothing is contradicted.", "1 finding"][told.findings.length] || `${told.findings.length} findings`)];
   if (told.findings.length) {
     const table = made("table");
     const head = made("tr");
-    for (const text of ["", "About", "Claimed", "Proven"]) head.append(made("th", text, { scope: "col" }));
+    for (const text of ["Kind", "About", "Claimed", "Proven"]) head.append(made("th", text, { scope: "col" }));
     table.append(head);
     for (const one of told.findings) {
       const line = made("tr");
@@ -486,22 +526,42 @@ function report(told) {
     scroll.append(table);
     found.push(scroll);
   }
-  const ranks = Object.entries(told.ranks);
-  const most = Math.max(1, ...ranks.map(([, rank]) => rank));
-  const height = ranks.length * 16 + 4;
-  const picture = drawn("svg", { class: "ranks", viewBox: `0 0 640 ${height}`, role: "img", "aria-label": `Rank of each of ${ranks.length} layers` });
-  ranks.forEach(([path, rank], place) => {
-    const y = place * 16;
-    picture.append(
-      drawn("text", { x: 0, y: y + 12 }, path.length > 48 ? `...${path.slice(-45)}` : path),
-      drawn("rect", { class: "bar", x: 320, y: y + 3, width: (280 * rank / most).toFixed(1), height: 10 }),
-      drawn("text", { x: 606, y: y + 12 }, String(rank)),
-    );
-  });
-  const figure = made("figure");
-  figure.append(made("figcaption", `Rank of each layer (${told.method}, ${told.parameters.toLocaleString()} numbers)`), picture);
-  found.push(figure);
+  const title = `Rank of each layer (${told.method}, ${told.parameters.toLocaleString("en")} numbers)`;
+  found.push(made("h3", title), rankPicture(Object.entries(told.ranks), title));
   return found;
+}
+
+// A column for each layer, a row for each of its modules; the darker, the higher the rank.
+function rankPicture(ranks, title) {
+  const most = Math.max(1, ...ranks.map(([, rank]) => rank));
+  const rows = new Map();
+  const layers = new Set();
+  for (const [path, rank] of ranks) {
+    const layer = (/\.(\d+)\./.exec(path) || [null, "-"])[1];
+    const module = layer === "-" ? path : path.slice(path.indexOf(`.${layer}.`) + layer.length + 2);
+    layers.add(layer);
+    if (!rows.has(module)) rows.set(module, new Map());
+    rows.get(module).set(layer, rank);
+  }
+  const columns = [...layers].sort((one, other) => Number(one) - Number(other));
+  const table = made("table", null, { class: "ranks" });
+  const head = made("tr");
+  head.append(...["Module", ...columns].map((text) => made("th", text, { scope: "col" })));
+  table.append(head);
+  for (const [module, of] of rows) {
+    const line = made("tr");
+    line.append(made("th", module, { scope: "row" }));
+    for (const layer of columns) {
+      const rank = of.get(layer);
+      const cell = made("td", rank ?? "");
+      if (rank) cell.style.setProperty("--share", `${Math.round(70 * rank / most)}%`);
+      line.append(cell);
+    }
+    table.append(line);
+  }
+  const scroll = made("div", null, { class: "scroll", tabindex: 0, role: "region", "aria-label": title });
+  scroll.append(table);
+  return scroll;
 }
 
 // Start
@@ -524,6 +584,7 @@ find("audit-form").addEventListener("submit", audit);
 prepareCharts();
 
 async function turn() {
+  find("key-note").textContent = key() ? "a key is in use" : "";
   await lookState();
   try {
     await lookMetrics();

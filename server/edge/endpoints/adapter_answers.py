@@ -4,7 +4,7 @@ applying has changed. Functions alone; what they show is fetched by the endpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -27,9 +27,14 @@ from server.edge.endpoints.schemas_admin import (
 class AdapterStatus:
     """What others than the registry know of adapters at this moment."""
 
-    residency: Mapping[str, str]  # tier by version
+    residency: Mapping[str, str]  # tier by version, of those that the engine knows
+    stored: Collection[str]  # versions whose bytes are in the store
     quarantined: Mapping[str, tuple[float, str]]  # by version: until when, and why
     usage: Mapping[str, tuple[int, float | None]]  # by name: requests, time of the last
+
+    def place_of(self, version: str) -> str:
+        """Where a version is: its tier, disk, or lost where its bytes are nowhere."""
+        return self.residency.get(version) or ("disk" if version in self.stored else "lost")
 
 
 def adapter_answer(record: AdapterRecord, known: AdapterStatus, base_digest: str) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def adapter_answer(record: AdapterRecord, known: AdapterStatus, base_digest: str
         pinned=record.pinned,
         served=record.fits(base_digest),
         created=record.created.isoformat(),
-        residency=known.residency.get(record.version, "disk"),
+        residency=known.place_of(record.version),
         requests=requests,
         last_used=_when(last_used),
         quarantined_until=_when(until),
@@ -79,7 +84,7 @@ def _canary_answer(canary: Canary, known: AdapterStatus, base_digest: str) -> Ca
         started=record.created.isoformat(),
         source=record.source,
         served=record.fits(base_digest),
-        residency=known.residency.get(record.version, "disk"),
+        residency=known.place_of(record.version),
         quarantined_until=_when(known.quarantined.get(record.version, (None, None))[0]),
     )
 

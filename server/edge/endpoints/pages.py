@@ -66,6 +66,7 @@ def page_routes() -> list[Endpoint]:
     files = {
         "/docs": PageFile(reference / "index.html", REFERENCE_POLICY),
         "/docs/start.js": PageFile(reference / "start.js"),
+        "/docs/style.css": PageFile(reference / "style.css"),
         "/docs/swagger-ui-bundle.js": PageFile(_carried("swagger-ui-bundle.js")),
         "/docs/swagger-ui.css": PageFile(_carried("swagger-ui.css")),
         "/console": PageFile(console / "index.html"),

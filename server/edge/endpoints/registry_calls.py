@@ -76,10 +76,11 @@ class RegistryCalls:
         state = self.service.dispatcher.state()
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        digest = self.service.names.base_digest
+        digest, store = self.service.names.base_digest, self.service.registry.store
+        stored = await self.service.slow_work.run(store.versions, "records")
 
         def answers() -> list[dict[str, Any]]:
-            known = AdapterStatus(residency, quarantined, adapter_usage())
+            known = AdapterStatus(residency, stored, quarantined, adapter_usage())
             return [adapter_answer(one, known, digest) for one in records]
 
         # A page of a thousand takes longer than the event loop has.

@@ -98,7 +98,7 @@ class CanaryAnswer(Answer):
     started: str
     source: str
     served: bool = Field(description="Whether it was checked on the base that is served.")
-    residency: str
+    residency: str = Field(description="As of an adapter.")
     quarantined_until: str | None
 
 
@@ -120,7 +120,9 @@ class AdapterAnswer(Answer):
     pinned: bool
     served: bool = Field(description="Whether it was checked on the base that is served.")
     created: str
-    residency: str
+    residency: str = Field(
+        description="device, host or disk; lost: its bytes are gone, it must be registered again."
+    )
     requests: int
     last_used: str | None
     quarantined_until: str | None

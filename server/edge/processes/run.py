@@ -115,20 +115,22 @@ def banner(service: Service, key_file: Path | None) -> Iterator[str]:
     yield f"  console    {url}/console"
     yield f"  docs       {url}/docs"
     yield "  try"
-    yield f"    {first_call(service, fitting, url)}"
+    for line in first_call(service, fitting, url):
+        yield f"    {line}"
 
 
-def first_call(service: Service, served: Sequence[AdapterRecord], url: str) -> str:
-    """A line for a shell that a person who has just started the server gets an answer from."""
+def first_call(service: Service, served: Sequence[AdapterRecord], url: str) -> tuple[str, ...]:
+    """A call for a shell that a person who has just started the server gets an answer from; in
+    lines that a terminal of 100 columns does not break."""
     keyed = ' -H "Authorization: Bearer $HIRA_KEY"' if service.is_keyed else ""
     base = service.base
     if base.prompts is None:
-        return f"curl -s{keyed} {url}/v1/models"
+        return (f"curl -s{keyed} {url}/v1/models",)
     known = [one for one in served if one.task in BY_NAME]
     known.sort(key=lambda one: one.task != "text-classification")
     task = BY_NAME[known[0].task if known else base.task]
     asked = f"?adapter={known[0].name}" if known else ""
-    text = "A film that is warm, funny and well played."
+    text = "A film that is warm and well played."
     body: dict[str, object] = {"inputs": text}
     if task.path == "/rerank":
         body = {"query": "a warm comedy", "texts": [text, "A sad song."]}
@@ -137,8 +139,8 @@ def first_call(service: Service, served: Sequence[AdapterRecord], url: str) -> s
     elif task.needs_mask:
         body = {"inputs": f"The film was {base.prompts.tokenizer.mask_token}."}
     return (
-        f"curl -s{keyed} '{url}{task.path}{asked}' -H 'Content-Type: application/json' "
-        f"-d '{json.dumps(body)}'"
+        f"curl -s{keyed} '{url}{task.path}{asked}' \\",
+        f"  -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
     )
 
 

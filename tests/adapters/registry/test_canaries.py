@@ -178,6 +178,22 @@ def test_bytes_that_a_canary_answered_with_stay_for_requests_under_way(
     assert registry.store.has(staged.version)
 
 
+def test_a_canary_without_bytes_is_told_at_the_start(
+    registry: Registry,
+    base: BaseSignature,
+    folders: list[Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    staged = registry.stage(folders[2], base).version
+    start(registry, base, staged, 10)
+    assert registry.check() == []
+    assert caplog.messages == []
+    shutil.rmtree(registry.store.path(staged))
+    assert registry.check() == ["a"]
+    (told,) = caplog.messages
+    assert f"canary of a, version {staged}, are missing" in told
+
+
 def test_a_canary_of_another_base_is_not_promoted(
     registry: Registry, base: BaseSignature, folders: list[Path]
 ) -> None:

@@ -65,6 +65,15 @@ def test_a_manifest_is_applied_as_a_whole(live: Live, tmp_path: Path) -> None:
     assert "nothing was applied: 2 of 6" in refused.stderr
     assert versions(live) == before
 
+    # One that is not there at all hides nothing of the others.
+    manifest.write_text("adapters:\n" + "\n".join([*lines, "  m9: nowhere"]))
+    refused = command(live, "apply", str(manifest), cwd=tmp_path)
+    assert refused.returncode == 2
+    for said in ("m9: ", "m2: unsupported_method: ", "m4: corrupt_file: ", "nothing was applied"):
+        assert f"hira: {said}" in refused.stderr
+    assert versions(live) == before
+    manifest.write_text("adapters:\n" + "\n".join(lines))
+
     broken.write_text(whole)
     tensors.write_bytes(bytes_whole)
     planned = command(live, "apply", str(manifest), "--dry-run", cwd=tmp_path)

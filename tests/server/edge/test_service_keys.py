@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,3 +64,110 @@ def test_a_new_keys_file_holds_once_it_is_read_and_until_then_the_keys_of_before
     asyncio.run(asyncio.wait_for(follow(), 30))
     found = service.keys.admit_admin("Bearer new")
     assert (found.name, service.keys_fault) == ("ops", None)
+
+
+GOOD = f'[ops]\nsha256 = "{digest_of(b"new")}"\nadmin = true\n'
+OTHER = f'[late]\nsha256 = "{digest_of(b"late")}"\nadmin = true\n'
+BROKEN = "[ops\n"
+UNMANNED = f'[app]\nsha256 = "{digest_of(b"new")}"\n'  # nobody could make the admin calls
+
+
+def follow_until(service: Service, holds: Callable[[], bool]) -> None:
+    async def follow() -> None:
+        following = asyncio.create_task(service.follow_keys())
+        while not holds():
+            await asyncio.sleep(0.05)
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(follow(), 30))
+
+
+def is_open(service: Service) -> bool:
+    try:
+        return service.keys.admit_inference(None) is None
+    except Refusal:
+        return False
+
+
+@pytest.mark.parametrize("content", [BROKEN, UNMANNED, None])
+def test_an_open_server_that_is_given_a_broken_keys_file_is_closed_until_it_is_right(
+    tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "keys.toml"
+    if content is not None:
+        file.write_text(content)
+    now = [load_settings({"data_dir": tmp_path, "admin_key": "the-admin-key-of-before"})]
+    if content == UNMANNED:
+        now = [load_settings({"data_dir": tmp_path})]
+    service = service_of(now)
+    admin = service.keys.named()[0]
+    key = "Bearer the-admin-key-of-before"
+    if content == UNMANNED:
+        key = f"Bearer {(tmp_path / 'admin.key').read_text().strip()}"
+    assert is_open(service)
+    service.keys.admit_metrics(None)
+    now.append(now[0].model_copy(update={"keys_file": file}))
+    service.load.settings_changed()
+    follow_until(service, lambda: service.keys_fault is not None)
+    assert not is_open(service)
+    assert service.keys.admit_admin(key) == admin
+    service.keys.admit_metrics(key)
+    for wrong in ("Bearer new", None):
+        with pytest.raises(Refusal):
+            service.keys.admit_metrics(wrong)
+    file.write_text(GOOD)
+    follow_until(service, lambda: service.keys_fault is None)
+    assert service.keys.admit_admin("Bearer new").name == "ops"
+    assert not is_open(service)
+    now.append(now[0])
+    service.load.settings_changed()
+    service.refresh()
+    assert is_open(service)
+    service.keys.admit_metrics(None)
+
+
+def test_a_closed_server_keeps_the_last_good_keys_while_the_file_is_broken(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(GOOD)
+    settings = load_settings(
+        {"data_dir": tmp_path, "keys_file": file, "api_keys": {"app": "old-key-1"}}
+    )
+    service = service_of([settings])
+    for content in (BROKEN, UNMANNED):
+        file.write_text(content)
+        follow_until(service, lambda: service.keys_fault is not None)
+        assert service.keys.admit_admin("Bearer new").name == "ops"
+        assert service.keys.admit_inference("Bearer old-key-1") == ApiKey("app")
+        assert not is_open(service)
+        file.write_text(GOOD)
+        follow_until(service, lambda: service.keys_fault is None)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_process_that_begins_while_the_file_is_broken_takes_no_key_that_may_be_gone(
+    tmp_path: Path, changed: bool
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(GOOD)
+    settings = load_settings(
+        {"data_dir": tmp_path, "keys_file": file, "api_keys": {"app": "old-key-1"}}
+    )
+    service = service_of([settings])  # as the main process has it, which makes all others
+    if changed:
+        service.load.keys_changed(0)  # by a process that has died
+    file.write_text(BROKEN)
+    service.look_at_keys()
+    assert service.keys_fault is not None
+    assert not is_open(service)
+    assert service.keys.admit_inference("Bearer old-key-1") == ApiKey("app")
+    if changed:
+        with pytest.raises(Refusal, match="not an admin key"):
+            service.keys.admit_admin("Bearer new")
+        assert not (tmp_path / "admin.key").exists()
+    else:
+        assert service.keys.admit_admin("Bearer new").name == "ops"
+    file.write_text(OTHER)
+    service.look_at_keys()
+    assert service.keys_fault is None
+    assert service.keys.admit_admin("Bearer late").name == "late"
+    assert service.load.keys_were_changed()

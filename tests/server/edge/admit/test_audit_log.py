@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 from pathlib import Path
 
 import pytest
 
-from server.edge.admit.audit_log import AUDIT_FILES, AuditLog, audit_log_of
+from server.edge.admit.audit_log import AUDIT_FILES, AuditLog, audit_log_of, audit_time
 from server.settings import load_settings
 
 
@@ -92,3 +93,57 @@ def test_the_settings_say_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixt
     assert told is not None
     told.write({"a": "ä"})
     assert capsys.readouterr().out == '{"a": "ä"}\n'
+
+
+def test_a_surrogate_of_a_path_does_not_keep_a_call_out_of_the_log(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl", 1 << 20)
+    log.write({"path": "\ud800"})
+    assert rows(tmp_path) == [{"path": "?"}]
+
+
+def test_a_line_is_on_the_disk_when_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel is asked for, in order: the line, then that it lies on the disk."""
+    asked: list[str] = []
+    write, sync = os.write, os.fsync
+
+    def written(handle: int, content: bytes) -> int:
+        asked.append("write")
+        return write(handle, content)
+
+    def synced(handle: int) -> None:
+        asked.append("sync")
+        sync(handle)
+
+    monkeypatch.setattr(os, "write", written)
+    monkeypatch.setattr(os, "fsync", synced)
+    AuditLog(tmp_path / "audit.jsonl", 1 << 20).write({"number": 1})
+    assert asked == ["write", "sync"]
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl", 1 << 20)
+    log.write({"number": 1})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[:5]))
+    with pytest.raises(OSError, match="whole line"):
+        log.write({"number": 2})
+    monkeypatch.undo()
+    assert rows(tmp_path) == [{"number": 1}]
+
+
+def test_a_file_is_turned_over_before_it_is_too_large(tmp_path: Path) -> None:
+    line = len(json.dumps({"number": 1})) + 1
+    log = AuditLog(tmp_path / "audit.jsonl", AUDIT_FILES * 2 * line)
+    for number in range(3):
+        log.write({"number": number})
+    held = [(tmp_path / name).read_text() for name in ("audit.jsonl.1", "audit.jsonl")]
+    assert [[json.loads(one)["number"] for one in text.splitlines()] for text in held] == [
+        [0, 1],
+        [2],
+    ]
+
+
+def test_times_have_milliseconds_and_a_zone() -> None:
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", audit_time())

@@ -274,3 +274,94 @@ def test_a_damaged_file_is_put_aside_and_told(
 )
 def test_durations_are_written_as_clients_read_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_window_that_ends_last_says_when_to_come_again() -> None:
+    clock = Clock()
+    shared, app = usage(clock), key(requests_per_minute=1, requests_per_day=1)
+    shared.count_request(app)
+    refusal = refused(shared.count_request, app)
+    assert refusal.headers["Retry-After"] == str(DAY_S - 600)
+    assert "at most 1 requests a day" in (refusal.faults[0].expected or "")
+    # As many are left of both: what is told is when there are more.
+    assert told(shared, app)["x-ratelimit-reset-requests"] == duration(DAY_S - 600)
+
+
+def test_a_part_of_a_second_is_waited_for_as_a_whole_one() -> None:
+    clock = Clock()
+    shared, app = usage(clock), key(requests_per_minute=1)
+    clock.pass_s(14.25)
+    shared.count_request(app)
+    assert refused(shared.count_request, app).headers["Retry-After"] == "46"
+    clock.pass_s(45.5)
+    assert refused(shared.count_request, app).headers["Retry-After"] == "1"
+
+
+def test_the_window_with_the_least_left_is_told() -> None:
+    shared, app = usage(Clock()), key(requests_per_minute=10, requests_per_day=3)
+    shared.count_request(app)
+    assert told(shared, app)["x-ratelimit-remaining-requests"] == "2"
+    assert told(shared, app)["x-ratelimit-limit-requests"] == "3"
+
+
+def test_all_of_a_quota_may_be_asked_for_at_once_and_less_than_nothing_is_never_left() -> None:
+    clock = Clock()
+    shared, app = usage(clock), key(tokens_per_minute=100)
+    shared.check_tokens(app, 100)
+    for request in "12":  # both were checked before either was admitted
+        shared.reserve(app, request, 80)
+    assert told(shared, app)["x-ratelimit-remaining-tokens"] == "0"
+    found = refused(shared.check_tokens, app, 7).faults[0].found
+    assert found == "160 tokens, and 7 more asked for"
+
+
+def test_a_request_that_ends_on_a_later_day_changes_nothing_of_it() -> None:
+    clock = Clock()
+    shared, app = usage(clock), key(tokens_per_day=1000)
+    shared.reserve(app, "1", 80)
+    clock.pass_s(DAY_S)
+    shared.reserve(app, "2", 40)
+    shared.settle("1", prompt=1, generated=1)
+    assert shared.of("app").day_tokens == 40
+
+
+def test_the_last_use_is_that_of_the_process_that_used_it_last() -> None:
+    clock = Clock()
+    shared = usage(clock, 2)
+    for number in (1, 0):
+        shared.number = number
+        clock.pass_s(10)
+        shared.count_request(key())
+    assert shared.of("app").last_used == int(clock.wall)
+    shared.number = 1
+    clock.pass_s(10)
+    shared.count_request(key())
+    assert shared.of("app").last_used == int(clock.wall)
+
+
+def test_a_process_that_counts_nothing_today_still_has_yesterdays() -> None:
+    clock = Clock()
+    shared = usage(clock, 2)
+    for number in (0, 1):
+        shared.number = number
+        shared.count_request(key())
+    clock.pass_s(DAY_S)
+    shared.count_request(key())
+    found = shared.of("app")
+    assert (found.day.requests, found.last_day.requests) == (1, 2)
+    clock.pass_s(DAY_S)
+    assert shared.of("app").last_day.requests == 1
+
+
+def test_a_thousand_names_are_counted_apart() -> None:
+    shared = usage(Clock())
+    names = [f"key-{number}" for number in range(1000)]
+    for times, name in enumerate(names):
+        for _ in range(times % 3):
+            shared.count_request(ApiKey(name))
+    assert [shared.of(name).day.requests for name in names] == [one % 3 for one in range(1000)]
+    assert shared.of("nobody").day == DayUsage()
+
+
+def test_durations_are_written_as_openai_writes_them() -> None:
+    assert [duration(one) for one in (0.2, 59, 60, 3605)] == ["1s", "59s", "1m0s", "1h0m5s"]

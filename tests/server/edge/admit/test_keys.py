@@ -17,7 +17,7 @@ from server.edge.admit.key_file import (
     parse_keys,
     read_key_file,
 )
-from server.edge.admit.keys import Keyring, keyring_of
+from server.edge.admit.keys import Keyring, keyring_of, resolve_admin_key
 from server.errors import Refusal
 from server.settings import Settings, SettingsFault, load_settings
 
@@ -173,6 +173,110 @@ def test_an_expired_key_is_refused_from_its_second_on() -> None:
     assert ring.admit_inference(bearer(APP)) is not None
     time.sleep(0.3)
     assert code_of(ring.admit_inference, bearer(APP)) == "key_expired"
+
+
+def test_the_generated_admin_key_is_nobody_elses_to_read_and_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "admin.key"
+    key, place = resolve_admin_key(None, tmp_path)
+    assert place == file
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o644)
+    assert resolve_admin_key(None, tmp_path) == (key, file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_text("\n")  # of a start that was killed
+    fresh, _ = resolve_admin_key(None, tmp_path)
+    assert len(fresh) >= 40
+    assert fresh != key
+    assert file.read_text().strip() == fresh
+
+
+@pytest.mark.parametrize("header", ["bearer {}", "BEARER {}", "Bearer  {} "])
+def test_a_scheme_is_a_scheme_however_it_is_written(header: str) -> None:
+    ring = Keyring({digest(APP): ApiKey("app")}, open_to_all=False)
+    assert ring.admit_inference(header.format(APP)) == ApiKey("app")
+
+
+@pytest.mark.parametrize("header", ["Basic {}", "{}", "Bearer", "Bearer  ", "", " {}"])
+def test_what_is_no_bearer_token_is_no_key(header: str) -> None:
+    ring = Keyring({digest(APP): ApiKey("app")}, open_to_all=False)
+    assert code_of(ring.admit_inference, header.format(APP)) == "key_missing"
+
+
+def test_bytes_that_are_no_text_are_a_wrong_key() -> None:
+    ring = Keyring({digest(APP): ApiKey("app")}, open_to_all=False)
+    assert code_of(ring.admit_inference, "Bearer \udcff\udcfe") == "key_wrong"
+
+
+def test_an_admin_key_that_stands_among_the_others_once_more_stays_one(tmp_path: Path) -> None:
+    simple = settings(
+        tmp_path, admin_key="secret-admin", api_keys=["web=secret-admin", "a=key-a-123"]
+    )
+    ring = keyring_of(simple, None)
+    assert ring.admit_admin(bearer("secret-admin")).name == "admin"
+    assert [one.name for one in ring.named()] == ["a", "admin"]
+    assert code_of(ring.admit_inference, None) == "key_missing"
+    ring.admit_metrics(None)
+
+
+def test_metrics_may_be_read_by_a_key_that_may_nothing_else_of_an_admin() -> None:
+    text = f'[scrape]\nsha256 = "{digest(APP)}"\nmetrics = true\n'
+    ring = Keyring(parse_keys(text.encode(), FILE), open_to_all=False, open_metrics=False)
+    ring.admit_metrics(bearer(APP))
+    assert code_of(ring.admit_admin, bearer(APP)) == "key_wrong"
+
+
+def test_keys_are_named_in_order() -> None:
+    ring = Keyring({"2": ApiKey("b"), "1": ApiKey("c"), "3": ApiKey("a")}, open_to_all=True)
+    assert [one.name for one in ring.named()] == ["a", "b", "c"]
+
+
+def test_as_many_keys_and_bytes_as_are_allowed_are_taken(tmp_path: Path) -> None:
+    entries = [f'[k{n}]\nsha256 = "{n:064x}"\n' for n in range(MAX_KEYS)]
+    assert len(parse_keys("".join(entries).encode(), FILE)) == MAX_KEYS
+    full = tmp_path / "full.toml"
+    full.write_bytes(entries[0].encode().ljust(KEY_FILE_BYTES, b"#"))
+    assert len(read_key_file(full)) == 1
+
+
+def test_a_key_expires_in_the_second_that_is_named() -> None:
+    key = ApiKey("app", expires=1000.0)
+    assert [key.is_expired(now) for now in (999.9, 1000.0)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"\xff\xfe", "not TOML"),
+        (
+            f'[a]\nsha256 = "{"0" * 64}"\nexpires = 9999-12-31T23:59:59-23:00\n'.encode(),
+            "outside of the years",
+        ),
+    ],
+)
+def test_a_file_that_python_cannot_hold_is_told(text: bytes, said: str) -> None:
+    with pytest.raises(SettingsFault, match=said):
+        parse_keys(text, FILE)
+
+
+def test_no_fault_shows_what_may_be_a_key() -> None:
+    secret = "a-key-in-the-wrong-place"
+    for text in (
+        f'[a]\nsha256 = "{secret}"\n',
+        f'[a]\nadmin = true\nexpires = "{secret}"\nkey_of_a = "{secret}"\n',
+        f'[a]\npassword = "{secret}"\n',
+    ):
+        with pytest.raises(SettingsFault) as caught:
+            parse_keys(text.encode(), FILE)
+        extra = [
+            one for one in caught.value.faults if "password" in one.text or "key_of" in one.text
+        ]
+        assert all("the fields are sha256" in (one.fix or "") for one in extra)
+        assert secret not in " ".join(
+            f"{one.text} {one.found}" for one in caught.value.faults if "expires" not in one.text
+        )
+    with pytest.raises(SettingsFault) as caught:
+        parse_keys(f'[a]\nsha256 = "{"0" * 64}"\nrequests_per_day = -5\n'.encode(), FILE)
+    assert (caught.value.faults[0].found, caught.value.faults[0].fix) == ("-5", None)
 
 
 def test_new_keys_are_long_and_never_the_same() -> None:

@@ -261,3 +261,22 @@ def test_a_canary_of_another_task_is_refused(live: Live) -> None:
     body = {"version": record["version"], "share": 10}
     answer = call(live, "PUT", f"/adapters/{NAME}/canary", json=body)
     assert (answer.status_code, answer.json()["code"]) == (400, "task_mismatch")
+
+
+def test_what_has_lost_its_bytes_says_so_where_it_is_listed(
+    live: Live, folders: list[Path]
+) -> None:
+    put(live, "losing", folders[0])
+    staged = put(live, "losing", folders[1], stage="true")["version"]
+    body = {"version": staged, "share": 0}
+    started = call(live, "PUT", "/adapters/losing/canary", json=body).json()
+    assert started["canary"]["residency"] != "lost"
+    shutil.rmtree(live.folder / "store" / staged)
+    (shown,) = call(live, "GET", "/adapters?prefix=losing").json()["adapters"]
+    assert shown["residency"] != "lost"
+    # What the worker has loaded by now goes on until it leaves.
+    assert shown["canary"]["residency"] in {"lost", "host", "device"}
+    other = put(live, "losing", folders[2])["version"]
+    shutil.rmtree(live.folder / "store" / other)
+    shown = call(live, "GET", "/adapters/losing").json()
+    assert shown["residency"] == "lost"
