@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +59,7 @@ def main() -> int:
 
 async def measure(one: Server, many: Server, options: argparse.Namespace) -> dict[str, Any]:
     """Ask both in turns; of each kind both figures, and the median of the rounds' ratios."""
-    kinds = {
+    kinds: dict[str, Callable[[Server], Awaitable[float]]] = {
         "tokens_per_s": lambda server: tokens_per_s(server, options.clients, options.seconds),
         "predict_p50_ms": lambda server: predict_p50_ms(server, 1, options.seconds),
         "predict_p50_ms_of_8": lambda server: predict_p50_ms(server, 8, options.seconds),

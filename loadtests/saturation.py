@@ -5,6 +5,8 @@ First its capacity is found with closed loops of growing size; then requests arr
 time, all else must be refused with 429 and a usable Retry-After, and memory must stay flat.
 
 Load is only as high as the generator can make it: the offered rate in the table is what left it.
+It shares the processor with the server, so the table also says what each takes: the generator in
+cores, the server in milliseconds of all its processes for an answer.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from loadtests.connection import Reply, encoded
 from loadtests.openloop import Outcome, Pool, Question, capacity, offer
 from loadtests.servers import Server, ready_server
@@ -34,7 +38,8 @@ NEW_TOKENS = 48
 TEXTS_EACH = 16  # so that a request is mostly the model's work
 MIN_GOODPUT = 0.9
 GROWTH_BYTES = 96 << 20
-SLACK = 3.0  # p99 of what is accepted, over the time that a full queue takes to drain
+FEW = 16  # clients whose goodput open-loop load is held against
+SLACK = 2.0  # p99 of what is accepted, over the time that a full queue takes to drain
 RETRY_MAX_S = 60
 REFUSED = ("429 overloaded", "429 wait_too_long")
 
@@ -94,15 +99,23 @@ async def _levels(
     await capacity(server.port, ask, CROWDS[:1], 2.0)  # adapters come in, buffers are made
     found = await capacity(server.port, ask, CROWDS, min(8.0, options.seconds))
     crowd, per_s = max(found.items(), key=lambda one: one[1])
+    spent = _cpu_s(server)
+    few_per_s = (await capacity(server.port, ask, (FEW,), min(8.0, options.seconds)))[FEW]
+    few_ms = (_cpu_s(server) - spent) / (few_per_s * min(8.0, options.seconds)) * 1e3
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
     pool = Pool(server.port, options.connections)
     before = watch.peak("resident_bytes", since_s=watch.now_s - 2.0)
     for level in options.levels:
-        began = watch.now_s
+        began, spent = watch.now_s, _cpu_s(server)
         outcome = await offer(pool, ask, level * per_s, options.seconds, options.seed)
+        spent = _cpu_s(server) - spent
         await asyncio.sleep(1.0)
-        rows.append(_row(level, outcome, watch.peak("resident_bytes", since_s=began)))
+        row = _row(level, outcome, watch.peak("resident_bytes", since_s=began))
+        row["goodput_of_few"] = round(outcome.goodput_per_s / few_per_s, 3)
+        row["server_cpu_ms"] = round(spent / max(1, outcome.good + outcome.late) * 1e3, 1)
+        row["queue_s"] = round(options.queue / few_per_s, 2)
+        rows.append(row)
         faults += [f"{level:g}x: {one}" for one in outcome.faults[:5]]
     pool.close()
     best = max(per_s, *(row["goodput_per_s"] for row in rows))
@@ -114,11 +127,19 @@ async def _levels(
         "capacity_per_s": round(per_s, 2),
         "capacity_clients": crowd,
         "closed_loop_per_s": {str(size): round(rate, 2) for size, rate in found.items()},
+        "few_per_s": round(few_per_s, 2),
+        "few_server_cpu_ms": round(few_ms, 1),
         "p99_bound_s": round(bound_s, 2),
         "resident_before": before,
         "levels": rows,
     }
     return report, faults
+
+
+def _cpu_s(server: Server) -> float:
+    """Processor seconds that all processes of the server have taken so far."""
+    times = (psutil.Process(pid).cpu_times() for pid in server.roles().values())
+    return sum(one.user + one.system for one in times)
 
 
 def _questions(kind: str, stage: Stage, rng: random.Random, count: int = 512) -> list[Question]:
@@ -215,12 +236,15 @@ def _print(report: dict[str, Any]) -> None:
     print(
         f"\n{report['kind']}: capacity {report['capacity_per_s']:.1f} requests/s "
         f"({report['capacity_clients']} clients), {report['dtype']}, queue of {report['queue']}, "
-        f"p99 bound {report['p99_bound_s']:.1f} s, {time.strftime('%Y-%m-%d')}"
+        f"p99 bound {report['p99_bound_s']:.1f} s, {time.strftime('%Y-%m-%d')}\n"
+        f"{FEW} clients: {report['few_per_s']:.1f} requests/s, "
+        f"{report['few_server_cpu_ms']:.1f} ms of processor for an answer"
     )
     print(
-        f"{'load':>5}{'due/s':>9}{'sent/s':>9}{'good/s':>9}{'of best':>9}{'p50 s':>7}{'p99 s':>7}"
+        f"{'load':>5}{'due/s':>9}{'sent/s':>9}{'good/s':>9}{'of best':>9}{f'of {FEW}':>7}"
+        f"{'p50 s':>7}{'p99 s':>7}"
         f"{'429':>7}{'429 p99 s':>10}{'retry s':>9}{'other':>6}{'http MiB':>9}{'wrk MiB':>8}"
-        f"{'own':>6}"
+        f"{'own':>6}{'srv ms':>8}"
     )
     for row in report["levels"]:
         statuses = row["statuses"]
@@ -233,9 +257,11 @@ def _print(report: dict[str, Any]) -> None:
         print(
             f"{row['level']:>4g}x{row['rate_per_s']:>9.1f}{row['offered_per_s']:>9.1f}"
             f"{row['goodput_per_s']:>9.1f}{row['goodput_of_best']:>9.2f}"
+            f"{row['goodput_of_few']:>7.2f}"
             f"{accepted.get('p50', 0):>7.2f}{accepted.get('p99', 0):>7.2f}{refused:>7}"
             f"{row['refused_s'].get('p99', 0):>10.2f}{retry:>9}{other:>6}{http / 2**20:>9.0f}"
             f"{peak.get('worker-0', 0) / 2**20:>8.0f}{row['own_cpu']:>6.2f}"
+            f"{row['server_cpu_ms']:>8.1f}"
         )
 
 

@@ -363,7 +363,7 @@ SNAPSHOT_GAUGES: Final = (
     ("adapters", "hira_adapters", "Adapters.", "state"),
     ("slots", "hira_slots", "Slots for adapters on the device.", "state"),
     ("kv_blocks", "hira_kv_blocks", "Blocks of the KV cache.", "state"),
-    ("static_bytes", "hira_static_step_bytes", "Memory of static decode steps.", "part"),
+    ("static_bytes", "hira_static_step_bytes", "Memory of static steps.", "part"),
     ("grammars", "hira_grammars", "Of structured output.", "kind"),
     ("cuda_bytes", "hira_cuda_bytes", "Memory of the CUDA device.", "kind"),
 )

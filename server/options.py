@@ -17,6 +17,7 @@ Quantization = Literal["nf4", "fp4", "int8", "none"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
 DecodeSteps = Literal["dynamic", "static", "ahead"]
+EncodeBatches = Literal["dynamic", "static"]
 TokenizerSource = Literal["file", "class"]
 
 MIB = 1 << 20
@@ -58,7 +59,21 @@ class EngineOptions:
     max_request_pixels: int = 1 << 26  # of all images of one request
     allow_prefix_sharing: bool = False
     decode_steps: DecodeSteps = "dynamic"
+    encode_batches: EncodeBatches = "dynamic"
     deterministic: bool = False  # answers do not depend on their batch in a single bit
 
     quarantine_failures: int = 5  # of one adapter, in a row
     quarantine_s: float = 60.0  # the first time
+
+
+def runs_apart(options: EngineOptions, device: str) -> bool:
+    """Whether each sequence and each text has a forward of its own, so that no other can change it.
+
+    That is how ``deterministic`` is kept on a GPU, where the libraries' sums over a row, too, go by
+    how many rows there are. On a CPU fewer things do, and those are kept apart one by one.
+
+    Args:
+        options: Of the engine.
+        device: Its type.
+    """
+    return options.deterministic and device != "cpu"

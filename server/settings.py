@@ -40,6 +40,7 @@ from server.options import (
     DecodeSteps,
     Device,
     DType,
+    EncodeBatches,
     EngineOptions,
     Quantization,
     TokenizerSource,
@@ -201,9 +202,12 @@ class Settings(BaseSettings):
         "How a step of decoding runs: over fixed buffers or not, and launched ahead or not.",
         "Base",
     )
+    encode_batches: EncodeBatches = setting(
+        "dynamic", "How a batch of texts that are encoded runs: over fixed buffers or not.", "Base"
+    )
 
     deterministic: bool = setting(
-        False, "Answer the same in any batch, bit for bit; slower, on a CPU only.", "Base"
+        False, "Answer the same in any batch, bit for bit; slower, on a GPU by far.", "Base"
     )
 
     # Where it listens and keeps its state
@@ -370,10 +374,12 @@ class Settings(BaseSettings):
                 f"host: LitServe listens on {', '.join(HOSTS)} only, not {self.host!r}; "
                 "choose 0.0.0.0 and filter by a firewall or a proxy"
             )
-        if self.deterministic and (self.prefix_sharing or self.decode_steps != "dynamic"):
+        static = self.decode_steps != "dynamic" or self.encode_batches != "dynamic"
+        if self.deterministic and (self.prefix_sharing or static):
             raise ValueError(
-                "deterministic: not together with prefix_sharing or other decode_steps, by which "
-                "bits depend on what is beside or was before; leave them off"
+                "deterministic: not together with prefix_sharing or other decode_steps or "
+                "encode_batches, by which bits depend on what is beside or was before; leave them "
+                "off"
             )
         if self.store_url is None and (self.store_endpoint or self.store_cache_dir):
             raise ValueError(
@@ -461,6 +467,7 @@ class Settings(BaseSettings):
             threads=self.threads,
             modulation=self.modulation,
             decode_steps=self.decode_steps,
+            encode_batches=self.encode_batches,
             deterministic=self.deterministic,
             slots=self.slots,
             device_bytes=int(self.device_bytes),

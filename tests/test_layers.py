@@ -40,7 +40,7 @@ SERVER = {
     "server.base": ("options", "stages"),
     "server.inputs": ("messages", "options", "base"),
     "server.failures": ("messages", "inputs"),
-    "server.encoding": ("messages", "options", "base", "inputs", "failures"),
+    "server.encoding": ("messages", "options", "stages", "base", "inputs", "failures"),
     "server.generation": ("messages", "options", "stages", "base", "inputs", "failures"),
     "server.engine": (
         *("messages", "options", "stages", "base", "inputs", "failures", "encoding"),

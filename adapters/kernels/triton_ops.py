@@ -42,6 +42,7 @@ from adapters.kernels.triton_tiles import (
     LARGE_SHARED_BYTES,
     BatchTiles,
     FewRows,
+    TokenTiles,
     few_blocks,
     many_blocks,
     split_inputs,
@@ -168,6 +169,8 @@ def many_rows_kernel(
     tile = tiles_ptr + (tl.program_id(0) % tile_count) * 3
     n = (tl.program_id(0) // tile_count) * BN + tl.arange(0, BN)
     slot, start, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if count == 0:  # of a fixed number of tiles, one that this batch does not need
+        return
     m = tl.arange(0, BM)
     rows = tl.load(rows_ptr + start + m, mask=m < count, other=0).to(tl.int64)
     x_rows = (x_ptr + rows * x_stride)[None, :]
@@ -374,18 +377,13 @@ def hira_linear(
     check_operands(x, weight, factors, layer, tiles=batch.device, bias=bias, out=out)
     batch.segments.check_covers(x.shape[0])
     launches = batch.launches(factors, layer)
-    out_features, in_features = weight.shape
-    y = out if out is not None else x.new_empty(x.shape[0], out_features)
+    y = out if out is not None else x.new_empty(x.shape[0], weight.shape[0])
     has_bias = bias is not None
     bias = x if bias is None else bias  # a pointer that is not read
     source, settings = _of_weight(weight, factors.addresses, layer, len(factors.layers), x.device)
-    _, shared_bytes = device_limits(x.device)
     for many in launches.many:
-        blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
-        many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
-            x, x.stride(0), y, bias, *source, launches.rows, many.tiles, many.count,
-            out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,
-            HAS_BIAS=has_bias, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
+        _launch_many(
+            x, y, bias, has_bias, TokenTiles(launches.rows, many), weight, source, settings
         )  # fmt: skip
     if launches.few is not None:
         _launch_few(x, y, bias, has_bias, launches.few, weight.shape, source, settings)
@@ -423,6 +421,50 @@ def few_rows_linear(
         x, y, x if bias is None else bias, has_bias, few, weight.shape, source, settings
     )  # fmt: skip
     return y
+
+
+def token_rows_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    addresses: torch.Tensor,
+    layer: int,
+    tiles: TokenTiles,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """``few_rows_linear`` for many rows of each slot: a tile is of one slot.
+
+    Args:
+        x, weight, addresses, layer, bias: As there.
+        tiles: That hold every row; slots of a smaller rank than theirs are among them.
+
+    Returns:
+        A new ``[rows, out]`` in the dtype of ``x``.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    source, settings = _of_weight(weight, addresses, layer, addresses.shape[1], x.device)
+    has_bias = bias is not None
+    _launch_many(x, y, x if bias is None else bias, has_bias, tiles, weight, source, settings)
+    return y
+
+
+def _launch_many(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor,
+    has_bias: bool,
+    tiles: TokenTiles,
+    weight: PackedWeight,
+    source: tuple[Any, ...],
+    settings: dict[str, Any],
+) -> None:
+    (out_features, in_features), many = weight.shape, tiles.many
+    _, shared_bytes = device_limits(x.device)
+    blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
+    many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
+        x, x.stride(0), y, bias, *source, tiles.rows, many.tiles, many.count,
+        out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,
+        HAS_BIAS=has_bias, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
+    )  # fmt: skip
 
 
 def _of_weight(

@@ -137,6 +137,19 @@ def write_weight(
     )  # fmt: skip
 
 
+def product_buffers(
+    shape: tuple[int, int], rows: int, rank: int, dtype: torch.dtype, take: Take
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W0 ``[out, in]``, the expanded rows ``[blocks · PRODUCT_ROWS, in]``, and their products in
+    float32 ``[blocks · PRODUCT_ROWS, out]``: what ``product_linear`` takes."""
+    expanded = triton.cdiv(rows * (rank + 1), PRODUCT_ROWS) * PRODUCT_ROWS
+    return (
+        take("scratch_w0", shape, dtype),
+        take("scratch_z", (expanded, shape[1]), dtype),
+        take("scratch_e", (expanded, shape[0]), torch.float32),
+    )
+
+
 def product_linear(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -164,11 +177,9 @@ def product_linear(
     """
     rows, in_features = x.shape
     out_features, each, layers = weight.shape[0], rank + 1, addresses.shape[1]
-    w0 = take("scratch_w0", weight.shape, x.dtype)
+    w0, z, e = product_buffers(weight.shape, rows, rank, x.dtype, take)
     write_weight(w0, weight, addresses, layer, 0, 0)
-    blocks = triton.cdiv(rows * each, PRODUCT_ROWS)
-    z = take("scratch_z", (blocks * PRODUCT_ROWS, in_features), x.dtype)
-    e = take("scratch_e", (blocks * PRODUCT_ROWS, out_features), torch.float32)
+    blocks = z.shape[0] // PRODUCT_ROWS
     expand_rows_kernel[(rows * each, triton.cdiv(in_features, EXPAND_BLOCK))](
         x, x.stride(0), z, slots, addresses, layer, layers, in_features,
         EACH=each, BLOCK_K=EXPAND_BLOCK, COLUMNS=FACTOR_COLUMNS,

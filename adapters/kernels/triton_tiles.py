@@ -6,6 +6,7 @@ own; slots with few share tiles, so that a tile of W0 is decoded once for all of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,17 @@ class FewRows:
     entries: torch.Tensor  # int32 [modulated pieces, 3]: slot, first column of its tile, last + 1
     bounds: torch.Tensor  # int32 [tiles + 1]: the entries of each tile
     tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTiles:
+    """Tiles of one slot each over rows as they lie, as many as a batch of this size can need.
+
+    Those that a batch does not need have no rows.
+    """
+
+    rows: torch.Tensor  # int32 [row count], 0, 1, 2, ...
+    many: ManyRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +229,17 @@ def share_tiles(pieces: list[tuple[int, int]], block_rows: int) -> tuple[list[in
     for tile_entries in entries:
         bounds.append(bounds[-1] + len(tile_entries))
     return [number for tile in entries for entry in tile for number in entry], bounds
+
+
+def slot_tiles(runs: Iterable[tuple[int, int]], block_rows: int) -> list[int]:
+    """Cut ``(slot, rows)`` laid end to end into tiles of one slot: flat slot, first row, rows."""
+    tiles: list[int] = []
+    start = 0
+    for slot, count in runs:
+        for first in range(start, start + count, block_rows):
+            tiles += (slot, first, min(block_rows, start + count - first))
+        start += count
+    return tiles
 
 
 def _int32(numbers: list[int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ go, is the business of ``adapters.residency.slots``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -24,9 +24,6 @@ from adapters.modulation.static_layers import StaticLayers
 from adapters.modulation.strategy import Strategy
 from adapters.segments import BASE_SLOT, Segments
 from adapters.signature import BaseSignature, LayerSignature, describe, target_modules
-
-# Of the adapters that kernels for static steps are compared with: the usual one.
-_TIMED_RANK = 32
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +148,23 @@ class AdaptedModel:
         if self.modulator.static is not None:
             self.modulator.static.clear(slot)
 
-    def make_static(self, slots: int) -> StaticLayers:
+    def make_static(
+        self, slots: int, most_rows: int = 0, ranks: Sequence[int] = ()
+    ) -> StaticLayers:
         """Let steps over fixed buffers run over the linear layers; before anything is installed.
 
         Args:
             slots: How many slots there will ever be, slot 0 included.
+            most_rows: Of a step in which rows are of many slots; 0: there are no such steps.
+            ranks: Padded, that these steps are made for.
+
+        Returns:
+            The same to whoever asks again.
         """
+        known = self.modulator.static
+        if known is not None:
+            assert known.slots == slots
+            return known
         assert not self._installed
         weights = {
             path: layer.quantized
@@ -164,8 +172,8 @@ class AdaptedModel:
             if isinstance(layer, AdaptedLinear)
         }
         dtype = next(one.dtype for one in self.model.parameters() if one.is_floating_point())
-        if self.fused is not None:
-            self.fused.choose_for_one_row(_TIMED_RANK)
+        if self.fused is not None and most_rows:
+            self.fused.choose_for_steps(most_rows, ranks)
         made = StaticLayers(weights, slots, dtype, self.device, self.fused)
         self.modulator.static = made
         return made

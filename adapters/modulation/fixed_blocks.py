@@ -65,15 +65,15 @@ class FixedBlocks:
 def _agreeing(like: torch.Tensor) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(0)
     rows, least = BLOCKS[0], BLOCKS[-1]
-    weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+    weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
     weight.copy_(torch.randn(weight.shape, generator=generator))
-    x = torch.randn(rows, weight.shape[1], generator=generator).to(like.dtype)
+    x = torch.randn(rows, weight.shape[1], generator=generator).to(like.device, like.dtype)
     wanted = _in_blocks(x, weight, least)
     for _ in range(_TRIALS):
         order = torch.randperm(rows, generator=generator)
         if not torch.equal(_in_blocks(x[order], weight, least), wanted[order]):
             return (1,)
-    padded = torch.zeros(least, weight.shape[1], dtype=like.dtype)
+    padded = torch.zeros(least, weight.shape[1], dtype=like.dtype, device=like.device)
     padded[0] = x[7]
     if not torch.equal((padded @ weight.t())[0], wanted[7]):
         return (1,)
@@ -91,7 +91,7 @@ def run(
     """A call of one layer: a new ``[rows, out]``, its rows independent of each other.
 
     Args:
-        call: On the CPU.
+        call: Of one layer.
         blocks: What computes its products.
         workspace: Its buffers are overwritten.
         folded: Folded weights are kept there as far as they fit; kept or not, they are the same.

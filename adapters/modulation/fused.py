@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -27,11 +27,21 @@ from adapters.kernels.triton_operands import (
     PackedWeight,
     pack_weight,
 )
-from adapters.kernels.triton_tiles import BatchTiles, FewRows, padded_rank
+from adapters.kernels.triton_tiles import BatchTiles, FewRows, TokenTiles, padded_rank
 from adapters.modulation.autotune import Autotuner
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.static_rows import StaticRows
+from adapters.modulation.step_forms import (
+    MOST_EXPANDED,
+    TIMED_ADAPTERS,
+    TIMED_ROWS,
+    StepCase,
+    StepForm,
+    StepForms,
+    fastest,
+)
 from adapters.modulation.strategy import Candidate, Computation, bucket_of
 from adapters.modulation.workspace import Workspace
 from adapters.segments import BASE_SLOT, Segments, from_runs
@@ -43,14 +53,8 @@ _LEAST_CAPABILITY = (8, 0)  # the kernels are compiled, in tests, for 8.0 to 9.0
 # Of the probe, relative to its largest answer: bfloat16 rounds by 2⁻⁸.
 _PROBE_TOLERANCE = 2e-2
 
-# Expanded rows, row by rank, beyond which expanding is hopeless, and rows of a slot below which a
-# weight of its own is.
-_MOST_EXPANDED = 8192
+# Rows of a slot below which a weight of its own is hopeless.
 _LEAST_ROWS_OF_A_SLOT = 16
-
-# Of a comparison of two kernels: launches of a round, and rounds.
-_TIMED_LAUNCHES = 50
-_TIMED_ROUNDS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +103,8 @@ class FusedLayers:
         self._tiles: list[BatchTiles] = []  # latest last
         self._workspace = Workspace()
         self._first_row = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._shapes_by_row: frozenset[tuple[int, int]] = frozenset()
+        self._step_forms = StepForms()
+        self._step_buffers = Workspace()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,26 +152,114 @@ class FusedLayers:
         """Whether the kernel can serve this layer at all."""
         return path in self._layers
 
-    def choose_for_one_row(self, rank: int) -> None:
-        """Time both kernels for one row on each shape of weight: steps over fixed buffers cannot.
+    def choose_for_steps(self, most_rows: int, ranks: Sequence[int]) -> None:
+        """Time every form on each shape of weight: steps over fixed buffers cannot.
 
-        From now on ``rows_by_address`` takes the faster for it. Where the one-row kernel is wrong,
-        or cannot run, it is not tried.
+        From now on ``rows_by_address`` takes the fastest. A form that is wrong, or cannot run, is
+        not tried; where memory does not hold the buffers of ``product``, it is not used.
 
         Args:
-            rank: Padded, of the adapters that it is timed with.
+            most_rows: Of a step.
+            ranks: Padded, that steps are made for; 0: no HiRA.
         """
-        if "row" not in proved_forms(self.dtype, self.device):
-            return
+        proved = proved_forms(self.dtype, self.device)
         weights = {layer.weight.shape: layer.weight for layer in self._layers.values()}
+        chosen: dict[StepCase, StepForm] = {}
+        for rows in (one for one in reversed(TIMED_ROWS) if one <= max(1, most_rows)):
+            for shape, weight in weights.items():
+                for rank in ranks:
+                    runs = self._step_runs(weight, rows, rank, proved)
+                    if len(runs) > 1:
+                        chosen[shape, rank, rows] = fastest(runs, self.device)
+        self._step_forms = StepForms(chosen)
+        # What was taken for forms that lost is given back; the rest must never move.
+        self._step_buffers = Workspace()
         try:
-            self._shapes_by_row = frozenset(
-                shape
-                for shape, weight in weights.items()
-                if _is_faster_by_row(weight, rank, self.dtype, self.device)
+            self._reserve_for_steps()
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "No memory for the buffers of steps by products: the fused kernel computes them. "
+                "Lower kv_bytes or device_bytes to make room."
             )
-        except Exception as cause:  # noqa: BLE001  # a driver: the fused kernel serves
-            logger.warning("The one-row kernel was not timed: %s", _in_a_line(cause))
+            self._step_forms = self._step_forms.without("product")
+            self._step_buffers = Workspace()
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the buffers that steps over fixed buffers share."""
+        return self._step_buffers.nbytes
+
+    def step_form(self, path: str, rank: int, rows: int) -> StepForm:
+        """What computes a layer in such steps, of so many rows."""
+        return self._step_forms.of(self._layers[path].weight.shape, rank, rows)
+
+    def _take_for_steps(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return self._step_buffers.take(name, shape, dtype, self.device)
+
+    def _reserve_for_steps(self) -> None:
+        """Take the largest buffers that chosen products need, before any step is captured."""
+        for shape, rank, rows in self._step_forms.cases("product"):
+            _scratch_ops().product_buffers(shape, rows, rank, self.dtype, self._take_for_steps)
+
+    def _step_runs(
+        self, weight: PackedWeight, rows: int, rank: int, proved: frozenset[Computation]
+    ) -> dict[StepForm, Callable[[], torch.Tensor]]:
+        """Each form as a call on random rows, as many adapters in them as there usually are."""
+        out_features, in_features = weight.shape
+        adapters = min(rows, TIMED_ADAPTERS) if rank else 0
+        table = FactorTable(adapters + 1, [weight.shape], self.dtype, self.device)
+        for slot in range(1, adapters + 1):
+            a, b_t = (
+                torch.randn(rank, one, device=self.device, dtype=self.dtype)
+                for one in (in_features, out_features)
+            )
+            table.place(slot, {0: (a, b_t.t())})
+        made = StaticRows(rows, self.device)
+        made.fill([1 + row % adapters if adapters else BASE_SLOT for row in range(rows)])
+        made.shape(rows, rank, False)
+        x = torch.randn(rows, in_features, device=self.device, dtype=self.dtype)
+
+        def run(form: StepForm) -> Callable[[], torch.Tensor]:
+            return lambda: self._by_form(
+                form, x, weight, table.addresses, layer=0, tiles=made.tiles, slots=made.slots,
+                rank=rank, bias=None,
+            )  # fmt: skip
+
+        runs: dict[StepForm, Callable[[], torch.Tensor]] = {"tiles": run("tiles")}
+        if rows == 1 and rank and "row" in proved:
+            runs["row"] = run("row")
+        if rows * (rank + 1) <= MOST_EXPANDED and "product" in proved:
+            runs["product"] = run("product")
+        return runs
+
+    def _by_form(
+        self,
+        form: StepForm,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        table: torch.Tensor,
+        *,
+        layer: int,
+        tiles: FewRows,
+        slots: torch.Tensor,
+        rank: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y: torch.Tensor
+        if form == "row":
+            y = _one_row_ops().one_row_linear(
+                x, weight, table, layer, slots,
+                rank=tiles.rank, first_row=self._first_row, bias=bias,
+            )  # fmt: skip
+        elif form == "product":
+            y = _scratch_ops().product_linear(
+                x, weight, table, layer, slots, rank=rank, take=self._take_for_steps, bias=bias
+            )
+        else:
+            y = self._ops.few_rows_linear(x, weight, table, layer, tiles, bias)
+        return y
 
     def serves(self, path: str, x: torch.Tensor) -> bool:
         """Whether the kernel serves this layer for rows of this type and device."""
@@ -179,8 +272,9 @@ class FusedLayers:
         table: torch.Tensor,
         *,
         layer: int,
-        few: FewRows,
+        tiles: FewRows | TokenTiles,
         slots: torch.Tensor,
+        rank: int,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """A layer that ``serves`` holds for, with nothing checked and nothing read on the host.
@@ -190,8 +284,9 @@ class FusedLayers:
             x: ``[rows, in]``.
             table: int64 ``[slots, layers, 3]``, as ``FactorTable.addresses``.
             layer: Of the table.
-            few: Tiles that hold all rows of ``x``; its buffers may change until the launch runs.
+            tiles: That hold all rows of ``x``; its buffers may change until the launch runs.
             slots: int32 ``[rows]``, a buffer likewise.
+            rank: Padded, that the launches are made for; 0: no HiRA.
             bias: ``[out]``, or None.
 
         Returns:
@@ -199,15 +294,13 @@ class FusedLayers:
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
         weight = self._layers[path].weight
-        y: torch.Tensor
-        if x.shape[0] == 1 and weight.shape in self._shapes_by_row:
-            y = _one_row_ops().one_row_linear(
-                x, weight, table, layer, slots,
-                rank=few.rank, first_row=self._first_row, bias=bias,
-            )  # fmt: skip
-        else:
-            y = self._ops.few_rows_linear(x, weight, table, layer, few, bias)
-        return y
+        if isinstance(tiles, TokenTiles):
+            y: torch.Tensor = self._ops.token_rows_linear(x, weight, table, layer, tiles, bias)
+            return y
+        form = self._step_forms.of(weight.shape, rank, x.shape[0])
+        return self._by_form(
+            form, x, weight, table, layer=layer, tiles=tiles, slots=slots, rank=rank, bias=bias
+        )
 
     def add_lora_by_address(
         self,
@@ -346,7 +439,7 @@ class FusedLayers:
         runs: dict[Candidate, Callable[[], torch.Tensor]] = {("triton", "tiles"): by_tiles}
         if x.shape[0] == 1 and rank:
             runs["triton", "row"] = by_row
-        if x.shape[0] * (rank + 1) <= _MOST_EXPANDED:
+        if x.shape[0] * (rank + 1) <= MOST_EXPANDED:
             runs["triton", "product"] = by_product
         if x.shape[0] >= _LEAST_ROWS_OF_A_SLOT * len(parts):
             runs["triton", "scratch"] = by_scratch
@@ -473,52 +566,6 @@ def _probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "
             bias,
         )
         return float((found.double() - truth).abs().max() / truth.abs().max())
-
-
-def _is_faster_by_row(
-    weight: PackedWeight, rank: int, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether the one-row kernel takes less time than the fused one for a row of this weight."""
-    if device.type != "cuda":
-        return True  # interpreted: it is not the time that is looked at
-    table = FactorTable(2, [weight.shape], dtype, device)
-    a, b_t = (torch.randn(rank, one, device=device, dtype=dtype) for one in weight.shape[::-1])
-    table.place(1, {0: (a, b_t.t())})
-    x = torch.randn(1, weight.shape[1], device=device, dtype=dtype)
-    slots = torch.ones(1, dtype=torch.int32, device=device)
-    zero = torch.zeros_like(slots)
-    tiles = BatchTiles(from_runs([(1, 1)]), device)
-    runs: tuple[Callable[[], torch.Tensor], ...] = (
-        lambda: _one_row_ops().one_row_linear(
-            x, weight, table.addresses, 0, slots, rank=rank, first_row=zero, bias=None
-        ),
-        lambda: _ops().hira_linear(x, weight, table, 0, tiles),
-    )
-    graphs = [_as_graph(run) for run in runs]
-    best = [min(_replay_ms(graph) for _ in range(_TIMED_ROUNDS)) for graph in graphs]
-    return best[0] < best[1]
-
-
-def _as_graph(run: Callable[[], torch.Tensor]) -> Any:
-    """Many launches as one graph, so that it is the device that is timed and not the host."""
-    run()
-    torch.cuda.synchronize()
-    graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_TIMED_LAUNCHES):
-            run()
-    graph.replay()
-    return graph
-
-
-def _replay_ms(graph: Any) -> float:
-    begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
 
 
 def _packed(weights: Mapping[str, QuantizedWeight]) -> dict[str, _Layer]:

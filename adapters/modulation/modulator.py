@@ -155,14 +155,17 @@ class Modulator:
             SegmentMismatch: The segments do not cover the rows; checked before any write.
         """
         call.segments.check_covers(call.x.shape[0])
-        if self.fixed is not None:
-            return fixed_blocks.run(call, self.fixed, self.workspace, self.folded)
         if self.fused is not None and self.fused.takes(call):
             y, left = self.fused.linear(call, self.tuner)
             for place in left:
                 part = call.segments.parts[place]
-                y[part.start : part.stop] = self._by_operators(call.of_segments([place]))
+                y[part.start : part.stop] = self._without_kernel(call.of_segments([place]))
             return y
+        return self._without_kernel(call)
+
+    def _without_kernel(self, call: LayerCall) -> torch.Tensor:
+        if self.fixed is not None:
+            return fixed_blocks.run(call, self.fixed, self.workspace, self.folded)
         if self.strategy == "reference":
             return _reference(call)
         return self._by_operators(call)

@@ -12,16 +12,18 @@ so is named by ``obstacle``; the caller then takes ``adapters.modulation.modulat
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
 
+from adapters.errors import SegmentMismatch
 from adapters.kernels.triton_operands import ADDRESS_MULTIPLE_BYTES, KERNEL_MAX_RANK
-from adapters.kernels.triton_tiles import FewRows, padded_rank, share_tiles
+from adapters.kernels.triton_tiles import padded_rank
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
+from adapters.modulation.static_rows import StaticRows, StaticTokens
 from adapters.modulation.workspace import Workspace
 from adapters.segments import BASE_SLOT
 
@@ -29,68 +31,6 @@ if TYPE_CHECKING:
     from adapters.modulation.fused import FusedLayers
 
 COLUMNS: Final = 3  # of a table: addresses of A [r, in] and Bᵀ [r, out], then r; 0: none
-TILE_ROWS: Final = 16
-
-
-class StaticRows:
-    """Which row is of which slot, in buffers that stay where they are; rewritten by ``fill``.
-
-    Args:
-        most: Rows at most.
-        device: Of the model.
-    """
-
-    def __init__(self, most: int, device: torch.device) -> None:
-        tiles = -(-most // TILE_ROWS)
-        self._sizes = [most, 3 * most, tiles + 1]
-        # A copy to the device may still be under way when the next step is written: two alternate.
-        self._host = [torch.zeros(sum(self._sizes), dtype=torch.int32) for _ in range(2)]
-        if device.type == "cuda":
-            self._host = [one.pin_memory() for one in self._host]
-        self._all = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
-        self._slots, self._entries, self._bounds = torch.split(self._all, self._sizes)
-        self._order = torch.arange(most, dtype=torch.int32, device=device)
-        self.rows = most  # of the present step, as a launch sees them
-        self.rank = 0  # the padded rank that the launches are made for; 0: no HiRA
-        self.has_lora = False
-
-    @property
-    def slots(self) -> torch.Tensor:
-        """int32 ``[rows]``."""
-        return self._slots[: self.rows]
-
-    @property
-    def few(self) -> FewRows:
-        """The tiles as the fused kernel reads them."""
-        return FewRows(
-            rank=self.rank or 16,
-            block_rows=TILE_ROWS,
-            rows=self._order[: self.rows],
-            row_count=self.rows,
-            entries=self._entries,
-            bounds=self._bounds,
-            tiles=-(-self.rows // TILE_ROWS),
-        )
-
-    def shape(self, rows: int, rank: int, has_lora: bool) -> None:
-        """Say what the next launches are made for; changes no buffer."""
-        self.rows, self.rank, self.has_lora = rows, rank, has_lora
-
-    def fill(self, slots: Sequence[int]) -> None:
-        """Write the slots of the rows, those of one slot side by side; the rest are the base's."""
-        most = self._sizes[0]
-        padded = [*slots, *[BASE_SLOT] * (most - len(slots))]
-        runs: list[tuple[int, int]] = []
-        for slot in padded:
-            if runs and runs[-1][0] == slot:
-                runs[-1] = (slot, runs[-1][1] + 1)
-            else:
-                runs.append((slot, 1))
-        entries, bounds = share_tiles(runs, TILE_ROWS)
-        entries += [0] * (3 * most - len(entries))
-        self._host.reverse()
-        self._host[0].copy_(torch.tensor([*padded, *entries, *bounds], dtype=torch.int32))
-        self._all.copy_(self._host[0], non_blocking=True)
 
 
 class StaticLayers:
@@ -118,7 +58,7 @@ class StaticLayers:
         self.slots = slots
         self.dtype = dtype
         self.fused = fused
-        self.rows: StaticRows | None = None  # None: no static step is under way
+        self.rows: StaticRows | StaticTokens | None = None  # None: no static step is under way
         self._index = {path: place for place, path in enumerate(weights)}
         self._weights = dict(weights)
         shape = (slots, max(1, len(weights)), COLUMNS)
@@ -133,8 +73,9 @@ class StaticLayers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables."""
-        return self.hira.nbytes + self.lora.nbytes + self.scales.nbytes
+        """Bytes of the tables, and of the buffers that the kernels of steps share."""
+        shared = 0 if self.fused is None else self.fused.step_bytes
+        return self.hira.nbytes + self.lora.nbytes + self.scales.nbytes + shared
 
     def obstacle(self, slot: int) -> str | None:
         """Why rows of a slot cannot be in a static step: one of few words, for a metric."""
@@ -196,7 +137,7 @@ class StaticLayers:
         self._alive.pop(slot, None)
 
     def linear(
-        self, path: str, x: torch.Tensor, bias: torch.Tensor | None, rows: StaticRows
+        self, path: str, x: torch.Tensor, bias: torch.Tensor | None, rows: StaticRows | StaticTokens
     ) -> torch.Tensor:
         """One layer for the rows of a step: a new ``[rows, out]`` in the dtype of ``x``.
 
@@ -205,13 +146,23 @@ class StaticLayers:
             x: ``[rows, in]``.
             bias: ``[out]`` in the dtype of ``x``, or None.
             rows: Whose ``shape`` the launches are made for.
+
+        Raises:
+            SegmentMismatch: ``x`` has another number of rows.
         """
+        if x.shape[0] != rows.rows:
+            raise SegmentMismatch(
+                "A layer of a static step was given rows that nobody knows the slots of.",
+                found=f"{x.shape[0]} rows in {path}",
+                expected=f"{rows.rows}",
+            )
         place = self._index[path]
         tables = (self.hira, self.lora, self.scales)
         if self.fused is not None and self.fused.serves(path, x):
             y = self.fused.rows_by_address(
-                path, x, self.hira, layer=place, few=rows.few, slots=rows.slots, bias=bias
-            )
+                path, x, self.hira, layer=place, tiles=rows.tiles, slots=rows.slots,
+                rank=rows.rank, bias=bias,
+            )  # fmt: skip
             if rows.has_lora:
                 self.fused.add_lora_by_address(
                     y, x, rows.slots, self.lora, scales=self.scales, layer=place
@@ -220,7 +171,8 @@ class StaticLayers:
         weight = self._weights[path]
         w0 = self._workspace.dequantized(weight, x.dtype)
         y = F.linear(x, w0, bias)
-        if rows.rank or rows.has_lora:
+        # On a GPU no adapter of a static step has factors in a layer without the kernel.
+        if (rows.rank or rows.has_lora) and x.device.type == "cpu":
             torch.ops.hira.add_by_address(y, x, w0, rows.slots, *tables, place)
         return y
 

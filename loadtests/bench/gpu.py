@@ -77,20 +77,28 @@ def _large(report: Report, device: torch.device, clock: PartClock) -> None:
 
 
 def _deterministic(report: Report, device: torch.device, clock: PartClock) -> None:
-    if device.type == "cuda":
-        report.leave_out("deterministic: --deterministic is served on a processor only")
-        return
     from loadtests.bench import random_batches
 
-    random_batches.measure(report, "encoding", "fp32", "none", batches=1, count=2)
+    if report.dry_run:
+        random_batches.measure(report, "encoding", "fp32", "none", batches=1, count=2)
+        return
+    ends = clock.left_s
+    lanes: tuple[random_batches.BatchLane, ...] = ("generation", "encoding")
+    for number, lane in enumerate(lanes, start=1):
+        left_s = ends * (1 - number / len(lanes))
+        if clock.has_time(lane):
+            random_batches.measure(
+                report, lane, "bf16", "nf4", count=40, device="cuda",
+                has_time=lambda least=left_s: clock.left_s > least,  # type: ignore[misc]
+            )  # fmt: skip
 
 
 PARTS = (
     Part("layers, NF4, bfloat16, HiRA; out x in, rank, rows / adapters", 40.0, _layers),
     Part("texts, BERT-base shape", 30.0, _texts),
-    Part("a 1.2 B Llama shape", 110.0, _small),
-    Part("an 8 B Llama shape", 105.0, _large),
-    Part("deterministic", 5.0, _deterministic),
+    Part("a 1.2 B Llama shape", 102.0, _small),
+    Part("an 8 B Llama shape", 100.0, _large),
+    Part("deterministic", 18.0, _deterministic),
 )
 
 

@@ -14,7 +14,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,7 +160,12 @@ def _adapter(folder: Path, signature: BaseSignature, lane: BatchLane, seed: int)
 
 @contextmanager
 def small_engine(
-    base: SmallBase, dtype: DType, quantization: Quantization, *, deterministic: bool
+    base: SmallBase,
+    dtype: DType,
+    quantization: Quantization,
+    *,
+    deterministic: bool,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Iterator[Engine]:
     """An engine on the base; steps are small, so that prompts are read in pieces."""
     with tempfile.TemporaryDirectory(prefix="hira-batches-cache-") as cache:
@@ -171,7 +176,7 @@ def small_engine(
                 cache_dir=Path(cache),
                 quantization=quantization,
                 dtype=dtype,
-                device="cpu",
+                device=device,
                 threads=torch.get_num_threads(),
                 prefill_tokens=48,
                 max_sequences=16,
@@ -229,7 +234,7 @@ class LogitsSeen:
             logits = plain(forward, parts)
             predicting = [part.sequence for part in parts if part.predicts]
             for row, one in zip(logits.last, predicting, strict=True):
-                raw = row.contiguous().view(torch.uint8).numpy().tobytes()
+                raw = row.contiguous().view(torch.uint8).cpu().numpy().tobytes()
                 seen[one.request.id, len(one.ids)] = hashlib.blake2b(raw, digest_size=16).digest()
             return logits
 
@@ -321,6 +326,8 @@ def measure(
     *,
     batches: int = BATCHES,
     count: int = POOL,
+    device: Literal["cpu", "cuda"] = "cpu",
+    has_time: Callable[[], bool] = lambda: True,
 ) -> None:
     """Compare so many batches of one lane, and tell the cost.
 
@@ -329,6 +336,8 @@ def measure(
         lane, dtype, quantization: Of both engines.
         batches: Forwards at least.
         count: Requests in the pool.
+        device: Of both engines.
+        has_time: Asked after each turn; no: there are fewer batches.
 
     Raises:
         SystemExit: A bit differs, or a request failed.
@@ -336,8 +345,8 @@ def measure(
     seen = LogitsSeen()
     with (
         small_base(lane) as base,
-        small_engine(base, dtype, quantization, deterministic=True) as engine,
-        small_engine(base, dtype, quantization, deterministic=False) as usual,
+        small_engine(base, dtype, quantization, deterministic=True, device=device) as engine,
+        small_engine(base, dtype, quantization, deterministic=False, device=device) as usual,
         seen.watching(),
     ):
         comparison = Comparison(pool(base, lane, count), seen)
@@ -353,7 +362,7 @@ def measure(
                 done += forwards if compare else 0
             ratios.append(took[True] / took[False])
             ours, theirs = ours + took[True], theirs + took[False]
-            if done >= batches:
+            if done >= batches or not has_time():
                 break
     case = f"{lane}, {quantization} in {dtype}"
     if comparison.differing:

@@ -26,7 +26,7 @@ from adapters.modulation.fixed_blocks import FixedBlocks
 from adapters.modulation.quant import QuantizedWeight
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
-from server.base.memory import available_bytes
+from server.base.memory import available_bytes, static_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
 from server.base.weight_progress import weights_told_as
 from server.base.weights_digest import weights_digest
@@ -126,13 +126,6 @@ def load_base(options: EngineOptions) -> LoadedBase:
     plan = plan_base(options)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
-    if options.deterministic and device.type != "cpu":
-        raise BaseModelError(
-            "Answers that do not depend on their batch in a single bit are made on a CPU only.",
-            found=f"--deterministic on {device}",
-            expected="--device cpu",
-            fix="Add --device cpu, or leave --deterministic out.",
-        )
     if device.type == "cpu":
         threads = options.threads or _cores()
         if options.deterministic:
@@ -415,11 +408,13 @@ def _check_memory(
     budgets = options.device_bytes + options.folded_bytes + options.head_bytes
     if device.type == "cpu":
         budgets += options.host_bytes
-    if needed + budgets > free:
+    static = static_bytes(options, skeleton.config.get_text_config(), dtype, plan.generates)
+    if needed + budgets + static > free:
         logger.warning(
-            "Budgets of adapters are %d MiB, and beside the base %d MiB are free: "
+            "Budgets of adapters are %d MiB%s, and beside the base %d MiB are free: "
             "lower device_bytes, host_bytes, folded_bytes or head_bytes, or memory may run out",
             budgets >> 20,
+            f", static steps take about {static >> 20} MiB" if static else "",
             (free - needed) >> 20,
         )
 

@@ -1,12 +1,19 @@
-"""How much memory this process may still take: of the machine, and of its control group."""
+"""How much memory this process may still take, and what steps over fixed buffers will."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import torch
+
+    from server.options import EngineOptions
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 MEMBERSHIP: Final = Path("/proc/self/cgroup")
+# Of a logit while a token is chosen: scores, sorted scores and probabilities in float32, places.
+_SAMPLED_BYTES: Final = 3 * 4 + 8
 
 
 def available_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
@@ -24,6 +31,30 @@ def available_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> i
         if left is not None:
             free = min(free, left)
     return free
+
+
+def static_bytes(options: EngineOptions, config: Any, dtype: torch.dtype, generates: bool) -> int:
+    """About what steps over fixed buffers take of the device beside the base, graphs included.
+
+    Args:
+        options: Which of them there are, and their largest.
+        config: The text config of the base.
+        dtype: To compute in.
+        generates: Whether the base continues texts.
+
+    Returns:
+        Of the largest step: of decoding its logits, as they are and as they are sampled, and which
+        tokens were seen; of texts the widest moment of a layer. Smaller ones share this memory.
+    """
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    found = 0
+    if generates and options.decode_steps != "dynamic":
+        of_token = dtype.itemsize + _SAMPLED_BYTES + 1
+        found += options.max_sequences * int(getattr(config, "vocab_size", 0) or 0) * of_token
+    if options.encode_batches != "dynamic":
+        found += options.max_batch_tokens * (3 * inner + 6 * hidden) * dtype.itemsize
+    return found
 
 
 def _folders(cgroups: Path, membership: Path) -> list[Path]:

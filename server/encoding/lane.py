@@ -25,11 +25,17 @@ from server.base.rope import RopeByLength
 from server.encoding.batch import Rows
 from server.encoding.fair_batches import AdapterVersion, Batch, Row, Scheduler
 from server.encoding.read import BatchStates, Reader, RowGroup
-from server.encoding.unpadded import UnpaddedForward, probe_texts, unpadded_obstacle
+from server.encoding.unpadded import (
+    UnpaddedForward,
+    probe_texts,
+    static_fault,
+    unpadded_obstacle,
+)
 from server.inputs.images import Images
 from server.inputs.text import Text
 from server.messages import EncodeRequest, EncodeResult, Event
-from server.options import EngineOptions
+from server.options import EngineOptions, runs_apart
+from server.stages import tell_stage
 
 if TYPE_CHECKING:
     from adapters.residency.slots import Residency
@@ -47,6 +53,7 @@ class EncodeFigures:
     last_seconds: float = 0.0  # that it took
     head_bytes: int = 0
     steps_by: Mapping[str, int] = field(default_factory=dict)  # unpadded, or why they were not
+    static_bytes: Mapping[str, int] = field(default_factory=dict)  # on the device: buffers, graphs
 
 
 @dataclass(slots=True)
@@ -70,7 +77,8 @@ class EncodeLane:
         base: The loaded base.
         inputs: Its tokenizer, or its image processor, and their limits.
         residency: Brings adapters to the device and says in which slot they are.
-        options: ``max_batch_tokens``, ``max_batch_rows``, ``slots`` and ``head_bytes`` are read.
+        options: ``max_batch_tokens``, ``max_batch_rows``, ``slots``, ``head_bytes``,
+            ``deterministic`` and ``encode_batches`` are read.
     """
 
     def __init__(
@@ -92,6 +100,8 @@ class EncodeLane:
         self._rows = Rows(base, inputs)
         self._rope = RopeByLength(base.model)
         self._deterministic = options.deterministic
+        self._apart = runs_apart(options, base.device.type)
+        self._options = options
         self._unpadded: UnpaddedForward | None = None
         self._how = "padded"  # a batch runs: ``unpadded``, or why not
         self._steps_by: Counter[str] = Counter()
@@ -122,11 +132,42 @@ class EncodeLane:
             found = "failed", f"{type(error).__name__}: {error}"
         if found is None:
             self._unpadded, self._how = unpadded, "unpadded"
+            if self._options.encode_batches == "static":
+                self._run_over_fixed_buffers(unpadded)
         else:
             self._how, why = found
             logger.info("Texts are encoded with padding: %s", " ".join(why.split())[:300])
         if self._base.device.type == "cuda":
             self._read_together()
+
+    def _run_over_fixed_buffers(self, unpadded: UnpaddedForward) -> None:
+        """Run batches so from now on, captured on a CUDA device, if they are what padded ones are.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        options = self._options
+        try:
+            fault = unpadded.make_static(
+                options.slots + 1, options.max_batch_tokens, options.max_batch_rows
+            )
+            if fault is None:
+                # Before anything is captured, and then what was captured.
+                fault = static_fault(self._base, unpadded, self._padded_states)
+            if fault is None:
+                for done, every in unpadded.capture_static():
+                    tell_stage("capturing batches of texts", done, every)
+                fault = static_fault(self._base, unpadded, self._padded_states)
+        except Exception as error:
+            if failures.is_lost(error):
+                raise
+            fault = f"{type(error).__name__}: {error}"
+        if fault is not None:
+            unpadded.static = None
+            logger.warning("No batch of texts is static: %s", " ".join(fault.split())[:300])
+            return
+        assert unpadded.static is not None
+        self._figures = replace(self._figures, static_bytes=unpadded.static.held_bytes())
 
     def _read_together(self) -> None:
         """Bring all answers of a batch back in one copy, if they are then the same.
@@ -272,8 +313,9 @@ class EncodeLane:
         clock = time.perf_counter()
         outputs = self._forward(batch.rows, slots)
         seconds = time.perf_counter() - clock
-        self._steps_by[self._how] += 1
-        self._figures = EncodeFigures(
+        self._steps_by[self._how if self._unpadded is None else self._unpadded.ran] += 1
+        self._figures = replace(
+            self._figures,
             steps=self._figures.steps + 1,
             last_rows=len(batch.rows),
             last_adapters=sum(key is not None for key in batch.keys),
@@ -340,12 +382,14 @@ class EncodeLane:
         """An output, or the exception that took its place, for each row: what raises is run apart,
         by adapter and then by halves, until only the rows that are at fault have failed."""
         if self._deterministic:
-            tokens = [item.tokens for item in self._asked(rows)[0]]
-            if len(set(tokens)) > 1:
+            kinds = [item.tokens for item in self._asked(rows)[0]]
+            if self._apart:
+                kinds = list(range(len(rows)))
+            if len(set(kinds)) > 1:
                 # No padding, and so no shape but a text's own.
                 outputs: list[Any] = [None] * len(rows)
-                for length in dict.fromkeys(tokens):
-                    places = [place for place, one in enumerate(tokens) if one == length]
+                for kind in dict.fromkeys(kinds):
+                    places = [place for place, one in enumerate(kinds) if one == kind]
                     found = self._forward([rows[place] for place in places], slots)
                     for place, output in zip(places, found, strict=True):
                         outputs[place] = output

@@ -14,9 +14,10 @@ padded ones before anybody is answered.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, Final
 
 import torch
@@ -25,13 +26,20 @@ from transformers import AttentionInterface
 
 from adapters import segments
 from adapters.signature import Method
+from server.base.captured_steps import StepKey
 from server.base.load import LoadedBase
 from server.base.probe_adapters import probe_factors
 from server.base.rope import RopeByLength
 from server.base.varlen import varlen_obstacle
-from server.encoding.batch import Rows
+from server.encoding.batch import FlatFeed, Rows
 from server.encoding.read import BatchStates
+from server.encoding.static_batch import StaticBatch, attend_under_mask
+from server.encoding.text_bounds import Attend, TextBounds
+from server.encoding.way_times import WAYS, WayTimes
+from server.failures import is_lost
 from server.messages import TokenizedInput
+
+logger = logging.getLogger(__name__)
 
 UNPADDED_ATTENTION: Final = "hira_unpadded"
 _LAYER_KINDS: Final = {"full_attention", "sliding_attention"}
@@ -46,37 +54,6 @@ _COMPARED_ADAPTERS: Final[tuple[tuple[Method, int], ...]] = (
 # Of the states of a text, relative: what another order of sums may cost.
 _STATES_TOLERANCE: Final = {torch.float32: 1e-3}
 _STATES_TOLERANCE_HALF: Final = 0.1
-
-# Attends to all texts of a batch: query, key and value ``[N, heads, dim]``, the texts, scale,
-# window and whether it is causal; returns ``[N, heads, dim]``.
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, "TextBounds", float | None, int | None, bool],
-    torch.Tensor,
-]
-
-
-class TextBounds:
-    """Where the texts of one flattened batch begin and end; what its attention layers are given.
-
-    Args:
-        lengths: Tokens of each text, in order.
-        starts: int32 ``[texts + 1]`` on the device: the first row of each, then how many there are.
-        attend: What attends.
-    """
-
-    def __init__(self, lengths: Sequence[int], starts: torch.Tensor, attend: Attend) -> None:
-        self.lengths = tuple(lengths)
-        self.starts = starts
-        self.attend = attend
-        self.windows: list[bool] = []  # of each layer that has attended, whether it had a window
-
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """Neighbours of one length: the first row of each run, its texts and their tokens."""
-        start = 0
-        for tokens, same in groupby(self.lengths):
-            count = sum(1 for _ in same)
-            yield start, count, tokens
-            start += count * tokens
 
 
 def attend_text_by_text(  # noqa: PLR0917  # as ``Attend``, which has no names
@@ -121,7 +98,6 @@ def attend_by_varlen(  # noqa: PLR0917  # as ``Attend``, which has no names
     """All texts at once, by torch's FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    most = max(texts.lengths)
     left = -1 if window is None else window - 1
     found = varlen_attn(
         query,
@@ -129,8 +105,8 @@ def attend_by_varlen(  # noqa: PLR0917  # as ``Attend``, which has no names
         value,
         texts.starts,
         texts.starts,
-        most,
-        most,
+        texts.longest,
+        texts.longest,
         scale=scale,
         window_size=(left, 0 if causal else left),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -199,13 +175,120 @@ class UnpaddedForward:
         width = width or config.hidden_size // max(1, config.num_attention_heads)
         fast = varlen_obstacle(int(width), base.dtype, base.device, capped=False) is None
         self._attend: Attend = attend_by_varlen if fast else attend_text_by_text
+        self._attend_static: Attend = attend_by_varlen if fast else attend_under_mask
+        self.static: StaticBatch | None = None
+        self._times = WayTimes()
+        self.ran = "unpadded"  # how the latest batch did: or ``static``, or why not
         self.windows: list[bool] = []  # of the latest forward: see ``TextBounds``
+
+    def make_static(self, slots: int, most_tokens: int, most_texts: int) -> str | None:
+        """Run batches over fixed buffers from now on; before any adapter is installed.
+
+        Args:
+            slots: How many slots there will ever be, slot 0 included.
+            most_tokens, most_texts: Of a batch.
+
+        Returns:
+            Why they cannot; None: they do.
+        """
+        if self._rope.kinds:
+            return "the rotary factors of this base depend on the length"
+        layers = self._base.adapted.make_static(slots)
+        self.static = StaticBatch(
+            self._base, layers, most_tokens, most_texts,
+            attend=self._attend_static, own_attention=self._own_attention,
+        )  # fmt: skip
+        return None
+
+    def feed(self, items: Sequence[TokenizedInput]) -> FlatFeed:
+        """Some texts as the backbone takes them."""
+        return self._rows.side_by_side(items)
+
+    def capture_static(self) -> Iterator[tuple[int, int]]:
+        """Capture static batches where the device can; yields how many of how many are done.
+
+        Raises:
+            RuntimeError: The device cannot capture them.
+        """
+        if self.static is not None:
+            yield from self.static.capture()
+
+    def by_static(
+        self, items: Sequence[TokenizedInput], slots: Sequence[int], key: StepKey | None = None
+    ) -> BatchStates | None:
+        """As a call, over fixed buffers; None: this batch cannot run so.
+
+        Args:
+            items, slots: As of a call.
+            key: Of the launches; None: what they need.
+        """
+        feed = self._rows.side_by_side(items)
+        if self.static is None:
+            return None
+        reason = self.static.obstacle(feed, slots)
+        if reason is not None:
+            self.ran = reason
+            return None
+        hidden = feed.laid_out(self.static(feed, slots, key))
+        pooler = getattr(self._base.backbone, "pooler", None)
+        pooled = None
+        if pooler is not None:
+            tokens = segments.from_runs(zip(slots, feed.lengths, strict=True))
+            with self._base.adapted.batch(tokens, segments.from_rows(slots)):
+                pooled = pooler(hidden)
+        self.ran = "static"
+        return BatchStates(hidden, pooled, feed.ids, feed.mask)
 
     def __call__(self, items: Sequence[TokenizedInput], slots: Sequence[int]) -> BatchStates:
         """What the backbone makes of some texts, each in its slot, laid out with padding.
 
-        States at padding are those of a token of the same text: finite where the text's are.
+        States at padding are those of a token of the same text: finite where the text's are. They
+        may be a view of a buffer, until the next call.
         """
+        if self.static is None:
+            return self.side_by_side(items, slots)
+        bucket = self.static.bucket_of(sum(len(one.token_ids) for one in items))
+        if bucket is None or not self.static.is_captured:
+            return self._static_if_it_can(items, slots)
+        run = self._static_if_it_can
+        if self._times.way(bucket) == "unpadded":
+            run = self.side_by_side
+        if not self._times.is_due(bucket):
+            return run(items, slots)
+        self._wait()
+        began = time.perf_counter()
+        states = run(items, slots)
+        self._wait()
+        seconds = (time.perf_counter() - began) / sum(len(one.token_ids) for one in items)
+        for way in WAYS:
+            if self.ran == way:
+                self._times.note(bucket, way, seconds)
+        return states
+
+    def _wait(self) -> None:
+        if self._base.device.type == "cuda":
+            torch.cuda.synchronize(self._base.device)
+
+    def _static_if_it_can(
+        self, items: Sequence[TokenizedInput], slots: Sequence[int]
+    ) -> BatchStates:
+        try:
+            found = self.by_static(items, slots)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            logger.exception("A static batch of texts failed; it is run again without buffers")
+            found, self.ran = None, "failed"
+        if found is not None:
+            return found
+        why = self.ran
+        states = self.side_by_side(items, slots)
+        self.ran = why
+        return states
+
+    def side_by_side(self, items: Sequence[TokenizedInput], slots: Sequence[int]) -> BatchStates:
+        """As a call, never over fixed buffers."""
+        self.ran = "unpadded"
         feed = self._rows.side_by_side(items)
         lengths = feed.lengths
         texts = TextBounds(lengths, feed.starts, self._attend)
@@ -262,22 +345,9 @@ def unpadded_obstacle(
     Raises:
         Exception: Either way does.
     """
-    adapted = base.adapted
-    slots = [
-        place if rank else segments.BASE_SLOT for place, (_, rank) in enumerate(_COMPARED_ADAPTERS)
-    ]
-    try:
-        for slot, (method, rank) in enumerate(_COMPARED_ADAPTERS):
-            if rank:
-                factors = probe_factors(adapted, slot, method, rank, dtype=base.dtype)
-                adapted.install(slot, factors)
-        with torch.inference_mode():
-            items = probe_texts(base)
-            found, wanted = unpadded(items, slots), padded(items, slots)
-    finally:
-        for slot, (_, rank) in enumerate(_COMPARED_ADAPTERS):
-            if rank:
-                adapted.uninstall(slot)
+    with _compared_adapters(base) as slots, torch.inference_mode():
+        items = probe_texts(base)
+        found, wanted = unpadded.side_by_side(items, slots), padded(items, slots)
     expected = _windows_of(base.backbone.config.get_text_config())
     if expected is None:
         return "window", "some layers attend neither to all of a text nor to a sliding window"
@@ -294,8 +364,65 @@ def unpadded_obstacle(
     return None if error <= most else ("differs", f"states differ by {error:.1e}, not {most:.0e}")
 
 
+def static_fault(
+    base: LoadedBase,
+    unpadded: UnpaddedForward,
+    padded: Callable[[Sequence[Any], Sequence[int]], BatchStates],
+) -> str | None:
+    """How batches over fixed buffers differ from padded ones, with any prepared launches.
+
+    Args:
+        base, unpadded, padded: As of ``unpadded_obstacle``; ``unpadded.static`` is tried.
+
+    Raises:
+        Exception: Either way does.
+    """
+    static = unpadded.static
+    assert static is not None
+    worst = 0.0
+    with _compared_adapters(base, static=True) as slots, torch.inference_mode():
+        items = probe_texts(base)
+        # The first text alone needs fewer tokens: launches that are made for few are tried, too.
+        for count in (len(items), 1):
+            some, own = items[:count], slots[:count]
+            feed = unpadded.feed(some)
+            reason = static.obstacle(feed, own)
+            if reason is not None:
+                return f"the texts that are compared cannot run so: {reason}"
+            wanted = padded(some, own)
+            for key in static.keys(static.key_of(feed, own)):
+                found = unpadded.by_static(some, own, key)
+                assert found is not None
+                worst = max(worst, _largest_error(found, wanted))
+    most = _STATES_TOLERANCE.get(base.dtype, _STATES_TOLERANCE_HALF)
+    return None if worst <= most else f"states differ by {worst:.1e}, not {most:.0e}"
+
+
+@contextmanager
+def _compared_adapters(base: LoadedBase, *, static: bool = False) -> Iterator[list[int]]:
+    """Random adapters in slots that are empty again afterwards; yields the slot of each text."""
+    adapted = base.adapted
+    layers = adapted.modulator.static if static else None
+    made: list[int] = []
+    try:
+        for slot, (method, rank) in enumerate(_COMPARED_ADAPTERS):
+            if not rank or (layers is not None and slot >= layers.slots):
+                continue
+            serves = (lambda _: True) if layers is None else layers.serves
+            factors = probe_factors(adapted, slot, method, rank, dtype=base.dtype, serves=serves)
+            adapted.install(slot, factors)
+            made.append(slot)
+        yield [
+            place if place in made else segments.BASE_SLOT
+            for place in range(len(_COMPARED_ADAPTERS))
+        ]
+    finally:
+        for slot in made:
+            adapted.uninstall(slot)
+
+
 def probe_texts(base: LoadedBase) -> list[TokenizedInput]:
-    """TextBounds of several lengths, no two alike; the same where a base takes only short ones."""
+    """Texts of several lengths, no two alike; the same where a base takes only short ones."""
     signature = base.adapted.signature
     vocabulary = signature.vocab_size or 1
     longest = max(1, signature.max_length)

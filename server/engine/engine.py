@@ -347,7 +347,7 @@ class Engine:
             generate_tokens={}
             if generate is None
             else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
-            static_bytes={} if generate is None else generate.static_bytes,
+            static_bytes=_sum(encode.static_bytes, generate.static_bytes if generate else {}),
             grammars={}
             if generate is None
             else {
@@ -495,3 +495,11 @@ class Engine:
                 seconds,
                 lane.take_waits_s(),
             )
+
+
+def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
+    """By name, over all of them; what is 0 stays."""
+    total: Counter[str] = Counter()
+    for one in parts:
+        total.update(one)
+    return dict(total)

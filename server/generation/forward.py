@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
+from server.base.captured_steps import LAUNCH_CLASSES
 from server.base.rope import RopeByLength
 from server.failures import is_lost, split_apart
 from server.generation.attention import (
@@ -191,9 +192,17 @@ class PagedForward:
         kv: Where room was reserved for every sequence that comes.
         deterministic: Sequences attend, and their tokens are chosen, one by one: no bit of an
             answer depends on the others.
+        apart: Each part has a forward of its own.
     """
 
-    def __init__(self, adapted: AdaptedModel, kv: KVCache, *, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        kv: KVCache,
+        *,
+        deterministic: bool = False,
+        apart: bool = False,
+    ) -> None:
         self._adapted = adapted
         model: Any = adapted.model
         self._model = model
@@ -208,6 +217,7 @@ class PagedForward:
         if deterministic:
             self._batch = partial(PagedBatch, alone=True)
         self._deterministic = deterministic
+        self._apart = apart
         self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
         self.steps = 0
         self.last_rows = 0
@@ -222,6 +232,15 @@ class PagedForward:
         Raises:
             RuntimeError: the model does not use the attention interface in all its layers.
         """
+        self._note(parts)
+        if not self._apart or len(parts) < 2:
+            return self._logits(parts)
+        each = [self._logits([part]) for part in parts]
+        return Logits(
+            torch.cat([one.last for one in each]), torch.cat([one.prompt for one in each])
+        )
+
+    def _logits(self, parts: Items[ScheduledRows]) -> Logits:
         ids: list[int] = []
         positions: list[int] = []
         lengths: list[int] = []  # of the sequence that a row belongs to
@@ -241,7 +260,6 @@ class PagedForward:
                 last.append(len(wanted))
                 wanted.append(len(ids) - 1)
         slots = segments.from_runs((part.sequence.slot, part.rows) for part in parts)
-        self._note(parts)
         kept = wanted or [len(ids) - 1]  # an output layer over no row at all is a case of its own
         keep = torch.tensor(kept, device=self._device)
         paged = self._batch(self._kv, spans)
@@ -276,7 +294,7 @@ class PagedForward:
         if self._rope.kinds:
             self.leave_static("rope", "the rotary factors of this base depend on the length")
             return
-        layers = self._adapted.make_static(slots)
+        layers = self._adapted.make_static(slots, most, [rank for rank, _ in LAUNCH_CLASSES])
         attention = decode_in_torch
         if self._kv.block_tokens % VARLEN_PAGE_TOKENS == 0:
             attention = decode_by_varlen

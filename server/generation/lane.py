@@ -57,7 +57,7 @@ from server.messages import (
     SamplingOptions,
     log_fields,
 )
-from server.options import EngineOptions
+from server.options import EngineOptions, runs_apart
 from server.stages import tell_stage
 
 if TYPE_CHECKING:
@@ -115,7 +115,12 @@ class GenerateLane:
             step_tokens=max(self._prefill_tokens, MIN_PREFILL_TOKENS),
             page_tokens=page_tokens_of(text, model, options),
         )
-        self._forward = PagedForward(adapted, self._kv, deterministic=options.deterministic)
+        self._forward = PagedForward(
+            adapted,
+            self._kv,
+            deterministic=options.deterministic,
+            apart=runs_apart(options, model.device.type),
+        )
         self._cut = whole_parts if options.deterministic else next_parts
         self._runs_ahead = options.decode_steps == "ahead"
         if options.decode_steps != "dynamic":

@@ -1,7 +1,7 @@
 """The decode step over fixed buffers: the same launches on the same memory, whoever is in it.
 
 On a CPU it is an ordinary function. On a CUDA device the same function is captured once for each
-bucket of rows (``server.generation.captured_steps``) and replayed. What it cannot do is named by
+bucket of rows (``server.base.captured_steps``) and replayed. What it cannot do is named by
 ``obstacle``, and ``server.generation.forward`` then runs the step as it runs prompts.
 """
 
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from adapters.modulation.static_layers import StaticLayers, StaticRows
+from adapters.modulation.static_layers import StaticLayers
+from adapters.modulation.static_rows import StaticRows
+from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey, launch_class
 from server.generation import step_sampling
 from server.generation.attention import Call, check_all_attended
-from server.generation.captured_steps import CapturedSteps, StepKey
 from server.generation.kv_cache import SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
 from server.generation.page_attention import DecodeAttention, Pages
 from server.generation.sampling import Choice
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 ROW_BUCKETS: Final = (1, 2, 4, 8)
 BUCKET_ROWS: Final = 8  # apart, from there on
-# Ranks that steps are made for, and whether LoRA is in them: few, so that few are captured.
-CLASSES: Final = ((0, False), (32, False), (128, True))
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -181,7 +180,7 @@ class StaticStep:
         keys = [
             StepKey(rows, rank, has_lora, plain)
             for rows in reversed(self._buckets)
-            for rank, has_lora in CLASSES
+            for rank, has_lora in LAUNCH_CLASSES
             for plain in (True, False)
         ]
         self._fill([], None)
@@ -242,10 +241,9 @@ class StaticStep:
         slots = dict.fromkeys(one.slot for one in sequences)
         rank = max((self._layers.rank(slot) for slot in slots), default=0)
         has_lora = any(self._layers.has_lora(slot) for slot in slots)
-        made = next(one for one in CLASSES if one[0] >= rank and (one[1] or not has_lora))
         rows = next(one for one in self._buckets if one >= len(sequences))
         plain = all(step_sampling.takes_best(one.request.sampling) for one in sequences)
-        return StepKey(rows, *made, plain)
+        return StepKey(rows, *launch_class(rank, has_lora), plain)
 
     def _fill(self, sequences: Sequence[Running], after: LaunchedStep | None) -> None:
         """Write what the step reads: the only way from the host to it."""

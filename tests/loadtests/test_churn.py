@@ -45,6 +45,22 @@ def test_a_version_that_was_being_replaced_may_answer() -> None:
     assert fault_in(reply(0.25, version="v1"), TENANT, ["a text"], 0, 1e-3) is None
 
 
+def test_a_version_may_answer_for_the_bound_that_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("loadtests.churn.time.monotonic", lambda: now[0])
+    tenant = Tenant("one", POOL, ["v1"])
+    for position, digest in enumerate(("v2", "v1"), start=1):
+        tenant.uploads.append(digest)
+        now[0] += 10.0
+        tenant.confirm(position)
+    assert (tenant.oldest(0.0), tenant.oldest(1.0), tenant.oldest(15.0)) == (2, 1, 0)
+    now[0] += 1.5
+    assert tenant.oldest(1.0) == 2
+    assert tenant.stale_s("v1", now[0]) == 0.0, "it is the present one"
+    assert tenant.stale_s("v2", now[0]) == 1.5
+    assert tenant.stale_s("v2", now[0] - 2.0) == 0.0
+
+
 def test_a_quota_ends_by_number_or_by_time() -> None:
     quota = Quota(2, math.inf)
     found = []

@@ -86,7 +86,8 @@ def test_a_dry_run_runs_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert (layer, what) in values
         assert (layer, f"{what}, graph") in values
     texts = "encode, 3 x 8, 2 adapters"
-    assert "unpadded" in values[texts, "engine"]["note"]
+    assert "static" in values[texts, "static batches"]["note"]
+    assert "unpadded" in values[texts, "dynamic batches"]["note"]
     for kind in ("earlier", "ahead"):
         assert ("tiny, 3 sequences, 3 adapters", f"{kind} steps") in values
     for peer in ("generate on bitsandbytes", "generate on dense bf16"):
@@ -105,8 +106,8 @@ def test_a_dry_run_runs_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (layer, "largest error"),
         (layer, "fastest form, graph"),
         (layer, "fastest form against dense"),
-        (texts, "engine"),
-        (texts, "speed of bitsandbytes base"),
+        (texts, "static batches"),
+        (texts, "static batches against the bitsandbytes base"),
         *((f"tiny, {case}", what) for case, what in ASKED_OF_STEPS),
     }
     for case, what in asked:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx2
 import psutil
@@ -216,7 +216,8 @@ def hira(
 def _cluster(folder: Path, *arguments: str, wait: bool, **settings: object) -> Iterator[Live]:
     own = ["cluster", "up", "--replicas", ON_CLUSTER]
     command = ["-c", "from server.cli.main import main; main()", *own, *arguments]
-    with running(folder, command, wait=False, **{"threads": 1, **settings}) as live:
+    given: dict[str, Any] = {"threads": 1, **settings}
+    with running(folder, command, wait=False, **given) as live:
         if wait:
             live.wait_ready(CLUSTER_START_S)
         yield live

@@ -41,12 +41,16 @@ REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 INFERENCE: Final = frozenset(
     {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank", "/generate", "/generate_stream"}
 )
-# The lane that a path is for, where it is for one whatever its body says.
-LANES_OF: Final[dict[str, Lane]] = {
-    **dict.fromkeys(("/predict", "/embed", "/similarity", "/v1/embeddings"), "encode"),
-    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank", "/v1/score"), "encode"),
-    **dict.fromkeys(("/generate", "/generate_stream", "/v1/completions"), "generate"),
-    **dict.fromkeys(("/v1/chat/completions", "/v1/responses"), "generate"),
+# The paths that are for one lane whatever their bodies say.
+LANE_PATHS: Final[dict[Lane, frozenset[str]]] = {
+    "encode": frozenset(
+        {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank"}
+        | {"/v1/embeddings", "/v1/rerank", "/v1/score"}
+    ),
+    "generate": frozenset(
+        {"/generate", "/generate_stream", "/v1/completions"}
+        | {"/v1/chat/completions", "/v1/responses"}
+    ),
 }
 # What needs a key where inference does, and no worker.
 LOOKUPS: Final = frozenset({"/info", "/tokenize", "/detokenize", "/decode"})
@@ -236,7 +240,7 @@ class RequestMiddleware:
             return
         if not lookup:
             self.service.dispatcher.check_early(
-                named, LANES_OF.get(path), self._deadline(scope, headers)
+                named, _lane_of_path(path), self._deadline(scope, headers)
             )
         if key is not None:
             self.service.key_usage.count_request(key)
@@ -379,6 +383,10 @@ def too_large(limit: int, *, uploads: bool, found: str | None = None) -> Refusal
         fix="Send less, or ask the operator to raise "
         + ("max_upload_bytes." if uploads else "max_body_bytes."),
     )
+
+
+def _lane_of_path(path: str) -> Lane | None:
+    return next((lane for lane, paths in LANE_PATHS.items() if path in paths), None)
 
 
 def _stated_bytes(headers: Headers) -> int:

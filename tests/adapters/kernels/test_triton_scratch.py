@@ -21,7 +21,15 @@ from adapters.kernels.triton_operands import (
     HALF_FEATURES,
     pack_weight,
 )
-from adapters.kernels.triton_tiles import FewRows, one_row_blocks, padded_rank, share_tiles
+from adapters.kernels.triton_tiles import (
+    FewRows,
+    ManyRows,
+    TokenTiles,
+    one_row_blocks,
+    padded_rank,
+    share_tiles,
+    slot_tiles,
+)
 from adapters.modulation.quant import QuantizedWeight
 from adapters.segments import from_runs
 from tests.stand.compiled import SHARED_BYTES, compile_kernel, nvidia_tool, registers_and_spill
@@ -185,6 +193,20 @@ def test_rows_of_fixed_tiles_are_the_equation(ops: tuple[ModuleType, ...]) -> No
         few = FewRows(16, 16, order[:rows], rows, entries, bounds, 2)
         x, bias = torch.randn(rows, 256), torch.randn(72)
         found = ops[0].few_rows_linear(x, layer.weight, layer.addresses, 1, few, bias)
+        assert_close(found, layer.truth(x, runs, bias))
+
+
+def test_rows_of_fixed_token_tiles_are_the_equation(ops: tuple[ModuleType, ...]) -> None:
+    torch.manual_seed(6)
+    layer = Layer((72, 256), {1: 3, 2: 16, 5: 9})
+    rows = 80
+    order, buffer = torch.arange(rows).int(), torch.zeros(3 * 6).int()
+    for runs in ([(1, 70), (2, 7), (0, 3)], [(5, 1), (1, 1), (0, 78)], [(0, 80)]):
+        flat = slot_tiles(runs, 64)
+        buffer.zero_()[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+        tiles = TokenTiles(order, ManyRows(16, 64, buffer, 6))
+        x, bias = torch.randn(rows, 256), torch.randn(72)
+        found = ops[0].token_rows_linear(x, layer.weight, layer.addresses, 1, tiles, bias)
         assert_close(found, layer.truth(x, runs, bias))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,10 +25,12 @@ from adapters.layers.adapted import AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation import fused, native_path
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.fixed_blocks import FixedBlocks
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.modulation.static_layers import StaticRows
+from adapters.modulation.static_rows import StaticRows
+from adapters.modulation.step_forms import StepForm, StepForms
 from adapters.residency.packing import pack_adapter
 from adapters.segments import Segments, from_rows, from_runs
 from tests.stand.tiny_models import (
@@ -74,6 +76,7 @@ def kernels() -> Iterator[ModuleType]:
             other = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(other)
             patch.setattr(fused, used_by, giving(other))
+            setattr(module, name, other)
         yield module
 
 
@@ -308,28 +311,39 @@ def test_emptied_slot_is_refused_and_segments_must_cover_the_rows(kernels: Modul
         adapted.fused.linear(call(4))
 
 
-def test_the_row_of_a_static_step_has_its_own_kernel(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wanted", ["tiles", "product", "row"])
+def test_rows_of_a_static_step_are_the_equation_by_every_form(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: StepForm
 ) -> None:
+    def preferred(runs: Mapping[StepForm, Any], device: torch.device) -> StepForm:
+        return wanted if wanted in runs else "tiles"
+
+    monkeypatch.setattr(fused, "fastest", preferred)
+    ran: list[StepForm] = []
+
+    def count(module: ModuleType, name: str, form: StepForm) -> None:
+        real = getattr(module, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            ran.append(form)
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
     adapted, layer = one_layer()
-    static = adapted.make_static(4)
+    static = adapted.make_static(4, 4, (0, 16))
+    count(kernels, "few_rows_linear", "tiles")
+    count(kernels.triton_scratch, "product_linear", "product")
+    count(kernels.triton_one_row, "one_row_linear", "row")
     for slot, rank in ((1, 5), (2, 16)):
         factors = random_factors(
             adapted.signature, ["0"], rank=rank, dtype=torch.float16, seed=slot
         )
         adapted.install(slot, factors)
-    ran: list[int] = []  # rows of the kernel for few of them
-    real = kernels.few_rows_linear
-
-    def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        ran.append(len(x))
-        y: torch.Tensor = real(x, *args, **options)
-        return y
-
-    monkeypatch.setattr(kernels, "few_rows_linear", counted)
+    held = static.nbytes
     made = StaticRows(4, CPU)
     static.rows = made
-    for slots in ([1], [2], [0], [1, 1, 2]):
+    for slots in ([1, 2, 0, 2], [1], [2], [0], [1, 1, 2]):
         made.fill(slots)
         made.shape(len(slots), 16, False)
         x = torch.randn(len(slots), layer.in_features).half()
@@ -344,7 +358,94 @@ def test_the_row_of_a_static_step_has_its_own_kernel(
         )
         assert_close(y, truth, LAYER_TOLERANCE)
     static.rows = None
-    assert ran == [3]
+    many = "tiles" if wanted == "row" else wanted
+    assert ran == [many, wanted, wanted, wanted, many]
+    assert static.nbytes == held  # what steps share was taken before the first of them
+
+
+def test_factors_that_are_not_finite_fail_alone_in_products_of_steps(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "fastest", lambda runs, _: "product")
+    adapted, layer = one_layer()
+    static = adapted.make_static(4, 4, (0, 16))
+    for slot, value in ((1, None), (2, float("nan")), (3, float("inf"))):
+        factors = random_factors(adapted.signature, ["0"], rank=5, dtype=torch.float16, seed=1)
+        adapted.install(slot, factors)
+        if value is not None:  # as of a product that overflows: install would refuse it
+            layer.slots[slot].a[2] = value
+    made = StaticRows(4, CPU)
+    static.rows = made
+    x = torch.randn(4, layer.in_features).half()
+    answers = []
+    for slots in ([1, 2, 0, 3], [1, 1, 0, 1]):  # the same buffers, with what was left in them
+        made.fill(slots)
+        made.shape(4, 16, False)
+        with torch.no_grad():
+            answers.append(adapted.model(x))
+    static.rows = None
+    assert torch.equal(answers[0][[0, 2]], answers[1][[0, 2]])
+    assert torch.isfinite(answers[1]).all()
+    assert not torch.isfinite(answers[0][[1, 3]]).all(1).any()
+
+
+def test_without_memory_for_products_steps_run_by_tiles(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert "product" in fused.proved_forms(torch.float16, CPU)
+    monkeypatch.setattr(fused, "fastest", lambda runs, _: "product")
+    monkeypatch.setattr(kernels.triton_scratch, "product_buffers", none)
+    adapted, _ = one_layer()
+    adapted.make_static(4, 4, (0, 16))
+    assert adapted.fused is not None
+    assert adapted.fused.step_form("0", 16, 4) == "tiles"
+    assert adapted.fused.step_bytes == 0
+    assert "No memory for the buffers of steps" in caplog.text
+
+
+def test_more_rows_are_computed_as_the_next_number_that_was_timed() -> None:
+    shape = (8, 8)
+    made = StepForms({(shape, 32, 4): "product", (shape, 32, 1): "row"})
+    rows = {1: "row", 2: "product", 4: "product", 5: "tiles", 1000: "tiles"}
+    assert {one: made.of(shape, 32, one) for one in rows} == rows
+    assert made.of(shape, 16, 4) == "tiles"
+    assert made.cases("product") == [(shape, 32, 4)]
+    assert made.without("product").of(shape, 32, 4) == "tiles"
+    assert made.without("product").of(shape, 32, 1) == "row"
+
+
+def test_with_fixed_blocks_the_kernel_still_computes_what_it_takes(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, layer = one_layer()
+    adapted.modulator.fixed = FixedBlocks()
+    for slot, rank in ((1, 5), (2, 130)):
+        factors = random_factors(adapted.signature, ["0"], rank=rank, dtype=torch.float16)
+        adapted.install(slot, factors)
+    rows: list[int] = []
+    plain = FixedBlocks.product
+
+    def counted(self: FixedBlocks, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return plain(self, x, weight)
+
+    monkeypatch.setattr(FixedBlocks, "product", counted)
+    segments = from_runs([(1, 3), (0, 2), (2, 4)])
+    x = torch.randn(9, layer.in_features).half()
+    with torch.no_grad(), adapted.batch(segments):
+        y = adapted.model(x)
+    truth = modulated_linear(
+        x,
+        layer.quantized.dequantize(dtype=torch.float32),
+        {s: (f.method, f.a, f.b, f.scale, f.bias) for s, f in layer.slots.items()},
+        segments,
+        layer.get_parameter("bias"),
+    )
+    assert_close(y, truth, 1e-2)
+    assert rows == [4]  # a rank above the kernel's
 
 
 def test_the_probe_finds_a_kernel_that_is_wrong(
@@ -360,6 +461,25 @@ def test_the_probe_finds_a_kernel_that_is_wrong(
 
     monkeypatch.setattr(kernels, "hira_linear", wrong)
     assert fused._probe_error(torch.float16, CPU) > fused._PROBE_TOLERANCE
+
+
+def test_a_driver_that_fails_is_told_in_one_line(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> float:
+        raise RuntimeError("CUDA driver error:\n  its version is insufficient")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("adapters.modulation.fused._probe_error", fails)
+    device = torch.device("cuda", 7)
+    for _ in range(2):  # it is not tried again
+        assert fused.obstacle(torch.float16, device) == "RuntimeError in its probe"
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert line == (
+        "The fused kernel failed its probe, torch computes: "
+        "RuntimeError: CUDA driver error: its version is insufficient"
+    )
 
 
 class _Tied(nn.Module):

@@ -121,11 +121,12 @@ def test_a_call_that_gets_no_answer_ends(made: Made, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(objects, "CALL_S", 0.05)
     made.objects.put("a", b"x")
     made.files.hangs = True
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: made.objects.facts("a"),
         lambda: made.objects.put("a", b"y"),
         lambda: made.objects.delete("a"),
-    ):
+    )
+    for call in calls:
         with pytest.raises(StoreUnavailable) as caught:
             call()
         assert caught.value.found == "TimeoutError"

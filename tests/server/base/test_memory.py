@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import AutoConfig
 
 from server.base import load as base_model
 from server.base.load import BaseModelError, load_base
-from server.base.memory import available_bytes
+from server.base.memory import available_bytes, static_bytes
 from tests.stand import tiny_bases
 from tests.stand.live import hira
 
@@ -76,6 +79,24 @@ def test_budgets_that_could_outgrow_the_memory_are_told(
     monkeypatch.setattr(base_model, "available_bytes", lambda: options.kv_bytes + 64 * MIB)
     load_base(options)
     assert "lower device_bytes" in caplog.text
+
+
+def test_static_steps_are_in_the_check_of_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tiny_bases.base_folder(tmp_path, "llama")
+    plain = tiny_bases.options(base, tmp_path / "store")
+    static = replace(plain, decode_steps="static", encode_batches="static")
+    config = AutoConfig.from_pretrained(base)
+    known = [static_bytes(one, config, torch.float32, True) for one in (plain, static)]
+    inner, hidden = config.intermediate_size, config.hidden_size
+    logits = static.max_sequences * config.vocab_size * 25
+    assert known == [0, logits + static.max_batch_tokens * (3 * inner + 6 * hidden) * 4]
+    assert static_bytes(static, config, torch.float32, False) == known[1] - logits
+    free = plain.kv_bytes + 64 * MIB
+    monkeypatch.setattr(base_model, "available_bytes", lambda: free)
+    load_base(static)
+    assert f"static steps take about {known[1] >> 20} MiB" in caplog.text
 
 
 @pytest.mark.http

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
+import socket
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
@@ -156,3 +159,30 @@ def test_an_engine_that_raises_ends_its_replica() -> None:
 
 def test_routers_are_told_the_short_names_of_what_is_on_the_device(replica: EngineReplica) -> None:
     assert replica.record_routing_stats() == {"resident": []}
+
+
+def break_in_a_child(folder: Path, port: int) -> None:
+    """A replica with a connection whose engine breaks, and whose threads take long to end."""
+    setattr(os, "_exit", lambda status: time.sleep(3600))  # noqa: B010
+    held = socket.create_connection(("127.0.0.1", port))
+    made = EngineReplica(plan_in(folder), "one")
+    asyncio.run(made.answer(encode_request(top_k=501), 0.0, None))
+    held.close()
+
+
+def test_whoever_is_connected_is_told_before_the_last_thread_has_ended(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        child = multiprocessing.get_context("spawn").Process(
+            target=break_in_a_child, args=(tmp_path, port), daemon=True
+        )
+        child.start()
+        connection, _ = server.accept()
+        connection.settimeout(60)
+        try:
+            assert connection.recv(1) == b""
+            assert child.is_alive()
+        finally:
+            connection.close()
+            child.kill()
+            child.join()

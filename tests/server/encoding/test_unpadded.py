@@ -27,8 +27,8 @@ from server.base.rope import RopeByLength
 from server.encoding import unpadded
 from server.encoding.batch import Rows
 from server.encoding.read import BatchStates
+from server.encoding.text_bounds import TextBounds
 from server.encoding.unpadded import (
-    TextBounds,
     UnpaddedForward,
     attend_by_varlen,
     attend_text_by_text,

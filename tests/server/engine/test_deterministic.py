@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from server.base.load import BaseModelError
 from server.engine.engine import Engine
 from server.messages import EncodeRequest, EncodeResult, TokenizedInput
+from server.options import runs_apart
 from tests.stand import tiny_bases
 from tests.stand.coverage_adapters import make
 
@@ -82,9 +81,30 @@ def test_answers_are_the_same_alone_and_in_any_batch(
             assert event.outputs == expected.outputs, key
 
 
-def test_a_gpu_is_refused(versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_each_text_has_a_forward_of_its_own(
+    versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.encoding.lane.runs_apart", lambda options, _: True)
     base: Path = versions["base"]
-    monkeypatch.setattr("server.base.load.choose_device", lambda options: torch.device("cuda", 0))
-    made = tiny_bases.options(base, base.parent / "store", deterministic=True)
-    with pytest.raises(BaseModelError, match="single bit"):
-        Engine.build(made)
+    made = tiny_bases.options(
+        base, base.parent / "store", quantization="nf4", dtype="fp32", deterministic=True
+    )
+    engine = Engine.build(made)
+    rows: list[int] = []
+    engine.base.backbone.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    try:
+        texts = ["a b", "a c", "a b c d"]
+        wanted = [engine.encode([one], task="feature-extraction").outputs[0] for one in texts]
+        assert list(engine.encode(texts, task="feature-extraction").outputs) == wanted
+    finally:
+        engine.close()
+    assert rows == [1] * 6
+
+
+def test_only_a_gpu_runs_requests_apart(tmp_path: Path) -> None:
+    plain = tiny_bases.options(tmp_path, tmp_path)
+    exact = tiny_bases.options(tmp_path, tmp_path, deterministic=True)
+    assert [runs_apart(one, "cuda") for one in (plain, exact)] == [False, True]
+    assert not runs_apart(exact, "cpu")

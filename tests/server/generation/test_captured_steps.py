@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from server.base.captured_steps import CapturedSteps, StepKey
 from server.generation import static_step
-from server.generation.captured_steps import CapturedSteps, StepKey
 from tests.stand.dense import terminals
+from tests.stand.made_up_steps import MadeUpSteps
 from tests.stand.static_steps import factors_of, staged
 
 
@@ -26,37 +27,6 @@ class MadeUpGraph:
 
     def replay(self) -> None:
         self.replays += 1
-
-
-class MadeUpSteps(CapturedSteps):
-    """Steps that are captured without a device; what is replayed is run."""
-
-    def __init__(self, room_rows: int) -> None:
-        super().__init__(torch.device("cpu"))
-        self.room_rows = room_rows
-        self.runs: dict[StepKey, Callable[[], None]] = {}
-        self.refused: list[int] = []
-
-    @property
-    def possible(self) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[StepKey]:
-        return iter(self.runs)
-
-    def capture(self, key: StepKey, run: Callable[[], None]) -> bool:
-        if key.rows > self.room_rows:
-            self.refused.append(key.rows)
-            return False
-        run()
-        self.runs[key] = run
-        return True
-
-    def replay(self, key: StepKey) -> bool:
-        if key not in self.runs:
-            return False
-        self.runs[key]()
-        return True
 
 
 @pytest.fixture

@@ -30,13 +30,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def staged(dtype: torch.dtype, *, deterministic: bool = True) -> Stage:
+def staged(
+    dtype: torch.dtype, *, deterministic: bool = True, blocks: bool = True, folded: int = 1 << 16
+) -> Stage:
     stage = Stage()
     model = copy.deepcopy(stage.adapted.original).to(dtype)
     adapted = inject(model, name="test")
-    if deterministic:
+    if deterministic and blocks:
         adapted.modulator.fixed = FixedBlocks()
-    adapted.modulator.folded = FoldedCache(1 << 16, torch.device("cpu"))  # some, not all
+    adapted.modulator.folded = FoldedCache(folded, torch.device("cpu"))  # some, not all
     residency: Any = stage.residency
     made = options(deterministic=deterministic, prefill_tokens=16)
     stage.lane = GenerateLane(adapted, stage.tokenizer, residency, made)
@@ -89,6 +91,25 @@ def mixed(stage: Stage, requests: list[Any], chance: random.Random) -> None:
         ends += terminals(stage.lane.step())
     assert len(ends) == len(requests)
     assert not [one for one in ends if hasattr(one, "code")]
+
+
+def test_a_forward_for_each_sequence_gives_the_same_bits(
+    seen: Logits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.generation.lane.runs_apart", lambda options, _: True)
+    stage = staged(torch.float32, blocks=False, folded=0)
+    chance = random.Random(8)
+    requests = asked(chance, 10)
+    for number, (version, prompt) in enumerate(requests):
+        stage.answer(version, prompt, id=f"q{number}", max_new_tokens=6, ignore_eos=True)
+    alone = dict(seen)
+    seen.clear()
+    steps = stage.lane.figures().steps
+    mixed(stage, requests, chance)
+    assert stage.lane.figures().steps - steps < len(alone)  # a step is one, whatever is in it
+    assert seen.keys() == alone.keys()
+    for key, row in seen.items():
+        assert torch.equal(row, alone[key]), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

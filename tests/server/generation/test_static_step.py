@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.layers.inject import inject
 from adapters.modulation.slot_factors import SlotFactors
+from server.base.captured_steps import LAUNCH_CLASSES, StepKey
+from server.generation.attention import PAGED_ATTENTION
+from server.generation.kv_cache import KVCache
+from server.generation.page_attention import DecodeAttention, decode_by_varlen, decode_in_torch
 from server.generation.static_step import StaticStep, buckets
 from server.messages import GenerateResult
-from tests.stand.dense import terminals
+from tests.stand.dense import Stage, terminals
 from tests.stand.launches import HostLook, Launches
 from tests.stand.static_steps import factors_of, random_run, staged
 
@@ -68,6 +74,33 @@ def test_launches_and_addresses_stay_the_same(monkeypatch: pytest.MonkeyPatch) -
         assert len(runs[0]) > 20
         for run in runs[1:]:
             assert run == runs[0]
+
+
+@pytest.mark.parametrize("attend", [decode_in_torch, decode_by_varlen])
+def test_a_step_needs_nothing_of_the_processor(attend: DecodeAttention) -> None:
+    """On the meta device: no number can be read, no memory of the host is at hand, and operators
+    that only a processor has are not there."""
+    device = torch.device("meta")
+    model: Any = copy.deepcopy(Stage().adapted.original).to(torch.bfloat16).to(device)
+    adapted = inject(model, name="test")
+    kv = KVCache(
+        model.config,
+        budget_bytes=1 << 22,
+        max_sequences=4,
+        context_tokens=256,
+        dtype=torch.bfloat16,
+        device=device,
+        page_tokens=256,
+    )
+    step = StaticStep(model, adapted.make_static(4), kv, 4, attend)
+    model.set_attn_implementation(PAGED_ATTENTION)
+    for rows in (1, 4):
+        for rank, has_lora in LAUNCH_CLASSES:
+            for plain in (True, False):
+                with Launches(()) as launches:
+                    step.run(StepKey(rows, rank, has_lora, plain))
+                # On the meta device every operator is there; these compute on a processor alone.
+                assert not [one for one, *_ in launches.found if one.startswith("hira::")]
 
 
 def test_a_look_at_a_number_is_seen() -> None:

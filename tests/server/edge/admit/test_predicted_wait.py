@@ -281,14 +281,32 @@ def test_nothing_is_predicted_before_anybody_has_waited_nor_without_a_queue() ->
 
 def test_what_was_learnt_is_forgotten_in_a_calm() -> None:
     lane = SimulatedLane(token_s=1e-3)
-    for number in range(100):
+    for number in range(1000):
         lane.submit(encode_request(number, "hot", [20]))
-    while lane.step():
-        pass
+        if number == 499:
+            while lane.step():
+                pass
+    assert lane.waits.predict("hot", 20, lane.now) is not None
     lane.now += 120.0
-    for number in range(100, 200):
-        lane.submit(encode_request(number, "hot", [20]))
     assert lane.waits.predict("hot", 20, lane.now) is None
+
+
+def test_a_queue_of_which_all_are_late_is_refused_until_it_is_over() -> None:
+    waits = LaneWaits("encode")
+    requests = deque(encode_request(number, "a", [20]) for number in range(60))
+    for request in requests:
+        waits.add(request)
+    for now in range(3, 9):
+        if now < 6:
+            assert waits.predict("a", 20, now) is None, "few are not enough to say so"
+        for _ in range(4):  # together, and told once
+            late = requests.pop()
+            waits.too_late(late, now)
+            waits.remove(late)
+    wait = waits.predict("a", 20, 9)
+    assert wait is not None
+    assert wait.excess_s(1e6) == math.inf
+    assert waits.predict("a", 20, 60) is None
 
 
 def test_a_slow_trickle_says_nothing_of_a_crowd() -> None:

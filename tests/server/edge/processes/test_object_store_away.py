@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -85,9 +86,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         for name, value in store.environment.items():
             patch.setenv(name, value)
         data = tmp_path_factory.mktemp("served") / "data"
-        settings = {"store_url": PLACE, "store_endpoint": store.endpoint, "dtype": "fp32"}
+        settings: dict[str, Any] = {
+            "store_url": PLACE,
+            "store_endpoint": store.endpoint,
+            "dtype": "fp32",
+        }
         # One slot and no host memory: what is not asked for is on the disk alone.
-        budgets = {"slots": 2, "host_bytes": 0}
+        budgets: dict[str, Any] = {"slots": 2, "host_bytes": 0}
         root = f"--source-root={sources}"
         with hira(data, root, anew=True, **settings, **budgets) as live:
             made = World(live, store, sources)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+# Ranks that steps are made for, and whether LoRA is in them: few, so that few are captured.
+LAUNCH_CLASSES: Final = ((0, False), (32, False), (128, True))
 _WARM_UPS = 2  # compile, and let libraries allocate what they keep, before anything is captured
 
 
@@ -20,6 +22,11 @@ class StepKey(NamedTuple):
     rank: int  # padded; 0: no HiRA
     has_lora: bool
     plain: bool  # the best token alone is wanted
+
+
+def launch_class(rank: int, has_lora: bool) -> tuple[int, bool]:
+    """The class of launches that serves slots of this padded rank, with LoRA or without."""
+    return next(one for one in LAUNCH_CLASSES if one[0] >= rank and (one[1] or not has_lora))
 
 
 class CapturedSteps:

@@ -1,0 +1,98 @@
+"""Which form of the kernels computes a layer in steps over fixed buffers: timed once, at the start.
+
+Such a step must make the same launches each time, so nothing can be timed on its traffic. Before
+any step is captured, each form runs on each shape of weight, for few numbers of rows and for the
+ranks that steps are made for; from then on the answers are looked up. A form that fails is not
+used. On a processor, where kernels are interpreted, nothing is timed: the form that needs the least
+arithmetic is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
+
+import torch
+
+# ``tiles``: the fused kernel; ``product``: W0 decoded once and one library product; ``row``: the
+# kernel for one row.
+StepForm = Literal["tiles", "product", "row"]
+StepCase = tuple[tuple[int, int], int, int]  # shape of a weight, padded rank, rows
+
+TIMED_ROWS: Final = (1, 4, 16, 64)
+TIMED_ADAPTERS: Final = 16  # of the rows that are timed, at most
+# Rows of ``product``, expanded by their ranks: beyond it its buffers are large and it is hopeless.
+MOST_EXPANDED: Final = 8192
+_LAUNCHES: Final = 20  # of a round
+_REPLAYS: Final = 5
+
+logger = logging.getLogger(__name__)
+
+
+class StepForms:
+    """The form of each shape, rank and number of rows; where nothing was timed, ``tiles``.
+
+    Args:
+        chosen: By what was timed.
+    """
+
+    def __init__(self, chosen: Mapping[StepCase, StepForm] | None = None) -> None:
+        self._chosen = dict(chosen or {})
+
+    def of(self, shape: tuple[int, int], rank: int, rows: int) -> StepForm:
+        """What computes so many rows: as the next larger number that was timed."""
+        timed = next((one for one in TIMED_ROWS if one >= rows), None)
+        if timed is None:
+            return "tiles"
+        return self._chosen.get((shape, rank, timed), "tiles")
+
+    def cases(self, form: StepForm) -> list[StepCase]:
+        """Those for which a form was chosen."""
+        return [case for case, chosen in self._chosen.items() if chosen == form]
+
+    def without(self, form: StepForm) -> StepForms:
+        """The same, but ``tiles`` in place of a form."""
+        return StepForms({case: one for case, one in self._chosen.items() if one != form})
+
+
+def fastest(runs: Mapping[StepForm, Callable[[], torch.Tensor]], device: torch.device) -> StepForm:
+    """The form that takes the least time on a device.
+
+    Args:
+        runs: Each form as a call; ``tiles`` is among them.
+        device: CUDA, or a processor on which kernels are interpreted.
+    """
+    if device.type != "cuda":
+        return next(one for one in ("row", "product", "tiles") if one in runs)
+    times: dict[StepForm, float] = {}
+    for form, run in runs.items():
+        try:
+            graph = _as_graph(run)
+            times[form] = min(_replay_ms(graph) for _ in range(_REPLAYS))
+        except Exception as cause:  # noqa: BLE001  # a driver, a library: another form serves
+            told = " ".join(str(cause).split())[:200]
+            logger.warning("%s was not timed for steps: %s: %s", form, type(cause).__name__, told)
+    return min(times, key=times.__getitem__, default="tiles")
+
+
+def _as_graph(run: Callable[[], torch.Tensor]) -> Any:
+    """Many launches as one graph, so that it is the device that is timed and not the host."""
+    run()
+    torch.cuda.synchronize()
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_LAUNCHES):
+            run()
+    graph.replay()
+    return graph
+
+
+def _replay_ms(graph: Any) -> float:
+    begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))

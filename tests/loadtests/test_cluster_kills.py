@@ -1,0 +1,36 @@
+"""What is made of the calls that a part of a cluster cut off, without a cluster."""
+
+from __future__ import annotations
+
+import time
+
+from loadtests.cluster_kills import HANG_S, TOLD_S, Broken, Call, Seen, judged
+
+
+def test_whoever_was_cut_off_must_be_told_in_time() -> None:
+    seen = Seen([Call("predict", 9.0, 10.5, "ok"), Call("generate", 9.5, 11.0, "503 worker_lost")])
+    row = judged("engine", Broken(10.0, None, 30.0), seen)
+    assert (row["told_s"], row["cut_off"], row["faults"]) == (1.0, 2, [])
+    seen.calls.append(Call("predict", 9.9, 10.0 + 2 * TOLD_S, "ok"))
+    row = judged("engine", Broken(10.0, None, 30.0), seen)
+    assert row["faults"]
+    assert row["told_s"] == 2 * TOLD_S
+
+
+def test_a_call_that_hangs_is_a_fault_whether_it_ended_or_not() -> None:
+    seen = Seen([Call("predict", 1.0, 1.0 + HANG_S, "hung")], running={1: time.monotonic() - 60})
+    row = judged("proxy", Broken(0.5, None, 1.0), seen)
+    assert row["hung"] == 2
+    assert row["faults"]
+
+
+def test_while_the_store_is_away_only_those_that_need_it_may_fail() -> None:
+    calls = [
+        Call("predict", 11.0, 11.1, "ok"),
+        Call("register", 12.0, 12.1, "503 registry_unavailable"),
+    ]
+    assert judged("postgres", Broken(10.0, 70.0, 1.0), Seen(list(calls)))["faults"] == []
+    calls.append(Call("predict", 13.0, 13.1, "503 store_unavailable"))
+    assert judged("store", Broken(10.0, 70.0, 1.0), Seen(list(calls)))["faults"] == []
+    assert judged("postgres", Broken(10.0, 70.0, 1.0), Seen(list(calls)))["faults"]
+    assert judged("store", Broken(10.0, 70.0, 1.0), Seen([]))["faults"], "nothing was answered"
