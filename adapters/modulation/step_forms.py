@@ -24,6 +24,7 @@ TIMED_ROWS: Final = (1, 4, 16, 64)
 TIMED_ADAPTERS: Final = 16  # of the rows that are timed, at most
 # Rows of ``product``, expanded by their ranks: beyond it its buffers are large and it is hopeless.
 MOST_EXPANDED: Final = 8192
+_LEAST_ARITHMETIC: Final[tuple[StepForm, ...]] = ("row", "product", "tiles")
 _LAUNCHES: Final = 20  # of a round
 _REPLAYS: Final = 5
 
@@ -64,7 +65,7 @@ def fastest(runs: Mapping[StepForm, Callable[[], torch.Tensor]], device: torch.d
         device: CUDA, or a processor on which kernels are interpreted.
     """
     if device.type != "cuda":
-        return next(one for one in ("row", "product", "tiles") if one in runs)
+        return next(one for one in _LEAST_ARITHMETIC if one in runs)
     times: dict[StepForm, float] = {}
     for form, run in runs.items():
         try:
@@ -73,7 +74,7 @@ def fastest(runs: Mapping[StepForm, Callable[[], torch.Tensor]], device: torch.d
         except Exception as cause:  # noqa: BLE001  # a driver, a library: another form serves
             told = " ".join(str(cause).split())[:200]
             logger.warning("%s was not timed for steps: %s: %s", form, type(cause).__name__, told)
-    return min(times, key=times.__getitem__, default="tiles")
+    return min(times, key=times.__getitem__) if times else "tiles"
 
 
 def _as_graph(run: Callable[[], torch.Tensor]) -> Any:

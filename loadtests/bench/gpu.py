@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -76,6 +77,10 @@ def _large(report: Report, device: torch.device, clock: PartClock) -> None:
     )
 
 
+def _has_more(clock: PartClock, least_s: float) -> bool:
+    return clock.left_s > least_s
+
+
 def _deterministic(report: Report, device: torch.device, clock: PartClock) -> None:
     from loadtests.bench import random_batches
 
@@ -89,7 +94,7 @@ def _deterministic(report: Report, device: torch.device, clock: PartClock) -> No
         if clock.has_time(lane):
             random_batches.measure(
                 report, lane, "bf16", "nf4", count=40, device="cuda",
-                has_time=lambda least=left_s: clock.left_s > least,  # type: ignore[misc]
+                has_time=partial(_has_more, clock, left_s),
             )  # fmt: skip
 
 

@@ -91,9 +91,11 @@ def test_on_a_gpu_each_text_has_a_forward_of_its_own(
     )
     engine = Engine.build(made)
     rows: list[int] = []
-    engine.base.backbone.register_forward_pre_hook(
-        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
-    )
+
+    def note(module: Any, args: Any, given: Any) -> None:
+        rows.append(len(given["input_ids"]))
+
+    engine.base.backbone.register_forward_pre_hook(note, with_kwargs=True)
     try:
         texts = ["a b", "a c", "a b c d"]
         wanted = [engine.encode([one], task="feature-extraction").outputs[0] for one in texts]

@@ -264,19 +264,22 @@ def test_a_canary_of_another_task_is_refused(live: Live) -> None:
 
 
 def test_what_has_lost_its_bytes_says_so_where_it_is_listed(
-    live: Live, folders: list[Path]
+    live: Live, folders: list[Path], tmp_path: Path
 ) -> None:
-    put(live, "losing", folders[0])
-    staged = put(live, "losing", folders[1], stage="true")["version"]
+    # Versions that no other test asks for: what a worker has loaded goes on without its bytes.
+    made = [
+        change_config(shutil.copytree(folders[0], tmp_path / one), base_model_name_or_path=one)
+        for one in ("kept", "canary", "lost")
+    ]
+    put(live, "losing", made[0])
+    staged = put(live, "losing", made[1], stage="true")["version"]
+    lost = put(live, "lost", made[2])["version"]
     body = {"version": staged, "share": 0}
-    started = call(live, "PUT", "/adapters/losing/canary", json=body).json()
-    assert started["canary"]["residency"] != "lost"
-    shutil.rmtree(live.folder / "store" / staged)
+    assert call(live, "PUT", "/adapters/losing/canary", json=body).is_success
+    store = live.folder / "store" / "versions"
+    for version in (staged, lost):
+        shutil.rmtree(store / version)
     (shown,) = call(live, "GET", "/adapters?prefix=losing").json()["adapters"]
-    assert shown["residency"] != "lost"
-    # What the worker has loaded by now goes on until it leaves.
+    assert shown["residency"] == "disk"
     assert shown["canary"]["residency"] in {"lost", "host", "device"}
-    other = put(live, "losing", folders[2])["version"]
-    shutil.rmtree(live.folder / "store" / other)
-    shown = call(live, "GET", "/adapters/losing").json()
-    assert shown["residency"] == "lost"
+    assert call(live, "GET", "/adapters/lost").json()["residency"] == "lost"
