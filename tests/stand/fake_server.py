@@ -53,7 +53,9 @@ class Record:
 
 class FakeRegistry:
     def __init__(self) -> None:
-        self.store: Any = SimpleNamespace(conversation=None)
+        self.store: Any = SimpleNamespace(
+            conversation=None, take_notes=tuple, close=lambda: None, versions=set
+        )
         tasks = {"imdb": "text-classification", "story": "text-generation"}
         now = datetime.now(UTC)
         self.known = {name: Record(name, task, f"{name}-v1", now) for name, task in tasks.items()}

@@ -73,16 +73,18 @@ class RegistryCalls:
 
     async def shown_all(self, records: Sequence[AdapterRecord]) -> list[dict[str, Any]]:
         """Adapters as they are answered, all as of one moment."""
-        known = await self._known()
-        return [adapter_answer(one, known, self.service.names.base_digest) for one in records]
-
-    async def _known(self) -> AdapterStatus:
         state = self.service.dispatcher.state()
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        stored = await self.service.slow_work.run(self.service.registry.store.versions, "records")
-        usage = await self.service.slow_work.run(adapter_usage, "metrics")
-        return AdapterStatus(residency, stored, quarantined, usage)
+        digest, store = self.service.names.base_digest, self.service.registry.store
+        stored = await self.service.slow_work.run(store.versions, "records")
+
+        def answers() -> list[dict[str, Any]]:
+            known = AdapterStatus(residency, stored, quarantined, adapter_usage())
+            return [adapter_answer(one, known, digest) for one in records]
+
+        # A page of a thousand takes longer than the event loop has.
+        return await self.service.slow_work.run(answers, "metrics")
 
 
 @contextmanager

@@ -103,15 +103,15 @@ def test_sums_and_orders_are_those_of_all_entries(
             case "place":
                 leaving, arriving, _ = tiers.divide_slots()
                 check(tiers)
-                for one in leaving:
-                    tiers.empty(one)
-                    tiers.changed(one.version)
-                for new in arriving:
-                    held = tiers.entries[new].packed
+                for vacated in leaving:
+                    tiers.empty(vacated)
+                    tiers.changed(vacated.version)
+                for one in arriving:
+                    held = tiers.entries[one].packed
                     assert held is not None
                     held.to_device(CPU)
-                    tiers.changed(new)
-                    tiers.arrive(new, 0.5)
+                    tiers.changed(one)
+                    tiers.arrive(one, 0.5)
                 tiers.trim_host()
             case "use" if entry is not None and entry.state == "ready":
                 tiers.use(name)
