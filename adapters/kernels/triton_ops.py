@@ -163,14 +163,16 @@ def many_rows_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, GROUPED: tl.constexpr,
     HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, DECODER: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPARE: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share a block of W0 and differ in their rows.
     tile = tiles_ptr + (tl.program_id(0) % tile_count) * 3
     n = (tl.program_id(0) // tile_count) * BN + tl.arange(0, BN)
     slot, start, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    if count == 0:  # of a fixed number of tiles, one that this batch does not need
-        return
+    # Only a fixed number of tiles has some without rows; the branch costs the others registers.
+    if SPARE:  # noqa: SIM102  # decided when it is compiled, and the next when it runs
+        if count == 0:
+            return
     m = tl.arange(0, BM)
     rows = tl.load(rows_ptr + start + m, mask=m < count, other=0).to(tl.int64)
     x_rows = (x_ptr + rows * x_stride)[None, :]
@@ -443,7 +445,9 @@ def token_rows_linear(
     y = x.new_empty(x.shape[0], weight.shape[0])
     source, settings = _of_weight(weight, addresses, layer, addresses.shape[1], x.device)
     has_bias = bias is not None
-    _launch_many(x, y, x if bias is None else bias, has_bias, tiles, weight, source, settings)
+    _launch_many(
+        x, y, x if bias is None else bias, has_bias, tiles, weight, source, settings, spare=True
+    )
     return y
 
 
@@ -456,14 +460,17 @@ def _launch_many(
     weight: PackedWeight,
     source: tuple[Any, ...],
     settings: dict[str, Any],
+    *,
+    spare: bool = False,
 ) -> None:
+    """``spare``: some of the tiles may have no rows."""
     (out_features, in_features), many = weight.shape, tiles.many
     _, shared_bytes = device_limits(x.device)
     blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
     many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
         x, x.stride(0), y, bias, *source, tiles.rows, many.tiles, many.count,
         out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,
-        HAS_BIAS=has_bias, STAGES=blocks.stages, num_warps=blocks.warps, **settings,
+        HAS_BIAS=has_bias, STAGES=blocks.stages, SPARE=spare, num_warps=blocks.warps, **settings,
     )  # fmt: skip
 
 
