@@ -73,8 +73,10 @@ def test_images_that_do_not_fit_beside_others_are_not_even_decoded() -> None:
         settings=SimpleNamespace(max_inputs=8),
         base=SimpleNamespace(inputs=images),
         dispatcher=SimpleNamespace(admission=Admission(load, bounds, 2)),
+        deadline=lambda began, asked: began + 60.0,
     )
-    call: Any = SimpleNamespace(scope={"hira": RequestContext("id", 0.0, adapter="pets")})
+    scope = {"hira": RequestContext("id", 0.0, adapter="pets")}
+    call: Any = SimpleNamespace(scope=scope, headers={})
     files = (image_file(image(10, 25)),) * 2
     with pytest.raises(Refusal, match="overloaded") as caught:
         asyncio.run(
