@@ -2,11 +2,12 @@
 
 `python -m loadtests.cluster_kills --away-s 60`
 
-In turn: an engine replica, Ray Serve's HTTP proxy, PostgreSQL and the object store; the first two
-by SIGKILL, the other two away for ``--away-s``. Meanwhile clients ask adapters whose answers are
-known, generate, and an operator registers. No answer may be wrong, no call may hang, and each part
-must be back by itself. Told is how long after the kill the last call that it cut off had its error,
-or its answer from another replica; back is when all is as before.
+In turn: an engine replica, the HTTP proxy with the process that keeps it, an HTTP replica,
+PostgreSQL and the object store; the first three by SIGKILL, the others away for ``--away-s``.
+Meanwhile clients ask adapters whose answers are known, generate, and an operator registers. No
+answer may be wrong, no call may hang, and each part must be back by itself. Told is how long after
+the kill the last call that it cut off had its error, or its answer from another replica; back is
+when all is as before.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from typing import Any, Final
 import httpx2
 
 from loadtests.churn import Tenant, base_and_sources, fault_in, prepare
-from loadtests.clusters import ENGINE, PROXY, ClusterServer, running_cluster
+from loadtests.clusters import ENGINE, HTTP, PROXY, PROXY_KEEPER, ClusterServer, running_cluster
 from loadtests.connection import Connection, Lost, encoded
 from loadtests.stage import SCORE_TOLERANCE, TEXTS, archive
+from loadtests.verdict import verdict
 
 HANG_S: Final = 20.0  # a call that takes longer hangs
 TOLD_S: Final = 2.0  # within which whoever was cut off must know
 BACK_S: Final = 180.0
 CALM_S: Final = 8.0  # before and after each kill
 OPERATOR_EVERY_S: Final = 1.5
-PARTS: Final = ("engine", "proxy", "postgres", "store")
+PARTS: Final = ("engine", "proxy", "http", "postgres", "store")
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,7 @@ def main() -> int:
     ]
     for row in rows:
         print(json.dumps(row))
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "faults": faults}, indent=1) + "\n")
-    return 1 if faults else 0
+    return verdict(faults, {"rows": rows, "faults": faults}, options.json)
 
 
 def parse_options() -> argparse.Namespace:
@@ -300,10 +298,23 @@ def is_back_with_others(
 
 
 async def break_proxy(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
-    (proxy, *_) = server.actors(PROXY)
-    proxy.kill()
+    for one in (*server.actors(PROXY_KEEPER), *server.actors(PROXY)):
+        one.kill()
     killed = time.monotonic()
-    await until(server.is_ready)
+    await until(lambda: bool(server.actors(PROXY)) and server.is_ready())
+    return Broken(killed, None, time.monotonic() - killed)
+
+
+async def break_http(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
+    before = {one.pid for one in server.actors(HTTP)}
+    server.actors(HTTP)[0].kill()
+    killed = time.monotonic()
+
+    def is_back() -> bool:
+        now = {one.pid for one in server.actors(HTTP)}
+        return len(now) >= len(before) and now != before and server.is_ready()
+
+    await until(is_back)
     return Broken(killed, None, time.monotonic() - killed)
 
 
@@ -337,6 +348,7 @@ async def away(start: Callable[[], None], seen: Seen, options: argparse.Namespac
 BREAKS: Final = {
     "engine": break_engine,
     "proxy": break_proxy,
+    "http": break_http,
     "postgres": break_postgres,
     "store": break_store,
 }
@@ -365,7 +377,7 @@ def judged(part: str, broken: Broken, seen: Seen) -> dict[str, Any]:
         ended - began > HANG_S for began in seen.running.values()
     )
     faults = [f"{hung} calls hung"] if hung else []
-    if part == "engine" and told_s > TOLD_S:
+    if part in {"engine", "proxy", "http"} and told_s > TOLD_S:
         faults.append(f"a call that was cut off was told after {told_s:.1f} s")
     if broken.back_s >= BACK_S:
         faults.append(f"not as before within {BACK_S:g} s")

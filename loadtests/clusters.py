@@ -25,7 +25,8 @@ from tests.stand import object_store, postgres
 START_S = 600.0  # Ray, the controller, the proxy and every replica load their libraries anew
 ENGINE = "ray::ServeReplica:hira:engine"
 HTTP = "ray::ServeReplica:hira:http"
-PROXY = "ray::ProxyActor"
+PROXY = "haproxy"
+PROXY_KEEPER = "ray::HAProxyManager"  # which starts it
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ class ClusterServer(Server):
     objects: object_store.ObjectStore | None
 
     def actors(self, kind: str) -> list[psutil.Process]:
-        """Its processes of one kind: ``ENGINE``, ``HTTP`` or ``PROXY``, oldest first."""
+        """Its processes of one kind, by title or program: ``ENGINE``, ``HTTP``, ``PROXY`` or
+        ``PROXY_KEEPER``, oldest first."""
         found = []
         for one in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if " ".join(one.cmdline()).startswith(kind):
+                if " ".join(one.cmdline()).startswith(kind) or one.name() == kind:
                     found.append(one)
             except psutil.Error:
                 continue

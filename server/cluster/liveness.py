@@ -13,7 +13,6 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-import grpc
 from ray._private.grpc_utils import init_grpc_channel
 from ray.serve.request_router import PendingRequest, RunningReplica
 
@@ -39,11 +38,10 @@ async def _connects(address: str, within_s: float) -> bool:
     # one brings its TLS and its tokens.
     options = [("grpc.use_local_subchannel_pool", 1)]
     channel = init_grpc_channel(address, options=options, asynchronous=True)
-    states = grpc.ChannelConnectivity
     try:
         async with asyncio.timeout(within_s):
-            while (state := channel.get_state(try_to_connect=True)) is not states.READY:
-                if state in {states.TRANSIENT_FAILURE, states.SHUTDOWN}:
+            while (state := channel.get_state(try_to_connect=True)).name != "READY":
+                if state.name in {"TRANSIENT_FAILURE", "SHUTDOWN"}:
                     return False
                 await channel.wait_for_state_change(state)
             return True
