@@ -109,7 +109,7 @@ def running_cluster(
         database = stack.enter_context(postgres.postgres())
         objects = stack.enter_context(object_store.object_store()) if with_objects else None
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_DEDUP_LOGS": "0"}
         own = [f"--registry-url={database.url}"]
         if objects is not None:
             environment |= objects.environment
