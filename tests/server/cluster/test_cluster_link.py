@@ -402,11 +402,20 @@ def test_a_message_that_cannot_be_sent_harms_nobody() -> None:
         async with linked(engines) as link:
             ended: list[bool] = []
             link.end = lambda: ended.append(True)
+            working = engines.state.remote
             engines.hear = SimpleNamespace(remote=broken)
             engines.state = SimpleNamespace(remote=broken)
             link.tell(Preload("v1"))
             await asyncio.sleep(1.5)  # and asked how it is meanwhile
             assert ended == []
+            asked = asyncio.Event()
+
+            def asked_again(to: Any) -> Response:
+                asked.set()
+                return working(to)
+
+            engines.state = SimpleNamespace(remote=asked_again)
+            await asyncio.wait_for(asked.wait(), 30)
             with link.admit(encode_request()) as ticket:
                 assert isinstance(await asyncio.wait_for(ticket.next(), 60), EncodeResult)
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,9 +87,13 @@ def test_a_replica_without_requests_need_not_be_heard() -> None:
     assert one.heard > 0.0
 
 
-class Made(SimpleNamespace):
-    __hash__ = object.__hash__
+class Made:
+    """A replica, as far as it is heard."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.heard = 0.0
 
 
 def made(name: str) -> Any:
-    return Made(name=name, heard=0.0)
+    return Made(name)
