@@ -20,6 +20,7 @@ here: the server maps every code to one in its own table.
     ├── SourceUnavailable       source_unavailable   an allowed source that could not be read
     ├── UploadTooLarge          upload_too_large
     ├── StoreFull               store_full
+    │   └── CacheDiskFull       store_full           this machine's disk, not the object store
     ├── StoreUnavailable        store_unavailable    the object store with the bytes is away
     ├── RegistryUnavailable     registry_unavailable  its database is locked, damaged or away
     ├── SegmentMismatch         segment_mismatch     segments that do not cover the rows
@@ -221,6 +222,10 @@ class StoreFull(AdapterError):
     code = "store_full"
 
 
+class CacheDiskFull(StoreFull):
+    """The disk before an object store is full: to delete objects there would free nothing here."""
+
+
 class StoreUnavailable(AdapterError):
     """The object store that holds the bytes of adapters does not answer, or refuses."""
 
@@ -261,18 +266,19 @@ class AdapterFaults(AdapterError):
 
 
 @contextmanager
-def full_disk_refused(what: str) -> Iterator[None]:
+def full_disk_refused(what: str, refusal: type[StoreFull] = StoreFull) -> Iterator[None]:
     """Turn an OSError of a disk without room, or of a quota that is used up, into ``StoreFull``.
 
     Args:
         what: The disk, as the message begins: "The disk of the adapter store".
+        refusal: What is raised instead.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise StoreFull(
+        raise refusal(
             f"{what} is full.",
             found=os.strerror(error.errno),
             fix="Free disk space, or remove adapters.",

@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters.errors import (
     AdapterError,
     AdapterExists,
+    CacheDiskFull,
     StoreFull,
 )
 from adapters.intake.checkpoint import AdapterWeights, load_adapter
@@ -425,10 +426,13 @@ class Registry:
 
         Raises:
             StoreFull: There is still none.
+            CacheDiskFull: It is the disk before an object store; nothing has been deleted.
         """
         while True:
             try:
                 return self.store.add(folder)
+            except CacheDiskFull:
+                raise  # the bytes of old versions are not on it
             except StoreFull:
                 with self._database.reading() as connection:
                     old = [one for one in oldest_first(connection) if self.store.has(one)]

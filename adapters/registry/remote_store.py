@@ -18,13 +18,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
 
 from adapters.errors import (
     AdapterError,
     AdapterNotFound,
+    CacheDiskFull,
     CorruptFile,
     StoreFull,
     StoreUnavailable,
@@ -88,12 +89,13 @@ class RemoteStore:
             The version, as ``Store.add`` does.
 
         Raises:
-            StoreFull: Over ``max_bytes``, or this disk is full.
+            StoreFull: Over ``max_bytes``.
+            CacheDiskFull: This disk is full.
             StoreUnavailable: The object store does not answer; no name can be on the version.
         """
         needed = sum(one.stat().st_size for one in folder.iterdir() if one.is_file())
         self._make_room(needed)
-        version = self._cache.add(folder)
+        version = self._cached(folder)
         self._cache.touch(version)  # it may have been there for long
         with self._arriving_folder() as arriving:
             packed = arriving / "packed.tar"
@@ -109,7 +111,7 @@ class RemoteStore:
             AdapterNotFound: There is no such version in the object store.
             CorruptFile: Its object is not what its name says.
             StoreUnavailable: It is not on this disk, and the object store does not answer.
-            StoreFull: This disk is full.
+            CacheDiskFull: This disk is full.
         """
         return self._kept(version) or self._fetched(version)
 
@@ -278,6 +280,15 @@ class RemoteStore:
         self._objects.note(StoreNote("cache", "hit"))
         return found
 
+    def _cached(self, folder: Path) -> str:
+        """Copy a folder into the cache; returns its version."""
+        try:
+            return self._cache.add(folder)
+        except StoreFull as error:  # the cache has no limit of its own: it is the disk
+            raise CacheDiskFull(
+                error.message, found=error.found, expected=error.expected, fix=error.fix
+            ) from error
+
     def _fetched(self, version: str) -> Path:
         """Fetch a version into the cache; one thread of this process at a time does so."""
         if not _is_version(version):
@@ -294,14 +305,14 @@ class RemoteStore:
                 if found is None:
                     raise _missing(version, self._objects.url)
                 self._make_room(found.nbytes)
-                with full_disk_refused("The disk of the cache of adapters"):
+                with _cache_disk():
                     try:
                         self._objects.get(_object_name(version), packed)
                     except FileNotFoundError:
                         raise _missing(version, self._objects.url) from None
                     _unpack_sound(version, packed, folder)
                     packed.unlink()
-                self._cache.add(folder)
+                self._cached(folder)
             return self._cache.path(version)
 
     @contextmanager
@@ -321,7 +332,7 @@ class RemoteStore:
     @contextmanager
     def _arriving_folder(self) -> Iterator[Path]:
         with (
-            full_disk_refused("The disk of the cache of adapters"),
+            _cache_disk(),
             tempfile.TemporaryDirectory(dir=self._arriving, ignore_cleanup_errors=True) as folder,
         ):
             yield Path(folder)
@@ -365,7 +376,7 @@ class RemoteStore:
 
     def _pack(self, folder: Path, target: Path) -> None:
         with (
-            full_disk_refused("The disk of the cache of adapters"),
+            _cache_disk(),
             tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as archive,
         ):
             for path in sorted(folder.iterdir()):
@@ -374,6 +385,10 @@ class RemoteStore:
                     member.size = path.stat().st_size
                     with path.open("rb") as file:
                         archive.addfile(member, file)
+
+
+def _cache_disk() -> AbstractContextManager[None]:
+    return full_disk_refused("The disk of the cache of adapters", CacheDiskFull)
 
 
 def _unpack_sound(version: str, packed: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -15,7 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.errors import AdapterNotFound, CorruptFile, StoreFull, StoreUnavailable
+from adapters.errors import (
+    AdapterNotFound,
+    CacheDiskFull,
+    CorruptFile,
+    StoreFull,
+    StoreUnavailable,
+)
 from adapters.intake.checkpoint import STORED_FILES, load_adapter
 from adapters.intake.safetensors_header import TENSOR_FILE
 from adapters.registry.objects import Objects
@@ -238,6 +245,37 @@ def test_a_store_that_is_full_takes_no_more(machine: Machines, folders: list[Pat
     with pytest.raises(StoreFull):
         store.add(folders[1])
     assert store.versions() == {version}
+
+
+@pytest.mark.parametrize("where", ["copy", "pack"])
+def test_a_full_local_disk_deletes_no_old_versions(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """To delete objects frees nothing on this disk; a store that is full is another matter."""
+    objects = Objects("s3://bucket/p", open_files=lambda: in_folder(tmp_path))
+    here = RemoteStore(objects, Store(tmp_path / "cache"))
+    registry = Registry(tmp_path / "registry.sqlite", here, kept_versions=10, grace_s=0.0)
+    base = small_base()
+    for folder in folders[:2]:
+        registry.register("one", folder, base, source="test", replace=True)
+    before = here.versions()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as broken:
+        if where == "copy":
+            broken.setattr("adapters.registry.store._copy_durably", full)
+        else:
+            broken.setattr(tarfile.TarFile, "addfile", full)
+        with pytest.raises(CacheDiskFull):
+            registry.register("two", folders[2], base, source="test")
+    assert here.versions() == before
+    here.max_bytes = here.nbytes()
+    registry.register("two", folders[2], base, source="test")
+    assert here.versions() == {version_of(folders[1]), version_of(folders[2])}
+    registry.close()
+    here.close()
 
 
 def test_the_collector_leaves_what_another_machine_may_need(
