@@ -544,7 +544,7 @@ def _read_file(config: Path | None) -> tuple[Path, dict[str, Any]]:
     except OSError as error:
         fault = SettingFault(f"{path}: cannot be read: {error.strerror}")
         raise SettingsFault(fault) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # as of numbers of too many digits, and nesting
         raise SettingsFault(SettingFault(f"{path}: not TOML: {error}")) from None
 
 

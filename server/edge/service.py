@@ -234,6 +234,7 @@ class Service:
             logger.error("The settings were not reloaded: %s", fault)
             return
         changed = {name: getattr(fresh, name) for name in RELOADABLE}
+        had_admin_key = self.settings.admin_key is not None
         self.settings = self.settings.model_copy(update=changed)
         self.slow_work.settings = self.settings
         self.targets.default = self.settings.default_adapter
@@ -241,7 +242,11 @@ class Service:
         if self.settings.keys_file is None:
             self._use_keys(None)
         elif self._file_keys is not None:
-            self._use_keys(self._file_keys)
+            self._use_keys(self._file_keys, is_read=False)
+        elif self.keys_fault is not None:
+            # An admin key that was generated stays; one of the settings may have been changed.
+            generated = not had_admin_key and any(one.admin for one in self.keys.named())
+            self.keys = settings_keyring(self.settings, generated=generated)
         # else it is new: the keys of before hold until `follow_keys` has read it, in a second
 
     async def follow_keys(self) -> None:
@@ -290,26 +295,31 @@ class Service:
         try:
             found = read_key_file(self.settings.keys_file)
         except SettingsFault as fault:
-            if self.load.keys_were_changed():
-                # Which keys were the last good ones is not known here.
-                self._file_keys, self.keys = None, settings_keyring(self.settings)
             self._tell_broken_keys(fault)
-            return
-        if found != self._file_keys:
-            self._use_keys(found)
+        else:
+            if found != self._file_keys or self.keys_fault is not None:
+                self._use_keys(found)
+        if self.keys_fault is not None and self.load.keys_were_changed():
+            # Which keys were the last good ones is not known here.
+            self._file_keys, self.keys = None, settings_keyring(self.settings)
 
-    def _use_keys(self, from_file: dict[str, ApiKey] | None) -> None:
-        """Take over the keys of a file, with those of the settings; or go on with what there is."""
+    def _use_keys(self, from_file: dict[str, ApiKey] | None, *, is_read: bool = True) -> None:
+        """Take over the keys of a file, with those of the settings; or go on with what there is.
+
+        ``is_read``: whether the file was read just now, or there is none. Else it may be broken
+        still.
+        """
         try:
             self.keys = keyring_of(self.settings, from_file)
         except SettingsFault as fault:
             self._tell_broken_keys(fault)
             return
-        if self.keys_fault is not None:
+        if self.keys_fault is not None and is_read:
             logger.warning("The keys file can be used again")
+            self.keys_fault = None
         if from_file != self._file_keys:
             self.load.keys_changed(self._number)
-        self._file_keys, self.keys_fault = from_file, None
+        self._file_keys = from_file
 
     def _tell_broken_keys(self, fault: SettingsFault) -> None:
         """Go on with the keys of before, and say so: when it becomes so, and every minute.

@@ -116,3 +116,14 @@ def test_all_nodes_have_the_same_store_and_its_keys(
         assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"} <= variables
         (room,) = (one["emptyDir"]["sizeLimit"] for one in pod["volumes"] if one["name"] == "data")
         assert int(room.removesuffix("Gi")) << 30 > settings.remote_store.cache_bytes
+
+
+def test_the_audit_log_does_not_go_with_a_pod(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(SERVE["applications"][0]["args"]["settings"])
+    assert settings.audit_log == "stdout"
+    for pod in PODS:  # without it Ray has the output of replicas in files of the pod
+        variables = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+        assert variables["RAY_LOG_TO_STDERR"] == "1"

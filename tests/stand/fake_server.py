@@ -54,7 +54,7 @@ class Record:
 class FakeRegistry:
     def __init__(self) -> None:
         self.store: Any = SimpleNamespace(
-            conversation=None, take_notes=tuple, close=lambda: None, versions=set
+            conversation=None, take_notes=tuple, close=lambda: None, missing=set
         )
         tasks = {"imdb": "text-classification", "story": "text-generation"}
         now = datetime.now(UTC)

@@ -164,7 +164,7 @@ def parse_keys(content: bytes, path: Path) -> dict[str, ApiKey]:
     """
     try:
         tables = tomllib.loads(content.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # as of numbers of too many digits, and nesting
         raise _unusable_key_file(path, f"it is not TOML: {error}") from None
     faults: list[SettingFault] = []
     if len(tables) > MAX_KEYS:

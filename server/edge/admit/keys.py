@@ -150,10 +150,14 @@ def keyring_of(settings: Settings, from_file: Mapping[str, ApiKey] | None) -> Ke
     return Keyring(keys, open_to_all=not closed, open_metrics=from_file is None)
 
 
-def settings_keyring(settings: Settings) -> Keyring:
+def settings_keyring(settings: Settings, *, generated: bool = False) -> Keyring:
     """The keys of the settings alone, for where those of the keys file are not known; nothing is
-    open, and no admin key is generated."""
-    return Keyring(_keys_of(settings, generated=False), open_to_all=False, open_metrics=False)
+    open.
+
+    Args:
+        generated: Whether a generated admin key counts, where the settings name none.
+    """
+    return Keyring(_keys_of(settings, generated=generated), open_to_all=False, open_metrics=False)
 
 
 def _keys_of(settings: Settings, *, generated: bool) -> dict[str, ApiKey]:

@@ -195,6 +195,7 @@ class LaneWaits:
         self._requests = 0
         self._served_tokens = 0
         self._late_at = -math.inf
+        self._late_s = 0.0  # the longest that somebody waited in vain since the last answer
         # By request under way: how many others were when it came, and what had been served.
         self._came: dict[str, tuple[int, int]] = {}
 
@@ -228,6 +229,7 @@ class LaneWaits:
             now: On the same clock.
         """
         self._served_tokens += request.tokens
+        self._late_s = 0.0
         run_s = result.compute_ms / 1000
         self.rate.note_run(now, run_s)
         if request.id not in self._came:
@@ -245,14 +247,17 @@ class LaneWaits:
         """Learn from a request whose deadline passed; before it is removed.
 
         So a queue is refused, too, that is so long that none of it is answered. One a second says
-        enough: those of a crowd pass their deadlines together.
+        enough: those of a crowd pass their deadlines together. Whoever was not there for longer
+        than others run may have run all the time, and says nothing of the queue.
         """
         requests, served = self._came.get(request.id, (0, 0))
+        there_s = now - request.submitted
+        if there_s <= self.rate.run_s(now):
+            return
         if requests >= QUEUE_REQUESTS and now - self._late_at >= LATE_EVERY_S:
             self._late_at = now
-            self.rate.note(
-                now, tokens=self._served_tokens - served, seconds=now - request.submitted
-            )
+            self._late_s = max(self._late_s, there_s)
+            self.rate.note(now, tokens=self._served_tokens - served, seconds=there_s)
 
     def predict(
         self, adapter: str | None, tokens: int, now: float, *, no_matter_s: float = 0.0
@@ -271,8 +276,8 @@ class LaneWaits:
         if per_s is None:
             return None
         run_s = self.rate.run_s(now)
-        if per_s <= 0.0:  # all were late
-            return PredictedWait(math.inf, run_s)
+        if per_s <= 0.0:  # all were late; who has longer than they had may still be in time
+            return PredictedWait(self._late_s, run_s)
         seconds = (self._tokens + tokens) / per_s
         if seconds > no_matter_s:
             seconds = self._passing_s(adapter, tokens, per_s, now)

@@ -28,13 +28,13 @@ class AdapterStatus:
     """What others than the registry know of adapters at this moment."""
 
     residency: Mapping[str, str]  # tier by version, of those that the engine knows
-    stored: Collection[str]  # versions whose bytes are in the store
+    lost: Collection[str]  # versions that the engine does not know, and the store does not have
     quarantined: Mapping[str, tuple[float, str]]  # by version: until when, and why
     usage: Mapping[str, tuple[int, float | None]]  # by name: requests, time of the last
 
     def place_of(self, version: str) -> str:
         """Where a version is: its tier, disk, or lost where its bytes are nowhere."""
-        return self.residency.get(version) or ("disk" if version in self.stored else "lost")
+        return self.residency.get(version) or ("lost" if version in self.lost else "disk")
 
 
 def adapter_answer(record: AdapterRecord, known: AdapterStatus, base_digest: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from fastapi import Path as PathParameter
 from pydantic import BaseModel
 
-from adapters.errors import AdapterError, full_disk_refused
+from adapters.errors import AdapterError, StoreUnavailable, full_disk_refused
 from adapters.registry.records import AdapterRecord
 from server.edge.admit.slow_work import Pool
 from server.edge.endpoints.adapter_answers import AdapterStatus, adapter_answer
@@ -72,19 +72,34 @@ class RegistryCalls:
         return (await self.shown_all([record]))[0]
 
     async def shown_all(self, records: Sequence[AdapterRecord]) -> list[dict[str, Any]]:
-        """Adapters as they are answered, all as of one moment."""
+        """Adapters as they are answered, all as of one moment.
+
+        The store is asked of those alone that the engine does not have. While it is away they are
+        shown as on disk: nothing says that they are lost, and what is committed is answered.
+        """
         state = self.service.dispatcher.state()
         snapshot = {} if state is None else state.snapshot
         residency, quarantined = snapshot.get("residency", {}), snapshot.get("quarantined", {})
-        digest, store = self.service.names.base_digest, self.service.registry.store
-        stored = await self.service.slow_work.run(store.versions, "records")
+        digest = self.service.names.base_digest
+        shown = {version for one in records for version in one.versions()}
+        lost = await self._lost({one for one in shown if not residency.get(one)})
 
         def answers() -> list[dict[str, Any]]:
-            known = AdapterStatus(residency, stored, quarantined, adapter_usage())
+            known = AdapterStatus(residency, lost, quarantined, adapter_usage())
             return [adapter_answer(one, known, digest) for one in records]
 
         # A page of a thousand takes longer than the event loop has.
         return await self.service.slow_work.run(answers, "metrics")
+
+    async def _lost(self, versions: set[str]) -> set[str]:
+        """Those of ``versions`` whose bytes the store does not have; none while it is away."""
+        if not versions:
+            return set()
+        store = self.service.registry.store
+        try:
+            return await self.service.slow_work.run(lambda: store.missing(versions), "records")
+        except StoreUnavailable:
+            return set()
 
 
 @contextmanager

@@ -121,7 +121,8 @@ class AdapterAnswer(Answer):
     served: bool = Field(description="Whether it was checked on the base that is served.")
     created: str
     residency: str = Field(
-        description="device, host or disk; lost: its bytes are gone, it must be registered again."
+        description="device, host or disk (also while the object store does not answer); lost: its "
+        "bytes are gone, it must be registered again."
     )
     requests: int
     last_used: str | None

@@ -28,7 +28,7 @@ from adapters.intake.checkpoint import STORED_FILES, load_adapter
 from adapters.intake.safetensors_header import TENSOR_FILE
 from adapters.registry.objects import Objects
 from adapters.registry.registry import Registry
-from adapters.registry.remote_store import READ_WITHIN_S, RemoteStore
+from adapters.registry.remote_store import LOOKS, READ_WITHIN_S, RemoteStore
 from adapters.registry.store import Store, version_of
 from tests.stand import object_store
 from tests.stand.folders import hira_folder, small_base
@@ -95,6 +95,18 @@ def use_long_ago(store: RemoteStore, version: str, ago_s: float = READ_WITHIN_S 
     folder = store.root / "versions" / version
     at = folder.stat().st_mtime - ago_s
     os.utime(folder, (at, at))
+
+
+def test_a_few_versions_are_looked_for_without_a_list_of_all(
+    machine: Machines, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = machine("a")
+    present = store.add(folders[0])
+    many = {f"{one:032x}" for one in range(LOOKS + 1)}
+    assert store.missing({present, *many}) == many
+    monkeypatch.setattr(store, "versions", lambda: pytest.fail("all were listed"))
+    few = set(sorted(many)[: LOOKS - 1])
+    assert store.missing({present, *few}) == few
 
 
 def test_what_one_machine_adds_another_reads(machine: Machines, folders: list[Path]) -> None:

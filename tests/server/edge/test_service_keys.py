@@ -143,9 +143,10 @@ def test_a_closed_server_keeps_the_last_good_keys_while_the_file_is_broken(tmp_p
         follow_until(service, lambda: service.keys_fault is None)
 
 
+@pytest.mark.parametrize("content", [BROKEN, UNMANNED])
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_process_that_begins_while_the_file_is_broken_takes_no_key_that_may_be_gone(
-    tmp_path: Path, changed: bool
+    tmp_path: Path, changed: bool, content: str
 ) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(GOOD)
@@ -155,7 +156,7 @@ def test_a_process_that_begins_while_the_file_is_broken_takes_no_key_that_may_be
     service = service_of([settings])  # as the main process has it, which makes all others
     if changed:
         service.load.keys_changed(0)  # by a process that has died
-    file.write_text(BROKEN)
+    file.write_text(content)
     service.look_at_keys()
     assert service.keys_fault is not None
     assert not is_open(service)
@@ -171,3 +172,52 @@ def test_a_process_that_begins_while_the_file_is_broken_takes_no_key_that_may_be
     assert not service.keys_fault
     assert service.keys.admit_admin("Bearer late").name == "late"
     assert service.load.keys_were_changed()
+
+
+@pytest.mark.parametrize("content", [BROKEN, UNMANNED])
+def test_keys_of_the_settings_are_changed_while_no_file_was_ever_read(
+    tmp_path: Path, content: str
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(GOOD)
+    options = {"data_dir": tmp_path, "keys_file": file, "api_keys": {"app": "old-key-1"}}
+    now = [load_settings(options | {"admin_key": "the-admin-key-of-before"})]
+    service = service_of(now)
+    service.load.keys_changed(0)
+    file.write_text(content)
+    service.look_at_keys()  # of a process that begins: what the file had is not known to it
+    assert service.keys.admit_admin("Bearer the-admin-key-of-before").admin
+    now.append(load_settings(options | {"admin_key": "the-admin-key-after-it"}))
+    service.load.settings_changed()
+    service.refresh()
+    assert service.keys_fault is not None
+    assert service.keys.admit_admin("Bearer the-admin-key-after-it").admin
+    with pytest.raises(Refusal, match="not an admin key"):
+        service.keys.admit_admin("Bearer the-admin-key-of-before")
+
+
+def test_a_broken_file_stays_broken_when_settings_are_reloaded(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(GOOD)
+    service = service_of([load_settings({"data_dir": tmp_path, "keys_file": file})])
+    file.write_text(BROKEN)
+    follow_until(service, lambda: service.keys_fault is not None)
+    service.load.settings_changed()
+    service.refresh()
+    assert service.keys_fault is not None
+    assert service.keys.admit_admin("Bearer new").name == "ops"
+
+
+def test_generated_admin_key_stays_while_a_new_file_is_broken(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(BROKEN)
+    now = [load_settings({"data_dir": tmp_path})]
+    service = service_of(now)
+    key = f"Bearer {(tmp_path / 'admin.key').read_text().strip()}"
+    now.append(now[0].model_copy(update={"keys_file": file}))
+    service.load.settings_changed()
+    follow_until(service, lambda: service.keys_fault is not None)
+    service.load.settings_changed()
+    service.refresh()
+    assert service.keys.admit_admin(key).admin
+    assert not is_open(service)

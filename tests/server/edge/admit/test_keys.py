@@ -87,6 +87,8 @@ def test_a_file_says_what_each_key_may() -> None:
     ("text", "said"),
     [
         ("[app\n", "not TOML"),
+        (f"number = {'9' * 5000}\n", "not TOML"),
+        (f"list = {'[' * 3000}\n", "not TOML"),
         ("app = 1\n", "outside of a table"),
         ('[app]\nkey = "in clear"\n', "may hold a key in clear"),
         ("[app]\n", "sha256: Field required"),

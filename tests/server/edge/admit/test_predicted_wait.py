@@ -305,8 +305,23 @@ def test_a_queue_of_which_all_are_late_is_refused_until_it_is_over() -> None:
             waits.remove(late)
     wait = waits.predict("a", 20, 9)
     assert wait is not None
-    assert wait.excess_s(1e6) == math.inf
+    assert wait.excess_s(8.0) > 0.0
+    assert wait.excess_s(300.0) == 0.0, "nobody has waited so long in vain"
     assert waits.predict("a", 20, 60) is None
+
+
+def test_who_may_have_run_all_the_time_says_nothing_of_a_queue() -> None:
+    waits = LaneWaits("encode")
+    for number in range(40):
+        waits.add(encode_request(number, "a", [20]))
+    answer = EncodeResult("0", (), None, 20, 0.0, 10_000.0)  # it ran for 10 s, without a wait
+    waits.answered(encode_request(0, "a", [20]), answer, 10.0)
+    for now in range(11, 31):
+        late = replace(encode_request(100 + now, "b", [20]), submitted=now - 1.0)
+        waits.add(late)
+        waits.too_late(late, float(now))
+        waits.remove(late)
+    assert waits.predict("a", 20, 31.0) is None
 
 
 def test_a_slow_trickle_says_nothing_of_a_crowd() -> None:
