@@ -200,7 +200,7 @@ class Objects:
             if isinstance(error, PermissionError):  # an answer, about this object
                 self._answered()
                 logger.error("The adapter store %s refuses to %s: %r", self.url, operation, error)
-                raise _refused(error) from error
+                raise _call_refused(error) from error
             self._failed(error)
             raise self._away() from error
         finally:
@@ -325,7 +325,7 @@ def _is_of_local_file(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS
 
 
-def _refused(error: PermissionError) -> StoreUnavailable:
+def _call_refused(error: PermissionError) -> StoreUnavailable:
     return StoreUnavailable(
         "The adapter store refuses this call.",
         found=type(error).__name__,

@@ -111,7 +111,7 @@ def _aliases_and_canaries(connection: sa.Connection) -> None:
         table.create(connection, checkfirst=True)
 
 
-def _identity(connection: sa.Connection) -> None:
+def _give_identity(connection: sa.Connection) -> None:
     IDENTITY.create(connection, checkfirst=True)
     if connection.execute(sa.select(IDENTITY.c.id)).first() is None:
         connection.execute(sa.insert(IDENTITY), {"id": 1, "registry_id": uuid.uuid4().hex})
@@ -122,7 +122,7 @@ MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
     _base_digest,
     _begin_history,
     _aliases_and_canaries,
-    _identity,
+    _give_identity,
 )
 
 
