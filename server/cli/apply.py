@@ -142,6 +142,9 @@ def tell_manifest_faults(wrong: ManifestFaults, url: str, key: str | None) -> No
     """End the command with every fault of a manifest, and with what the server finds in the files
     of its other adapters: who mends one shall not be told of the next.
 
+    Folders that the server has as they are need not be sent for that. Where it lets nobody look, as
+    with a wrong key, it is asked once and not for every adapter.
+
     Raises:
         SystemExit: Always.
     """
@@ -149,7 +152,8 @@ def tell_manifest_faults(wrong: ManifestFaults, url: str, key: str | None) -> No
         print_fault(text, {"fix": fix})
     if wrong.entries:
         with suppress(SystemExit), reach(url, key_or_local_admin_key(key)) as client:
-            _tell_adapter_faults(_stage_all(client, Manifest(wrong.entries), {})[1])
+            present = {one["name"]: one for one in every_adapter(client)}
+            _tell_adapter_faults(_stage_all(client, Manifest(wrong.entries), present)[1])
     fail("nothing was applied", status=MISUSED)
 
 

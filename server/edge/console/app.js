@@ -5,6 +5,7 @@ const KEY = "hira-key"; // in the storage of the session: gone with the tab
 const EVERY_MS = 2000;
 const POINTS = 150; // of a chart: five minutes
 const CHOSEN_MOST = 4;
+const OFFERED_MOST = 100; // boxes beside those that are chosen
 
 const find = (id) => document.getElementById(id);
 const key = () => sessionStorage.getItem(KEY) || "";
@@ -176,10 +177,42 @@ let lastAt = 0;
 let rates = new Map();
 let errors = new Map();
 
+// Without metrics nothing is shown, for an old figure would look like one of now.
+function forgetMetrics(why) {
+  lastSamples = null;
+  rates = new Map();
+  errors = new Map();
+  for (const chart of charts) {
+    chart.most.textContent = "";
+    for (const one of chart.shown) {
+      one.values = [];
+      one.value.textContent = "-";
+      one.line.setAttribute("points", "");
+    }
+  }
+  noteLive(why);
+}
+
+function noteLive(text) {
+  if (find("live-note").textContent !== text) find("live-note").textContent = text;
+}
+
 async function lookMetrics() {
-  const answer = await fetch("/metrics", key() ? { headers: { Authorization: `Bearer ${key()}` } } : {});
-  if (!answer.ok) return;
-  const now = parsed(await answer.text());
+  let answer;
+  let text;
+  try {
+    answer = await fetch("/metrics", key() ? { headers: { Authorization: `Bearer ${key()}` } } : {});
+    text = await answer.text();
+  } catch {
+    forgetMetrics("No figures: the server does not answer.");
+    return;
+  }
+  if (!answer.ok) {
+    const refused = [401, 403].includes(answer.status);
+    forgetMetrics(refused ? "No figures: this needs a key that may read /metrics." : `No figures: /metrics answers ${answer.status}.`);
+    return;
+  }
+  const now = parsed(text);
   const at = performance.now();
   const seconds = Math.max(0.001, (at - lastAt) / 1000);
   const before = new Map();
@@ -199,6 +232,7 @@ async function lookMetrics() {
   for (const chart of charts) drawChart(chart, now, seconds);
   lastSamples = now;
   lastAt = at;
+  noteLive("");
 }
 
 // Adapters
@@ -207,6 +241,8 @@ let records = [];
 let models = []; // whom a text can be put to: the base, and each adapter
 let shownRows = "";
 let shownChoices = "";
+let shownAudited = "";
+let picked = false; // whether somebody has chosen other boxes than those of the beginning
 let lastNames = "";
 
 async function lookModels() {
@@ -229,7 +265,7 @@ async function lookAdapters() {
       if (isPart) {
         note.textContent += wanted ? `, ${page.total} of them begin with ${wanted}` : "; the first 500 are shown: say how a name begins";
       }
-      const names = JSON.stringify(records.map((one) => [one.name, one.task]));
+      const names = JSON.stringify([first.total, records.map((one) => [one.name, one.task])]);
       if (names !== lastNames) await lookModels();
       lastNames = names;
       showAdapters(true);
@@ -256,17 +292,18 @@ function where(one) {
 
 function showAdapters(admin) {
   const wanted = find("filter").value.trim();
-  const shown = records.filter((one) => one.name.includes(wanted)).slice(0, 500);
-  const state = JSON.stringify([admin, shown, [...rates], [...errors]]);
+  const shown = records.filter((one) => one.name.startsWith(wanted)).slice(0, 500);
+  const state = JSON.stringify([admin, shown, Boolean(lastSamples), [...rates], [...errors]]);
   if (state !== shownRows && !find("adapter-rows").contains(document.activeElement)) {
     shownRows = state;
     find("adapter-rows").replaceChildren(...shown.map((one) => row(one, admin)));
   }
-  const names = JSON.stringify(models);
-  if (names !== shownChoices) {
-    shownChoices = names;
-    showChoices();
+  const choices = JSON.stringify([wanted, models]);
+  if (choices !== shownChoices) {
+    shownChoices = choices;
+    showChoices(wanted);
   }
+  showAudited();
 }
 
 function versionText(one) {
@@ -283,9 +320,9 @@ function row(one, admin) {
     made("td", one.task),
     made("td", one.method ? `${one.method}, r ${[...new Set(one.ranks)].join(" to ")}` : ""),
     made("td", where(one), one.quarantined_until || one.residency === "lost" || (one.canary && one.canary.residency === "lost") ? { class: "error" } : {}),
-    made("td", (rates.get(one.name) || 0).toFixed(1), { class: "number" }),
+    made("td", lastSamples ? (rates.get(one.name) || 0).toFixed(1) : "-", { class: "number" }),
     made("td", one.requests ?? "", { class: "number" }),
-    made("td", errors.get(one.name) || 0, { class: "number" }),
+    made("td", lastSamples ? errors.get(one.name) || 0 : "-", { class: "number" }),
   ];
   const actions = made("td");
   if (admin) {
@@ -337,10 +374,11 @@ async function showVersions(name) {
 }
 
 function armText(name) {
+  if (!lastSamples) return "How it does is not known without metrics.";
   const told = ["stable", "canary"].map((arm) => {
     const own = (one) => one.adapter === name && one.arm === arm;
-    const all = summed(lastSamples || [], "hira_canary_requests_total", own);
-    const bad = summed(lastSamples || [], "hira_canary_requests_total", (one) => own(one) && one.status >= "400");
+    const all = summed(lastSamples, "hira_canary_requests_total", own);
+    const bad = summed(lastSamples, "hira_canary_requests_total", (one) => own(one) && one.status >= "400");
     return `${arm}: ${all} requests, ${bad} errors`;
   });
   return `${told.join("; ")}.`;
@@ -400,23 +438,39 @@ async function done(act) {
 
 // One text to several adapters
 
-function showChoices() {
+function showChoices(wanted) {
   const before = new Set(chosen());
   // To begin with, those that do what the first adapter does: their answers can be compared.
   const alike = models.filter((one) => !one.base && one.task === (models.find((each) => !each.base) || one).task).slice(0, 2);
-  const boxes = models.map((one) => {
+  const isChosen = (one) => (picked ? before.has(one.name) : alike.includes(one));
+  let room = OFFERED_MOST; // thousands of boxes help nobody
+  const offered = models.filter((one) => one.base || isChosen(one) || (one.name.startsWith(wanted) && room-- > 0));
+  const boxes = offered.map((one) => {
     const box = made("input", null, { type: "checkbox", value: one.name });
-    box.checked = before.size ? before.has(one.name) : alike.includes(one);
-    box.addEventListener("change", limitChoices);
+    box.checked = isChosen(one);
+    box.addEventListener("change", () => {
+      picked = true;
+      limitChoices();
+    });
     const label = made("label");
     label.append(box, `${one.name} (${one.base ? "base, " : ""}${one.task})`);
     return label;
   });
   find("choices").replaceChildren(...boxes);
+  const hidden = models.length - offered.length;
+  find("choices-note").textContent = hidden ? `${hidden} more are not shown: say how a name begins, above the table of adapters.` : "";
   limitChoices();
+}
+
+// Of thousands the table has a page only; those of another base are in the table only.
+function showAudited() {
+  const names = [...new Set([...models.filter((one) => !one.base), ...records].map((one) => one.name))].sort();
+  const state = JSON.stringify(names);
+  if (state === shownAudited) return;
+  shownAudited = state;
   const audited = find("audited");
   const kept = audited.value;
-  audited.replaceChildren(...records.map((one) => made("option", one.name, { value: one.name })));
+  audited.replaceChildren(...names.map((name) => made("option", name, { value: name })));
   if (kept) audited.value = kept;
 }
 
@@ -591,6 +645,7 @@ async function turn() {
     await lookAdapters();
   } catch (error) {
     if (error instanceof Refused && error.status < 500) say(error.message);
+    showAdapters(Boolean(records[0] && records[0].version)); // what is known, without old figures
   }
   setTimeout(turn, document.hidden ? 5 * EVERY_MS : EVERY_MS);
 }

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from adapters.registry.faults import RegistryUnusable, database_faults
 from adapters.registry.registry import Registry
-from adapters.registry.store import Store
+from adapters.registry.store import Store, version_of
 from adapters.registry.tables import SchemaTooNew
 from server.cli.main import app
 from server.settings import Settings
@@ -302,6 +302,46 @@ def test_adapters_add_remote_sends_the_source(answering: Any) -> None:
         "pinned": False,
         "preload": False,
     }
+
+
+def written_with_a_fault(folder: Path) -> Path:
+    """A manifest of one adapter that is not there and two folders that are."""
+    for place in range(2):
+        make_adapter(folder / f"m{place}", seed=place)
+    manifest = folder / "adapters.yaml"
+    manifest.write_text("adapters: {m0: m0, m1: m1, m9: nowhere}")
+    return manifest
+
+
+def test_of_a_manifest_with_a_fault_only_what_is_new_is_sent(
+    answering: Any, tmp_path: Path
+) -> None:
+    manifest = written_with_a_fault(tmp_path)
+    known = {"name": "m0", "version": version_of(tmp_path / "m0")}
+    seen = answering(
+        {
+            "GET /admin/adapters": {"adapters": [known], "total": 1},
+            "POST /admin/adapters": {"name": "m1", "version": "1"},
+        }
+    )
+    done = runner.invoke(app, ["apply", str(manifest), "--key", "k"])
+    assert done.exit_code == 2
+    assert [request.method for request in seen] == ["GET", "POST"]
+    assert b"m1" in seen[1].content
+
+
+def test_a_wrong_key_is_told_once_beside_the_faults_of_a_manifest(
+    answering: Any, tmp_path: Path
+) -> None:
+    manifest = written_with_a_fault(tmp_path)
+    refusal = httpx2.Response(401, json={"code": "unauthorized", "detail": "No such key."})
+    seen = answering({"GET /admin/adapters": refusal, "POST /admin/adapters": refusal})
+    done = runner.invoke(app, ["apply", str(manifest), "--key", "wrong"])
+    assert done.exit_code == 2
+    assert len(seen) == 1
+    assert done.stderr.count("No such key.") == 1
+    assert "m9: " in done.stderr
+    assert "nothing was applied" in done.stderr
 
 
 def test_adapters_remove_and_pin(answering: Any) -> None:
