@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -154,7 +154,9 @@ async def break_parts(
         await asyncio.sleep(CALM_S)
         row = await BREAKS[part](server, seen, options)
         await asyncio.sleep(CALM_S)
-        rows.append(judged(part, row, seen, server.log))
+        killed = time.time() - (time.monotonic() - row.killed)
+        again = asked_again_s(server.log.read_text(errors="replace"), killed)
+        rows.append(judged(part, row, seen, again))
         print(f"{part}: {rows[-1]}", flush=True)
         seen.calls.clear()
     over.set()
@@ -275,13 +277,17 @@ class Broken:
     mended: float | None
     back_s: float
 
-    def asked_again_s(self, log: Path) -> list[float]:
-        """How long after the kill requests were known to have lost their replica, by the log."""
-        began = time.time() - (time.monotonic() - self.killed)
-        lines = log.read_text(errors="replace").splitlines()
-        said = [LOGGED_AT.search(line) for line in lines if LOST in line]
-        times = [datetime.fromisoformat(one[1]).timestamp() - began for one in said if one]
-        return [one for one in times if one >= 0]
+
+def asked_again_s(log: str, killed: float) -> list[float]:
+    """How long after a kill it was known of requests that they had lost their replica.
+
+    Args:
+        log: Of the HTTP replicas, JSON lines.
+        killed: When, in seconds since the epoch.
+    """
+    said = [LOGGED_AT.search(line) for line in log.splitlines() if LOST in line]
+    times = [datetime.fromisoformat(one[1]).timestamp() - killed for one in said if one]
+    return [one for one in times if one >= 0]
 
 
 async def break_engine(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
@@ -378,11 +384,14 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.1)
 
 
-def judged(part: str, broken: Broken, seen: Seen, log: Path) -> dict[str, Any]:
-    """The figures of one part, with its ``faults``."""
+def judged(part: str, broken: Broken, seen: Seen, again: Sequence[float] = ()) -> dict[str, Any]:
+    """The figures of one part, with its ``faults``.
+
+    Args:
+        again: When it was known of requests that they must be asked again, after the kill.
+    """
     harmed = [one for one in seen.calls if one.outcome != "ok"]
     cut = [one.ended - broken.killed for one in harmed if one.began <= broken.killed < one.ended]
-    again = broken.asked_again_s(log) if part == "engine" else []
     told_s = max([*cut, *again], default=0.0)
     until_s = broken.mended or broken.killed
     answers = [one for one in seen.calls if one.kind != "register" and one.ended > broken.killed]
