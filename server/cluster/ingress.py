@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,8 @@ from adapters.registry.adapter_bytes import open_store
 from adapters.registry.registry import Registry
 from server.cluster.cluster_link import ClusterLink
 from server.cluster.metric_files import count_on_node
+from server.edge.admit.bounds import Bounds
+from server.edge.admit.shared_load import SharedLoad
 from server.edge.endpoints.admin import admin_routes
 from server.edge.endpoints.application import add_endpoints, describe_app
 from server.edge.endpoints.cross_origin import cors_options
@@ -32,6 +34,7 @@ from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.pages import page_routes
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.tei_tgi import TeiTgi
+from server.edge.link.link import Link
 from server.edge.link.thread_deaths import watched
 from server.edge.litserve import logs
 from server.edge.processes.serve import Collector
@@ -77,7 +80,15 @@ class Ingress:
         if settings.log_format == "json":
             logs.configure(settings.log_level, access=settings.access_log, form="json")
         logging.getLogger().setLevel(settings.log_level.upper())
-        count_on_node("http", settings.metrics_dir)
+        self.counted_as = count_on_node("http", settings.metrics_dir)
+        link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
+        self.service = self.make_service(plan, link)
+
+    def make_service(
+        self, plan: IngressPlan, link: Callable[[SharedLoad, Bounds], Link]
+    ) -> Service:
+        """What the endpoints use, over ``link``."""
+        settings = plan.settings
         base = describe_base(settings, plan.place, plan.base_name)
         store_bytes = None if settings.store_bytes is None else int(settings.store_bytes)
         registry = Registry(
@@ -86,8 +97,9 @@ class Ingress:
             kept_versions=settings.kept_versions,
             grace_s=settings.grace_s,
         )
-        link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
-        self.service = Service(settings, base, registry, lambda: settings, link)
+        # As of the counts: a replica that comes after one that died goes on with its quotas.
+        usage_file = f"key-usage-{self.counted_as}.json"
+        return Service(settings, base, registry, lambda: settings, link, usage_file=usage_file)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app, which Ray Serve asks for when the replica is made."""
@@ -133,6 +145,7 @@ async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await link.stop()
+        service.keep_usage()  # what was counted since the last writing
         service.close()
 
 

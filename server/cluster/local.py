@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -16,7 +17,11 @@ from server.edge.litserve import logs
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+
     from server.cluster.application import ClusterOptions
+
+logger = logging.getLogger(__name__)
 
 # Ray's own switches. What the operator has set goes before.
 ENVIRONMENT: Final = {
@@ -24,6 +29,7 @@ ENVIRONMENT: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # messages go past Ray's object store
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_DEDUP_LOGS": "0",  # every line of every replica
     # On a busy machine a start takes its time.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",
     "RAY_worker_niceness": "0",  # of 15, as Ray has it, anything else on the machine goes first
@@ -40,13 +46,20 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str], None]) -> None:
+def run_here(
+    settings: Settings,
+    options: ClusterOptions,
+    *,
+    say: Callable[[str], None],
+    application: Callable[[Settings, ClusterOptions], Application] | None = None,
+) -> None:
     """Serve on this machine until SIGTERM or SIGINT, then drain and return.
 
     Args:
         settings: Of the cluster.
         options: How large it is.
         say: Shows a line to whoever started it.
+        application: Makes what is run, if not ``application_of``.
 
     Raises:
         StartFailed: One line that says why it cannot run.
@@ -70,7 +83,7 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
         with run_folder(settings.run_dir, need):
             settings.metrics_dir.mkdir(parents=True, exist_ok=True)
             open_registry(settings, check=True).close()
-            application = application_of(settings, options)
+            served = (application or application_of)(settings, options)
             cpus = processes * max(1.0, options.cpus) + SPARE_CPUS
             here = ray.init(
                 num_cpus=max(os.cpu_count() or 1, int(cpus)),
@@ -83,9 +96,10 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
             # Now: Ray has just put handlers of its own in place, which end this process at once.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: ended.set())
+            signal.signal(signal.SIGHUP, _tell_no_reload)
             try:
                 serve.start(http_options={"host": settings.host, "port": settings.port})
-                serve.run(application, name=APPLICATION, route_prefix="/")
+                serve.run(served, name=APPLICATION, route_prefix="/")
                 url = f"http://{settings.host}:{settings.port}"
                 address = here.address_info["address"]
                 told = {"pid": os.getpid(), "address": address, "url": url}
@@ -99,6 +113,11 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
             finally:
                 note.unlink(missing_ok=True)
                 ray.shutdown()
+
+
+def _tell_no_reload(*_: object) -> None:
+    """SIGHUP, which has `hira serve` read its settings again, would else end the cluster."""
+    logger.warning("The settings of a cluster are not read again: deploy it anew to change them")
 
 
 def status_lines(found: Mapping[str, Any]) -> Iterator[str]:
