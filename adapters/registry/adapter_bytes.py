@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +42,8 @@ class AdapterBytes(Protocol):
     def idle(self, versions: Collection[str], idle_s: float) -> set[str]: ...
 
     def remove(self, version: str, *, idle_s: float = 0.0) -> bool: ...
+
+    def is_owned_by(self, registry_id: str, needed: Callable[[], Collection[str]]) -> bool: ...
 
     def sweep(self) -> int: ...
 

@@ -8,6 +8,7 @@ vain reads nothing else. Every call is noted, for metrics.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import threading
@@ -27,6 +28,8 @@ CALL_S: Final = 7.0  # of a call that moves no bytes
 SLOWEST_BYTES_PER_S: Final = 1 << 20  # a transfer gets CALL_S and a second for each of these
 AWAY_PAUSE_S: Final = 1.0  # after a call without an answer, until another is tried
 NOTES_KEPT: Final = 10_000
+# Of this machine's file, which a transfer reads or writes. What a store refuses has no such number.
+_LOCAL_ERRNOS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 
 Operation = Literal["put", "get", "look", "list", "delete"]
 Outcome = Literal["ok", "missing", "error", "hit", "miss"]
@@ -111,6 +114,7 @@ class Objects:
 
         Raises:
             StoreUnavailable: The store does not answer, or refuses.
+            OSError: ``source`` cannot be read.
         """
         path = self._path(name)
         if isinstance(source, bytes):
@@ -124,7 +128,8 @@ class Objects:
 
         Raises:
             FileNotFoundError: There is none.
-            StoreUnavailable: The store does not answer.
+            StoreUnavailable: The store does not answer, or refuses.
+            OSError: ``target`` cannot be written: a full disk, for one.
         """
         found = self.facts(name)
         if found is None:
@@ -190,6 +195,12 @@ class Objects:
             if isinstance(error, FileNotFoundError) and operation != "put":
                 outcome = "missing"
                 raise
+            if operation in {"put", "get"} and _is_of_local_file(error):
+                raise  # it says nothing about the store
+            if isinstance(error, PermissionError):  # an answer, about this object
+                self._answered()
+                logger.error("The adapter store %s refuses to %s: %r", self.url, operation, error)
+                raise _call_refused(error) from error
             self._failed(error)
             raise self._away() from error
         finally:
@@ -308,6 +319,19 @@ def _s3(endpoint: str | None) -> Any:
     )
     files.retries = 1  # beside those of the client
     return files
+
+
+def _is_of_local_file(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS
+
+
+def _call_refused(error: PermissionError) -> StoreUnavailable:
+    return StoreUnavailable(
+        "The adapter store refuses this call.",
+        found=type(error).__name__,
+        expected="keys that may list, read, write and delete below its prefix",
+        fix="The operator must look at the keys of the store and at its rules.",
+    )
 
 
 def _object_facts(told: dict[str, Any]) -> ObjectFacts:

@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,11 @@ class Store:
             return False
         _sync_folder(self._versions)
         shutil.rmtree(doomed, ignore_errors=True)
+        return True
+
+    def is_owned_by(self, registry_id: str, needed: Callable[[], Collection[str]]) -> bool:
+        """Whether a registry may delete what it does not need: a folder has one registry only."""
+        del registry_id, needed
         return True
 
     def sweep(self) -> int:

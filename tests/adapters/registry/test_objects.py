@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import os
 import threading
@@ -26,6 +27,7 @@ class Breakable:
     def __init__(self, folder: Path) -> None:
         self.files = in_folder(folder)
         self.fault: Exception | None = None
+        self.faulty = ""  # how the name of what fails ends
         self.hangs = False
         self.asked = 0
 
@@ -36,7 +38,7 @@ class Breakable:
             self.asked += 1
             while self.hangs:
                 await asyncio.sleep(0.01)
-            if self.fault is not None:
+            if self.fault is not None and name.endswith(self.faulty):
                 raise self.fault
             return await work(*arguments, **more)
 
@@ -134,7 +136,7 @@ def test_a_call_that_gets_no_answer_ends(made: Made, monkeypatch: pytest.MonkeyP
         made.now += AWAY_PAUSE_S
 
 
-@pytest.mark.parametrize("fault", [PermissionError("no"), OSError(5, "gone"), ValueError("what")])
+@pytest.mark.parametrize("fault", [OSError(5, "gone"), ValueError("what")])
 def test_while_the_store_is_away_one_call_a_second_asks_it(made: Made, fault: Exception) -> None:
     made.objects.put("a", b"x")
     made.files.fault = fault
@@ -155,6 +157,36 @@ def test_while_the_store_is_away_one_call_a_second_asks_it(made: Made, fault: Ex
     made.files.fault = None
     made.now += AWAY_PAUSE_S
     for _ in range(5):
+        assert made.objects.facts("a") is not None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_an_error_of_the_local_file_says_nothing_about_the_store(
+    made: Made, tmp_path: Path, number: int
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x")
+    made.objects.put("a", source)
+    made.files.fault = OSError(number, "here")
+    calls: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("_put_file", lambda: made.objects.put("a", source)),
+        ("_get_file", lambda: made.objects.get("a", target)),
+    )
+    for made.files.faulty, call in calls:
+        with pytest.raises(OSError, match="here") as caught:
+            call()
+        assert caught.value.errno == number
+        assert made.objects.facts("a") is not None
+
+
+def test_an_object_that_may_not_be_read_does_not_make_the_store_away(made: Made) -> None:
+    made.objects.put("a", b"x")
+    made.files.fault, made.files.faulty = PermissionError("Access Denied"), "_rm_file"
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as caught:
+            made.objects.delete("a")
+        assert caught.value.found == "PermissionError"
+        assert caught.value.fix
         assert made.objects.facts("a") is not None
 
 
