@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.registry.adapter_bytes import open_store
 from adapters.registry.registry import Registry
 from server.cluster.cluster_link import ClusterLink
+from server.cluster.drain import follow_phase
 from server.cluster.metric_files import count_on_node
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
@@ -103,15 +104,20 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app, which Ray Serve asks for when the replica is made."""
-        return build_app(self.service)
+        return build_app(self.service, self.counted_as)
 
 
-def build_app(service: Service) -> FastAPI:
-    """The same app as LitServe runs on one machine."""
+def build_app(service: Service, name: str) -> FastAPI:
+    """The same app as LitServe runs on one machine.
+
+    Args:
+        service: What its endpoints use.
+        name: Of this replica, among those of this machine.
+    """
     version = package_version()
     cors = cors_options(service.settings)
     app = FastAPI(
-        lifespan=partial(_life, service),
+        lifespan=partial(_life, service, name),
         middleware=[
             *([] if cors is None else [Middleware(CORSMiddleware, **cors)]),
             Middleware(OneRequestId),
@@ -128,7 +134,7 @@ def build_app(service: Service) -> FastAPI:
 
 
 @asynccontextmanager
-async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
+async def _life(service: Service, name: str, app: FastAPI) -> AsyncIterator[None]:
     service.open(0)
     link = service.dispatcher
     assert isinstance(link, ClusterLink)
@@ -138,6 +144,7 @@ async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
         watched(service.follow_registry(), "registry", link.give_up),
         watched(service.follow_keys(), "keys", link.give_up),
         watched(_do_chores(service), "chores", link.give_up),
+        watched(follow_phase(service.settings.run_dir, name, service.load), "phase", link.give_up),
     ]
     try:
         yield

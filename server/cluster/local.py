@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from server import metrics
+from server.cluster.drain import drain
 from server.edge.link.worker_state import replace_text
 from server.edge.litserve import logs
 from server.settings import Settings
@@ -68,6 +69,7 @@ def run_here(
     from ray import serve
 
     from server.cluster.application import APPLICATION, application_of, open_registry
+    from server.edge.processes.failed_start import StartFailed
     from server.edge.processes.preflight import check_port, exclusive
     from server.edge.processes.run_folder import run_folder
 
@@ -99,7 +101,14 @@ def run_here(
             signal.signal(signal.SIGHUP, _tell_no_reload)
             try:
                 serve.start(http_options={"host": settings.host, "port": settings.port})
-                serve.run(served, name=APPLICATION, route_prefix="/")
+                try:
+                    serve.run(served, name=APPLICATION, route_prefix="/")
+                except RuntimeError as error:
+                    raise StartFailed(
+                        "the cluster could not be deployed",
+                        found=str(error),
+                        fix="its log says why; at --log-level info it is shown here",
+                    ) from None
                 url = f"http://{settings.host}:{settings.port}"
                 address = here.address_info["address"]
                 told = {"pid": os.getpid(), "address": address, "url": url}
@@ -108,6 +117,7 @@ def run_here(
                 say(f"  engines    {options.replicas}, HTTP replicas {options.http_replicas}")
                 ended.wait()
                 say("hira-server drains")
+                drain(settings.run_dir, options.http_replicas, settings.drain_s)
                 serve.delete(APPLICATION)
                 serve.shutdown()
             finally:
