@@ -27,6 +27,7 @@ SILENCE_S: Final = 5.0  # between two pieces of an answer
 CALL_S: Final = 7.0  # of a call that moves no bytes
 LOOK_S: Final = 3.0  # of the look that finds out whether a store is back
 SLOWEST_BYTES_PER_S: Final = 1 << 20  # a transfer gets CALL_S and a second for each of these
+OPENING_S: Final = 30.0  # of this process's first call alone: modules to import, keys to look up
 AWAY_PAUSE_S: Final = 1.0  # after a call without an answer, until another is tried
 NOTES_KEPT: Final = 10_000
 # Of this machine's file, which a transfer reads or writes. What a store refuses has no such number.
@@ -97,6 +98,17 @@ class Objects:
         self._tries_again = False  # one call is finding out whether the store is back
         self._reason = ""
         self._notes: deque[StoreNote] = deque(maxlen=NOTES_KEPT)
+
+    def open(self) -> None:
+        """Import and start what calls need, in a thread with the priority of this one.
+
+        The first call does so otherwise, which may be one of a thread that gives way to others.
+        Nothing is asked of the store, and nothing raised: calls tell what is wrong.
+        """
+        try:
+            self._asker_here().open()
+        except Exception as error:  # noqa: BLE001
+            logger.warning("The adapter store %s cannot be opened yet: %r", self.url, error)
 
     def facts(self, name: str) -> ObjectFacts | None:
         """Of one object; None where there is none.
@@ -289,13 +301,18 @@ class _Asker:
         self._thread.start()
 
     def run(self, ask: Callable[[Any], Awaitable[T]], within_s: float) -> T:
-        """Ask, from any other thread; TimeoutError after ``within_s`` seconds."""
+        """Ask, from any other thread; TimeoutError after ``within_s`` seconds, and those of the
+        opening where this is the first call."""
 
         async def bounded() -> T:
+            files = await self._opened()
             async with asyncio.timeout(within_s):
-                return await ask(await self._opened())
+                return await ask(files)
 
         return self._wait(bounded())
+
+    def open(self) -> None:
+        self._wait(self._opened())
 
     def close(self) -> None:
         self._wait(self._close())
@@ -310,8 +327,9 @@ class _Asker:
         async with self._opening:
             if self._files is None:
                 files = self._open_files()
-                if hasattr(files, "set_session"):
-                    await files.set_session()
+                async with asyncio.timeout(OPENING_S):
+                    if hasattr(files, "set_session"):
+                        await files.set_session()
                 self._files = files
         return self._files
 

@@ -86,6 +86,10 @@ class RemoteStore:
         self._fetching: dict[str, tuple[threading.Lock, list[None]]] = {}  # and who waits
         self._ahead: tuple[float, float] | None = None  # of our clock: its seconds, and since when
 
+    def open(self) -> None:
+        """Make calls ready, in a thread with the priority of this one; see ``Objects.open``."""
+        self._objects.open()
+
     def add(self, folder: Path) -> str:
         """Put the adapter in ``folder`` into the object store; it is there when this returns.
 

@@ -66,6 +66,9 @@ class Store:
         for folder in (self._versions, self._staging):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def open(self) -> None:
+        """There is nothing to make ready."""
+
     def add(self, folder: Path) -> str:
         """Copy the adapter in ``folder`` into the store; durable when this returns.
 

@@ -6,7 +6,9 @@ import asyncio
 import errno
 import multiprocessing
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from adapters.errors import StoreUnavailable
 from adapters.registry import objects
 from adapters.registry.objects import AWAY_PAUSE_S, Objects
+from adapters.residency.low_priority import step_back
 from tests.stand import object_store
 from tests.stand.object_store import ObjectStore, in_folder
 from tests.stand.waits import until
@@ -290,6 +293,54 @@ def test_a_process_that_was_forked_asks_for_itself(tmp_path: Path) -> None:
     child.join()
     assert here.facts("a") is not None
     here.close()
+
+
+def test_the_first_call_is_not_late_for_what_it_has_to_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "CALL_S", 0.5)
+
+    def slow() -> Any:
+        time.sleep(0.6)  # as imports do where another takes the processor
+        return Breakable(tmp_path)
+
+    found = Objects("s3://bucket/p", open_files=slow)
+    assert found.facts("a") is None
+    found.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is the whole process's")
+def test_a_loader_s_low_priority_is_not_that_of_all_later_calls(tmp_path: Path) -> None:
+    opened: list[int] = []
+
+    def open_files() -> Any:
+        opened.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return Breakable(tmp_path)
+
+    found = Objects("s3://bucket/p", open_files=open_files)
+    found.open()
+
+    def load() -> None:
+        step_back()
+        assert found.facts("a") is None
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    loader.join()
+    assert opened == [os.getpriority(os.PRIO_PROCESS, threading.get_native_id())]
+    found.close()
+
+
+def test_what_cannot_be_opened_is_told_by_the_calls(caplog: pytest.LogCaptureFixture) -> None:
+    def refuses() -> Any:
+        raise ValueError("no such profile")
+
+    found = Objects("s3://bucket/p", open_files=refuses)
+    found.open()
+    assert "no such profile" in caplog.text
+    with pytest.raises(StoreUnavailable):
+        found.facts("a")
+    found.close()
 
 
 def test_a_store_that_is_gone_or_hangs_is_away_and_comes_back(
