@@ -18,7 +18,7 @@ from adapters.errors import AdapterNotFound
 from adapters.registry.adapter_bytes import AdapterBytes
 from adapters.registry.tables import STATE
 
-TRIES: Final = 5  # while others keep changing names; after that they wait
+CHANGE_TRIES: Final = 5  # while others keep changing names; after that they wait
 T = TypeVar("T")
 Opened = Callable[[], AbstractContextManager[sa.Connection]]
 
@@ -67,13 +67,13 @@ class HeldBytes:
             AdapterError: Whatever ``needed``, ``work`` and ``hold`` raise. Nothing has changed.
         """
         hold = hold or self._store.touch
-        for _ in range(TRIES):
+        for _ in range(CHANGE_TRIES):
             with self._reading() as connection:
-                seen = _generation(connection)
+                seen = _generation_now(connection)
                 chosen = needed(connection)
             self._begin_grace(chosen, hold)
             with self._transaction() as connection:
-                if _generation(connection) == seen:
+                if _generation_now(connection) == seen:
                     return work(connection)
         with self._transaction() as connection:
             self._begin_grace(needed(connection), hold)
@@ -93,5 +93,5 @@ class HeldBytes:
             return  # its bytes are gone already
 
 
-def _generation(connection: sa.Connection) -> int:
+def _generation_now(connection: sa.Connection) -> int:
     return int(connection.execute(sa.select(STATE.c.generation)).scalar_one())

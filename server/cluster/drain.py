@@ -16,8 +16,8 @@ from typing import Final
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.link.worker_state import replace_text
 
-LOOK_S: Final = 0.1
-END_S: Final = 1.0  # for requests that are ended, until their answers are out
+PHASE_LOOK_S: Final = 0.1
+ENDED_AFTER_S: Final = 1.0  # for requests that are ended, until their answers are out
 PHASE_FILE: Final = "phase"
 
 
@@ -32,12 +32,12 @@ def drain(run_dir: Path, http_replicas: int, drain_s: float) -> None:
     replace_text(run_dir / PHASE_FILE, Phase.DRAINING.name)
     until = time.monotonic() + drain_s
     while time.monotonic() < until:
-        left = _left(run_dir)
+        left = _requests_left(run_dir)
         if len(left) >= http_replicas and not any(left):
             break
-        time.sleep(LOOK_S)
+        time.sleep(PHASE_LOOK_S)
     replace_text(run_dir / PHASE_FILE, Phase.STOPPING.name)
-    time.sleep(END_S)
+    time.sleep(ENDED_AFTER_S)
 
 
 async def follow_phase(run_dir: Path, name: str, load: SharedLoad) -> None:
@@ -49,13 +49,13 @@ async def follow_phase(run_dir: Path, name: str, load: SharedLoad) -> None:
         load: Of this replica.
     """
     while True:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(PHASE_LOOK_S)
         with suppress(OSError, KeyError):
             load.phase = Phase[(run_dir / PHASE_FILE).read_text(encoding="ascii")]
             replace_text(run_dir / f"{name}.left", str(load.requests()))
 
 
-def _left(run_dir: Path) -> list[int]:
+def _requests_left(run_dir: Path) -> list[int]:
     """Requests that each HTTP replica still has, of those that have said so."""
     found = []
     for path in run_dir.glob("*.left"):

@@ -18,8 +18,8 @@ from tests.stand.waits import until
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draining, "LOOK_S", 0.005)
-    monkeypatch.setattr(draining, "END_S", 0.0)
+    monkeypatch.setattr(draining, "PHASE_LOOK_S", 0.005)
+    monkeypatch.setattr(draining, "ENDED_AFTER_S", 0.0)
 
 
 @contextmanager
