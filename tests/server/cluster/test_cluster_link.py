@@ -400,10 +400,9 @@ def test_calls_of_one_http_request_do_not_share_its_id() -> None:
     of_request: ContextVar[str] = ContextVar("of_request", default="")
     seen: list[str] = []
 
-    class Asked(Engines):
-        def _remote(self, request: Request, waited_s: float, left_s: float | None) -> Response:
-            seen.append(of_request.get())
-            return super()._remote(request, waited_s, left_s)
+    def answer(request: Request) -> Awaitable[Event]:
+        seen.append(of_request.get())
+        return answered(request)
 
     def hear(to: Addressed, message: Message) -> Response:
         async def heard() -> bool:
@@ -413,7 +412,7 @@ def test_calls_of_one_http_request_do_not_share_its_id() -> None:
         return Response(heard())
 
     async def scenario() -> None:
-        engines = Asked(*[answered] * 2)
+        engines = Engines(*[answer] * 2)
         engines.hear = SimpleNamespace(remote=hear)
         async with linked(engines) as link:
             of_request.set("one")
