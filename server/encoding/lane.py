@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPARED_SHARE = 2  # while adapters wait for slots, a batch leaves one of so many to be filled
+FREED_SHARE = 2  # while adapters wait for slots, a batch leaves one of so many to be filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +322,7 @@ class EncodeLane:
         if not unplaced:
             return None
         slots = self._options.slots
-        return max(1, slots - min(unplaced, slots // SPARED_SHARE))
+        return max(1, slots - min(unplaced, slots // FREED_SHARE))
 
     # The forward and what follows
 
