@@ -297,7 +297,6 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PRIVATE_READS = {
     "adapters/layers/test_layers.py": 1,
     "adapters/modulation/test_autotune.py": 1,
-    "adapters/modulation/test_fused.py": 4,
     "adapters/registry/test_registry.py": 1,
     "adapters/registry/test_store.py": 1,
     "adapters/residency/test_packing.py": 3,

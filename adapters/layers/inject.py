@@ -16,7 +16,8 @@ from torch import nn
 
 from adapters.errors import MissingTensors, NonFinite, ShapeMismatch, SlotNotResident
 from adapters.layers.adapted import AdaptedLayer, AdaptedLinear, adapt_in_place
-from adapters.modulation.fused import FusedLayers, obstacle
+from adapters.modulation.fused import FusedLayers
+from adapters.modulation.kernel_probe import obstacle
 from adapters.modulation.modulator import Modulator
 from adapters.modulation.plan import Plan
 from adapters.modulation.slot_factors import SlotFactors
@@ -172,9 +173,10 @@ class AdaptedModel:
             if isinstance(layer, AdaptedLinear)
         }
         dtype = next(one.dtype for one in self.model.parameters() if one.is_floating_point())
-        if self.fused is not None and most_rows:
-            self.fused.choose_for_steps(most_rows, ranks)
-        made = StaticLayers(weights, slots, dtype, self.device, self.fused)
+        steps = None if self.fused is None else self.fused.steps
+        if steps is not None and most_rows:
+            steps.choose(most_rows, ranks)
+        made = StaticLayers(weights, slots, dtype, self.device, steps)
         self.modulator.static = made
         return made
 

@@ -28,7 +28,7 @@ from adapters.modulation.workspace import Workspace
 from adapters.segments import BASE_SLOT
 
 if TYPE_CHECKING:
-    from adapters.modulation.fused import FusedLayers
+    from adapters.modulation.fused_steps import FusedSteps
 
 COLUMNS: Final = 3  # of a table: addresses of A [r, in] and Bᵀ [r, out], then r; 0: none
 
@@ -44,7 +44,7 @@ class StaticLayers:
         slots: How many there will ever be, slot 0 (the bare base) included.
         dtype: To compute in.
         device: Of the weights.
-        fused: The layers that the fused kernel serves; None: torch operators compute all of them.
+        fused: The layers that the GPU kernels serve; None: torch operators compute all of them.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StaticLayers:
         slots: int,
         dtype: torch.dtype,
         device: torch.device,
-        fused: FusedLayers | None = None,
+        fused: FusedSteps | None = None,
     ) -> None:
         self.slots = slots
         self.dtype = dtype
@@ -74,7 +74,7 @@ class StaticLayers:
     @property
     def nbytes(self) -> int:
         """Bytes of the tables, and of the buffers that the kernels of steps share."""
-        shared = 0 if self.fused is None else self.fused.step_bytes
+        shared = 0 if self.fused is None else self.fused.nbytes
         return self.hira.nbytes + self.lora.nbytes + self.scales.nbytes + shared
 
     def obstacle(self, slot: int) -> str | None:
@@ -159,14 +159,12 @@ class StaticLayers:
         place = self._index[path]
         tables = (self.hira, self.lora, self.scales)
         if self.fused is not None and self.fused.serves(path, x):
-            y = self.fused.rows_by_address(
+            y = self.fused.linear(
                 path, x, self.hira, layer=place, tiles=rows.tiles, slots=rows.slots,
                 rank=rows.rank, bias=bias,
             )  # fmt: skip
             if rows.has_lora:
-                self.fused.add_lora_by_address(
-                    y, x, rows.slots, self.lora, scales=self.scales, layer=place
-                )
+                self.fused.add_lora(y, x, rows.slots, self.lora, scales=self.scales, layer=place)
             return y
         weight = self._weights[path]
         w0 = self._workspace.dequantized(weight, x.dtype)

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from adapters.modulation.fused import obstacle
+from adapters.modulation.kernel_probe import obstacle
 from loadtests.bench import gpu_bases, gpu_encode, gpu_engine, gpu_layers
 from loadtests.bench.gpu_bases import Shape, StepGoals
 from loadtests.bench.gpu_engine import Amounts

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from adapters.kernels import triton_tiles
 from adapters.kernels.nibbles import lookup_assembly
 from adapters.kernels.reference import modulated_linear, modulated_weight
 from adapters.kernels.triton_operands import (
@@ -33,35 +29,26 @@ from adapters.kernels.triton_tiles import (
 from adapters.modulation.quant import QuantizedWeight
 from adapters.segments import from_runs
 from tests.stand.compiled import SHARED_BYTES, compile_kernel, nvidia_tool, registers_and_spill
+from tests.stand.interpreted import Kernels, copies, interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 CPU = torch.device("cpu")
 SUM_ORDER_TOLERANCE = 1e-5
 SPILL_BYTES = 64  # a thread
-KERNELS = Path(triton_tiles.__file__).parent
+# Where each kernel is.
+OWNERS = {
+    "scratch": ("scratch_weight_kernel", "expand_rows_kernel", "contract_rows_kernel"),
+    "row": ("one_row_kernel",),
+    "tiles": ("lora_down_kernel", "lora_up_kernel"),
+}
 Factors = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
-def loaded(interpreted: bool, patch: pytest.MonkeyPatch) -> tuple[ModuleType, ...]:
-    """Copies of the modules of kernels, apart from the real ones."""
-    if interpreted:
-        patch.setenv("TRITON_INTERPRET", "1")
-    found: list[ModuleType] = []
-    for name in ("triton_ops", "triton_scratch", "triton_one_row"):
-        spec = importlib.util.spec_from_file_location(f"copy_of_{name}", KERNELS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        patch.setitem(sys.modules, f"adapters.kernels.{name}", module)
-        found.append(module)
-    return tuple(found)
-
-
 @pytest.fixture
-def ops(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ...]:
-    return loaded(True, monkeypatch)
+def ops() -> Iterator[Kernels]:
+    with interpreted() as found:
+        yield found
 
 
 class Layer:
@@ -98,60 +85,59 @@ def assert_close(found: torch.Tensor, truth: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(("shape", "rank"), [((72, 256), 5), ((40, 96), 16), ((64, 128), 128)])
 def test_a_written_weight_is_the_modulated_one(
-    ops: tuple[ModuleType, ...], shape: tuple[int, int], rank: int, kind: Any
+    ops: Kernels, shape: tuple[int, int], rank: int, kind: Any
 ) -> None:
     torch.manual_seed(rank)
     layer = Layer(shape, {1: rank}, kind)
     out = torch.full(shape, float("nan"))
-    ops[1].write_weight(out, layer.weight, layer.addresses, 1, 0, 0)
+    ops.scratch.write_weight(out, layer.weight, layer.addresses, 1, 0, 0)
     assert_close(out, layer.w0.double())
-    ops[1].write_weight(out, layer.weight, layer.addresses, 1, 1, padded_rank(rank))
+    ops.scratch.write_weight(out, layer.weight, layer.addresses, 1, 1, padded_rank(rank))
     a, b = layer.factors[1]
     assert_close(out, modulated_weight(layer.w0, "hira", a, b, 1.0))
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_few_rows_by_one_product(ops: tuple[ModuleType, ...], with_bias: bool) -> None:
+def test_few_rows_by_one_product(ops: Kernels, with_bias: bool) -> None:
     torch.manual_seed(1)
     layer = Layer((72, 256), {1: 3, 2: 16, 4: 7})
-    runs = [(1, 2), (0, 3), (2, 1), (4, 4), (3, 1), (1, 9)]  # slot 3 has nothing in this layer
+    runs = [(1, 1), (0, 1), (2, 1), (4, 2), (3, 1), (1, 2)]  # slot 3 has nothing in this layer
     slots = [slot for slot, count in runs for _ in range(count)]
     x = torch.randn(len(slots), 256)
     bias = torch.randn(72) if with_bias else None
     rows = torch.tensor(slots, dtype=torch.int32)
-    found = ops[1].product_linear(
+    found = ops.scratch.product_linear(
         x, layer.weight, layer.addresses, 1, rows, rank=16, take=take, bias=bias
     )
     assert_close(found, layer.truth(x, runs, bias))
     # A row does not depend on how many there are.
-    alone = ops[1].product_linear(
-        x[5:6], layer.weight, layer.addresses, 1, rows[5:6], rank=16, take=take, bias=bias
+    alone = ops.scratch.product_linear(
+        x[4:5], layer.weight, layer.addresses, 1, rows[4:5], rank=16, take=take, bias=bias
     )
-    assert torch.equal(alone[0], found[5])
+    assert torch.equal(alone[0], found[4])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(
-    ("shape", "rank"), [((72, 256), 5), ((40, 96), 16), ((200, 1408), 30), ((64, 128), 128)]
+    ("shape", "rank"), [((72, 256), 5), ((40, 96), 16), ((72, 1408), 30), ((64, 128), 128)]
 )
 def test_one_row_by_its_own_kernel(
-    ops: tuple[ModuleType, ...], shape: tuple[int, int], rank: int, kind: Any
+    ops: Kernels, shape: tuple[int, int], rank: int, kind: Any
 ) -> None:
     torch.manual_seed(rank)
     layer = Layer(shape, {1: 9, 2: rank}, kind)
     zero = torch.zeros(1, dtype=torch.int32)
-    for slot in (0, 1, 2):
-        for bias in (None, torch.randn(shape[0])):
-            x = torch.randn(1, shape[1])
-            found = ops[2].one_row_linear(
-                x, layer.weight, layer.addresses, 1, zero + slot,
-                rank=padded_rank(rank), first_row=zero, bias=bias,
-            )  # fmt: skip
-            assert_close(found, layer.truth(x, [(slot, 1)], bias))
+    for slot, bias in ((0, None), (1, torch.randn(shape[0])), (2, torch.randn(shape[0]))):
+        x = torch.randn(1, shape[1])
+        found = ops.row.one_row_linear(
+            x, layer.weight, layer.addresses, 1, zero + slot,
+            rank=padded_rank(rank), first_row=zero, bias=bias,
+        )  # fmt: skip
+        assert_close(found, layer.truth(x, [(slot, 1)], bias))
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_many_rows_by_weights_in_scratch(ops: tuple[ModuleType, ...], with_bias: bool) -> None:
+def test_many_rows_by_weights_in_scratch(ops: Kernels, with_bias: bool) -> None:
     torch.manual_seed(2)
     layer = Layer((72, 256), {1: 3, 2: 30})
     runs = [(1, 20), (0, 17), (2, 33), (1, 5), (0, 2)]
@@ -162,17 +148,19 @@ def test_many_rows_by_weights_in_scratch(ops: tuple[ModuleType, ...], with_bias:
         start += count
     x = torch.randn(start, 256)
     bias = torch.randn(72) if with_bias else None
-    found = ops[1].scratch_linear(x, layer.weight, layer.addresses, 1, pieces, take=take, bias=bias)
+    found = ops.scratch.scratch_linear(
+        x, layer.weight, layer.addresses, 1, pieces, take=take, bias=bias
+    )
     assert_close(found, layer.truth(x, runs, bias))
 
 
-def test_an_adapter_that_overflows_stays_in_its_rows(ops: tuple[ModuleType, ...]) -> None:
+def test_an_adapter_that_overflows_stays_in_its_rows(ops: Kernels) -> None:
     torch.manual_seed(3)
     layer = Layer((72, 256), {1: 16, 2: 4})
     layer.factors[1][0].fill_(float("inf"))
     x = torch.randn(4, 256)
     rows = torch.tensor([1, 2, 0, 1], dtype=torch.int32)
-    found = ops[1].product_linear(
+    found = ops.scratch.product_linear(
         x, layer.weight, layer.addresses, 1, rows, rank=16, take=take, bias=None
     )
     truth = layer.truth(x[1:3], [(2, 1), (0, 1)], None)
@@ -180,7 +168,7 @@ def test_an_adapter_that_overflows_stays_in_its_rows(ops: tuple[ModuleType, ...]
     assert not torch.isfinite(found[0]).any()
 
 
-def test_rows_of_fixed_tiles_are_the_equation(ops: tuple[ModuleType, ...]) -> None:
+def test_rows_of_fixed_tiles_are_the_equation(ops: Kernels) -> None:
     torch.manual_seed(4)
     layer = Layer((72, 256), {1: 3, 2: 16, 5: 9})
     rows, most = 20, 24
@@ -192,11 +180,11 @@ def test_rows_of_fixed_tiles_are_the_equation(ops: tuple[ModuleType, ...]) -> No
         bounds.copy_(torch.tensor(ends, dtype=torch.int32))
         few = FewRows(16, 16, order[:rows], rows, entries, bounds, 2)
         x, bias = torch.randn(rows, 256), torch.randn(72)
-        found = ops[0].few_rows_linear(x, layer.weight, layer.addresses, 1, few, bias)
+        found = ops.tiles.few_rows_linear(x, layer.weight, layer.addresses, 1, few, bias)
         assert_close(found, layer.truth(x, runs, bias))
 
 
-def test_rows_of_fixed_token_tiles_are_the_equation(ops: tuple[ModuleType, ...]) -> None:
+def test_rows_of_fixed_token_tiles_are_the_equation(ops: Kernels) -> None:
     torch.manual_seed(6)
     layer = Layer((72, 256), {1: 3, 2: 16, 5: 9})
     rows = 80
@@ -206,11 +194,11 @@ def test_rows_of_fixed_token_tiles_are_the_equation(ops: tuple[ModuleType, ...])
         buffer.zero_()[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
         tiles = TokenTiles(order, ManyRows(16, 64, buffer, 6))
         x, bias = torch.randn(rows, 256), torch.randn(72)
-        found = ops[0].token_rows_linear(x, layer.weight, layer.addresses, 1, tiles, bias)
+        found = ops.tiles.token_rows_linear(x, layer.weight, layer.addresses, 1, tiles, bias)
         assert_close(found, layer.truth(x, runs, bias))
 
 
-def test_lora_finds_its_factors_by_address(ops: tuple[ModuleType, ...]) -> None:
+def test_lora_finds_its_factors_by_address(ops: Kernels) -> None:
     torch.manual_seed(5)
     layer = Layer((72, 200), {1: 3, 2: 40, 3: 128})
     slots = [1, 1, 0, 2, 3, 2]
@@ -222,19 +210,19 @@ def test_lora_finds_its_factors_by_address(ops: tuple[ModuleType, ...]) -> None:
             a, b = (one.double() for one in layer.factors[slot])
             wanted[row] += x[row].double() @ a.t() @ b.t() * scales[slot, 1]
     rows = torch.tensor(slots, dtype=torch.int32)
-    ops[0].add_lora_rows(y, x, rows, layer.addresses, scales, 1)
+    ops.tiles.add_lora_rows(y, x, rows, layer.addresses, scales, 1)
     assert_close(y, wanted)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleType, ...]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
     if os.environ.get("TRITON_INTERPRET"):
         pytest.skip("TRITON_INTERPRET is set: triton itself was loaded to interpret, not compile")
     if not nvidia_tool("ptxas").is_file():
         pytest.skip("this triton carries no assembler for NVIDIA GPUs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield loaded(False, patch)
+        yield copies(patch, interpret=False)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
@@ -254,16 +242,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleT
     ],
 )
 def test_kernels_fit_the_gpu(
-    compiled: tuple[ModuleType, ...],
+    compiled: Kernels,
     tmp_path: Path,
     capability: int,
     built: tuple[str, int, dict[str, Any]],
 ) -> None:
     name, warps, constants = built
-    kernel = next(getattr(one, name) for one in reversed(compiled) if hasattr(one, name))
+    own = next(one for one in OWNERS if name in OWNERS[one])
+    kernel = getattr(getattr(compiled, own), name)
     constants = constants | {"COLUMNS": FACTOR_COLUMNS}
     if name == "scratch_weight_kernel":
-        constants |= {"BN": compiled[1].WEIGHT_BLOCK, "HALF": HALF_FEATURES, "BLOCK": 64}
+        constants |= {"BN": compiled.scratch.WEIGHT_BLOCK, "HALF": HALF_FEATURES, "BLOCK": 64}
         constants |= {"GROUPED": True, "EXACT": False, "DECODER": lookup_assembly("nf4")}
     if name == "one_row_kernel":
         blocks = one_row_blocks(constants["R"])

@@ -7,10 +7,7 @@ small; the truth is the same 4-bit model in float32 with every linear layer in f
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,21 +15,19 @@ import torch
 from torch import nn
 
 from adapters.errors import SegmentMismatch, SlotNotResident, UnsupportedOption
-from adapters.kernels import native_ops, triton_tiles
+from adapters.kernels import native_ops
 from adapters.kernels.reference import modulated_linear
 from adapters.kernels.triton_operands import pack_weight
 from adapters.layers.adapted import AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation import fused, native_path
-from adapters.modulation.autotune import Autotuner
 from adapters.modulation.fixed_blocks import FixedBlocks
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
-from adapters.modulation.static_rows import StaticRows
-from adapters.modulation.step_forms import StepForm, StepForms
 from adapters.residency.packing import pack_adapter
 from adapters.segments import Segments, from_rows, from_runs
+from tests.stand.interpreted import Kernels, assert_relative, interpreted, one_layer
 from tests.stand.tiny_models import (
     VOCAB,
     FakeWeights,
@@ -52,36 +47,10 @@ LAYER_TOLERANCE = 3e-3
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
+def kernels() -> Iterator[Kernels]:
     """The kernels as the interpreter runs them, in place of those for a GPU."""
-    path = Path(triton_tiles.__file__).with_name("triton_ops.py")
-    spec = importlib.util.spec_from_file_location("interpreted_for_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-        patch.setattr(fused, "_ops", lambda: module)
-        patch.setitem(sys.modules, "adapters.kernels.triton_ops", module)
-        for name, used_by in (
-            ("triton_scratch", "_scratch_ops"),
-            ("triton_one_row", "_one_row_ops"),
-        ):
-            spec = importlib.util.spec_from_file_location(
-                f"interpreted_{name}_for_models", path.with_name(f"{name}.py")
-            )
-            assert spec is not None
-            assert spec.loader is not None
-            other = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(other)
-            patch.setattr(fused, used_by, giving(other))
-            setattr(module, name, other)
-        yield module
-
-
-def giving(module: ModuleType) -> Callable[[], ModuleType]:
-    return lambda: module
+    with interpreted() as found:
+        yield found
 
 
 def both(name: str, targets: tuple[str, ...]) -> tuple[AdaptedModel, AdaptedModel, list[str]]:
@@ -103,27 +72,22 @@ def install(
     truth.install(slot, {path: entry.to(torch.float32) for path, entry in factors.items()})
 
 
-def assert_close(found: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
-    error = (found.double() - truth.double()).abs().max() / truth.abs().max()
-    assert error <= tolerance, f"relative error {float(error):.2e}"
-
-
-def calls_of(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> list[int]:
+def calls_of(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> list[int]:
     """Rows of every call of the kernel from now on."""
     calls: list[int] = []
-    real = kernels.hira_linear
+    real = kernels.tiles.hira_linear
 
     def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         calls.append(len(x))
         y: torch.Tensor = real(x, *args, **options)
         return y
 
-    monkeypatch.setattr(kernels, "hira_linear", counted)
+    monkeypatch.setattr(kernels.tiles, "hira_linear", counted)
     return calls
 
 
 @torch.no_grad()
-def test_mixed_batch_of_an_encoder(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_batch_of_an_encoder(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = calls_of(monkeypatch, kernels)
     found, truth, paths = both("distilbert", ("q_lin", "v_lin", "lin2"))
     models = (found, truth)
@@ -137,14 +101,14 @@ def test_mixed_batch_of_an_encoder(kernels: ModuleType, monkeypatch: pytest.Monk
     for model in models:
         with model.batch(sequences.repeat(9), sequences):
             outputs.append(model.model(ids).logits)
-    assert_close(outputs[0], outputs[1], MODEL_TOLERANCE)
+    assert_relative(outputs[0], outputs[1], MODEL_TOLERANCE)
     # Each of the six linear layers of both blocks, and the output's transform; never torch's.
     assert len(calls) >= 12
     assert set(calls) == {63}
 
 
 @torch.no_grad()
-def test_prefill_and_decoding_while_slots_are_replaced(kernels: ModuleType) -> None:
+def test_prefill_and_decoding_while_slots_are_replaced(kernels: Kernels) -> None:
     found, truth, paths = both("llama", ("q_proj", "v_proj", "down_proj"))
     models = (found, truth)
     generator = torch.Generator().manual_seed(2)
@@ -165,27 +129,15 @@ def test_prefill_and_decoding_while_slots_are_replaced(kernels: ModuleType) -> N
             with model.batch(sequences, sequences):
                 second = model.model(step, past_key_values=first.past_key_values)
             outputs.append(torch.cat((first.logits, second.logits), dim=1))
-        assert_close(outputs[0], outputs[1], MODEL_TOLERANCE)
+        assert_relative(outputs[0], outputs[1], MODEL_TOLERANCE)
 
 
 @torch.no_grad()
-def test_without_a_batch_the_model_is_the_bare_base(kernels: ModuleType) -> None:
+def test_without_a_batch_the_model_is_the_bare_base(kernels: Kernels) -> None:
     found, truth, paths = both("llama", ("q_proj",))
     install((found, truth), 1, paths, rank=8)
     ids = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(3))
-    assert_close(found.model(ids).logits, truth.model(ids).logits, MODEL_TOLERANCE)
-
-
-def one_layer(
-    shape: tuple[int, int] = (48, 256), dtype: torch.dtype = torch.float16
-) -> tuple[AdaptedModel, AdaptedLinear]:
-    torch.manual_seed(7)
-    model = nn.Sequential(nn.Linear(shape[1], shape[0])).to(dtype)
-    model.get_output_embeddings = lambda: None  # type: ignore[assignment]
-    quantize(model, "nf4")
-    adapted = inject(model, strategy="fused")
-    layer: Any = adapted.layers["0"]
-    return adapted, layer
+    assert_relative(found.model(ids).logits, truth.model(ids).logits, MODEL_TOLERANCE)
 
 
 def answer(
@@ -208,7 +160,7 @@ def answer(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 256), (33, 192), (20, 90)])
 def test_layer_of_any_shape_and_adapters_of_any_kind(
-    kernels: ModuleType, shape: tuple[int, int], dtype: torch.dtype
+    kernels: Kernels, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     adapted, _ = one_layer(shape, dtype)
     for slot, options in enumerate(
@@ -227,11 +179,11 @@ def test_layer_of_any_shape_and_adapters_of_any_kind(
     x = torch.randn(segments.rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     y, truth = answer(adapted, x, segments)
     assert y.dtype == dtype
-    assert_close(y, truth, LAYER_TOLERANCE if dtype == torch.float16 else 2e-2)
+    assert_relative(y, truth, LAYER_TOLERANCE if dtype == torch.float16 else 2e-2)
 
 
 def test_kernel_is_not_given_what_it_cannot_take(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = calls_of(monkeypatch, kernels)
     adapted, _ = one_layer((16, 63))  # rows of an odd number of inputs
@@ -240,7 +192,7 @@ def test_kernel_is_not_given_what_it_cannot_take(
     x = torch.randn(3, 63, generator=torch.Generator().manual_seed(1)).half()
     adapted.install(1, random_factors(adapted.signature, ["0"], rank=4, dtype=torch.float16))
     y, truth = answer(adapted, x, from_runs([(1, 2), (0, 1)]))
-    assert_close(y, truth, LAYER_TOLERANCE)
+    assert_relative(y, truth, LAYER_TOLERANCE)
     assert calls == []
     adapted, layer = one_layer()
     with torch.no_grad():
@@ -249,7 +201,7 @@ def test_kernel_is_not_given_what_it_cannot_take(
     assert calls == []
 
 
-def test_weight_is_stored_once_in_the_order_of_the_kernel(kernels: ModuleType) -> None:
+def test_weight_is_stored_once_in_the_order_of_the_kernel(kernels: Kernels) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(512, 256)).half()
     model.get_output_embeddings = lambda: None  # type: ignore[assignment]
@@ -267,7 +219,7 @@ def test_weight_is_stored_once_in_the_order_of_the_kernel(kernels: ModuleType) -
     assert adapted.base_bytes()[0] == weight.nbytes
 
 
-def test_tied_weights_are_reordered_once(kernels: ModuleType) -> None:
+def test_tied_weights_are_reordered_once(kernels: Kernels) -> None:
     torch.manual_seed(4)
     first = QuantizedWeight.from_dense(torch.randn(64, 128), "nf4")
     expected = first.dequantize()
@@ -280,7 +232,7 @@ def test_tied_weights_are_reordered_once(kernels: ModuleType) -> None:
     assert torch.equal(second.dequantize(), expected)
 
 
-def test_packed_adapter_is_laid_out_for_the_kernel_and_not_copied(kernels: ModuleType) -> None:
+def test_packed_adapter_is_laid_out_for_the_kernel_and_not_copied(kernels: Kernels) -> None:
     adapted, layer = one_layer()
     made = random_factors(adapted.signature, ["0"], rank=8, dtype=torch.float16)
     weights: Any = FakeWeights({"0": made["0"]})
@@ -292,10 +244,10 @@ def test_packed_adapter_is_laid_out_for_the_kernel_and_not_copied(kernels: Modul
     assert kept.b.data_ptr() == factors["0"].b.data_ptr()
     x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1)).half()
     y, truth = answer(adapted, x, from_runs([(1, 40)]))
-    assert_close(y, truth, LAYER_TOLERANCE)
+    assert_relative(y, truth, LAYER_TOLERANCE)
 
 
-def test_emptied_slot_is_refused_and_segments_must_cover_the_rows(kernels: ModuleType) -> None:
+def test_emptied_slot_is_refused_and_segments_must_cover_the_rows(kernels: Kernels) -> None:
     adapted, layer = one_layer()
     adapted.install(1, random_factors(adapted.signature, ["0"], rank=8, dtype=torch.float16))
     assert adapted.fused is not None
@@ -311,114 +263,8 @@ def test_emptied_slot_is_refused_and_segments_must_cover_the_rows(kernels: Modul
         adapted.fused.linear(call(4))
 
 
-@pytest.mark.parametrize("wanted", ["tiles", "product", "row"])
-def test_rows_of_a_static_step_are_the_equation_by_every_form(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: StepForm
-) -> None:
-    def preferred(runs: Mapping[StepForm, Any], device: torch.device) -> StepForm:
-        return wanted if wanted in runs else "tiles"
-
-    monkeypatch.setattr(fused, "fastest", preferred)
-    ran: list[StepForm] = []
-
-    def count(module: ModuleType, name: str, form: StepForm) -> None:
-        real = getattr(module, name)
-
-        def counted(*args: Any, **options: Any) -> Any:
-            ran.append(form)
-            return real(*args, **options)
-
-        monkeypatch.setattr(module, name, counted)
-
-    adapted, layer = one_layer()
-    static = adapted.make_static(4, 4, (0, 16))
-    count(kernels, "few_rows_linear", "tiles")
-    count(kernels.triton_scratch, "product_linear", "product")
-    count(kernels.triton_one_row, "one_row_linear", "row")
-    for slot, rank in ((1, 5), (2, 16)):
-        factors = random_factors(
-            adapted.signature, ["0"], rank=rank, dtype=torch.float16, seed=slot
-        )
-        adapted.install(slot, factors)
-    held = static.nbytes
-    made = StaticRows(4, CPU)
-    static.rows = made
-    for slots in ([1, 2, 0, 2], [1], [2], [0], [1, 1, 2]):
-        made.fill(slots)
-        made.shape(len(slots), 16, False)
-        x = torch.randn(len(slots), layer.in_features).half()
-        with torch.no_grad():
-            y = adapted.model(x)
-        truth = modulated_linear(
-            x,
-            layer.quantized.dequantize(dtype=torch.float32),
-            {s: (f.method, f.a, f.b, f.scale, f.bias) for s, f in layer.slots.items()},
-            from_rows(slots),
-            layer.get_parameter("bias"),
-        )
-        assert_close(y, truth, LAYER_TOLERANCE)
-    static.rows = None
-    many = "tiles" if wanted == "row" else wanted
-    assert ran == [many, wanted, wanted, wanted, many]
-    assert static.nbytes == held  # what steps share was taken before the first of them
-
-
-def test_factors_that_are_not_finite_fail_alone_in_products_of_steps(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "fastest", lambda runs, _: "product")
-    adapted, layer = one_layer()
-    static = adapted.make_static(4, 4, (0, 16))
-    for slot, value in ((1, None), (2, float("nan")), (3, float("inf"))):
-        factors = random_factors(adapted.signature, ["0"], rank=5, dtype=torch.float16, seed=1)
-        adapted.install(slot, factors)
-        if value is not None:  # as of a product that overflows: install would refuse it
-            layer.slots[slot].a[2] = value
-    made = StaticRows(4, CPU)
-    static.rows = made
-    x = torch.randn(4, layer.in_features).half()
-    answers = []
-    for slots in ([1, 2, 0, 3], [1, 1, 0, 1]):  # the same buffers, with what was left in them
-        made.fill(slots)
-        made.shape(4, 16, False)
-        with torch.no_grad():
-            answers.append(adapted.model(x))
-    static.rows = None
-    assert torch.equal(answers[0][[0, 2]], answers[1][[0, 2]])
-    assert torch.isfinite(answers[1]).all()
-    assert not torch.isfinite(answers[0][[1, 3]]).all(1).any()
-
-
-def test_without_memory_for_products_steps_run_by_tiles(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def none(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    assert "product" in fused.proved_forms(torch.float16, CPU)
-    monkeypatch.setattr(fused, "fastest", lambda runs, _: "product")
-    monkeypatch.setattr(kernels.triton_scratch, "product_buffers", none)
-    adapted, _ = one_layer()
-    adapted.make_static(4, 4, (0, 16))
-    assert adapted.fused is not None
-    assert adapted.fused.step_form("0", 16, 4) == "tiles"
-    assert adapted.fused.step_bytes == 0
-    assert "No memory for the buffers of steps" in caplog.text
-
-
-def test_more_rows_are_computed_as_the_next_number_that_was_timed() -> None:
-    shape = (8, 8)
-    made = StepForms({(shape, 32, 4): "product", (shape, 32, 1): "row"})
-    rows = {1: "row", 2: "product", 4: "product", 5: "tiles", 1000: "tiles"}
-    assert {one: made.of(shape, 32, one) for one in rows} == rows
-    assert made.of(shape, 16, 4) == "tiles"
-    assert made.cases("product") == [(shape, 32, 4)]
-    assert made.without("product").of(shape, 32, 4) == "tiles"
-    assert made.without("product").of(shape, 32, 1) == "row"
-
-
 def test_with_fixed_blocks_the_kernel_still_computes_what_it_takes(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted, layer = one_layer()
     adapted.modulator.fixed = FixedBlocks()
@@ -444,42 +290,8 @@ def test_with_fixed_blocks_the_kernel_still_computes_what_it_takes(
         segments,
         layer.get_parameter("bias"),
     )
-    assert_close(y, truth, 1e-2)
+    assert_relative(y, truth, 1e-2)
     assert rows == [4]  # a rank above the kernel's
-
-
-def test_the_probe_finds_a_kernel_that_is_wrong(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fused._probe_error(torch.float16, CPU) < fused._PROBE_TOLERANCE
-    real = kernels.hira_linear
-
-    def wrong(*args: Any, **options: Any) -> torch.Tensor:
-        y: torch.Tensor = real(*args, **options)
-        y[-1] *= 1.5  # of the base's rows alone
-        return y
-
-    monkeypatch.setattr(kernels, "hira_linear", wrong)
-    assert fused._probe_error(torch.float16, CPU) > fused._PROBE_TOLERANCE
-
-
-def test_a_driver_that_fails_is_told_in_one_line(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(*_: Any) -> float:
-        raise RuntimeError("CUDA driver error:\n  its version is insufficient")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr("adapters.modulation.fused._probe_error", fails)
-    device = torch.device("cuda", 7)
-    for _ in range(2):  # it is not tried again
-        assert fused.obstacle(torch.float16, device) == "RuntimeError in its probe"
-    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
-    assert line == (
-        "The fused kernel failed its probe, torch computes: "
-        "RuntimeError: CUDA driver error: its version is insufficient"
-    )
 
 
 class _Tied(nn.Module):
@@ -501,7 +313,7 @@ class _Tied(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(2,), (3, 5), ()])
 def test_a_table_tied_to_a_fused_head_gives_the_same_rows(
-    kernels: ModuleType, shape: tuple[int, ...]
+    kernels: Kernels, shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
     model = _Tied(32, 256)
@@ -519,7 +331,7 @@ def test_a_table_tied_to_a_fused_head_gives_the_same_rows(
     with adapted.batch(from_rows([1] * flat.numel()), from_rows([1])):
         found = model.table(flat)
     base = before.reshape(1, -1, 256).float()
-    assert_close(found, base * (1 + own.a[:, flat[0]].t() @ own.b.t()), LAYER_TOLERANCE)
+    assert_relative(found, base * (1 + own.a[:, flat[0]].t() @ own.b.t()), LAYER_TOLERANCE)
 
 
 def test_the_cpu_kernel_refuses_codes_in_the_order_of_the_fused_one(
@@ -535,79 +347,17 @@ def test_the_cpu_kernel_refuses_codes_in_the_order_of_the_fused_one(
 
 
 def test_forcing_the_kernel_where_it_cannot_run_is_refused(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UnsupportedOption, match="fused kernel") as caught:
         inject(build("llama", quantization="nf4", dtype=torch.float32), strategy="fused")
     assert "float32" in str(caught.value.found)
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels.tiles, "INTERPRETED", False)
     with pytest.raises(UnsupportedOption) as caught:
         inject(build("llama", quantization="nf4", dtype=torch.float16), strategy="fused")
     assert caught.value.found == "device cpu"
 
 
-def test_by_itself_a_cpu_model_does_not_use_it(kernels: ModuleType) -> None:
+def test_by_itself_a_cpu_model_does_not_use_it(kernels: Kernels) -> None:
     adapted = inject(build("llama", quantization="nf4", dtype=torch.float16))
     assert adapted.fused is None
-
-
-# Other forms of the equation, chosen by their times
-
-
-class Clock:
-    """A clock that goes as fast as it is told."""
-
-    def __init__(self) -> None:
-        self.now = 0
-
-    def __call__(self) -> int:
-        return self.now
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("fastest", ["product", "scratch", "row"])
-def test_the_form_that_was_the_fastest_computes(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, fastest: str
-) -> None:
-    assert fused.proved_forms(torch.float16, CPU) == {"product", "scratch", "row"}
-    clock, ran = Clock(), []
-    plain = fused.FusedLayers.forms
-
-    def slowed(self: Any, call: LayerCall) -> Any:
-        found = {}
-        for candidate, run in plain(self, call).items():
-
-            def slow(run: Any = run, way: str = candidate[1]) -> torch.Tensor:
-                ran.append(way)
-                clock.now += 1 if way == fastest else 1000
-                y: torch.Tensor = run()
-                return y
-
-            found[candidate] = slow
-        return found
-
-    monkeypatch.setattr(fused.FusedLayers, "forms", slowed)
-    found, truth, paths = both("distilbert", ("q_lin",))
-    install((found, truth), 1, paths, rank=4, seed=1)
-    install((found, truth), 2, paths, rank=3, seed=2)
-    assert found.fused is not None
-    layer = found.layers[paths[0]]
-    assert isinstance(layer, AdaptedLinear)
-    segments = from_runs([(1, 1)] if fastest == "row" else [(1, 16), (2, 16)])
-    x = torch.randn(segments.rows, layer.in_features).half()
-    call = LayerCall(paths[0], x, layer.quantized, layer.slots, segments, None)
-    other = truth.layers[paths[0]]
-    slots: Any = {slot: ("hira", one.a, one.b, 1.0, None) for slot, one in other.slots.items()}
-    wanted = modulated_linear(x, layer.quantized.dequantize(), slots, segments, None)
-    tuner = Autotuner(clock=clock)
-    for _ in range(4):
-        tuner.begin_forward()
-        y, left = found.fused.linear(call, tuner)
-        assert not left
-        assert_close(y, wanted, LAYER_TOLERANCE)
-    assert ran[-1] == fastest
-    others = {"product", "row"} if fastest == "row" else {"product", "scratch"}
-    assert set(ran) == {"tiles", *others}
-    ran.clear()
-    found.fused.linear(call)  # nothing was timed: the fused kernel
-    assert ran == ["tiles"]

@@ -1,0 +1,225 @@
+"""The layers that the GPU kernels serve, in steps over fixed buffers: the same launches each time.
+
+Nothing is decided, checked or read on the host while such a step runs. Which form of the kernels
+computes a layer is chosen before any step is captured (``adapters.modulation.step_forms``), and the
+buffers that forms share are taken then, for they must never move.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from adapters.kernels.triton_operands import FactorTable, PackedWeight
+from adapters.kernels.triton_tiles import FewRows, TokenTiles
+from adapters.modulation.gpu_kernels import row_kernels, scratch_kernels, tile_kernels
+from adapters.modulation.kernel_probe import proved_forms
+from adapters.modulation.static_rows import StaticRows
+from adapters.modulation.step_forms import (
+    MOST_EXPANDED,
+    TIMED_ADAPTERS,
+    TIMED_ROWS,
+    StepCase,
+    StepForm,
+    StepForms,
+    fastest,
+)
+from adapters.modulation.strategy import Computation
+from adapters.modulation.workspace import Workspace
+from adapters.segments import BASE_SLOT
+
+logger = logging.getLogger(__name__)
+
+
+class FusedSteps:
+    """What computes the layers of one model in steps over fixed buffers. One thread uses it.
+
+    Args:
+        weights: By layer path, in the kernels' order.
+        dtype: The compute dtype.
+        device: Where the weights are.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, PackedWeight], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._weights = dict(weights)
+        self._dtype = dtype
+        self._device = device
+        self._forms = StepForms()
+        self._buffers = Workspace()
+        self._first_row = torch.zeros(1, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that steps share."""
+        return self._buffers.nbytes
+
+    def holds(self, path: str) -> bool:
+        """Whether the kernels can serve this layer at all."""
+        return path in self._weights
+
+    def serves(self, path: str, x: torch.Tensor) -> bool:
+        """Whether the kernels serve this layer for rows of this type and device."""
+        return path in self._weights and x.dtype == self._dtype and x.device == self._device
+
+    def form_of(self, path: str, rank: int, rows: int) -> StepForm:
+        """What computes so many rows of a layer, with launches that are made for a padded rank."""
+        return self._forms.of(self._weights[path].shape, rank, rows)
+
+    def choose(self, most_rows: int, ranks: Sequence[int]) -> None:
+        """Time every form on each shape of weight: the steps themselves cannot.
+
+        From now on ``linear`` takes the fastest. A form that is wrong, or cannot run, is not tried;
+        where memory does not hold the buffers of ``product``, it is not used.
+
+        Args:
+            most_rows: Of a step.
+            ranks: Padded, that steps are made for; 0: no HiRA.
+        """
+        proved = proved_forms(self._dtype, self._device)
+        weights = {weight.shape: weight for weight in self._weights.values()}
+        chosen: dict[StepCase, StepForm] = {}
+        for rows in (one for one in reversed(TIMED_ROWS) if one <= max(1, most_rows)):
+            for shape, weight in weights.items():
+                for rank in ranks:
+                    runs = self._runs(weight, rows, rank, proved)
+                    if len(runs) > 1:
+                        chosen[shape, rank, rows] = fastest(runs, self._device)
+        self._forms = StepForms(chosen)
+        # What was taken for forms that lost is given back; the rest must never move.
+        self._buffers = Workspace()
+        try:
+            self._reserve()
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "No memory for the buffers of steps by products: the fused kernel computes them. "
+                "Lower kv_bytes or device_bytes to make room."
+            )
+            self._forms = self._forms.without("product")
+            self._buffers = Workspace()
+
+    def linear(
+        self,
+        path: str,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        *,
+        layer: int,
+        tiles: FewRows | TokenTiles,
+        slots: torch.Tensor,
+        rank: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A layer that ``serves`` holds for, with nothing checked and nothing read on the host.
+
+        Args:
+            path: Of the layer.
+            x: ``[rows, in]``.
+            table: int64 ``[slots, layers, 3]``, as ``FactorTable.addresses``.
+            layer: Of the table.
+            tiles: That hold all rows of ``x``; its buffers may change until the launch runs.
+            slots: int32 ``[rows]``, a buffer likewise.
+            rank: Padded, that the launches are made for; 0: no HiRA.
+            bias: ``[out]``, or None.
+
+        Returns:
+            A new ``[rows, out]`` in the dtype of ``x``.
+        """
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        weight = self._weights[path]
+        if isinstance(tiles, TokenTiles):
+            y: torch.Tensor = tile_kernels().token_rows_linear(x, weight, table, layer, tiles, bias)
+            return y
+        form = self._forms.of(weight.shape, rank, x.shape[0])
+        return self._by_form(
+            form, x, weight, table, layer=layer, tiles=tiles, slots=slots, rank=rank, bias=bias
+        )
+
+    def add_lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        table: torch.Tensor,
+        *,
+        scales: torch.Tensor,
+        layer: int,
+    ) -> None:
+        """Add each row's s (x Aᵀ) Bᵀ to ``y``, its factors found by address.
+
+        Args:
+            y, x: ``[rows, out]``, ``[rows, in]``.
+            slots: int32 ``[rows]``.
+            table, scales: ``[slots, layers, 3]`` of LoRA factors, float32 ``[slots, layers]``.
+            layer: Of the tables.
+        """
+        tile_kernels().add_lora_rows(y, x, slots, table, scales, layer)
+
+    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self._buffers.take(name, shape, dtype, self._device)
+
+    def _reserve(self) -> None:
+        """Take the largest buffers that chosen products need, before any step is captured."""
+        for shape, rank, rows in self._forms.cases("product"):
+            scratch_kernels().product_buffers(shape, rows, rank, self._dtype, self._take)
+
+    def _runs(
+        self, weight: PackedWeight, rows: int, rank: int, proved: frozenset[Computation]
+    ) -> dict[StepForm, Callable[[], torch.Tensor]]:
+        """Each form as a call on random rows, as many adapters in them as there usually are."""
+        out_features, in_features = weight.shape
+        adapters = min(rows, TIMED_ADAPTERS) if rank else 0
+        table = FactorTable(adapters + 1, [weight.shape], self._dtype, self._device)
+        for slot in range(1, adapters + 1):
+            a, b_t = (
+                torch.randn(rank, one, device=self._device, dtype=self._dtype)
+                for one in (in_features, out_features)
+            )
+            table.place(slot, {0: (a, b_t.t())})
+        made = StaticRows(rows, self._device)
+        made.fill([1 + row % adapters if adapters else BASE_SLOT for row in range(rows)])
+        made.shape(rows, rank, False)
+        x = torch.randn(rows, in_features, device=self._device, dtype=self._dtype)
+
+        def run(form: StepForm) -> Callable[[], torch.Tensor]:
+            return lambda: self._by_form(
+                form, x, weight, table.addresses, layer=0, tiles=made.tiles, slots=made.slots,
+                rank=rank, bias=None,
+            )  # fmt: skip
+
+        runs: dict[StepForm, Callable[[], torch.Tensor]] = {"tiles": run("tiles")}
+        if rows == 1 and rank and "row" in proved:
+            runs["row"] = run("row")
+        if rows * (rank + 1) <= MOST_EXPANDED and "product" in proved:
+            runs["product"] = run("product")
+        return runs
+
+    def _by_form(
+        self,
+        form: StepForm,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        table: torch.Tensor,
+        *,
+        layer: int,
+        tiles: FewRows,
+        slots: torch.Tensor,
+        rank: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y: torch.Tensor
+        if form == "row":
+            y = row_kernels().one_row_linear(
+                x, weight, table, layer, slots,
+                rank=tiles.rank, first_row=self._first_row, bias=bias,
+            )  # fmt: skip
+        elif form == "product":
+            y = scratch_kernels().product_linear(
+                x, weight, table, layer, slots, rank=rank, take=self._take, bias=bias
+            )
+        else:
+            y = tile_kernels().few_rows_linear(x, weight, table, layer, tiles, bias)
+        return y
