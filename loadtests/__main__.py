@@ -32,6 +32,7 @@ from loadtests.scenarios import (
 from loadtests.servers import Server, start_server
 from loadtests.stage import set_stage
 from loadtests.traffic import percentile
+from loadtests.verdict import verdict
 from loadtests.watch import Sample, look
 
 DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
@@ -68,10 +69,8 @@ def main() -> int:
             stopped = server.stop()
     if stopped != 0:
         faults.append(f"the server ended with status {stopped} (see {server.log})")
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
     print(f"\n{len(names)} scenarios, {time.monotonic() - began:.0f} s: {options.results}/*.html")
-    return 1 if faults else 0
+    return verdict(faults)
 
 
 def stage_path(options: argparse.Namespace) -> Path:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import random
 import sys
@@ -35,6 +34,7 @@ from loadtests.connection import Connection, Lost, Reply, encoded
 from loadtests.servers import Server, memory_faults, memory_lines, ready_server
 from loadtests.stage import SCORE_TOLERANCE, TEXTS, archive
 from loadtests.tiny import make_base, make_classifier
+from loadtests.verdict import verdict
 
 DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
 TINY_SOURCES = 6  # random adapters that the versions are made of
@@ -142,11 +142,7 @@ def main() -> int:
     if stopped != 0:
         faults.append(f"the server ended with status {stopped} (see {server.log})")
     print_report(report)
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps({**report, "faults": faults}, indent=1) + "\n")
-    return 1 if faults else 0
+    return verdict(faults, {**report, "faults": faults}, options.json)
 
 
 def parse_options() -> argparse.Namespace:

@@ -40,6 +40,7 @@ from loadtests.churn import (
 )
 from loadtests.clusters import ClusterServer, running_cluster
 from loadtests.connection import Connection, encoded
+from loadtests.verdict import verdict
 
 STALE_MAX_S = 2.0
 PASSERS = 4  # names that come and go
@@ -86,11 +87,7 @@ def main() -> int:
             report = run(server, tenants, options)
     faults = report.pop("faults")
     print(json.dumps(report, indent=1))
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps({**report, "faults": faults}, indent=1) + "\n")
-    return 1 if faults else 0
+    return verdict(faults, {**report, "faults": faults}, options.json)
 
 
 def parse_options() -> argparse.Namespace:

@@ -2,11 +2,12 @@
 
 `python -m loadtests.cluster_kills --away-s 60`
 
-In turn: an engine replica, Ray Serve's HTTP proxy, PostgreSQL and the object store; the first two
-by SIGKILL, the other two away for ``--away-s``. Meanwhile clients ask adapters whose answers are
-known, generate, and an operator registers. No answer may be wrong, no call may hang, and each part
-must be back by itself. Told is how long after the kill the last call that it cut off had its error,
-or its answer from another replica; back is when all is as before.
+In turn: an engine replica, the HTTP proxy with the process that keeps it, an HTTP replica,
+PostgreSQL and the object store; the first three by SIGKILL, the others away for ``--away-s``.
+Meanwhile clients ask adapters whose answers are known, generate, and an operator registers. No
+answer may be wrong, no call may hang, and each part must be back by itself. Told is how long after
+the kill the last call that it cut off had its error, or was asked again of another replica, which
+the log of the HTTP replica says; back is when all is as before.
 """
 
 from __future__ import annotations
@@ -15,29 +16,34 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import httpx2
 
 from loadtests.churn import Tenant, base_and_sources, fault_in, prepare
-from loadtests.clusters import ENGINE, PROXY, ClusterServer, running_cluster
+from loadtests.clusters import ENGINE, HTTP, PROXY, PROXY_KEEPER, ClusterServer, running_cluster
 from loadtests.connection import Connection, Lost, encoded
 from loadtests.stage import SCORE_TOLERANCE, TEXTS, archive
+from loadtests.verdict import verdict
 
-HANG_S: Final = 20.0  # a call that takes longer hangs
+HANG_S: Final = 60.0  # a call that takes longer hangs
 TOLD_S: Final = 2.0  # within which whoever was cut off must know
 BACK_S: Final = 180.0
 CALM_S: Final = 8.0  # before and after each kill
 OPERATOR_EVERY_S: Final = 1.5
-PARTS: Final = ("engine", "proxy", "postgres", "store")
+LOST: Final = "lost its replica"
+LOGGED_AT: Final = re.compile(r'"time": *"([^"]+)"')
+PARTS: Final = ("engine", "proxy", "http", "postgres", "store")
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ def main() -> int:
             "--slots=4",
             "--host-bytes=0",
             "--deterministic",  # so that a generated text has one right form
+            *("--log-level=info", "--log-format=json"),  # with times
             replicas=options.replicas,
             http_replicas=options.http_replicas,
             with_objects="store" in options.part,
@@ -106,11 +113,7 @@ def main() -> int:
     ]
     for row in rows:
         print(json.dumps(row))
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "faults": faults}, indent=1) + "\n")
-    return 1 if faults else 0
+    return verdict(faults, {"rows": rows, "faults": faults}, options.json)
 
 
 def parse_options() -> argparse.Namespace:
@@ -151,7 +154,9 @@ async def break_parts(
         await asyncio.sleep(CALM_S)
         row = await BREAKS[part](server, seen, options)
         await asyncio.sleep(CALM_S)
-        rows.append(judged(part, row, seen))
+        killed = time.time() - (time.monotonic() - row.killed)
+        again = asked_again_s(server.log.read_text(errors="replace"), killed)
+        rows.append(judged(part, row, seen, again))
         print(f"{part}: {rows[-1]}", flush=True)
         seen.calls.clear()
     over.set()
@@ -273,6 +278,18 @@ class Broken:
     back_s: float
 
 
+def asked_again_s(log: str, killed: float) -> list[float]:
+    """How long after a kill it was known of requests that they had lost their replica.
+
+    Args:
+        log: Of the HTTP replicas, JSON lines.
+        killed: When, in seconds since the epoch.
+    """
+    said = [LOGGED_AT.search(line) for line in log.splitlines() if LOST in line]
+    times = [datetime.fromisoformat(one[1]).timestamp() - killed for one in said if one]
+    return [one for one in times if one >= 0]
+
+
 async def break_engine(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
     before = {one.pid for one in server.actors(ENGINE)}
     server.actors(ENGINE)[0].kill()
@@ -300,10 +317,23 @@ def is_back_with_others(
 
 
 async def break_proxy(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
-    (proxy, *_) = server.actors(PROXY)
-    proxy.kill()
+    for one in (*server.actors(PROXY_KEEPER), *server.actors(PROXY)):
+        one.kill()
     killed = time.monotonic()
-    await until(server.is_ready)
+    await until(lambda: bool(server.actors(PROXY)) and server.is_ready())
+    return Broken(killed, None, time.monotonic() - killed)
+
+
+async def break_http(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
+    before = {one.pid for one in server.actors(HTTP)}
+    server.actors(HTTP)[0].kill()
+    killed = time.monotonic()
+
+    def is_back() -> bool:
+        now = {one.pid for one in server.actors(HTTP)}
+        return len(now) >= len(before) and now != before and server.is_ready()
+
+    await until(is_back)
     return Broken(killed, None, time.monotonic() - killed)
 
 
@@ -337,6 +367,7 @@ async def away(start: Callable[[], None], seen: Seen, options: argparse.Namespac
 BREAKS: Final = {
     "engine": break_engine,
     "proxy": break_proxy,
+    "http": break_http,
     "postgres": break_postgres,
     "store": break_store,
 }
@@ -353,11 +384,15 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.1)
 
 
-def judged(part: str, broken: Broken, seen: Seen) -> dict[str, Any]:
-    """The figures of one part, with its ``faults``."""
-    cut = [one for one in seen.calls if one.began <= broken.killed < one.ended]
-    told_s = max((one.ended - broken.killed for one in cut), default=0.0)
+def judged(part: str, broken: Broken, seen: Seen, again: Sequence[float] = ()) -> dict[str, Any]:
+    """The figures of one part, with its ``faults``.
+
+    Args:
+        again: When it was known of requests that they must be asked again, after the kill.
+    """
     harmed = [one for one in seen.calls if one.outcome != "ok"]
+    cut = [one.ended - broken.killed for one in harmed if one.began <= broken.killed < one.ended]
+    told_s = max([*cut, *again], default=0.0)
     until_s = broken.mended or broken.killed
     answers = [one for one in seen.calls if one.kind != "register" and one.ended > broken.killed]
     ended = time.monotonic()
@@ -365,7 +400,7 @@ def judged(part: str, broken: Broken, seen: Seen) -> dict[str, Any]:
         ended - began > HANG_S for began in seen.running.values()
     )
     faults = [f"{hung} calls hung"] if hung else []
-    if part == "engine" and told_s > TOLD_S:
+    if part in {"engine", "proxy", "http"} and told_s > TOLD_S:
         faults.append(f"a call that was cut off was told after {told_s:.1f} s")
     if broken.back_s >= BACK_S:
         faults.append(f"not as before within {BACK_S:g} s")
@@ -383,7 +418,7 @@ def judged(part: str, broken: Broken, seen: Seen) -> dict[str, Any]:
         "outcomes": dict(Counter(f"{one.kind} {one.outcome}" for one in harmed)),
         "hung": hung,
         "wrong": len(seen.wrong),
-        "cut_off": len(cut),
+        "cut_off": max(len(cut), len(again)),
         "told_s": round(told_s, 2),
         "longest_call_s": round(max((one.ended - one.began for one in answers), default=0.0), 2),
         "last_harm_s": round(max((one.ended - until_s for one in harmed), default=0.0), 2),

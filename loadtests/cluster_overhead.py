@@ -24,6 +24,7 @@ from typing import Any, Final
 from loadtests.clusters import running_cluster
 from loadtests.connection import Connection, encoded
 from loadtests.servers import Server, ready_server
+from loadtests.verdict import verdict
 
 NEW_TOKENS: Final = 64
 GENERATE: Final = {"inputs": "The film", "parameters": {"max_new_tokens": NEW_TOKENS}}
@@ -49,12 +50,8 @@ def main() -> int:
         ):
             report = asyncio.run(measure(one, many, options))
     print(json.dumps(report, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
     missed = [kind for kind, row in report.items() if row["ratio"] < options.goal]
-    for kind in missed:
-        print(f"FAULT: {kind} is below {options.goal}", file=sys.stderr)
-    return 1 if missed else 0
+    return verdict([f"{kind} is below {options.goal}" for kind in missed], report, options.json)
 
 
 async def measure(one: Server, many: Server, options: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from tests.stand import object_store, postgres
 START_S = 600.0  # Ray, the controller, the proxy and every replica load their libraries anew
 ENGINE = "ray::ServeReplica:hira:engine"
 HTTP = "ray::ServeReplica:hira:http"
-PROXY = "ray::ProxyActor"
+PROXY = "haproxy"
+PROXY_KEEPER = "ray::HAProxyManager"  # which starts it
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ class ClusterServer(Server):
     objects: object_store.ObjectStore | None
 
     def actors(self, kind: str) -> list[psutil.Process]:
-        """Its processes of one kind: ``ENGINE``, ``HTTP`` or ``PROXY``, oldest first."""
+        """Its processes of one kind, by title or program: ``ENGINE``, ``HTTP``, ``PROXY`` or
+        ``PROXY_KEEPER``, oldest first."""
         found = []
         for one in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if " ".join(one.cmdline()).startswith(kind):
+                if " ".join(one.cmdline()).startswith(kind) or one.name() == kind:
                     found.append(one)
             except psutil.Error:
                 continue
@@ -107,7 +109,7 @@ def running_cluster(
         database = stack.enter_context(postgres.postgres())
         objects = stack.enter_context(object_store.object_store()) if with_objects else None
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_DEDUP_LOGS": "0"}
         own = [f"--registry-url={database.url}"]
         if objects is not None:
             environment |= objects.environment

@@ -35,6 +35,7 @@ from loadtests.servers import Server, ready_server
 from loadtests.stage import SCORE_TOLERANCE, TEXTS
 from loadtests.tiny import make_classifier
 from loadtests.traffic import percentile
+from loadtests.verdict import verdict
 
 ANSWER_S = 60.0
 PAGE = 1000  # the most that one page of the list has
@@ -108,11 +109,7 @@ def main() -> int:
     told = {"options": {key: str(one) for key, one in vars(options).items()}, **report}
     told |= {"many_against_few": ratios}
     print(json.dumps(told, indent=1))
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 1 if faults else 0
+    return verdict(faults, told, options.json)
 
 
 def parse_options() -> argparse.Namespace:

@@ -29,6 +29,7 @@ from loadtests.connection import Reply, encoded
 from loadtests.openloop import Outcome, Pool, Question, capacity, offer
 from loadtests.servers import Server, ready_server
 from loadtests.stage import PROMPTS, TEXTS, Adapter, Stage, set_stage
+from loadtests.verdict import verdict
 from loadtests.watch import Watch
 
 DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
@@ -64,9 +65,7 @@ def main() -> int:
         faults += [f"{kind}: {one}" for one in found]
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({"runs": reports, "faults": faults}, indent=1) + "\n")
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    return verdict(faults)
 
 
 def saturate(kind: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

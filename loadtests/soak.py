@@ -27,6 +27,7 @@ from loadtests.curves import page
 from loadtests.servers import Server, ready_server
 from loadtests.stage import TEXTS, archive, set_stage
 from loadtests.traffic import HUNG_S, Crowd, Log, Traffic
+from loadtests.verdict import verdict
 from loadtests.watch import Watch, trend
 
 DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
@@ -137,9 +138,7 @@ def main() -> int:
     title = f"Soak, {options.minutes:g} minutes, {time.strftime('%Y-%m-%d')}"
     (options.results / "soak.html").write_text(page(title, watch, report, faults))
     _print(report)
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    return verdict(faults)
 
 
 async def _run(traffic: Traffic, operator: Operator, seconds: float) -> None:

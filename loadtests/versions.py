@@ -40,6 +40,7 @@ from loadtests.churn import (
 from loadtests.connection import Connection, Lost, Reply, encoded
 from loadtests.servers import Server, ready_server
 from loadtests.stage import SCORE_TOLERANCE, TEXTS, archive
+from loadtests.verdict import verdict
 
 NAME = "versions"
 WANTED_VERSIONS = 3
@@ -80,11 +81,7 @@ def main() -> int:
     if stopped != 0:
         faults.append(f"the server ended with status {stopped} (see {server.log})")
     print(json.dumps(report, indent=1))
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if faults else 0
+    return verdict(faults, report, options.json)
 
 
 def parse_options() -> argparse.Namespace:

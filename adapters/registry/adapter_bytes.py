@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from adapters.registry.store import Store
 
 class AdapterBytes(Protocol):
     """Folders by version: a ``Store`` or a ``RemoteStore``, which say what each call does."""
+
+    def open(self) -> None: ...
 
     def add(self, folder: Path) -> str: ...
 
@@ -42,6 +44,8 @@ class AdapterBytes(Protocol):
     def idle(self, versions: Collection[str], idle_s: float) -> set[str]: ...
 
     def remove(self, version: str, *, idle_s: float = 0.0) -> bool: ...
+
+    def is_owned_by(self, registry_id: str, needed: Callable[[], Collection[str]]) -> bool: ...
 
     def sweep(self) -> int: ...
 

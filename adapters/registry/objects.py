@@ -8,6 +8,7 @@ vain reads nothing else. Every call is noted, for metrics.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import threading
@@ -25,8 +26,11 @@ STORE_CONNECT_S: Final = 2.0
 SILENCE_S: Final = 5.0  # between two pieces of an answer
 CALL_S: Final = 7.0  # of a call that moves no bytes
 SLOWEST_BYTES_PER_S: Final = 1 << 20  # a transfer gets CALL_S and a second for each of these
+OPENING_S: Final = 30.0  # of this process's first call alone: modules to import, keys to look up
 AWAY_PAUSE_S: Final = 1.0  # after a call without an answer, until another is tried
 NOTES_KEPT: Final = 10_000
+# Of this machine's file, which a transfer reads or writes. What a store refuses has no such number.
+_LOCAL_ERRNOS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 
 Operation = Literal["put", "get", "look", "list", "delete"]
 Outcome = Literal["ok", "missing", "error", "hit", "miss"]
@@ -94,6 +98,17 @@ class Objects:
         self._reason = ""
         self._notes: deque[StoreNote] = deque(maxlen=NOTES_KEPT)
 
+    def open(self) -> None:
+        """Import and start what calls need, in a thread with the priority of this one.
+
+        The first call does so otherwise, which may be one of a thread that gives way to others.
+        Nothing is asked of the store, and nothing raised: calls tell what is wrong.
+        """
+        try:
+            self._asker_here().open()
+        except Exception as error:  # noqa: BLE001
+            logger.warning("The adapter store %s cannot be opened yet: %r", self.url, error)
+
     def facts(self, name: str) -> ObjectFacts | None:
         """Of one object; None where there is none.
 
@@ -111,6 +126,7 @@ class Objects:
 
         Raises:
             StoreUnavailable: The store does not answer, or refuses.
+            OSError: ``source`` cannot be read.
         """
         path = self._path(name)
         if isinstance(source, bytes):
@@ -124,7 +140,8 @@ class Objects:
 
         Raises:
             FileNotFoundError: There is none.
-            StoreUnavailable: The store does not answer.
+            StoreUnavailable: The store does not answer, or refuses.
+            OSError: ``target`` cannot be written: a full disk, for one.
         """
         found = self.facts(name)
         if found is None:
@@ -190,6 +207,12 @@ class Objects:
             if isinstance(error, FileNotFoundError) and operation != "put":
                 outcome = "missing"
                 raise
+            if operation in {"put", "get"} and _is_of_local_file(error):
+                raise  # it says nothing about the store
+            if isinstance(error, PermissionError):  # an answer, about this object
+                self._answered()
+                logger.error("The adapter store %s refuses to %s: %r", self.url, operation, error)
+                raise _call_refused(error) from error
             self._failed(error)
             raise self._away() from error
         finally:
@@ -254,13 +277,18 @@ class _Asker:
         self._thread.start()
 
     def run(self, ask: Callable[[Any], Awaitable[T]], within_s: float) -> T:
-        """Ask, from any other thread; TimeoutError after ``within_s`` seconds."""
+        """Ask, from any other thread; TimeoutError after ``within_s`` seconds, and those of the
+        opening where this is the first call."""
 
         async def bounded() -> T:
+            files = await self._opened()
             async with asyncio.timeout(within_s):
-                return await ask(await self._opened())
+                return await ask(files)
 
         return self._wait(bounded())
+
+    def open(self) -> None:
+        self._wait(self._opened())
 
     def close(self) -> None:
         self._wait(self._close())
@@ -275,8 +303,9 @@ class _Asker:
         async with self._opening:
             if self._files is None:
                 files = self._open_files()
-                if hasattr(files, "set_session"):
-                    await files.set_session()
+                async with asyncio.timeout(OPENING_S):
+                    if hasattr(files, "set_session"):
+                        await files.set_session()
                 self._files = files
         return self._files
 
@@ -308,6 +337,19 @@ def _s3(endpoint: str | None) -> Any:
     )
     files.retries = 1  # beside those of the client
     return files
+
+
+def _is_of_local_file(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _LOCAL_ERRNOS
+
+
+def _call_refused(error: PermissionError) -> StoreUnavailable:
+    return StoreUnavailable(
+        "The adapter store refuses this call.",
+        found=type(error).__name__,
+        expected="keys that may list, read, write and delete below its prefix",
+        fix="The operator must look at the keys of the store and at its rules.",
+    )
 
 
 def _object_facts(told: dict[str, Any]) -> ObjectFacts:

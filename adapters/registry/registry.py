@@ -59,7 +59,7 @@ from adapters.registry.records import (
     write,
 )
 from adapters.registry.store import version_of, versions_of
-from adapters.registry.tables import ADAPTERS, CANARIES, STATE, migrate
+from adapters.registry.tables import ADAPTERS, CANARIES, IDENTITY, STATE, migrate
 from adapters.signature import BaseSignature
 
 KEPT_VERSIONS = 3  # old versions of a name whose bytes are kept
@@ -384,10 +384,14 @@ class Registry:
     ) -> builtins.list[str]:
         """Delete the bytes of versions that no name is on, and none keeps; returns which.
 
+        None where the bytes are another registry's as well, or may be.
+
         Args:
             in_use: Versions that requests or a device still need.
             grace_s: Versions added, named or removed within this many seconds are kept.
         """
+        if not self._owns_store():
+            return []
         candidates = self.store.versions() - set(in_use) - self.versions()
         if candidates:
             candidates -= self.versions_kept()
@@ -399,6 +403,12 @@ class Registry:
         """Old versions of all names whose bytes are kept."""
         with self._database.reading() as connection:
             return kept_versions(connection, self.kept_versions)
+
+    def _owns_store(self) -> bool:
+        """Whether bytes that this registry does not need are needed by nobody."""
+        with self._database.reading() as connection:
+            own = connection.execute(sa.select(IDENTITY.c.registry_id)).scalar_one()
+        return self.store.is_owned_by(own, lambda: self.versions() | self.versions_kept())
 
     def _remove_bytes(self, version: str, grace_s: float, *, kept: bool) -> bool:
         """Delete the bytes of a version unless a name is on it, or they are younger than that.
@@ -425,7 +435,7 @@ class Registry:
         """Store the adapter in ``folder``; where there is no room, old versions make place.
 
         Raises:
-            StoreFull: There is still none.
+            StoreFull: There is still none, or old versions may be another registry's too.
             CacheDiskFull: It is the disk before an object store; nothing has been deleted.
         """
         while True:
@@ -434,6 +444,8 @@ class Registry:
             except CacheDiskFull:
                 raise  # the bytes of old versions are not on it
             except StoreFull:
+                if not self._owns_store():
+                    raise
                 with self._database.reading() as connection:
                     old = [one for one in oldest_first(connection) if self.store.has(one)]
                 if not any(self._remove_bytes(one, self.grace_s, kept=False) for one in old):

@@ -2,6 +2,7 @@
 
     <url>/versions/<version>.tar   one object holds all files of a version, so it is there whole
     <url>/held/<version>           empty; when it was written, the grace of the version began
+    <url>/owner/<registry>         empty; the one registry that may delete objects here
     <url>/clock                    empty; written to learn what time it is there
 
 A version is read from the cache: a ``Store`` with a budget of bytes, from which go first what was
@@ -11,13 +12,14 @@ each time that it is loaded, as bytes in a folder are.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -45,6 +47,8 @@ LEFT_OVER_S: Final = 3600.0  # what lies where files arrive for so long was left
 CLOCK_KEPT_S: Final = 600.0
 EVICTED_TO: Final = 0.95  # of the budget, so that not each new version evicts one
 _DIGEST: Final = re.compile(r"[0-9a-f]{32}")
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteStore:
@@ -77,9 +81,14 @@ class RemoteStore:
         self._cache = cache
         self._arriving = cache.root / "arriving"
         self._arriving.mkdir(parents=True, exist_ok=True)
+        self._strangers_told: frozenset[str] | None = None  # as last written to the log
         self._lock = threading.Lock()
         self._fetching: dict[str, tuple[threading.Lock, list[None]]] = {}  # and who waits
         self._ahead: tuple[float, float] | None = None  # of our clock: its seconds, and since when
+
+    def open(self) -> None:
+        """Make calls ready, in a thread with the priority of this one; see ``Objects.open``."""
+        self._objects.open()
 
     def add(self, folder: Path) -> str:
         """Put the adapter in ``folder`` into the object store; it is there when this returns.
@@ -245,6 +254,43 @@ class RemoteStore:
             self._objects.delete(f"held/{version}")
         self._cache.remove(version)
         return True
+
+    def is_owned_by(self, registry_id: str, needed: Callable[[], Collection[str]]) -> bool:
+        """Whether this registry may delete objects; where it may not, the log says so once.
+
+        An object says whose they are. Where there is none yet, the registry is written down if
+        the store is empty, or has something that the registry needs: to a registry that knows
+        nothing of what is here, all of it would be garbage.
+
+        Args:
+            registry_id: What no other registry is called.
+            needed: Tells the versions that the registry names or keeps; asked only where the
+                owner is not known yet.
+
+        Raises:
+            StoreUnavailable: The object store does not answer.
+        """
+        owners = frozenset(self._objects.listed("owner"))
+        if not owners:
+            there = self.versions()
+            if not there or not there.isdisjoint(needed()):
+                self._objects.put(f"owner/{registry_id}", b"")
+                owners = frozenset(self._objects.listed("owner"))  # another may do so as well
+        if owners == {registry_id}:
+            self._strangers_told = None
+            return True
+        if self._strangers_told != owners:
+            self._strangers_told = owners
+            logger.error(
+                "Nothing is deleted from the adapter store %s: it belongs to %s, and this registry "
+                "is %s. Give all servers of one prefix the same registry_url, or this one a prefix "
+                "of its own. If only this registry uses it, put an empty object owner/%s there, "
+                "and delete all others below owner/.",
+                self._objects.url,
+                "registry " + ", ".join(sorted(owners)) if owners else "a registry not known here",
+                *(registry_id, registry_id),
+            )
+        return False
 
     def sweep(self) -> int:
         """Remove what interrupted writers left on this disk; returns how many."""

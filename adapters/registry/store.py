@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ class Store:
         self._sizes: dict[str, int] = {}  # by version: an entry never changes while it is there
         for folder in (self._versions, self._staging):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self) -> None:
+        """There is nothing to make ready."""
 
     def add(self, folder: Path) -> str:
         """Copy the adapter in ``folder`` into the store; durable when this returns.
@@ -216,6 +219,11 @@ class Store:
             return False
         _sync_folder(self._versions)
         shutil.rmtree(doomed, ignore_errors=True)
+        return True
+
+    def is_owned_by(self, registry_id: str, needed: Callable[[], Collection[str]]) -> bool:
+        """Whether a registry may delete what it does not need: a folder has one registry only."""
+        del registry_id, needed
         return True
 
     def sweep(self) -> int:

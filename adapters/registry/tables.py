@@ -7,6 +7,7 @@ templates and command line.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -65,6 +66,13 @@ STATE = sa.Table(
     sa.Column("schema_version", sa.Integer, nullable=False),
     sa.Column("generation", sa.BigInteger, nullable=False),  # grows with every change
 )
+# One row: what no other registry is called, to know whose an object store is.
+IDENTITY = sa.Table(
+    "identity",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("registry_id", sa.String(32), nullable=False),
+)
 
 
 class SchemaTooNew(RuntimeError):
@@ -103,11 +111,18 @@ def _aliases_and_canaries(connection: sa.Connection) -> None:
         table.create(connection, checkfirst=True)
 
 
+def _give_identity(connection: sa.Connection) -> None:
+    IDENTITY.create(connection, checkfirst=True)
+    if connection.execute(sa.select(IDENTITY.c.id)).first() is None:
+        connection.execute(sa.insert(IDENTITY), {"id": 1, "registry_id": uuid.uuid4().hex})
+
+
 MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
     _first,
     _base_digest,
     _begin_history,
     _aliases_and_canaries,
+    _give_identity,
 )
 
 

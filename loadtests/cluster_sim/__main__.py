@@ -23,6 +23,7 @@ from loadtests.cluster_sim.policies import POLICIES, Choose, affinity
 from loadtests.cluster_sim.replicas import Room
 from loadtests.cluster_sim.simulation import Plan
 from loadtests.cluster_sim.tables import LOAD, TableRow, compare, faults_of, markdown
+from loadtests.verdict import verdict
 from server.cluster.routing import SPILL_FACTOR, SPILL_REQUESTS, SpillPolicy
 
 SWEEP = (  # replicas, adapters, exponent
@@ -73,9 +74,7 @@ def main() -> int:
         )
         options.json.write_text(text + "\n", encoding="utf-8")
     faults = faults_of(rows) if options.judge else []
-    for fault in faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    return verdict(faults)
 
 
 def _parser() -> argparse.ArgumentParser:

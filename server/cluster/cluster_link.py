@@ -1,8 +1,9 @@
 """The link to all engines of a cluster, over a deployment handle of Ray Serve.
 
 Which replica gets a request is decided by the router behind the handle. A replica that dies fails
-what it had at once; a request that only reads is then asked once more of another, since nothing of
-its answer was sent. A generation is not: its tokens may be out already.
+what it had, by its connections or, where these stay open, by its silence; a request that only reads
+is then asked once more of another, since nothing of its answer was sent. A generation is not: its
+tokens may be out already.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -43,6 +44,8 @@ from server.messages import (
 logger = logging.getLogger(__name__)
 
 WATCH_EVERY_S: Final = 0.25
+QUIET_S: Final = 0.5  # a replica that has requests and says nothing for so long may be gone
+NOBODY_S: Final = 1.0  # for which no replica is there: a list may be empty between two others
 ASK_EVERY_S: Final = 1.0
 ASK_WITHIN_S: Final = 3.0  # a replica that takes longer to say how it is, is silent
 ASKED_AT_MOST: Final = 2  # of a request that only reads
@@ -69,8 +72,12 @@ class ClusterLink(Link):
         self._name = name
         self._ids = itertools.count()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._sent_as: dict[str, str] = {}  # by the id of a request: that of its present attempt
+        self._lost: set[str] = set()  # requests whose replica is gone, while they end
+        self._nobody_since: float | None = None  # monotonic
         self._said: dict[str, tuple[float, dict[str, Any]]] = {}  # by replica: when, and what
         self._background: list[asyncio.Task[None]] = []
+        self._followed: dict[str | None, asyncio.Task[None]] = {}  # by replica
         self._others: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -84,7 +91,7 @@ class ClusterLink(Link):
     async def stop(self) -> None:
         """End what still runs."""
         self.fail_all("draining", "The server is stopping.")
-        for task in self._background:
+        for task in (*self._background, *self._followed.values()):
             task.cancel()
 
     # What a link brings
@@ -94,7 +101,7 @@ class ClusterLink(Link):
         newest = max((at for at, _ in self._said.values()), default=None)
         if newest is None:
             return "starting"
-        if not self._replicas_there():
+        if self._nobody_is_there():
             return "worker_lost"
         return "worker_silent" if time.monotonic() - newest > STALE_S else "ready"
 
@@ -131,9 +138,10 @@ class ClusterLink(Link):
         if isinstance(message, Pin):
             return
         if isinstance(message, Preload):
-            self._aside(self._engines.hear.remote(Addressed(None, message.version), message))
+            self._aside(self._call("hear", Addressed(None, message.version), message))
         else:
-            self._aside(self._everywhere("hear", message))
+            for name in self._names():
+                self._aside(self._call("hear", Addressed(name), message))
 
     def _next_id(self) -> str:
         return f"{self._name}.{next(self._ids)}"
@@ -154,19 +162,17 @@ class ClusterLink(Link):
         """Have one request answered, and end it whatever happens."""
         request = ticket.request
         for attempt in range(1, ASKED_AT_MOST + 1):
+            sent_as = f"{request.id}.{attempt}"
+            self._sent_as[request.id] = sent_as
             try:
-                await self._ask(ticket, replace(request, id=f"{request.id}.{attempt}"))
+                await self._ask(ticket, replace(request, id=sent_as))
                 return
+            except asyncio.CancelledError:
+                if self._is_left(request):
+                    raise
+                reason = "it is silent, or took the call back"
             except (RayActorError, DeploymentUnavailableError) as error:
-                logger.warning(
-                    "Request %s lost its replica: %s",
-                    request.id,
-                    type(error).__name__,
-                    extra=log_fields(request),
-                )
-                if attempt == ASKED_AT_MOST or not isinstance(request, EncodeRequest):
-                    self._deliver(ticket, replica_lost(request))
-                    return
+                reason = type(error).__name__
             except Exception as error:
                 logger.exception(
                     "Request %s failed on its way", request.id, extra=log_fields(request)
@@ -175,6 +181,25 @@ class ClusterLink(Link):
                 text = "The request could not be brought to an engine replica, or back."
                 self._deliver(ticket, Failure(request.id, kind, text, found=type(error).__name__))
                 return
+            finally:
+                del self._sent_as[request.id]
+                self._lost.discard(request.id)
+            logger.warning(
+                "Request %s lost its replica: %s", request.id, reason, extra=log_fields(request)
+            )
+            if attempt == ASKED_AT_MOST or not isinstance(request, EncodeRequest):
+                self._deliver(ticket, replica_lost(request))
+                return
+
+    def _is_left(self, request: Request) -> bool:
+        """Whether the present task was cancelled for that nobody waits any more, and not for that
+        the replica is gone, after which it goes on."""
+        task = asyncio.current_task()
+        assert task is not None
+        if request.id in self._lost:
+            self._lost.discard(request.id)
+            return task.uncancel() > 0
+        return task.cancelling() > 0
 
     async def _ask(self, ticket: Ticket, request: Request) -> None:
         now = time.monotonic()
@@ -195,13 +220,27 @@ class ClusterLink(Link):
         finally:
             if not complete:
                 response.cancel()
+            router = ROUTERS.get(self._deployment)
+            if router is not None:
+                router.placed.take(request.id)
 
     def _pass_on(self, ticket: Ticket, event: Event) -> None:
+        router = ROUTERS.get(self._deployment)
+        replica = None if router is None else router.placed.where(event.id)
+        if replica is not None:
+            replica.heard = time.monotonic()
         self._deliver(ticket, replace(event, id=ticket.request.id))
 
-    def _replicas_there(self) -> bool:
+    def _nobody_is_there(self) -> bool:
+        """Whether no replica has been there for a while."""
         router = ROUTERS.get(self._deployment)
-        return router is None or router.reachable()
+        if router is None or router.reachable():
+            self._nobody_since = None
+            return False
+        now = time.monotonic()
+        if self._nobody_since is None:
+            self._nobody_since = now
+        return now - self._nobody_since >= NOBODY_S
 
     def _heard(self) -> dict[str, tuple[float, dict[str, Any]]]:
         """Replicas that have spoken lately."""
@@ -211,55 +250,91 @@ class ClusterLink(Link):
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
-            if self._tickets and self.engine_status == "worker_lost":
-                # What had a replica has failed with it; this is what waits for one.
-                self.fail_all(
-                    "worker_lost",
-                    "No engine replica is there.",
-                    fix="Send the request again; a new replica is being started.",
-                )
-            if self.load.phase is Phase.STOPPING and self._tickets:
-                self.fail_all("draining", "The server stopped before the answer was there.")
+            try:
+                self._look()
+            except Exception:
+                # What could not be seen this time is seen the next: nobody else looks.
+                logger.exception("The engine replicas could not be looked at")
+
+    def _look(self) -> None:
+        """End what waits for nobody."""
+        if self.load.phase is Phase.STOPPING and self._tickets:
+            self.fail_all("draining", "The server stopped before the answer was there.")
+        router = ROUTERS.get(self._deployment)
+        if router is None:
+            return
+        now = time.monotonic()
+        gone: set[str] = set()
+        for replica, requests in router.placed.by_replica().items():
+            if replica.name in router.silent:
+                gone.update(requests)
+            elif now - replica.heard > QUIET_S:
+                router.look_for(replica)
+        nobody = self._nobody_is_there()
+        for ticket in list(self._tickets.values()):
+            sent_as = self._sent_as.get(ticket.request.id)
+            if ticket.ended or sent_as is None:
+                continue
+            if sent_as in gone:
+                self._lost.add(ticket.request.id)
+                self._tasks[ticket.request.id].cancel()
+            elif nobody and router.placed.where(sent_as) is None:
+                # It waits for a replica. Those that have one end with it, or with its answer.
+                self._withdraw(ticket.request)
+                self._deliver(ticket, none_there(ticket.request))
 
     async def _follow(self) -> None:
-        """Ask every replica how it is, for ever; one that is slow holds up no other."""
+        """Have every replica asked how it is, for ever, each by itself: one that is slow holds up
+        no other."""
         while True:
-            for one in await self._everywhere("state"):
-                self._said[one["name"]] = (time.monotonic(), one)
+            names = self._names()
+            for name in names - self._followed.keys():
+                self._followed[name] = asyncio.create_task(self._follow_one(name), name="follow")
+            for name in self._followed.keys() - names:
+                self._followed.pop(name).cancel()
             heard = self._heard()
             if heard:  # what is old says nothing, but that something was there
                 self._said = heard
+            await asyncio.sleep(WATCH_EVERY_S)
+
+    async def _follow_one(self, name: str | None) -> None:
+        while True:
+            found = await self._call("state", Addressed(name))
+            if found is not None:
+                self._said[found["name"]] = (time.monotonic(), found)
             await asyncio.sleep(ASK_EVERY_S)
 
-    async def _everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        """Call every replica; the answers of those that gave one in time."""
+    def _names(self) -> set[str | None]:
+        """Of all replicas; before the first call there is no router, and any will do."""
         router = ROUTERS.get(self._deployment)
-        # Before the first call there is no router, and any replica will do.
-        names = [one.unique_id for one in router.curr_replicas] if router is not None else [None]
+        return {None} if router is None else {one.unique_id for one in router.curr_replicas}
 
-        async def call(name: str | None) -> Any:
-            response = getattr(self._engines, method).remote(Addressed(name), *arguments)
-            try:
-                return await asyncio.wait_for(response, ASK_WITHIN_S)
-            except BaseException as error:
+    async def _call(self, method: str, to: Addressed, *arguments: Any) -> Any:
+        """Call a replica; None where it gives no answer in time."""
+        response = None
+        try:
+            response = getattr(self._engines, method).remote(to, *arguments)
+            return await asyncio.wait_for(response, ASK_WITHIN_S)
+        except BaseException as error:
+            if response is not None:
                 response.cancel()
-                if not isinstance(error, Exception):
-                    raise
-                logger.debug("Replica %s does not answer %s: %r", name, method, error)
-                return None
+            if not isinstance(error, Exception):
+                raise
+            logger.debug("Replica %s does not answer %s: %r", to.replica, method, error)
+            return None
 
-        found = await asyncio.gather(*(call(one) for one in names))
-        return [one for one in found if one is not None]
-
-    def _aside(self, awaitable: Any) -> None:
-        """Wait for something that nobody waits for."""
-
-        async def wait() -> None:
-            try:
-                await awaitable
-            except Exception as error:  # noqa: BLE001  # it has no answer
-                logger.warning("A message did not reach the engines: %s", error)
-
-        task = asyncio.create_task(wait(), name="aside")
+    def _aside(self, call: Coroutine[Any, Any, Any]) -> None:
+        """Have something done that nobody waits for."""
+        task = asyncio.create_task(call, name="aside")
         self._others.add(task)
         task.add_done_callback(self._others.discard)
+
+
+def none_there(request: Request) -> Failure:
+    """The failure of a request that waits for a replica where none is left."""
+    return Failure(
+        request.id,
+        "worker_lost",
+        "No engine replica is there.",
+        fix="Send the request again; a new replica is being started.",
+    )

@@ -6,8 +6,11 @@ import json
 import os
 import shutil
 import signal
+import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from server import metrics
@@ -24,6 +27,11 @@ ENVIRONMENT: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # messages go past Ray's object store
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # HAProxy in place of Ray Serve's own proxy, which is a process of Python on the way of each
+    # request; the replicas of the HTTP surface then listen themselves.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # of 10, so that one that died is soon replaced
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # of 30, for balancers of others
     # On a busy machine a start takes its time.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",
     "RAY_worker_niceness": "0",  # of 15, as Ray has it, anything else on the machine goes first
@@ -40,6 +48,34 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+@contextmanager
+def places_of_proxy() -> Iterator[None]:
+    """Before Ray starts: a folder and ports for HAProxy that are no other cluster's."""
+    # Not in the data folder, whose name may be too long for a socket in a folder below it.
+    with tempfile.TemporaryDirectory(prefix="hira-proxy-") as folder, ExitStack() as ports:
+        places = {
+            "CONFIG_FILE_LOC": f"{folder}/cfg",
+            "SOCKET_PATH": f"{folder}/a",
+            "METRICS_SOCKET_PATH": f"{folder}/m",
+            "SERVER_STATE_BASE": folder,
+            "SERVER_STATE_FILE": f"{folder}/state",
+            "METRICS_PORT": str(_free_port(ports)),
+            "STATS_PORT": str(_free_port(ports)),
+        }
+        for name, value in places.items():
+            os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", value)
+        os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(_free_port(ports)))
+        ports.close()
+        yield
+
+
+def _free_port(taken: ExitStack) -> int:
+    """A free one; no other call gets it for as long as ``taken`` is open."""
+    probe = taken.enter_context(socket.socket())
+    probe.bind(("", 0))
+    return int(probe.getsockname()[1])
+
+
 def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str], None]) -> None:
     """Serve on this machine until SIGTERM or SIGINT, then drain and return.
 
@@ -51,6 +87,11 @@ def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str]
     Raises:
         StartFailed: One line that says why it cannot run.
     """
+    with places_of_proxy():
+        _run_here(settings, options, say)
+
+
+def _run_here(settings: Settings, options: ClusterOptions, say: Callable[[str], None]) -> None:
     import ray
     from ray import serve
 

@@ -7,18 +7,20 @@ lengths that replicas report with every request that they take.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from typing import Any, Final
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from server.cluster.liveness import AskedReplica, Placed
 from server.cluster.replica import Addressed, short
 from server.cluster.routing import ReplicaLoad, SpillPolicy, route
 
-# A replica that a call could not reach is asked last for so long: until Ray Serve has taken it away
-# if it died, which takes it some of its rounds, or else it is tried again.
-SHUNNED_S: Final = 5.0
+# A replica that a call could not reach is asked last for so long, though its process is there.
+SHUNNED_S: Final = 2.0
+ASKED_AGAIN_S: Final = 0.5  # whether a replica is there that was not
 
 
 class AffinityRouter(RequestRouter):
@@ -28,11 +30,18 @@ class AffinityRouter(RequestRouter):
         """Called by Ray Serve with ``request_router_kwargs``: the fields of ``SpillPolicy``."""
         self.policy = SpillPolicy(**policy)
         self.routed: Counter[str] = Counter()  # requests by reason
-        self.shunned: dict[str, float] = {}  # by replica: until when, monotonic
+        self.placed = Placed()
+        self.silent: set[str] = set()  # replicas whose process does not answer
+        self._shunned: dict[str, float] = {}  # by replica: until when, monotonic
+        self._looking: dict[str, asyncio.Task[None]] = {}  # for replicas that may be gone
         # Imported here: Ray sends this class with a copy of what its module holds.
         from server.cluster.router_table import ROUTERS
 
         ROUTERS[self._deployment_id.name] = self
+
+    def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:
+        """Called by Ray Serve for each replica that it tells of."""
+        return AskedReplica(replica_info, self.placed)
 
     def on_replica_actor_unavailable(self, replica_id: Any) -> None:
         """Called by Ray Serve where a call broke, as when the replica was killed.
@@ -40,12 +49,35 @@ class AffinityRouter(RequestRouter):
         What is known of its queue is forgotten then, so it would look idle, and have every call.
         """
         super().on_replica_actor_unavailable(replica_id)
-        self.shunned[replica_id.unique_id] = time.monotonic() + SHUNNED_S
+        self._shunned[replica_id.unique_id] = time.monotonic() + SHUNNED_S
+        replica = self.curr_replicas.get(replica_id)
+        if replica is not None:
+            self.look_for(replica)
 
     def reachable(self) -> bool:
-        """Whether there is a replica but those that a call could not reach of late."""
-        now = time.monotonic()
-        return any(self.shunned.get(one.unique_id, 0.0) <= now for one in list(self.curr_replicas))
+        """Whether a replica is there: Ray Serve tells of one, and it is not silent.
+
+        That a call broke says nothing of the replica: it is asked, and counts until it is silent.
+        """
+        return any(one.unique_id not in self.silent for one in list(self.curr_replicas))
+
+    def look_for(self, replica: AskedReplica) -> None:
+        """Begin to ask whether a replica is there, until it answers or is nobody's affair."""
+        if replica.name not in self._looking:
+            task = asyncio.create_task(self._look_for(replica), name="look-for-replica")
+            self._looking[replica.name] = task
+            task.add_done_callback(lambda _: self._looking.pop(replica.name, None))
+
+    async def _look_for(self, replica: AskedReplica) -> None:
+        try:
+            while replica.replica_id in self.curr_replicas or replica in self.placed.by_replica():
+                if await replica.greets():
+                    replica.heard = time.monotonic()
+                    return
+                self.silent.add(replica.name)
+                await asyncio.sleep(ASKED_AGAIN_S)
+        finally:
+            self.silent.discard(replica.name)
 
     async def choose_replicas(
         self,
@@ -69,8 +101,9 @@ class AffinityRouter(RequestRouter):
                     only = by_name.get(message.replica)
                     return [] if only is None else [[only]]
         now = time.monotonic()
-        self.shunned = {name: until for name, until in self.shunned.items() if until > now}
-        last = [one for name, one in by_name.items() if name in self.shunned]
+        self._shunned = {name: until for name, until in self._shunned.items() if until > now}
+        avoided = self._shunned.keys() | self.silent
+        last = [one for name, one in by_name.items() if name in avoided]
         loads = [
             ReplicaLoad(
                 name,
@@ -78,7 +111,7 @@ class AffinityRouter(RequestRouter):
                 frozenset((one.routing_stats or {}).get("resident", ())),
             )
             for name, one in by_name.items()
-            if name not in self.shunned
+            if name not in avoided
         ]
         if not loads:
             return [[one] for one in last]

@@ -113,6 +113,7 @@ class Engine:
         signature = base.adapted.signature
         inputs = inputs_of(base, options)
         store = open_store(options.store_dir, options.remote_store)
+        store.open()  # before any loader, whose thread gives way to others
 
         def served(weights: AdapterWeights) -> AdapterWeights:
             if weights.head and BY_NAME[weights.task].head != "adapter":

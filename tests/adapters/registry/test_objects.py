@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pytest
 from adapters.errors import StoreUnavailable
 from adapters.registry import objects
 from adapters.registry.objects import AWAY_PAUSE_S, Objects
+from adapters.residency.low_priority import step_back
 from tests.stand import object_store
 from tests.stand.object_store import ObjectStore, in_folder
 from tests.stand.waits import until
@@ -26,6 +30,7 @@ class Breakable:
     def __init__(self, folder: Path) -> None:
         self.files = in_folder(folder)
         self.fault: Exception | None = None
+        self.faulty = ""  # how the name of what fails ends
         self.hangs = False
         self.asked = 0
 
@@ -36,7 +41,7 @@ class Breakable:
             self.asked += 1
             while self.hangs:
                 await asyncio.sleep(0.01)
-            if self.fault is not None:
+            if self.fault is not None and name.endswith(self.faulty):
                 raise self.fault
             return await work(*arguments, **more)
 
@@ -134,7 +139,7 @@ def test_a_call_that_gets_no_answer_ends(made: Made, monkeypatch: pytest.MonkeyP
         made.now += AWAY_PAUSE_S
 
 
-@pytest.mark.parametrize("fault", [PermissionError("no"), OSError(5, "gone"), ValueError("what")])
+@pytest.mark.parametrize("fault", [OSError(5, "gone"), ValueError("what")])
 def test_while_the_store_is_away_one_call_a_second_asks_it(made: Made, fault: Exception) -> None:
     made.objects.put("a", b"x")
     made.files.fault = fault
@@ -155,6 +160,36 @@ def test_while_the_store_is_away_one_call_a_second_asks_it(made: Made, fault: Ex
     made.files.fault = None
     made.now += AWAY_PAUSE_S
     for _ in range(5):
+        assert made.objects.facts("a") is not None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_an_error_of_the_local_file_says_nothing_about_the_store(
+    made: Made, tmp_path: Path, number: int
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x")
+    made.objects.put("a", source)
+    made.files.fault = OSError(number, "here")
+    calls: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("_put_file", lambda: made.objects.put("a", source)),
+        ("_get_file", lambda: made.objects.get("a", target)),
+    )
+    for made.files.faulty, call in calls:
+        with pytest.raises(OSError, match="here") as caught:
+            call()
+        assert caught.value.errno == number
+        assert made.objects.facts("a") is not None
+
+
+def test_an_object_that_may_not_be_read_does_not_make_the_store_away(made: Made) -> None:
+    made.objects.put("a", b"x")
+    made.files.fault, made.files.faulty = PermissionError("Access Denied"), "_rm_file"
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as caught:
+            made.objects.delete("a")
+        assert caught.value.found == "PermissionError"
+        assert caught.value.fix
         assert made.objects.facts("a") is not None
 
 
@@ -225,6 +260,54 @@ def test_a_process_that_was_forked_asks_for_itself(tmp_path: Path) -> None:
     child.join()
     assert here.facts("a") is not None
     here.close()
+
+
+def test_the_first_call_is_not_late_for_what_it_has_to_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "CALL_S", 0.5)
+
+    def slow() -> Any:
+        time.sleep(0.6)  # as imports do where another takes the processor
+        return Breakable(tmp_path)
+
+    found = Objects("s3://bucket/p", open_files=slow)
+    assert found.facts("a") is None
+    found.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is the whole process's")
+def test_a_loader_s_low_priority_is_not_that_of_all_later_calls(tmp_path: Path) -> None:
+    opened: list[int] = []
+
+    def open_files() -> Any:
+        opened.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return Breakable(tmp_path)
+
+    found = Objects("s3://bucket/p", open_files=open_files)
+    found.open()
+
+    def load() -> None:
+        step_back()
+        assert found.facts("a") is None
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    loader.join()
+    assert opened == [os.getpriority(os.PRIO_PROCESS, threading.get_native_id())]
+    found.close()
+
+
+def test_what_cannot_be_opened_is_told_by_the_calls(caplog: pytest.LogCaptureFixture) -> None:
+    def refuses() -> Any:
+        raise ValueError("no such profile")
+
+    found = Objects("s3://bucket/p", open_files=refuses)
+    found.open()
+    assert "no such profile" in caplog.text
+    with pytest.raises(StoreUnavailable):
+        found.facts("a")
+    found.close()
 
 
 def test_a_store_that_is_gone_or_hangs_is_away_and_comes_back(

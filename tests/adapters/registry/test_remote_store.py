@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tarfile
@@ -288,6 +289,50 @@ def test_a_full_local_disk_deletes_no_old_versions(
     assert here.versions() == {version_of(folders[1]), version_of(folders[2])}
     registry.close()
     here.close()
+
+
+def test_a_second_registry_on_the_same_objects_deletes_none(
+    machine: Machines, folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = small_base()
+    first = Registry(tmp_path / "first.sqlite", machine("a"), grace_s=0.0)
+    first.check()  # the store is empty, and is the first one's from now on
+    first.register("one", folders[0], base, source="test")
+    store = machine("b")
+    second = Registry(tmp_path / "second.sqlite", store, grace_s=0.0)
+    with caplog.at_level(logging.ERROR):
+        assert second.check() == []
+        assert second.collect_garbage(grace_s=0.0) == []
+    assert [one.message.count("registry_url") for one in caplog.records] == [1]
+    # Nor to make place for what it adds, nor once it has names of its own.
+    second.register("one", folders[1], base, source="test")
+    second.register("one", folders[2], base, source="test", replace=True)
+    everything = store.versions()
+    store.max_bytes = store.nbytes()
+    with pytest.raises(StoreFull):
+        second.register("two", folders[3], base, source="test")
+    second.remove("one")
+    assert second.collect_garbage(grace_s=0.0) == []
+    assert store.versions() == everything
+    assert set(first.collect_garbage(grace_s=0.0)) == set(map(version_of, folders[1:3]))
+    for one in (first, second):
+        one.close()
+
+
+def test_objects_of_before_become_the_registry_s_that_names_them(
+    machine: Machines, folders: list[Path], tmp_path: Path
+) -> None:
+    base, store = small_base(), machine("a")
+    names_them = Registry(tmp_path / "first.sqlite", store, grace_s=0.0)
+    kept = names_them.register("one", folders[0], base, source="test")[0].version
+    left = store.add(folders[1])
+    empty = Registry(tmp_path / "second.sqlite", machine("b"), grace_s=0.0)
+    assert empty.collect_garbage(grace_s=0.0) == []
+    assert names_them.collect_garbage(grace_s=0.0) == [left]
+    assert empty.collect_garbage(grace_s=0.0) == []
+    assert store.versions() == {kept}
+    for one in (names_them, empty):
+        one.close()
 
 
 def test_the_collector_leaves_what_another_machine_may_need(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,8 @@ pytest.importorskip("ray", reason="the extra cluster is not installed: no ray")
 
 from ray.exceptions import ActorUnavailableError
 
-from server.cluster.cluster_link import ClusterLink
+from server.cluster.cluster_link import WATCH_EVERY_S, ClusterLink
+from server.cluster.liveness import Placed
 from server.cluster.router_table import ROUTERS
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
@@ -27,6 +28,7 @@ from server.messages import (
     Failure,
     GenerateRequest,
     GenerateResult,
+    Preload,
     Request,
     TokenEvent,
     TokenizedInput,
@@ -83,7 +85,8 @@ class Engines:
         self.asked: list[tuple[Request, float, float | None]] = []
         self.responses: list[Response] = []
         self.answer = self.stream = SimpleNamespace(remote=self._remote)
-        self.state = SimpleNamespace(remote=lambda to: Response(self._said()))
+        self.hear: Any = None
+        self.state: Any = SimpleNamespace(remote=lambda to: Response(self._said()))
 
     async def _said(self) -> dict[str, Any]:
         return {"name": "r0", "pid": 1, "busy_s": 0.0, "snapshot": {"residency": {}}}
@@ -196,19 +199,224 @@ def test_who_leaves_early_has_the_call_cancelled() -> None:
     asyncio.run(scenario())
 
 
-def test_requests_wait_for_nobody_where_no_replica_is_left() -> None:
+class Router:
+    """What the link knows of the router: who is there, and who has which request."""
+
+    def __init__(self) -> None:
+        self.curr_replicas: dict[Any, Any] = {}
+        self.there = True
+        self.silent: set[str] = set()
+        self.placed = Placed()
+        self.looked_for: list[str] = []
+        self.looks_failing = 0
+
+    def reachable(self) -> bool:
+        if self.looks_failing:
+            self.looks_failing -= 1
+            raise LookupError("a look that fails")
+        return self.there
+
+    def look_for(self, replica: Any) -> None:
+        self.looked_for.append(replica.name)
+
+    def put(self, engines: Engines, name: str) -> None:
+        """Every request that was sent is there."""
+        there: Any = Replica(name)
+        for request, _, _ in engines.asked:
+            self.placed.put(request.id, there)
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    made = Router()
+    yield made
+    ROUTERS.pop("engine", None)
+
+
+class Replica:
+    """One that was never heard."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def heard(self) -> float:
+        return 0.0
+
+    @heard.setter
+    def heard(self, at: float) -> None:
+        pass
+
+
+async def first_sent(engines: Engines) -> None:
+    while not engines.asked:
+        await asyncio.sleep(0.01)
+
+
+def test_requests_wait_for_nobody_where_no_replica_is_left(router: Router) -> None:
     engines = Engines(never)
+    router.there = False
 
     async def scenario() -> None:
         async with linked(engines) as link:
             with link.admit(encode_request()) as ticket:
-                router: Any = SimpleNamespace(curr_replicas={}, reachable=lambda: False)
                 ROUTERS["engine"] = router
                 event = await asyncio.wait_for(ticket.next(), 60)
                 assert isinstance(event, Failure)
                 assert event.code == "worker_lost"
                 with pytest.raises(Refusal, match="restarted"):
                     link.admit(encode_request()).__enter__()
-        ROUTERS.pop("engine")
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_has_a_replica_ends_with_it_and_not_with_the_list(router: Router) -> None:
+    """As where a replica is to go, and the next one is not there yet."""
+    goes_on = asyncio.Event()
+
+    async def later(request: Request) -> Event:
+        await goes_on.wait()
+        return result(request)
+
+    engines = Engines(later, never)
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            with link.admit(generate_request(stream=False)) as held:
+                await first_sent(engines)
+                router.put(engines, "drains")
+                with link.admit(encode_request()) as waits:
+                    router.there = False
+                    ROUTERS["engine"] = router
+                    event = await asyncio.wait_for(waits.next(), 60)
+                    assert isinstance(event, Failure)
+                goes_on.set()
+                assert isinstance(await asyncio.wait_for(held.next(), 60), GenerateResult)
+
+    asyncio.run(scenario())
+
+
+def test_one_look_that_fails_ends_no_request_and_no_later_look(router: Router) -> None:
+    engines = Engines(never)
+    router.there = False
+    router.looks_failing = 3
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            ended: list[bool] = []
+            link.end = lambda: ended.append(True)
+            with link.admit(encode_request()) as ticket:
+                ROUTERS["engine"] = router
+                event = await asyncio.wait_for(ticket.next(), 60)
+                assert isinstance(event, Failure)
+                assert event.code == "worker_lost"
+                assert router.looks_failing == 0
+                assert ended == []
+
+    asyncio.run(scenario())
+
+
+def test_a_moment_without_a_replica_ends_no_request(router: Router) -> None:
+    goes_on = asyncio.Event()
+
+    async def later(request: Request) -> Event:
+        await goes_on.wait()
+        return result(request)
+
+    engines = Engines(later)
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            with link.admit(encode_request()) as ticket:
+                ROUTERS["engine"] = router
+                router.there = False
+                await asyncio.sleep(2 * WATCH_EVERY_S)
+                router.there = True
+                await asyncio.sleep(2 * WATCH_EVERY_S)
+                goes_on.set()
+                assert isinstance(await asyncio.wait_for(ticket.next(), 60), EncodeResult)
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_with_requests_that_says_nothing_is_looked_for(router: Router) -> None:
+    engines = Engines(never)
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            ROUTERS["engine"] = router
+            with link.admit(encode_request()):
+                await first_sent(engines)
+                router.put(engines, "quiet")
+                while not router.looked_for:
+                    await asyncio.sleep(0.01)
+                assert router.looked_for[0] == "quiet"
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_requests_of_a_silent_replica_are_told_or_asked_of_another(router: Router) -> None:
+    engines = Engines(never, never, answered)
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            ROUTERS["engine"] = router
+            with (
+                link.admit(generate_request(stream=False)) as told,
+                link.admit(encode_request()) as asked_again,
+            ):
+                while len(engines.asked) < 2:
+                    await asyncio.sleep(0.01)
+                router.put(engines, "gone")
+                router.silent.add("gone")
+                event = await asyncio.wait_for(told.next(), 60)
+                assert isinstance(event, Failure)
+                assert event.code == "worker_lost"
+                assert isinstance(await asyncio.wait_for(asked_again.next(), 60), EncodeResult)
+                assert len(engines.asked) == 3
+                assert [one.cancelled for one in engines.responses] == [True, True, False]
+                assert not router.placed.by_replica()
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_is_taken_back_leaves_nobody_waiting() -> None:
+    async def cancelled(request: Request) -> Event:
+        raise asyncio.CancelledError
+
+    engines = Engines(cancelled, answered)
+    (event,) = outcome(engines, encode_request())
+    assert isinstance(event, EncodeResult)
+    (event,) = outcome(Engines(cancelled), generate_request(stream=False))
+    assert isinstance(event, Failure)
+    assert event.code == "worker_lost"
+
+
+def test_a_message_that_cannot_be_sent_harms_nobody() -> None:
+    def broken(*_: Any) -> Response:
+        raise RuntimeError("the handle is broken")
+
+    engines = Engines(answered)
+
+    async def scenario() -> None:
+        async with linked(engines) as link:
+            ended: list[bool] = []
+            link.end = lambda: ended.append(True)
+            working = engines.state.remote
+            engines.hear = SimpleNamespace(remote=broken)
+            engines.state = SimpleNamespace(remote=broken)
+            link.tell(Preload("v1"))
+            await asyncio.sleep(1.5)  # and asked how it is meanwhile
+            assert ended == []
+            asked = asyncio.Event()
+
+            def asked_again(to: Any) -> Response:
+                asked.set()
+                return working(to)
+
+            engines.state = SimpleNamespace(remote=asked_again)
+            await asyncio.wait_for(asked.wait(), 30)
+            with link.admit(encode_request()) as ticket:
+                assert isinstance(await asyncio.wait_for(ticket.next(), 60), EncodeResult)
 
     asyncio.run(scenario())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -37,14 +38,26 @@ class Cache(dict[Any, int]):
         self.pop(key, None)
 
 
+class Replica:
+    """One that says whether it is there as ``there`` has it."""
+
+    def __init__(self, name: str) -> None:
+        self.replica_id = ReplicaName(name)
+        self.name = name
+        self.routing_stats = {"resident": [VERSION]}
+        self.heard = 0.0
+        self.there = True
+
+    async def greets(self) -> bool:
+        await asyncio.sleep(0)
+        return self.there
+
+
 class Router(AffinityRouter):
     """Without what Ray Serve makes of it: its replicas, and lengths of queues."""
 
     def __init__(self, names: list[str]) -> None:
-        self.candidates: list[Any] = [
-            SimpleNamespace(replica_id=ReplicaName(name), routing_stats={"resident": [VERSION]})
-            for name in names
-        ]
+        self.candidates: list[Any] = [Replica(name) for name in names]
         self.lengths = Cache()
         self._deployment_id = SimpleNamespace(name="of-this-test")
         self._queue_len_gauge_last_update: dict[Any, float] = {}
@@ -63,12 +76,12 @@ class Router(AffinityRouter):
     def all_ids(self) -> list[Any]:
         return [one.replica_id for one in self.candidates]
 
-    def order(self, version: str | None = VERSION) -> list[str]:
+    async def order(self, version: str | None = VERSION) -> list[str]:
         request: Any = SimpleNamespace(
             args=[SimpleNamespace(version=version)],
             routing_context=SimpleNamespace(should_backoff=False),
         )
-        found = asyncio.run(self.choose_replicas(self.candidates, request))
+        found = await self.choose_replicas(self.candidates, request)
         return [one.replica_id.unique_id for rank in found for one in rank]
 
 
@@ -76,31 +89,81 @@ class Router(AffinityRouter):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(module, "ASKED_AGAIN_S", 0.01)
     return made
 
 
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 20))
+
+
+async def settled() -> None:
+    """Replicas that are asked have answered, or have not."""
+    await asyncio.sleep(0.05)
+
+
 def test_a_replica_that_a_call_could_not_reach_is_asked_last_for_a_while(clock: Clock) -> None:
-    router = Router(["a", "b", "c"])
-    first = router.order()[0]
-    gone = next(one for one in router.all_ids if one.unique_id == first)
-    router.on_replica_actor_unavailable(gone)
-    assert router.order()[-1] == first
-    assert router.order(None)[-1] == first
-    assert sorted(router.order()) == ["a", "b", "c"]
-    clock.now += SHUNNED_S
-    assert router.order()[0] == first
+    async def scenario() -> None:
+        router = Router(["a", "b", "c"])
+        first = (await router.order())[0]
+        gone = next(one for one in router.all_ids if one.unique_id == first)
+        router.on_replica_actor_unavailable(gone)
+        assert (await router.order())[-1] == first
+        assert (await router.order(None))[-1] == first
+        assert sorted(await router.order()) == ["a", "b", "c"]
+        await settled()
+        clock.now += SHUNNED_S
+        assert (await router.order())[0] == first
+
+    run(scenario())
 
 
-def test_where_none_can_be_reached_all_are_asked_and_nobody_is_there(clock: Clock) -> None:
-    router = Router(["a", "b"])
-    assert router.reachable()
-    for one in router.all_ids:
-        router.on_replica_actor_unavailable(one)
-    assert not router.reachable()
-    assert sorted(router.order()) == ["a", "b"]
-    router.candidates.append(Router(["new"]).candidates[0])
-    assert router.reachable()
-    assert router.order()[0] == "new"
-    clock.now += SHUNNED_S
-    router.candidates.pop()
-    assert router.reachable()
+def test_the_only_replica_stays_reachable_when_a_call_breaks_and_it_is_there(clock: Clock) -> None:
+    async def scenario() -> None:
+        router = Router(["a"])
+        router.on_replica_actor_unavailable(router.all_ids[0])
+        assert router.reachable()
+        assert await router.order() == ["a"]
+        await settled()
+        assert router.reachable()
+
+    run(scenario())
+
+
+def test_a_replica_whose_process_is_silent_is_not_there_until_it_answers(clock: Clock) -> None:
+    async def scenario() -> None:
+        router = Router(["a", "b"])
+        for one in router.candidates:
+            one.there = False
+            router.on_replica_actor_unavailable(one.replica_id)
+        await settled()
+        assert not router.reachable()
+        assert sorted(await router.order()) == ["a", "b"]
+        clock.now += 10 * SHUNNED_S
+        assert not router.reachable()
+        router.candidates.append(Replica("new"))
+        assert router.reachable()
+        assert (await router.order())[0] == "new"
+        router.candidates.pop()
+        router.candidates[0].there = True
+        await settled()
+        assert router.reachable()
+        assert (await router.order())[0] == "a"
+
+    run(scenario())
+
+
+def test_who_is_there_no_more_is_not_asked_for_ever(clock: Clock) -> None:
+    async def scenario() -> None:
+        router = Router(["a"])
+        gone = router.candidates[0]
+        gone.there = False
+        router.on_replica_actor_unavailable(gone.replica_id)
+        await settled()
+        assert router.silent == {"a"}
+        router.candidates.clear()
+        await settled()
+        assert router.silent == set()
+        assert not [one for one in asyncio.all_tasks() if one.get_name() == "look-for-replica"]
+
+    run(scenario())

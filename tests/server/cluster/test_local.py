@@ -1,0 +1,48 @@
+"""A cluster on one machine beside others: where its proxy keeps what it needs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from server.cluster.local import places_of_proxy
+
+PREFIX = "RAY_SERVE_HAPROXY_"
+PORTS = (f"{PREFIX}METRICS_PORT", f"{PREFIX}STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
+NODE_ID_CHARACTERS = 56  # of a folder that Ray Serve makes for each node
+SOCKET_PATH_MAX = 107  # on Linux; HAProxy binds its own under this name and ".PID.tmp"
+
+
+NAMES = (
+    *PORTS,
+    *(f"{PREFIX}{one}" for one in ("CONFIG_FILE_LOC", "SOCKET_PATH", "METRICS_SOCKET_PATH")),
+    *(f"{PREFIX}{one}" for one in ("SERVER_STATE_BASE", "SERVER_STATE_FILE")),
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(name)
+
+
+def test_a_proxy_has_ports_of_its_own_and_a_folder_for_as_long_as_it_runs() -> None:
+    with places_of_proxy():
+        assert len({os.environ[name] for name in PORTS}) == len(PORTS)
+        folder = Path(os.environ[f"{PREFIX}SERVER_STATE_BASE"])
+        assert folder.stat().st_mode & 0o077 == 0  # whoever may write there rules the proxy
+        for name in ("SOCKET_PATH", "METRICS_SOCKET_PATH"):
+            path = Path(os.environ[PREFIX + name])
+            assert path.parent == folder
+            assert len(f"{path}/.4194304.tmp") + NODE_ID_CHARACTERS <= SOCKET_PATH_MAX
+    assert not folder.exists()
+
+
+def test_places_that_an_operator_chose_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{PREFIX}STATS_PORT", "8404")
+    with places_of_proxy():
+        assert os.environ[f"{PREFIX}STATS_PORT"] == "8404"
+        assert os.environ[f"{PREFIX}METRICS_PORT"] != "8404"
