@@ -71,7 +71,7 @@ def expanded_rows_kernel(
         )  # fmt: skip
         k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         high, low = high.to(dtype), low.to(dtype)
-        # Columns do not mix, so what stands for no row of the batch needs no mask.
+        # What stands for no row of the batch is zeros, and columns do not mix.
         z = tl.load(z_rows + k_high[:, None], mask=inside[:, None], other=0.0)
         total = dot_rounded(high, z, total, EXACT)
         z = tl.load(z_rows + k_low[:, None], mask=inside[:, None], other=0.0)
@@ -140,8 +140,8 @@ def expanded_linear(
     rows, in_features = x.shape
     out_features, layers = weight.shape[0], addresses.shape[1]
     z = expanded_buffer(weight.shape, rows, rank, x.dtype, take)
-    expand_rows_kernel[(rows * rank, triton.cdiv(in_features, EXPAND_BLOCK))](
-        x, x.stride(0), z, slots, addresses, layer, layers, in_features,
+    expand_rows_kernel[(len(z), triton.cdiv(in_features, EXPAND_BLOCK))](
+        x, x.stride(0), z, slots, rows, addresses, layer, layers, in_features,
         EACH=rank, PLAIN=False, BLOCK_K=EXPAND_BLOCK, COLUMNS=FACTOR_COLUMNS,
     )  # fmt: skip
     multiprocessors, shared_bytes = device_limits(x.device)
