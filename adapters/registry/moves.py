@@ -7,9 +7,10 @@ Beside `Registry`, which puts names on new content. A move is one transaction, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -25,6 +26,7 @@ from adapters.errors import (
     VersionNotFound,
 )
 from adapters.registry.adapter_bytes import AdapterBytes
+from adapters.registry.held_bytes import HeldBytes, Needed, Opened
 from adapters.registry.history import HistoryEntry, chosen_entry, entries_of
 from adapters.registry.naming import name_not_found
 from adapters.registry.records import (
@@ -37,20 +39,21 @@ from adapters.registry.records import (
     write_canary,
 )
 
-Opened = Callable[[], AbstractContextManager[sa.Connection]]
+T = TypeVar("T")
 
 
 class Moves:
     """See the module. Part of a `Registry`, and as safe in threads and processes.
 
     Args:
-        reading, transaction: Open a connection of the registry, to read or to write.
+        reading: Opens a connection of the registry.
+        held: Makes changes.
         store: Where the bytes are.
     """
 
-    def __init__(self, reading: Opened, transaction: Opened, store: AdapterBytes) -> None:
+    def __init__(self, reading: Opened, held: HeldBytes, store: AdapterBytes) -> None:
         self._reading = reading
-        self._transaction = transaction
+        self._held = held
         self._store = store
 
     def history(self, name: str) -> list[HistoryEntry]:
@@ -92,7 +95,8 @@ class Moves:
             entry = chosen_entry(name, entries_of(connection, name), before.version, version)
         self.hold_bytes(name, entry.version)
         found = checked(entry.version)
-        with self._transaction() as connection:
+
+        def move(connection: sa.Connection) -> tuple[AdapterRecord, AdapterRecord]:
             present = present_record(connection, name)
             if present.version != before.version:
                 raise NameMoved(
@@ -101,7 +105,6 @@ class Moves:
                     expected=before.version,
                     fix="Look at its history, and say which version it shall be on.",
                 )
-            self.hold_bytes(name, entry.version)  # the collector may have come between
             record = replace(
                 found,
                 name=name,
@@ -110,10 +113,15 @@ class Moves:
                 created=datetime.now(UTC),
             )
             write(connection, record, update=True, act="rolled_back", restores=entry.number)
-            for left in present.versions():  # the grace of what it was on starts now
-                self.leave_bytes(left)
-            record = present_record(connection, name)  # with its aliases
-        return record, present
+            return present_record(connection, name), present  # with its aliases
+
+        return self._changing(
+            lambda connection: Needed(
+                (entry.version,), present_record(connection, name).versions()
+            ),
+            move,
+            name,
+        )
 
     def start_canary(
         self,
@@ -166,22 +174,26 @@ class Moves:
                 expected=before.task,
                 fix="Register it under a name of its own.",
             )
-        with self._transaction() as connection:
+
+        def share_out(connection: sa.Connection) -> AdapterRecord:
             present = present_record(connection, name)
             if present.version == wanted:
                 raise _is_current(name, wanted)
             if present.task != found.task:
                 raise NameMoved(f"{name} does {present.task} now.", found=present.version)
-            self.hold_bytes(name, wanted)
             running = present.canary
             kept = running is not None and running.record.version == wanted
             started = running.record.created if running and kept else datetime.now(UTC)
-            source = running.record.source if running and kept else source
-            record = replace(found, name=name, source=source, pinned=False, created=started)
+            came_from = running.record.source if running and kept else source
+            record = replace(found, name=name, source=came_from, pinned=False, created=started)
             write_canary(connection, Canary(record, float(share)))
-            if running is not None and not kept:
-                self.leave_bytes(running.record.version)
             return present_record(connection, name)
+
+        return self._changing(
+            lambda connection: Needed((wanted,), _canary_versions(connection, name)),
+            share_out,
+            name,
+        )
 
     def promote(self, name: str) -> tuple[AdapterRecord, AdapterRecord]:
         """Put ``name`` on its canary's version, which ends the canary.
@@ -195,7 +207,8 @@ class Moves:
             VersionGone: Its bytes are gone.
             BaseMismatch: It was checked on another base than what the name is on.
         """
-        with self._transaction() as connection:
+
+        def move(connection: sa.Connection) -> tuple[AdapterRecord, AdapterRecord]:
             present = present_record(connection, name)
             canary = _canary_of(present).record
             if canary.base_digest != present.base_digest:
@@ -205,11 +218,15 @@ class Moves:
                     expected=f"base {present.base_digest or 'unknown'}",
                     fix="Start the canary again on this base.",
                 )
-            self.hold_bytes(name, canary.version)
             record = replace(canary, pinned=present.pinned, created=datetime.now(UTC))
             write(connection, record, update=True, act="promoted")
-            self.leave_bytes(present.version)
             return present_record(connection, name), present
+
+        def needed(connection: sa.Connection) -> Needed:
+            present = present_record(connection, name)
+            return Needed((_canary_of(present).record.version,), (present.version,))
+
+        return self._changing(needed, move, name)
 
     def abort(self, name: str) -> tuple[AdapterRecord, str]:
         """End the canary of ``name``: all requests are answered by the version that it is on.
@@ -221,12 +238,16 @@ class Moves:
             AdapterNotFound: There is no such name.
             CanaryNotFound: It has no canary.
         """
-        with self._transaction() as connection:
+
+        def end(connection: sa.Connection) -> tuple[AdapterRecord, str]:
             version = _canary_of(present_record(connection, name)).record.version
             delete_canary(connection, name)
             count_change(connection)
-            self.leave_bytes(version)
             return present_record(connection, name), version
+
+        return self._changing(
+            lambda connection: Needed(left=_canary_versions(connection, name)), end, name
+        )
 
     def _known_version(
         self, present: AdapterRecord, entries: Sequence[HistoryEntry], version: str
@@ -248,10 +269,13 @@ class Moves:
             return version, "staged"
         return entry.version, entry.source
 
-    def leave_bytes(self, version: str) -> None:
-        """Start the grace of what answered until now: requests that were admitted may need it."""
-        if self._store.has(version):
-            self._store.touch(version)
+    def _changing(
+        self,
+        needed: Callable[[sa.Connection], Needed],
+        work: Callable[[sa.Connection], T],
+        name: str,
+    ) -> T:
+        return self._held.change(needed, work, partial(self.hold_bytes, name))
 
     def hold_bytes(self, name: str, version: str) -> None:
         """Start the grace of a version anew, so that the collector leaves its bytes alone.
@@ -268,6 +292,12 @@ class Moves:
                 expected="a version whose bytes are kept, as the history of the name says",
                 fix="Register it again, or raise kept_versions for the next time.",
             ) from None
+
+
+def _canary_versions(connection: sa.Connection, name: str) -> tuple[str, ...]:
+    """The version of a name's canary, if it has one."""
+    canary = present_record(connection, name).canary
+    return () if canary is None else (canary.record.version,)
 
 
 def _canary_of(record: AdapterRecord) -> Canary:

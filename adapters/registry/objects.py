@@ -1,8 +1,8 @@
 """An object store over fsspec, as the bytes of adapters need it: few calls, and each has an end.
 
 A call that gets no answer ends after a stated time. While the store is away, calls are refused at
-once, but for one a second that finds out whether it is back: a thread that waits for a store in
-vain reads nothing else. Every call is noted, for metrics.
+once, but for one a second that first finds out, by a short look, whether it is back: a thread that
+waits for a store in vain reads nothing else. Every call is noted, for metrics.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from adapters.errors import StoreUnavailable
 STORE_CONNECT_S: Final = 2.0
 SILENCE_S: Final = 5.0  # between two pieces of an answer
 CALL_S: Final = 7.0  # of a call that moves no bytes
+LOOK_S: Final = 3.0  # of the look that finds out whether a store is back
 SLOWEST_BYTES_PER_S: Final = 1 << 20  # a transfer gets CALL_S and a second for each of these
 OPENING_S: Final = 30.0  # of this process's first call alone: modules to import, keys to look up
 AWAY_PAUSE_S: Final = 1.0  # after a call without an answer, until another is tried
@@ -196,7 +197,8 @@ class Objects:
         return f"{self._root}/{name}"
 
     def _call(self, operation: Operation, ask: Callable[[Any], Awaitable[T]], nbytes: int = 0) -> T:
-        self._refuse_while_away()
+        if self._must_look_first():
+            self._look()
         began = time.perf_counter()
         outcome: Outcome = "error"
         try:
@@ -225,14 +227,36 @@ class Objects:
             self.note(StoreNote(operation, outcome, taken_s, moved))
         return answer
 
-    def _refuse_while_away(self) -> None:
+    def _must_look_first(self) -> bool:
+        """Whether this call is the one that finds out if the store is back; others are refused."""
         with self._lock:
             if self._failed_at is None:
-                return
+                return False
             if not self._tries_again and self._clock() - self._failed_at >= AWAY_PAUSE_S:
                 self._tries_again = True
-                return
+                return True
         raise self._away()
+
+    def _look(self) -> None:
+        """Ask for next to nothing, whatever the call: an upload would keep all others waiting."""
+        began = time.perf_counter()
+        outcome: Outcome = "error"
+        try:
+            path = self._path("clock")
+            self._asker_here().run(lambda files: files._info(path), LOOK_S)
+            outcome = "ok"
+        except FileNotFoundError:
+            outcome = "missing"
+        except PermissionError:
+            outcome = "ok"  # an answer; the call itself says what it may not
+        except Exception as error:
+            self._failed(error)
+            raise self._away() from error
+        finally:
+            if outcome == "error":
+                self._tries_again = False
+            self.note(StoreNote("look", outcome, time.perf_counter() - began))
+        self._answered()
 
     def _failed(self, error: Exception) -> None:
         with self._lock:

@@ -34,6 +34,7 @@ from adapters.registry.aliases import (
     plan_aliases,
 )
 from adapters.registry.database import Database
+from adapters.registry.held_bytes import HeldBytes, Needed
 from adapters.registry.history import (
     Act,
     entries_of,
@@ -41,7 +42,7 @@ from adapters.registry.history import (
     oldest_first,
     was_rolled_back_from,
 )
-from adapters.registry.moves import Moves
+from adapters.registry.moves import Moves, present_record
 from adapters.registry.naming import check_name, name_not_found
 from adapters.registry.records import (
     AdapterRecord,
@@ -49,6 +50,7 @@ from adapters.registry.records import (
     NameChange,
     WantedName,
     checked_anew,
+    count_change,
     delete,
     read_one,
     record_of,
@@ -101,7 +103,8 @@ class Registry:
         self.store = store
         self.kept_versions = kept_versions
         self.grace_s = grace_s
-        self.moves = Moves(self._database.reading, self._database.transaction, store)
+        self._held = HeldBytes(self._database.reading, self._database.transaction, store)
+        self.moves = Moves(self._database.reading, self._held, store)
         self.aliases = Aliases(self._database.reading, self._database.transaction)
         with self._database.transaction(alone=False) as connection:  # there may be no table yet
             migrate(connection)
@@ -160,40 +163,64 @@ class Registry:
             *(name, version, weights, settled),
             source=source, pinned=pinned, base_digest=base.digest,
         )  # fmt: skip
-        with self._database.transaction() as connection:
-            check_no_alias(connection, name)
+
+        def needed(connection: sa.Connection) -> Needed:
             present = read_one(connection, name)
-            if present is not None and present.version == version:
-                if pinned and not present.pinned:
-                    set_pinned(connection, name, pinned=True)
-                    present = with_pin(present, pinned=True)
-                if not present.fits(base.digest):
-                    set_checked(connection, record)
-                    present = checked_anew(present, record)
-                return present, False
-            if not replace:
-                _check_free(name, present, folder)
-            if (
-                present is not None
-                and spare_rollback
-                and was_rolled_back_from(entries_of(connection, name), version)
-            ):
-                return present, False
-            if present is not None and present.pinned:
-                record = with_pin(record, pinned=True)  # the pin is the name's, not the content's
-            self.store.touch(version)  # or the collector could take it before the row is there
-            act: Act = "registered" if present is None else "replaced"
-            try:
-                write(connection, record, update=present is not None, act=act)
-            except IntegrityError as cause:
-                raise AdapterExists(
-                    f"The name {name} was registered by someone else at the same moment.",
-                    fix="Set replace to true, or choose another name.",
-                ) from cause
-            if present is not None:
-                self._leave_bytes(present)
-            record = read_one(connection, name) or record  # with its aliases and its canary
-        return record, True
+            if present is None:
+                return Needed(named=(version,))
+            if present.version == version or not replace:
+                return Needed()
+            return Needed(named=(version,), left=present.versions())
+
+        def put(connection: sa.Connection) -> tuple[AdapterRecord, bool]:
+            return self._put(
+                connection, record, base, replace=replace, spare_rollback=spare_rollback,
+                folder=folder,
+            )  # fmt: skip
+
+        return self._held.change(needed, put)
+
+    def _put(
+        self,
+        connection: sa.Connection,
+        record: AdapterRecord,
+        base: BaseSignature,
+        *,
+        replace: bool,
+        spare_rollback: bool,
+        folder: Path,
+    ) -> tuple[AdapterRecord, bool]:
+        """Put a name on a checked version, in a transaction; see ``register``."""
+        name, version, pinned = record.name, record.version, record.pinned
+        check_no_alias(connection, name)
+        present = read_one(connection, name)
+        if present is not None and present.version == version:
+            if pinned and not present.pinned:
+                set_pinned(connection, name, pinned=True)
+                present = with_pin(present, pinned=True)
+            if not present.fits(base.digest):
+                set_checked(connection, record)
+                present = checked_anew(present, record)
+            return present, False
+        if not replace:
+            _check_free(name, present, folder)
+        if (
+            present is not None
+            and spare_rollback
+            and was_rolled_back_from(entries_of(connection, name), version)
+        ):
+            return present, False
+        if present is not None and present.pinned:
+            record = with_pin(record, pinned=True)  # the pin is the name's, not the content's
+        act: Act = "registered" if present is None else "replaced"
+        try:
+            write(connection, record, update=present is not None, act=act)
+        except IntegrityError as cause:
+            raise AdapterExists(
+                f"The name {name} was registered by someone else at the same moment.",
+                fix="Set replace to true, or choose another name.",
+            ) from cause
+        return read_one(connection, name) or record, True  # with its aliases and its canary
 
     def stage(
         self,
@@ -280,43 +307,30 @@ class Registry:
             AdapterFaults: Of the aliases, all of them: as ``Aliases.set`` has them, and
                 AdapterAliased where one points to a name that goes.
         """
-        writing = self._database.reading() if dry_run else self._database.transaction()
-        changes = []
-        with writing as connection:
-            moved = plan_aliases(
-                connection, [one.name for one in wanted], removed, aliases, dry_run=dry_run
-            )
+
+        def needed(connection: sa.Connection) -> Needed:
+            named, left = [], []
             for one in wanted:
-                check_name(one.name)
                 present = read_one(connection, one.name)
-                kept_pin = present is not None and present.pinned
-                record = replace(
-                    one.record,
-                    name=one.name,
-                    source=one.source,
-                    pinned=kept_pin if one.pinned is None else one.pinned,
-                    created=datetime.now(UTC),
-                )
-                change = _change_of(present, record)
-                changes.append(NameChange(one.name, change, record, present))
-                if dry_run or change == "unchanged":
-                    continue
-                self.store.touch(record.version)  # or the collector could take it
-                if change in ("pinned", "unpinned"):
-                    set_pinned(connection, one.name, pinned=record.pinned)
-                else:
-                    write(connection, record, update=present is not None, act="applied")
-                    if present is not None:
-                        self._leave_bytes(present)
+                change = _change_of(present, _wanted_record(one, present))
+                if change != "unchanged":
+                    named.append(one.record.version)
+                if change == "replaced" and present is not None:
+                    left += present.versions()
             for name in removed:
                 present = read_one(connection, name)
-                if present is None:
-                    raise name_not_found(name)
-                changes.append(NameChange(name, "removed", present, present))
-                if not dry_run:
-                    delete(connection, name)
-                    self._leave_bytes(present)
-        return changes, moved
+                left += [] if present is None else present.versions()
+            return Needed(named=dict.fromkeys(named), left=dict.fromkeys(left))
+
+        def put(
+            connection: sa.Connection,
+        ) -> tuple[builtins.list[NameChange], builtins.list[AliasChange]]:
+            return _apply(connection, wanted, removed, aliases, dry_run=dry_run)
+
+        if not dry_run:
+            return self._held.change(needed, put)
+        with self._database.reading() as connection:
+            return put(connection)
 
     def resolve(self, name: str) -> AdapterRecord:
         """The record of ``name`` as last committed by any process; quick when nothing changed.
@@ -356,14 +370,16 @@ class Registry:
             AdapterNotFound: There is no such name.
             AdapterAliased: Aliases point to it.
         """
-        with self._database.transaction() as connection:
-            present = read_one(connection, name)
-            if present is None:
-                raise name_not_found(name)
+
+        def take_away(connection: sa.Connection) -> AdapterRecord:
+            present = present_record(connection, name)
             check_not_aliased(present)
             delete(connection, name)
-            self._leave_bytes(present)
-        return present
+            return present
+
+        return self._held.change(
+            lambda connection: Needed(left=present_record(connection, name).versions()), take_away
+        )
 
     def pinned_versions(self) -> tuple[str, ...]:
         """Versions that pinned names are on, in the order of names, each with its canary's."""
@@ -424,12 +440,16 @@ class Registry:
                     return False
             if kept and version in kept_versions(connection, self.kept_versions, version):
                 return False
-            return self.store.remove(version, idle_s=grace_s)
-
-    def _leave_bytes(self, record: AdapterRecord) -> None:
-        """Start the grace of what a name answered with until now, its canary's version too."""
-        for version in record.versions():
-            self.moves.leave_bytes(version)
+            failed: AdapterError | None = None
+            try:
+                removed = self.store.remove(version, idle_s=grace_s)
+            except AdapterError as error:
+                removed, failed = True, error  # it may be gone all the same
+            if removed:
+                count_change(connection)  # who is about to name it looks again
+        if failed is not None:
+            raise failed
+        return removed
 
     def _stored(self, folder: Path) -> str:
         """Store the adapter in ``folder``; where there is no room, old versions make place.
@@ -513,6 +533,50 @@ class Registry:
 
     def _all(self) -> builtins.list[AdapterRecord]:
         return list(self.records().values())
+
+
+def _wanted_record(one: WantedName, present: AdapterRecord | None) -> AdapterRecord:
+    kept_pin = present is not None and present.pinned
+    return replace(
+        one.record,
+        name=one.name,
+        source=one.source,
+        pinned=kept_pin if one.pinned is None else one.pinned,
+        created=datetime.now(UTC),
+    )
+
+
+def _apply(
+    connection: sa.Connection,
+    wanted: Sequence[WantedName],
+    removed: Collection[str],
+    aliases: Mapping[str, str] | None,
+    *,
+    dry_run: bool,
+) -> tuple[list[NameChange], list[AliasChange]]:
+    """As ``Registry.apply``, in a transaction."""
+    changes = []
+    moved = plan_aliases(
+        connection, [one.name for one in wanted], removed, aliases, dry_run=dry_run
+    )
+    for one in wanted:
+        check_name(one.name)
+        present = read_one(connection, one.name)
+        record = _wanted_record(one, present)
+        change = _change_of(present, record)
+        changes.append(NameChange(one.name, change, record, present))
+        if dry_run or change == "unchanged":
+            continue
+        if change in ("pinned", "unpinned"):
+            set_pinned(connection, one.name, pinned=record.pinned)
+        else:
+            write(connection, record, update=present is not None, act="applied")
+    for name in removed:
+        present = present_record(connection, name)
+        changes.append(NameChange(name, "removed", present, present))
+        if not dry_run:
+            delete(connection, name)
+    return changes, moved
 
 
 def _change_of(present: AdapterRecord | None, record: AdapterRecord) -> Change:

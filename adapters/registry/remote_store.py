@@ -126,16 +126,23 @@ class RemoteStore:
         return self._kept(version) or self._fetched(version)
 
     def sound_path(self, version: str) -> Path:
-        """As ``path``, after reading every byte of it; damage on this disk is fetched anew.
+        """As ``path``, after reading every byte of it; damage on this disk is fetched anew, and
+        once for all who have found it.
 
         Raises:
             As ``path``.
         """
         folder = self.path(version)
-        if self._cache.is_sound(version):
+        found = self._cache_stamp(version)
+        if self._is_sound_here(version):
             return folder
-        self._cache.remove(version)
-        return self._fetched(version)
+        with self._turn(version):
+            # What another thread or process has fetched meanwhile is read by somebody: it stays.
+            if found == self._cache_stamp(version):
+                self._cache.remove(version)
+            elif self._is_sound_here(version):
+                return folder
+            return self._fetched_in_turn(version)
 
     def is_sound(self, version: str) -> bool:
         """Whether the content of a version is what its name says; reads every byte of it."""
@@ -343,26 +350,42 @@ class RemoteStore:
         if not _is_version(version):
             raise _missing(version, self._objects.url)
         with self._turn(version):
-            try:
-                return self._cache.path(version)  # another thread has fetched it meanwhile
-            except AdapterNotFound:
-                pass
-            with self._arriving_folder() as arriving:
-                packed, folder = arriving / "packed.tar", arriving / "files"
-                folder.mkdir()
-                found = self._objects.facts(_object_name(version))
-                if found is None:
-                    raise _missing(version, self._objects.url)
-                self._make_room(found.nbytes)
-                with _cache_disk():
-                    try:
-                        self._objects.get(_object_name(version), packed)
-                    except FileNotFoundError:
-                        raise _missing(version, self._objects.url) from None
-                    _unpack_sound(version, packed, folder)
-                    packed.unlink()
-                self._cached(folder)
-            return self._cache.path(version)
+            return self._fetched_in_turn(version)
+
+    def _fetched_in_turn(self, version: str) -> Path:
+        try:
+            return self._cache.path(version)  # another thread has fetched it meanwhile
+        except AdapterNotFound:
+            pass
+        with self._arriving_folder() as arriving:
+            packed, folder = arriving / "packed.tar", arriving / "files"
+            folder.mkdir()
+            found = self._objects.facts(_object_name(version))
+            if found is None:
+                raise _missing(version, self._objects.url)
+            self._make_room(found.nbytes)
+            with _cache_disk():
+                try:
+                    self._objects.get(_object_name(version), packed)
+                except FileNotFoundError:
+                    raise _missing(version, self._objects.url) from None
+                _unpack_sound(version, packed, folder)
+                packed.unlink()
+            self._cached(folder)
+        return self._cache.path(version)
+
+    def _cache_stamp(self, version: str) -> Stamp | None:
+        """Of what is in the cache now; None where it is not there."""
+        try:
+            return self._cache.stamp(version)
+        except (AdapterNotFound, FileNotFoundError):
+            return None
+
+    def _is_sound_here(self, version: str) -> bool:
+        try:
+            return self._cache.is_sound(version)
+        except FileNotFoundError:
+            return False  # another reader of a damaged copy has removed it meanwhile
 
     @contextmanager
     def _turn(self, version: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Runs benchmarks and prints their figures: `python -m loadtests.bench [modulation] [generation]
 [choice] [http] [residency] [deterministic] [structured] [gpu] [--dtype auto] [--quick]
-[--dry-run] [--one-thread] [--json FILE] [--markdown FILE] [--record]`. Without a name it runs
-all of them."""
+[--dry-run] [--one-thread] [--kernel best] [--json FILE] [--markdown FILE] [--record]`. Without a
+name it runs all of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from adapters.kernels import native_ops
 from loadtests.bench import gpu_record, peers
 from loadtests.bench.timing import Report, busy_processes, dtype_of, machine, print_machine
 
@@ -65,6 +66,13 @@ def main() -> int:
         default="auto",
         help="of all on the processor; auto: as a server on it (default)",
     )
+    parser.add_argument(
+        "--kernel",
+        choices=("best", "avx512", "avx2", "none"),
+        default="best",
+        help="the best instruction set that the compiled kernel may use (default: best); torch's "
+        "own goes by ATEN_CPU_CAPABILITY=avx2 in the environment",
+    )
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(BENCHES))
     if unknown:
@@ -74,11 +82,12 @@ def main() -> int:
     peers.quiet()
     began = time.monotonic()
     dtype = dtype_of(options.dtype)
-    known = {**machine(), "dtype": dtype, "load beside it": options.load}
+    with native_ops.limited_to(options.kernel):
+        known = {**machine(), "dtype": dtype, "load beside it": options.load}
     report = Report(known, options.quick, options.one_thread, dtype)
     report.dry_run = options.dry_run
     print_machine(report.machine)
-    with busy_processes(options.load):
+    with busy_processes(options.load), native_ops.limited_to(options.kernel):
         for name in BENCHES:
             if not options.names or name in options.names:
                 importlib.import_module(f"loadtests.bench.{name}").bench(report)

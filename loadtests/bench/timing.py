@@ -229,6 +229,7 @@ def machine() -> dict[str, Any]:
             "avx512": torch.cpu._is_avx512_bf16_supported(),
             "amx": torch.cpu._is_amx_tile_supported(),
         },
+        "torch's own": torch.backends.cpu.get_cpu_capability(),
         "compiled kernel": {
             "bf16": native_ops.instruction_set(torch.bfloat16) or "none",
             "fp32": native_ops.instruction_set(torch.float32) or "none",

@@ -130,6 +130,29 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
     prepare.check_default(registry, settings)
     registry.close()
     registry.store.close()
+    digest = base.signature.digest
+    return deployed(settings, options, place=place, base_name=name, base_digest=digest)
+
+
+def deployed(
+    settings: Settings,
+    options: ClusterOptions,
+    *,
+    place: str,
+    base_name: str,
+    base_digest: str,
+    http: type[Ingress] | None = None,
+) -> serve.Application:
+    """The deployments, joined; nothing is read or registered.
+
+    Args:
+        settings: Of the cluster.
+        options: How large it is.
+        place: Folder or hub id of the base.
+        base_name: As ``/v1`` shows it.
+        base_digest: Of the base, as the registry has it.
+        http: What an HTTP replica is, if not ``HttpDeployment``.
+    """
     environment = {FOLDER_VARIABLE: str(settings.metrics_dir), "TOKENIZERS_PARALLELISM": "false"}
     kept = {name: os.environ[name] for name in ("OMP_WAIT_POLICY",) if name in os.environ}
     # A line for each call would cost more than many a call, and the HTTP replicas have one.
@@ -138,7 +161,7 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         engine=options.engine,
         options=settings.engine_options(place),
         database=settings.database,
-        base_digest=base.signature.digest,
+        base_digest=base_digest,
         max_step_s=settings.max_step_s,
         metrics_dir=settings.metrics_dir,
         log_level=settings.log_level,
@@ -168,8 +191,8 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         **_scale(options),
         **both,
     ).bind(plan)
-    http = serve.deployment(
-        serve.ingress()(_HttpDeployment),
+    surface = serve.deployment(
+        serve.ingress()(http or HttpDeployment),
         name=HTTP,
         num_replicas=options.http_replicas,
         ray_actor_options={
@@ -178,8 +201,8 @@ def application_of(settings: Settings, options: ClusterOptions) -> serve.Applica
         },
         **both,
     )
-    ingress = IngressPlan(settings, place, name, ENGINES)
-    return http.bind(ingress, engines)
+    ingress = IngressPlan(settings, place, base_name, ENGINES)
+    return surface.bind(ingress, engines)
 
 
 def _scale(options: ClusterOptions) -> dict[str, Any]:
@@ -203,7 +226,7 @@ class _EngineDeployment(EngineReplica):
         super().__init__(plan, serve.get_replica_context().replica_id.unique_id)
 
 
-class _HttpDeployment(Ingress):
+class HttpDeployment(Ingress):
     """An HTTP replica that knows its name in Ray Serve."""
 
     def __init__(self, plan: IngressPlan, engines: Any) -> None:

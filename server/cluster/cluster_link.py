@@ -14,8 +14,9 @@ import logging
 import os
 import time
 from collections.abc import Coroutine, Mapping
+from contextvars import Context
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
@@ -42,6 +43,8 @@ from server.messages import (
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WATCH_EVERY_S: Final = 0.25
 QUIET_S: Final = 0.5  # a replica that has requests and says nothing for so long may be gone
@@ -147,7 +150,7 @@ class ClusterLink(Link):
         return f"{self._name}.{next(self._ids)}"
 
     def _send(self, ticket: Ticket) -> None:
-        task = asyncio.create_task(self._carry(ticket), name="request")
+        task = _own_call(self._carry(ticket), "request")
         self._tasks[ticket.request.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(ticket.request.id, None))
 
@@ -289,7 +292,7 @@ class ClusterLink(Link):
         while True:
             names = self._names()
             for name in names - self._followed.keys():
-                self._followed[name] = asyncio.create_task(self._follow_one(name), name="follow")
+                self._followed[name] = _own_call(self._follow_one(name), "follow")
             for name in self._followed.keys() - names:
                 self._followed.pop(name).cancel()
             heard = self._heard()
@@ -325,7 +328,7 @@ class ClusterLink(Link):
 
     def _aside(self, call: Coroutine[Any, Any, Any]) -> None:
         """Have something done that nobody waits for."""
-        task = asyncio.create_task(call, name="aside")
+        task = _own_call(call, "aside")
         self._others.add(task)
         task.add_done_callback(self._others.discard)
 
@@ -338,3 +341,13 @@ def none_there(request: Request) -> Failure:
         "No engine replica is there.",
         fix="Send the request again; a new replica is being started.",
     )
+
+
+def _own_call(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+    """A task for calls of replicas, which knows nothing of the HTTP request that it is made for.
+
+    Ray Serve gives all calls that are made for one HTTP request the same internal id, and its
+    router finds calls by that: of several that wait at once it would route one, and look for the
+    others again and again, in the few tasks that route everything.
+    """
+    return asyncio.create_task(work, name=name, context=Context())

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.registry.adapter_bytes import open_store
 from adapters.registry.registry import Registry
 from server.cluster.cluster_link import ClusterLink
+from server.cluster.drain import follow_phase
 from server.cluster.metric_files import count_on_node
+from server.edge.admit.bounds import Bounds
+from server.edge.admit.shared_load import SharedLoad
 from server.edge.endpoints.admin import admin_routes
 from server.edge.endpoints.application import add_endpoints, describe_app
 from server.edge.endpoints.cross_origin import cors_options
@@ -32,6 +35,7 @@ from server.edge.endpoints.openai import OpenAI
 from server.edge.endpoints.pages import page_routes
 from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.tei_tgi import TeiTgi
+from server.edge.link.link import Link
 from server.edge.link.thread_deaths import watched
 from server.edge.litserve import logs
 from server.edge.processes.serve import Collector
@@ -77,7 +81,15 @@ class Ingress:
         if settings.log_format == "json":
             logs.configure(settings.log_level, access=settings.access_log, form="json")
         logging.getLogger().setLevel(settings.log_level.upper())
-        count_on_node("http", settings.metrics_dir)
+        self.counted_as = count_on_node("http", settings.metrics_dir)
+        link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
+        self.service = self.make_service(plan, link)
+
+    def make_service(
+        self, plan: IngressPlan, link: Callable[[SharedLoad, Bounds], Link]
+    ) -> Service:
+        """What the endpoints use, over ``link``."""
+        settings = plan.settings
         base = describe_base(settings, plan.place, plan.base_name)
         store_bytes = None if settings.store_bytes is None else int(settings.store_bytes)
         registry = Registry(
@@ -86,20 +98,26 @@ class Ingress:
             kept_versions=settings.kept_versions,
             grace_s=settings.grace_s,
         )
-        link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
-        self.service = Service(settings, base, registry, lambda: settings, link)
+        # As of the counts: a replica that comes after one that died goes on with its quotas.
+        usage_file = f"key-usage-{self.counted_as}.json"
+        return Service(settings, base, registry, lambda: settings, link, usage_file=usage_file)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The app, which Ray Serve asks for when the replica is made."""
-        return build_app(self.service)
+        return build_app(self.service, self.counted_as)
 
 
-def build_app(service: Service) -> FastAPI:
-    """The same app as LitServe runs on one machine."""
+def build_app(service: Service, name: str) -> FastAPI:
+    """The same app as LitServe runs on one machine.
+
+    Args:
+        service: What its endpoints use.
+        name: Of this replica, among those of this machine.
+    """
     version = package_version()
     cors = cors_options(service.settings)
     app = FastAPI(
-        lifespan=partial(_life, service),
+        lifespan=partial(_life, service, name),
         middleware=[
             *([] if cors is None else [Middleware(CORSMiddleware, **cors)]),
             Middleware(OneRequestId),
@@ -116,7 +134,7 @@ def build_app(service: Service) -> FastAPI:
 
 
 @asynccontextmanager
-async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
+async def _life(service: Service, name: str, app: FastAPI) -> AsyncIterator[None]:
     service.open(0)
     link = service.dispatcher
     assert isinstance(link, ClusterLink)
@@ -126,6 +144,7 @@ async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
         watched(service.follow_registry(), "registry", link.give_up),
         watched(service.follow_keys(), "keys", link.give_up),
         watched(_do_chores(service), "chores", link.give_up),
+        watched(follow_phase(service.settings.run_dir, name, service.load), "phase", link.give_up),
     ]
     try:
         yield
@@ -133,6 +152,7 @@ async def _life(service: Service, app: FastAPI) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await link.stop()
+        service.keep_usage()  # what was counted since the last writing
         service.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,12 +15,17 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from server import metrics
+from server.cluster.drain import drain
 from server.edge.link.worker_state import replace_text
 from server.edge.litserve import logs
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+
     from server.cluster.application import ClusterOptions
+
+logger = logging.getLogger(__name__)
 
 # Ray's own switches. What the operator has set goes before.
 ENVIRONMENT: Final = {
@@ -27,6 +33,7 @@ ENVIRONMENT: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # messages go past Ray's object store
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_DEDUP_LOGS": "0",  # every line of every replica
     # HAProxy in place of Ray Serve's own proxy, which is a process of Python on the way of each
     # request; the replicas of the HTTP surface then listen themselves.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -76,26 +83,39 @@ def _free_port(taken: ExitStack) -> int:
     return int(probe.getsockname()[1])
 
 
-def run_here(settings: Settings, options: ClusterOptions, *, say: Callable[[str], None]) -> None:
+def run_here(
+    settings: Settings,
+    options: ClusterOptions,
+    *,
+    say: Callable[[str], None],
+    application: Callable[[Settings, ClusterOptions], Application] | None = None,
+) -> None:
     """Serve on this machine until SIGTERM or SIGINT, then drain and return.
 
     Args:
         settings: Of the cluster.
         options: How large it is.
         say: Shows a line to whoever started it.
+        application: Makes what is run, if not ``application_of``.
 
     Raises:
         StartFailed: One line that says why it cannot run.
     """
     with places_of_proxy():
-        _run_here(settings, options, say)
+        _run_here(settings, options, say, application)
 
 
-def _run_here(settings: Settings, options: ClusterOptions, say: Callable[[str], None]) -> None:
+def _run_here(
+    settings: Settings,
+    options: ClusterOptions,
+    say: Callable[[str], None],
+    application: Callable[[Settings, ClusterOptions], Application] | None,
+) -> None:
     import ray
     from ray import serve
 
     from server.cluster.application import APPLICATION, application_of, open_registry
+    from server.edge.processes.failed_start import StartFailed
     from server.edge.processes.preflight import check_port, exclusive
     from server.edge.processes.run_folder import run_folder
 
@@ -111,7 +131,7 @@ def _run_here(settings: Settings, options: ClusterOptions, say: Callable[[str], 
         with run_folder(settings.run_dir, need):
             settings.metrics_dir.mkdir(parents=True, exist_ok=True)
             open_registry(settings, check=True).close()
-            application = application_of(settings, options)
+            served = (application or application_of)(settings, options)
             cpus = processes * max(1.0, options.cpus) + SPARE_CPUS
             here = ray.init(
                 num_cpus=max(os.cpu_count() or 1, int(cpus)),
@@ -124,9 +144,17 @@ def _run_here(settings: Settings, options: ClusterOptions, say: Callable[[str], 
             # Now: Ray has just put handlers of its own in place, which end this process at once.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: ended.set())
+            signal.signal(signal.SIGHUP, _tell_no_reload)
             try:
                 serve.start(http_options={"host": settings.host, "port": settings.port})
-                serve.run(application, name=APPLICATION, route_prefix="/")
+                try:
+                    serve.run(served, name=APPLICATION, route_prefix="/")
+                except RuntimeError as error:
+                    raise StartFailed(
+                        "the cluster could not be deployed",
+                        found=str(error),
+                        fix="its log says why; at --log-level info it is shown here",
+                    ) from None
                 url = f"http://{settings.host}:{settings.port}"
                 address = here.address_info["address"]
                 told = {"pid": os.getpid(), "address": address, "url": url}
@@ -135,11 +163,17 @@ def _run_here(settings: Settings, options: ClusterOptions, say: Callable[[str], 
                 say(f"  engines    {options.replicas}, HTTP replicas {options.http_replicas}")
                 ended.wait()
                 say("hira-server drains")
+                drain(settings.run_dir, options.http_replicas, settings.drain_s)
                 serve.delete(APPLICATION)
                 serve.shutdown()
             finally:
                 note.unlink(missing_ok=True)
                 ray.shutdown()
+
+
+def _tell_no_reload(*_: object) -> None:
+    """SIGHUP, which has `hira serve` read its settings again, would else end the cluster."""
+    logger.warning("The settings of a cluster are not read again: deploy it anew to change them")
 
 
 def status_lines(found: Mapping[str, Any]) -> Iterator[str]:

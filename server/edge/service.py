@@ -93,6 +93,7 @@ class Service:
         registry: Opened anew in every process.
         reload: Reads the settings again, for the part that may change while the server runs.
         link: Makes the way to the engines; without it, the one to the worker of this machine.
+        usage_file: In the data folder: what keys have used, by this service's processes alone.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Service:
         registry: Registry,
         reload: Callable[[], Settings],
         link: Callable[[SharedLoad, Bounds], Link] | None = None,
+        *,
+        usage_file: str = USAGE_FILE,
     ) -> None:
         self.settings = settings
         self.base = base
@@ -120,12 +123,8 @@ class Service:
         )
         self.key_usage = SharedUsage(settings.api_processes)
         self.dispatcher.key_usage = self.key_usage
-        # In a cluster every HTTP replica counts for itself, and since its own start.
-        self.usage_file = (
-            KeyUsageFile(settings.data_dir / USAGE_FILE, self.key_usage) if link is None else None
-        )
-        if self.usage_file is not None:
-            self.usage_file.restore()
+        self.usage_file = KeyUsageFile(settings.data_dir / usage_file, self.key_usage)
+        self.usage_file.restore()
         self.slow_work = SlowWork(settings, self.dispatcher.admission, self.dispatcher.give_up)
         self.bodies = BodyBudget()
         self.audit_log = audit_log_of(settings)
@@ -272,7 +271,7 @@ class Service:
 
     def keep_usage(self) -> None:
         """Write what keys have used to its file; a disk that is full is told, and tried again."""
-        if self.usage_file is None or not self.is_keyed:
+        if not self.is_keyed:
             return
         try:
             self.usage_file.write([one.name for one in self.keys.named()])
@@ -281,8 +280,6 @@ class Service:
 
     def usage_days(self) -> UsageDays:
         """What keys used on the last days, today with it; in a thread."""
-        if self.usage_file is None:
-            return UsageDays()
         self.keep_usage()
         return self.usage_file.read()
 

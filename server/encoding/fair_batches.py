@@ -1,18 +1,18 @@
 """Who runs next in the encode lane: rows waiting per adapter, and batches made of them.
 
 Pure book-keeping over lengths and names: no torch, no clock, no threads. A batch is filled by
-serving, again and again, the adapter that has been served the fewest tokens so far (the limit of
-deficit round robin for a small quantum), among rows of similar length, within a budget of padded
-tokens. A request is answered with its last row, so an adapter's requests are ended one after the
-other rather than begun together. Loading adapters, running batches and answering are left to the
-lane.
+serving, again and again, a request of the adapter that has been served the fewest tokens so far
+(deficit round robin with a request for a quantum), among rows of similar length, within a budget of
+padded tokens. A request is answered with its last row, so requests are ended one after the other
+rather than begun together; and fewer adapters in a batch cost less. Loading adapters, running
+batches and answering are left to the lane.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -171,17 +171,23 @@ class Scheduler:
         return lost
 
     def next_batch(
-        self, ready: Callable[[AdapterVersion], bool], *, max_tokens: int | None = None
+        self,
+        ready: Callable[[AdapterVersion], bool],
+        *,
+        max_tokens: int | None = None,
+        max_adapters: int | None = None,
     ) -> Batch | None:
         """Take the next batch out of the queues, or None if no adapter with rows is ready.
 
         The adapter served least leads with its oldest row, which sets the length of the batch; the
-        rest is filled with rows of similar length, each from the adapter served least so far: rows
-        of requests that have begun, then those of the oldest others.
+        rest is filled with rows of similar length, a request after the other, each of the adapter
+        served least so far: of requests that have begun, then those of the oldest others. Among
+        adapters served alike the one with the fewest rows is first.
 
         Args:
             ready: Whether an adapter's factors are on the device. Called once per waiting adapter.
             max_tokens: A smaller budget than ``max_batch_tokens``, for this batch.
+            max_adapters: Distinct ones in this batch, the bare base counted; 1 or more.
         """
         open_keys = [key for key in self._queues if ready(key)]
         if not open_keys:
@@ -195,7 +201,7 @@ class Scheduler:
         self._level(key for key in self._queues if key not in is_open)
         budget = min(self.max_batch_tokens, max_tokens or self.max_batch_tokens)
         filling = _Filling(budget, self.max_batch_rows)
-        self._fill(filling, lead, open_keys)
+        self._fill(filling, lead, open_keys, max_adapters or len(open_keys))
         self._note_passed(open_keys)
         self._debts = {k: v for k, v in self._debts.items() if v > self._clock_tokens}
         order = {key: i for i, key in enumerate(dict.fromkeys(row.key for row in filling.rows))}
@@ -224,40 +230,61 @@ class Scheduler:
         return min(open_keys, key=lambda key: queues[key].served_tokens)
 
     def _fill(
-        self, filling: _Filling, lead: AdapterVersion, open_keys: Sequence[AdapterVersion]
+        self,
+        filling: _Filling,
+        lead: AdapterVersion,
+        open_keys: Sequence[AdapterVersion],
+        most_adapters: int,
     ) -> None:
         first = next(iter(self._queues[lead].rows.values()))
-        filling.add(first)
-        self._serve(first)
         part = self.max_batch_rows // len(open_keys)
         ahead = max(LOOKAHEAD_ROWS, LOOKAHEAD_PARTS * part)
-        candidates: dict[AdapterVersion, Iterator[Row]] = {}
+        filling.add(first)
+        self._serve(first)
+        candidates: dict[AdapterVersion, deque[Row]] = {lead: deque()}
+        if lead in self._queues:
+            candidates[lead].extend(self._in_order(self._queues[lead], first.tokens, ahead))
+            self._serve_on(filling, candidates[lead], first.request)
         heap = [
-            (self._queues[key].served_tokens, order, key)
+            (self._queues[key].served_tokens, len(self._queues[key].rows), order, key)
             for order, key in enumerate(open_keys)
             if key in self._queues
         ]
         heapq.heapify(heap)
         while heap and not filling.full:
-            _, order, key = heapq.heappop(heap)
+            _, _, order, key = heapq.heappop(heap)
+            queue = self._queues[key]
             if key not in candidates:
-                candidates[key] = iter(self._in_order(self._queues[key], first.tokens, ahead))
-            row = next((one for one in candidates[key] if filling.fits(one)), None)
-            if row is None:
+                if len(candidates) >= most_adapters:
+                    continue
+                candidates[key] = deque(self._in_order(queue, first.tokens, ahead))
+            rows = candidates[key]
+            while rows and not filling.fits(rows[0]):
+                rows.popleft()
+            if not rows:
                 continue
-            filling.add(row)
-            served = self._serve(row)
+            self._serve_on(filling, rows, rows[0].request)
             if key in self._queues:
-                heapq.heappush(heap, (served, order, key))
+                heapq.heappush(heap, (queue.served_tokens, len(queue.rows), order, key))
+
+    def _serve_on(self, filling: _Filling, rows: deque[Row], request: str) -> None:
+        """Serve the rows of one request that come next, as far as they fit; takes them out."""
+        while rows and rows[0].request == request and not filling.full:
+            row = rows.popleft()
+            if filling.fits(row):
+                filling.add(row)
+                self._serve(row)
 
     def _in_order(self, queue: _Queue, tokens: int, ahead: int) -> list[Row]:
-        """The adapter's oldest rows, ``ahead`` of them, as they are tried for a batch of about
-        ``tokens`` a row.
+        """The adapter's oldest rows, ``ahead`` of them and at least its oldest request, as they are
+        tried for a batch of about ``tokens`` a row.
 
         Rows of a similar length first, and of these the requests that have begun, then the oldest
         one whole, then the next; the others by how near their length is. Requests that were begun
         together would all be answered late: what they had by then was no answer to anybody.
         """
+        oldest = next(iter(queue.rows.values())).request
+        ahead = max(ahead, len(self._requests[oldest].rows))
         alike = max(ALIKE_TOKENS, ALIKE_SHARE * tokens)
         places: dict[str, int] = {}
 
@@ -270,8 +297,8 @@ class Scheduler:
 
         return sorted(islice(queue.rows.values(), ahead), key=place)
 
-    def _serve(self, row: Row) -> float:
-        """Charge a row to its adapter and take it out; returns what the adapter has had."""
+    def _serve(self, row: Row) -> None:
+        """Charge a row to its adapter and take it out."""
         queue = self._queues[row.key]
         queue.served_tokens += row.tokens
         request = self._requests[row.request]
@@ -280,7 +307,6 @@ class Scheduler:
         if not request.rows:
             del self._requests[row.request]
         self._unqueue(row)
-        return queue.served_tokens
 
     def _unqueue(self, row: Row) -> None:
         queue = self._queues[row.key]

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapters.tasks import Task
 from server import metrics
@@ -23,8 +23,11 @@ from server.edge.admit.shared_load import SharedLoad
 from server.inputs.text import Side, Text, TextInput
 from server.inputs.text_errors import InputTooLong, InvalidInput
 from server.messages import TokenizedInput
-from server.settings import load_settings
+from server.settings import Settings, load_settings
 from tests.stand import shifted_clock
+
+if TYPE_CHECKING:
+    from server.edge.target import Base
 
 BROKEN_BEAT = "break-beat"
 HUNG_CHORE = "hang-chore"
@@ -64,6 +67,9 @@ class FakeRegistry:
         return
 
     def close(self) -> None:
+        return
+
+    def collect_garbage(self, resident: set[str], *, grace_s: float) -> None:
         return
 
     def records(self) -> dict[str, Record]:
@@ -149,6 +155,25 @@ def hang_if_told(order: Path) -> None:
         threading.Event().wait()
 
 
+def fake_base(settings: Settings) -> Base:
+    """A base without a model, of which a token is a character."""
+    from server.edge.target import Base
+
+    nothing: Any = None
+    signature: Any = SimpleNamespace(digest="")
+    file = settings.chat_template
+    text = Characters(256) if file is None else Characters(8192, file.read_text(encoding="utf-8"))
+    return Base(
+        name="fake-base",
+        task="text-generation",
+        signature=signature,
+        check_head=nothing,
+        inputs=text,
+        prompts=text,
+        created=time.time(),
+    )
+
+
 def main(engine: str) -> None:
     settings = load_settings({})
     shifted_clock.install(settings.data_dir)
@@ -158,22 +183,9 @@ def main(engine: str) -> None:
     from server.edge.processes.failed_start import StartFailed
     from server.edge.processes.run import run_service
     from server.edge.service import Service
-    from server.edge.target import Base
 
     logs.configure(settings.log_level, access=settings.access_log, form=settings.log_format)
-    nothing: Any = None
-    signature: Any = SimpleNamespace(digest="")
-    file = settings.chat_template
-    text = Characters(256) if file is None else Characters(8192, file.read_text(encoding="utf-8"))
-    base = Base(
-        name="fake-base",
-        task="text-generation",
-        signature=signature,
-        check_head=nothing,
-        inputs=text,
-        prompts=text,
-        created=time.time(),
-    )
+    base = fake_base(settings)
     registry: Any = FakeRegistry()
     service = Service(settings, base, registry, lambda: load_settings({}))
     break_beat(service.load, settings.data_dir / BROKEN_BEAT)

@@ -31,6 +31,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from tests.stand import forked_ray
+
 ROOT: Final = Path(__file__).parents[2]
 # What the main process and the worker import sooner or later, but prometheus_client, which decides
 # by the environment of its import.
@@ -48,6 +50,7 @@ MODULES: Final = (
     "tests.stand.fake_engine",
     "tests.stand.fake_server",
 )
+RAY_WORKERS: Final = "FORK_RAY_WORKERS"  # in a server's environment: Ray's workers are forks, too
 POLL_S: Final = 0.02
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_CHILD_SUBREAPER: Final = 36
@@ -195,6 +198,8 @@ def _become(told: dict[str, Any]) -> Callable[[], object]:
     far.close()
     spawning: Any = util
     spawning.spawnv_passfds = partial(_spawn, near, spawning.spawnv_passfds)
+    if told["environment"].get(RAY_WORKERS):
+        forked_ray.use_forks(partial(_fork, near))
     entry = importlib.import_module(told["module"]).main
     return partial(entry, *told["arguments"]) if entry.__code__.co_argcount else entry
 
@@ -210,6 +215,11 @@ def _spawn(
         "environment": dict(os.environ),
         "fds": list(fds),
     }
+    return _fork(twin, told, list(fds))
+
+
+def _fork(twin: socket.socket, told: dict[str, Any], fds: Sequence[int]) -> int:
+    """In the main process: have its twin make a worker; returns its id."""
     # The worker's maker ends at once, and the worker becomes the child of who takes such orphans.
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ import httpx2
 import psutil
 import pytest
 
-from tests.stand.forked_servers import ForkedServer, loaded
+from tests.stand.forked_servers import RAY_WORKERS, ForkedServer, loaded
 
 ROOT = Path(__file__).parents[2]
 # A start is over when the server is ready or has ended; this only says when a test gives up, and
@@ -36,7 +36,17 @@ END_S = 120.0  # likewise, for its end
 # The same tests, of a cluster in place of one machine: how many engine replicas, or nothing.
 ON_CLUSTER: Final = os.environ.get("TESTS_ON_CLUSTER", "")
 CLUSTER_START_S: Final = 900.0  # Ray, the proxy and every replica load their libraries anew
-of_one_machine = pytest.mark.skipif(bool(ON_CLUSTER), reason="it is about one machine's processes")
+
+
+def of_one_machine(why: str) -> pytest.MarkDecorator:
+    """Marks what a cluster does otherwise, or not at all: skipped there, with the reason."""
+    return pytest.mark.skipif(bool(ON_CLUSTER), reason=f"about one machine: {why}")
+
+
+def http_processes(many: int) -> int:
+    """How many HTTP processes a server has that asks for ``many``: what they promise each other
+    is about one machine, and a cluster has one HTTP replica."""
+    return 1 if ON_CLUSTER else many
 
 
 @dataclass
@@ -48,6 +58,7 @@ class Live:
     child: subprocess.Popen[bytes] | ForkedServer
     log: Path
     client: httpx2.Client
+    start_s: float = START_S
     family: dict[int, psutil.Process] = field(default_factory=dict)
 
     @property
@@ -62,6 +73,11 @@ class Live:
 
         state = json.loads((self.folder / "run" / "worker-0.json").read_text())
         return int(state["pid"])
+
+    def kill_engine(self) -> None:
+        """Kill the worker; of a cluster, one of its engine replicas."""
+        engines = (one for one in self.processes() if "hira:engine" in "".join(one.cmdline()))
+        os.kill(next(engines).pid if ON_CLUSTER else self.worker_pid, signal.SIGKILL)
 
     def processes(self) -> list[psutil.Process]:
         """The main process and all below it; every one that was ever seen is remembered."""
@@ -78,8 +94,9 @@ class Live:
             if one.is_running() and one.status() != psutil.STATUS_ZOMBIE
         ]
 
-    def wait_ready(self, within_s: float = START_S) -> float:
+    def wait_ready(self, within_s: float | None = None) -> float:
         """Wait until it admits requests; returns how long that took."""
+        within_s = self.start_s if within_s is None else within_s
         began = time.monotonic()
         while time.monotonic() - began < within_s:
             if self.child.poll() is not None:
@@ -173,6 +190,7 @@ def running(
     else:
         log.unlink(missing_ok=True)
         common = {name: one for name, one in given.items() if not name.startswith("HIRA_")}
+        given[RAY_WORKERS] = "1" if ON_CLUSTER else ""
         process = loaded(tuple(sorted(common.items())))
         _, module, *arguments = command
         child = process.start(module, arguments, environment=given, folder=folder.parent, log=log)
@@ -204,7 +222,8 @@ def hira(
     Where ``TESTS_ON_CLUSTER`` is set, to a number of engine replicas, it is `hira cluster up`.
     """
     if ON_CLUSTER:
-        return _cluster(folder, *arguments, wait=wait, **settings)
+        own = ["server.cli.main", "cluster", "up", "--replicas", ON_CLUSTER]
+        return _cluster(folder, [*own, *arguments], wait, settings)
     if not anew:
         settings = {"threads": 1, **settings}
     script = ["-c", "from server.cli.main import main; main()"]
@@ -213,13 +232,15 @@ def hira(
 
 
 @contextmanager
-def _cluster(folder: Path, *arguments: str, wait: bool, **settings: object) -> Iterator[Live]:
-    own = ["cluster", "up", "--replicas", ON_CLUSTER]
-    command = ["-c", "from server.cli.main import main; main()", *own, *arguments]
+def _cluster(
+    folder: Path, command: Sequence[str], wait: bool, settings: Mapping[str, object]
+) -> Iterator[Live]:
+    """A cluster by a module with a function ``main`` and its arguments."""
     given: dict[str, Any] = {"threads": 1, **settings}
-    with running(folder, command, wait=False, **given) as live:
+    with running(folder, ["-m", *command], wait=False, anew=False, **given) as live:
+        live.start_s = CLUSTER_START_S
         if wait:
-            live.wait_ready(CLUSTER_START_S)
+            live.wait_ready()
         yield live
 
 
@@ -232,5 +253,7 @@ def fake(
     **settings: object,
 ) -> AbstractContextManager[Live]:
     """The server around the fake engine."""
+    if ON_CLUSTER:
+        return _cluster(folder, ["tests.stand.fake_cluster", engine, ON_CLUSTER], wait, settings)
     command = ["-m", "tests.stand.fake_server", engine]
     return running(folder, command, wait=wait, anew=anew, **settings)

@@ -27,6 +27,9 @@ UNNAMED: Final = ""  # no adapter has this name
 # One adapter may have so many times as many requests under way as there is room left for: where all
 # ask for more than there is, all have as many, and who asks for little always finds room.
 ROOM_TIMES: Final = 8
+# Once half of what may be under way is, one adapter may have so many times its equal part of it.
+# Lanes serve adapters alike, so its last request waits as many times as long as the queue takes.
+PART_TIMES: Final = 1.5
 
 
 class Admission:
@@ -83,7 +86,7 @@ class Admission:
         ):
             found = f"{all_pixels} bytes of pixels, and {pixel_bytes} more asked for"
             expected = f"at most {most_pixels}"
-        elif mine + 1 > (share := min(share, self._part_of_room(waiting))):
+        elif mine + 1 > (share := min(share, self._part_of_room(waiting, adapter))):
             found, expected = f"{mine} requests for this adapter", f"at most {share}"
         elif token_share is not None and my_tokens + tokens > token_share and my_tokens > 0:
             found = f"{my_tokens} tokens for this adapter, and {tokens} more asked for"
@@ -92,11 +95,17 @@ class Admission:
             return
         raise self.overloaded(found, expected)
 
-    def _part_of_room(self, waiting: int) -> int:
-        """How many requests one adapter may have under way in this process, of the room there is
-        now; one always, since that is no crowd."""
-        room = self.bounds.requests - waiting
-        return max(1, ROOM_TIMES * room // self.processes)
+    def _part_of_room(self, waiting: int, adapter: str | None) -> int:
+        """How many requests one adapter may have under way in this process: so many times the room
+        that there is now, and in a queue so many times its part beside the other adapters that
+        have some; one always, since that is no crowd."""
+        bounds = self.bounds
+        most = ROOM_TIMES * (bounds.requests - waiting) // self.processes
+        if 2 * waiting >= bounds.requests:
+            adapters = len(self._per_adapter) + (adapter not in self._per_adapter)
+            part = PART_TIMES * bounds.requests / (adapters * self.processes)
+            most = min(most, math.ceil(part))
+        return max(1, most)
 
     def predict(
         self, lane: Lane, adapter: str | None, tokens: int, left_s: float = 0.0

@@ -32,14 +32,19 @@ class Breakable:
         self.fault: Exception | None = None
         self.faulty = ""  # how the name of what fails ends
         self.hangs = False
-        self.asked = 0
+        self.hanging = ""  # how the name of what hangs ends
+        self.calls: list[str] = []
+
+    @property
+    def asked(self) -> int:
+        return len(self.calls)
 
     def __getattr__(self, name: str) -> Any:
         work = getattr(self.files, name)
 
         async def call(*arguments: Any, **more: Any) -> Any:
-            self.asked += 1
-            while self.hangs:
+            self.calls.append(name)
+            while self.hangs and name.endswith(self.hanging):
                 await asyncio.sleep(0.01)
             if self.fault is not None and name.endswith(self.faulty):
                 raise self.fault
@@ -124,6 +129,7 @@ def test_a_folder_is_no_object(each: Objects) -> None:
 
 def test_a_call_that_gets_no_answer_ends(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "CALL_S", 0.05)
+    monkeypatch.setattr(objects, "LOOK_S", 0.05)
     made.objects.put("a", b"x")
     made.files.hangs = True
     calls: tuple[Callable[[], object], ...] = (
@@ -211,6 +217,33 @@ def test_others_are_refused_while_one_finds_out_whether_the_store_is_back(
     made.files.hangs = False
     prober.join()
     assert made.objects.facts("a") is None
+
+
+def test_a_large_upload_finds_out_by_a_short_look_whether_the_store_is_back(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "LOOK_S", 0.05)
+    large = tmp_path / "large"
+    large.write_bytes(bytes(1000))
+    made.objects.put("a", b"x")
+    made.files.fault = OSError()
+    with pytest.raises(StoreUnavailable):
+        made.objects.facts("a")
+    made.files.fault, made.files.hangs = None, True
+    made.now += AWAY_PAUSE_S
+    with pytest.raises(StoreUnavailable):
+        made.objects.put("large", large)
+    assert made.files.calls[-1] == "_info"
+    # It is back, and the upload, which takes its time, keeps nobody out.
+    made.now += AWAY_PAUSE_S
+    made.files.hanging = "_put_file"
+    upload = threading.Thread(target=lambda: made.objects.put("large", large))
+    upload.start()
+    until(lambda: made.files.calls[-1] == "_put_file")
+    assert made.objects.facts("a") is not None
+    made.files.hangs = False
+    upload.join()
+    assert made.objects.facts("large") is not None
 
 
 def test_a_missing_object_says_nothing_about_the_store(made: Made, tmp_path: Path) -> None:

@@ -250,6 +250,43 @@ def test_many_threads_fetch_a_version_once(machine: Machines, folders: list[Path
     assert told.count(("get", "ok")) == 1
 
 
+@pytest.mark.parametrize("of_one_process", [True, False])
+def test_readers_of_a_damaged_copy_are_served_by_one_repair(
+    machine: Machines,
+    folders: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    of_one_process: bool,
+) -> None:
+    version = machine("writer").add(folders[0])
+    store = machine("reader")
+    other = store if of_one_process else machine("reader")
+    tensors = store.path(version) / TENSOR_FILE
+    tensors.chmod(0o600)
+    tensors.write_bytes(b"damaged")
+    plain = Store.is_sound
+    seen, repaired = threading.Event(), threading.Event()
+
+    def late_to_act(cache: Store, version: str) -> bool:
+        found = plain(cache, version)
+        if threading.current_thread() is not threading.main_thread() and not found:
+            seen.set()
+            assert repaired.wait(60)
+        return found
+
+    monkeypatch.setattr(Store, "is_sound", late_to_act)
+    with ThreadPoolExecutor(1) as threads:
+        late = threads.submit(other.sound_path, version)
+        assert seen.wait(60)
+        folder = store.sound_path(version)
+        place = folder.stat().st_ino
+        repaired.set()
+        assert late.result() == folder
+    assert folder.stat().st_ino == place, "what another reads was taken away"
+    load_adapter(folder, small_base())
+    told = [(one.operation, one.outcome) for one in (*store.take_notes(), *other.take_notes())]
+    assert told.count(("get", "ok")) == 2  # the first, and the repair
+
+
 def test_a_store_that_is_full_takes_no_more(machine: Machines, folders: list[Path]) -> None:
     first = machine("a")
     version = first.add(folders[0])

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray.exceptions import ActorUnavailableError
 
 from server.cluster.cluster_link import WATCH_EVERY_S, ClusterLink
 from server.cluster.liveness import Placed
+from server.cluster.replica import Addressed
 from server.cluster.router_table import ROUTERS
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
@@ -28,6 +30,7 @@ from server.messages import (
     Failure,
     GenerateRequest,
     GenerateResult,
+    Message,
     Preload,
     Request,
     TokenEvent,
@@ -390,6 +393,36 @@ def test_a_call_that_is_taken_back_leaves_nobody_waiting() -> None:
     (event,) = outcome(Engines(cancelled), generate_request(stream=False))
     assert isinstance(event, Failure)
     assert event.code == "worker_lost"
+
+
+def test_calls_of_one_http_request_do_not_share_its_id() -> None:
+    """As Ray Serve has it: a variable of the request's context, which calls made in it take."""
+    of_request: ContextVar[str] = ContextVar("of_request", default="")
+    seen: list[str] = []
+
+    def answer(request: Request) -> Awaitable[Event]:
+        seen.append(of_request.get())
+        return answered(request)
+
+    def hear(to: Addressed, message: Message) -> Response:
+        async def heard() -> bool:
+            return True
+
+        seen.append(of_request.get())
+        return Response(heard())
+
+    async def scenario() -> None:
+        engines = Engines(*[answer] * 2)
+        engines.hear = SimpleNamespace(remote=hear)
+        async with linked(engines) as link:
+            of_request.set("one")
+            with link.admit(encode_request()) as first, link.admit(encode_request()) as second:
+                link.tell(Preload("v1"))
+                await first.next()
+                await second.next()
+
+    asyncio.run(scenario())
+    assert seen == [""] * 3
 
 
 def test_a_message_that_cannot_be_sent_harms_nobody() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.encoding.fair_batches import (
@@ -243,3 +243,58 @@ def test_it_needs_no_torch() -> None:
     modules = "server.encoding.fair_batches, server.messages"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 64), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_requests_end_one_after_the_other_whatever_adapters_they_are_for(
+    rows: int, most_rows: int, adapters: int, rng: random.Random
+) -> None:
+    """So a batch has few adapters, and little is begun that is no answer to anybody yet."""
+    scheduler = Scheduler(8192, most_rows)
+    left = {}
+    for number in range(15):
+        left[str(number)] = rows
+        lengths = [rng.randint(12, 20) for _ in range(rows)]
+        scheduler.submit(str(number), str(number % adapters), lengths)
+    parts = 0
+    found = batches(scheduler)
+    for batch in found:
+        parts += len({row.request for row in batch.rows})
+        for row in batch.rows:
+            left[row.request] -= 1
+        assert sum(0 < one < rows for one in left.values()) <= adapters
+    assert parts <= len(left) + len(found), "only the last request of a batch is cut"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 64))
+def test_adapters_with_large_and_small_requests_get_the_same_share(
+    large: int, small: int, most_rows: int
+) -> None:
+    scheduler = Scheduler(8192, most_rows)
+    for number in range(600 // large):
+        scheduler.submit(f"large{number}", "large", [10] * large)
+    for number in range(600 // small):
+        scheduler.submit(f"small{number}", "small", [10] * small)
+    served: Counter[AdapterVersion] = Counter()
+    while len(scheduler.waiting()) == 2:
+        batch = scheduler.next_batch(all_ready)
+        assert batch is not None
+        for row in batch.rows:
+            served[row.key] += row.tokens
+        if len(scheduler.waiting()) == 2:
+            assert abs(served["large"] - served["small"]) <= 10 * max(large, small, most_rows)
+
+
+@given(requests, st.integers(1, 600), st.integers(1, 4))
+def test_a_batch_has_as_many_adapters_as_it_may(
+    wanted: list[tuple[AdapterVersion, list[int]]], budget: int, most: int
+) -> None:
+    scheduler = Scheduler(budget, 16)
+    filled(scheduler, wanted)
+    rows = 0
+    while (batch := scheduler.next_batch(all_ready, max_adapters=most)) is not None:
+        assert len(batch.keys) <= most
+        rows += len(batch.rows)
+    assert rows == sum(len(lengths) for _, lengths in wanted)

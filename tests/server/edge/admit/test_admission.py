@@ -183,3 +183,29 @@ def test_crowd_beyond_the_longest_time_is_spread_over_its_later_half(
     assert min(waits) >= RETRY_MAX_S // 2
     assert max(waits) == RETRY_MAX_S
     assert spread(waits) < 0.1
+
+
+def test_in_a_queue_no_adapter_has_much_more_than_its_part() -> None:
+    admission = wide(requests=100)
+    for _ in range(60):  # alone it may have nearly all
+        admit(admission, request("hot"))
+    for name in ("b", "c", "d"):
+        admit(admission, request(name))
+    with pytest.raises(Refusal, match="overloaded") as caught:
+        admit(admission, request("hot"))
+    assert caught.value.faults[0].expected == "at most 38"  # 1.5 of a quarter of 100
+    for _ in range(20):
+        admit(admission, request("b"))
+    for _ in range(25):
+        admission.remove(request("hot"))
+    admit(admission, request("hot"))
+
+
+def test_nobody_is_held_to_a_part_before_half_of_the_queue_is_there() -> None:
+    admission = wide(requests=100)
+    for name in ("b", "c", "d"):
+        admit(admission, request(name))
+    for _ in range(47):
+        admit(admission, request("hot"))
+    with pytest.raises(Refusal, match="overloaded"):
+        admit(admission, request("hot"))

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.stand.live import Live, fake
+from tests.stand.live import Live, fake, of_one_machine
 
 pytestmark = pytest.mark.http
 
@@ -83,6 +83,7 @@ def posted(body: bytes, *headers: bytes) -> bytes:
 BODY = json.dumps({"inputs": "hello"}).encode()
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_head_that_is_too_large_is_refused_whole_or_in_pieces(live: Live) -> None:
     before = refused(live, "head_too_large")
     whole = posted(BODY, b"X-Long: " + b"x" * HEAD_BYTES)
@@ -106,6 +107,7 @@ CHUNKED = b"POST /predict?adapter=imdb HTTP/1.1\r\nHost: x\r\nTransfer-Encoding:
 CHUNKED += b"Content-Type: application/json\r\n\r\n"
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 @pytest.mark.parametrize("trailer", [b"x" * 512, b"X-A: " + b"x" * 505 + b"\r\n"])
 def test_endless_trailers_end_the_connection(live: Live, trailer: bytes) -> None:
     before = refused(live, "head_too_large")
@@ -131,6 +133,7 @@ def test_trailers_are_no_headers_and_many_small_chunks_are_a_body(live: Live) ->
     assert status == 200
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_too_many_headers_are_refused(live: Live) -> None:
     status, problem = exchanged(live, posted(BODY, *(b"X-%d: 1" % i for i in range(100))))
     assert (status, problem["code"]) == (431, "head_too_large")
@@ -146,6 +149,7 @@ def test_long_query_is_refused(live: Live) -> None:
         assert long.json()["expected"] == "at most 4096"
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_head_that_comes_too_slowly_is_given_up(live: Live) -> None:
     before = refused(live, "head_too_slow")
     began = time.monotonic()
@@ -165,6 +169,7 @@ def test_head_that_comes_too_slowly_is_given_up(live: Live) -> None:
     assert refused(live, "head_too_slow") == before + 1
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 @pytest.mark.parametrize(
     ("said", "status"),
     [(b"", None), (b"\r\n", 408), (posted(BODY), 200), (posted(BODY) + b"G", 200)],
@@ -208,6 +213,7 @@ def test_the_deadline_counts_from_the_arrival_of_the_head(live: Live) -> None:
     assert (status, problem["code"]) == (504, "deadline_exceeded")
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_what_is_not_http_has_a_typed_answer(live: Live) -> None:
     for raw in (
         b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
@@ -220,6 +226,7 @@ def test_what_is_not_http_has_a_typed_answer(live: Live) -> None:
     assert "Invalid HTTP request" not in log
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_other_protocols_are_not_spoken(live: Live) -> None:
     upgrade = [b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"]
     with connect(live) as one:
@@ -238,6 +245,7 @@ def test_requests_sent_ahead_are_answered_in_turn(live: Live) -> None:
             found += piece
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_client_that_does_not_read_is_read_from_no_more_and_loses_its_connection(
     live: Live,
 ) -> None:
@@ -257,6 +265,7 @@ def test_client_that_does_not_read_is_read_from_no_more_and_loses_its_connection
     assert live.client.get("/health/ready").status_code == 200
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_connections_beyond_the_most_push_out_the_idle_ones(live: Live) -> None:
     with ExitStack() as stack:
         # Hold as many connections as there may be, none of them with a request.
@@ -268,6 +277,7 @@ def test_connections_beyond_the_most_push_out_the_idle_ones(live: Live) -> None:
         assert read_all(held[0]) == b""  # the one that waited longest had to go
 
 
+@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_connections_beyond_the_most_are_refused_when_all_are_busy(live: Live) -> None:
     before = refused(live, "too_many_connections")
     body = json.dumps({"inputs": "hello", "parameters": {"max_new_tokens": 200}}).encode()

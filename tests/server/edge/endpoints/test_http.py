@@ -19,7 +19,7 @@ import httpx2
 import pytest
 
 from server.demo import BASE_DIR
-from tests.stand.live import Live, hira
+from tests.stand.live import Live, hira, of_one_machine
 from tests.stand.made import make_adapter
 
 pytestmark = [
@@ -358,12 +358,16 @@ def test_metrics_tell_requests_memory_and_batches(live: Live) -> None:
         post(live, "/predict?adapter=topic", {"inputs": "count me"})
     assert live.metric(sample) == before + 3
     assert live.metric('hira_base_bytes{part="linear"}') > 1e6
-    assert live.metric('hira_process_resident_bytes{role="worker-0"}') > 1e7
-    assert live.metric('hira_process_resident_bytes{role="http-0"}') > 1e7
     assert live.metric('hira_batch_rows_count{lane="encode"}') > 0
     assert live.metric('hira_step_seconds_count{lane="generate"}') > 0
     assert live.metric('hira_tokens_total{adapter="topic",kind="prompt"}') > 0
     assert 'adapter="nobody"' not in live.client.get("/metrics").text
+
+
+@of_one_machine("its processes by their roles")
+def test_metrics_tell_the_memory_of_each_process(live: Live) -> None:
+    assert live.metric('hira_process_resident_bytes{role="worker-0"}') > 1e7
+    assert live.metric('hira_process_resident_bytes{role="http-0"}') > 1e7
 
 
 def test_openapi_document_has_every_call_with_its_shapes(live: Live) -> None:
@@ -392,6 +396,7 @@ def test_openapi_document_has_every_call_with_its_shapes(live: Live) -> None:
     assert live.client.get("/").json()["name"] == "hira-server"
 
 
+@of_one_machine("its only worker is killed, and a cluster has others")
 def test_killed_worker_comes_back_with_its_adapters(live: Live) -> None:
     pinned = {"pinned": True}
     live.client.patch("/admin/adapters/topic", json=pinned, headers=live.admin)

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from server.demo import ADAPTERS_DIR
@@ -225,7 +224,7 @@ def test_a_crowd_with_and_without_grammars_survives_a_lost_worker_and_a_replacem
         running = [pool.submit(ask, at) for at in range(16)]
         archive = {"name": names[0], "source": str(source), "replace": True}
         live.client.post("/admin/adapters", json=archive, headers=live.admin)
-        psutil.Process(live.worker_pid).kill()
+        live.kill_engine()
         check([one.result() for one in running])
         live.wait_ready()
         assert check(list(pool.map(ask, range(16)))) == 16

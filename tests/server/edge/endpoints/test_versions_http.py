@@ -138,10 +138,9 @@ def test_no_request_after_the_acknowledgement_is_answered_by_what_was_left(
     acknowledged = [(0.0, versions[-1])]  # when, and by which version from then on
     wrong: list[str] = []
     ended = threading.Event()
-    asked: list[int] = []
+    asked = [0] * 4
 
-    def ask() -> None:
-        count = 0
+    def ask(number: int) -> None:
         with httpx2.Client(base_url=live.url, timeout=60) as client:
             while not ended.is_set():
                 sent = time.monotonic()
@@ -150,24 +149,25 @@ def test_no_request_after_the_acknowledgement_is_answered_by_what_was_left(
                 allowed.add([version for at, version in acknowledged if at < sent][-1])
                 if answer.headers["X-Adapter-Version"] not in allowed | {pending[0]}:
                     wrong.append(answer.headers["X-Adapter-Version"])
-                count += 1
-        asked.append(count)
+                asked[number] += 1
 
     pending = [versions[-1]]  # one may answer from when its move is asked for
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=ask, args=(one,)) for one in range(4)]
     for one in threads:
         one.start()
-    for turn in range(12):
+    turn = 0
+    while turn < 12 or sum(asked) <= 20:  # on a busy machine the first answers take their time
+        assert turn < 200
         pending[0] = versions[turn % 2]
         answer = call(live, "POST", "/adapters/busy/rollback", json={"version": pending[0]})
         assert answer.is_success, answer.text
         acknowledged.append((time.monotonic(), pending[0]))
         time.sleep(0.1)
+        turn += 1
     ended.set()
     for one in threads:
         one.join()
     assert wrong == []
-    assert sum(asked) > 20
 
 
 def test_an_alias_is_asked_listed_and_refused(live: Live) -> None:

@@ -13,7 +13,7 @@ import pytest
 from server.edge.admit.callers import Caller, set_caller
 from server.edge.admit.key_file import ApiKey
 from server.edge.litserve.logs import log_handler
-from tests.stand.live import fake
+from tests.stand.live import fake, of_one_machine
 
 TRACE = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 
@@ -60,6 +60,7 @@ def test_an_error_keeps_its_traceback() -> None:
     assert "ValueError: x" in str(line["traceback"])
 
 
+@of_one_machine("Ray's own processes write lines of their own form")
 @pytest.mark.http
 def test_all_processes_log_objects(tmp_path: Path) -> None:
     with fake(

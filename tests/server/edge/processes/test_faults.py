@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from tests.stand.fake_engine import SLOW_SEED
-from tests.stand.live import END_S, START_S, Live, fake
+from tests.stand.live import END_S, START_S, Live, fake, of_one_machine
 from tests.stand.waits import until
 
 pytestmark = pytest.mark.http
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.http
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("faults") / "data"
-    with fake(folder, api_processes=2, max_body_bytes=4096) as server:
+    with fake(folder, api_processes=2, max_body_bytes=4096, http_niceness=2) as server:
         yield server
 
 
@@ -47,6 +47,14 @@ def generate(live: Live, tokens: int, seed: int | None = None, **more: Any) -> h
     return live.client.post("/generate?adapter=story", json=body, **more)
 
 
+@of_one_machine("Ray starts the processes of a cluster")
+def test_http_processes_give_way_to_the_worker_by_what_is_set(live: Live) -> None:
+    own = psutil.Process(live.child.pid).nice()
+    assert psutil.Process(live.worker_pid).nice() == own
+    assert sum(one.nice() == own + 2 for one in live.processes()) >= 2
+
+
+@of_one_machine("its only worker is killed, and a cluster has others")
 def test_killed_worker_fails_its_requests_at_once_and_comes_back(live: Live) -> None:
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(generate, live, 200, SLOW_SEED) for _ in range(8)]
@@ -61,6 +69,7 @@ def test_killed_worker_fails_its_requests_at_once_and_comes_back(live: Live) -> 
     assert predict(live).json()[0]["label"] == "imdb"
 
 
+@of_one_machine("its only worker is killed, and a cluster has others")
 def test_killed_worker_ends_a_stream_with_an_error_event(live: Live) -> None:
     body = {"inputs": "hello", "parameters": {"max_new_tokens": 200}}
     with live.client.stream("POST", "/generate_stream?adapter=story", json=body) as stream:
@@ -82,6 +91,7 @@ def test_killed_worker_ends_a_stream_with_an_error_event(live: Live) -> None:
     live.wait_ready()
 
 
+@of_one_machine("it has one worker; in a cluster two replicas are asked, and both end")
 def test_broken_engine_ends_its_worker_and_not_the_server(live: Live) -> None:
     answer = predict(live, top_k=501)
     assert (answer.status_code, answer.json()["code"]) == (503, "worker_lost")
@@ -95,6 +105,7 @@ def test_failure_of_one_request_is_its_own(live: Live) -> None:
     assert predict(live).status_code == 200
 
 
+@of_one_machine("its HTTP processes share a socket")
 def test_killed_http_process_is_replaced(live: Live) -> None:
     main = psutil.Process(live.child.pid)
     before = {one.pid for one in main.children()}
@@ -178,11 +189,18 @@ def test_malformed_bodies_have_defined_answers(live: Live, raw: bytes, code: str
 def test_request_id_is_taken_over_or_made(live: Live) -> None:
     given = live.client.get("/health/live", headers={"X-Request-Id": "abc-1"})
     assert given.headers["X-Request-Id"] == "abc-1"
-    made = live.client.get("/nowhere", headers={"X-Request-Id": "no good"})
-    assert re.fullmatch(r"[0-9a-f]{32}", made.headers["X-Request-Id"])
+    made = live.client.get("/nowhere")
+    assert made.headers["X-Request-Id"]
     assert made.headers["X-Content-Type-Options"] == "nosniff"
 
 
+@of_one_machine("Ray Serve's proxy takes over any request id")
+def test_request_id_that_is_none_is_replaced(live: Live) -> None:
+    made = live.client.get("/nowhere", headers={"X-Request-Id": "no good"})
+    assert re.fullmatch(r"[0-9a-f]{32}", made.headers["X-Request-Id"])
+
+
+@of_one_machine("its only worker is stopped, and a cluster has others")
 def test_stopped_worker_makes_requests_end_by_their_deadline(live: Live) -> None:
     pid = live.worker_pid
     os.kill(pid, signal.SIGSTOP)
@@ -230,6 +248,7 @@ def test_term_drains_then_ends_well_with_nothing_left(tmp_path: Path) -> None:
         until(lambda: live.left_over() == [])
 
 
+@of_one_machine("its processes are one session; Ray's own end with a signal")
 def test_term_to_all_processes_at_once_drains_too(tmp_path: Path) -> None:
     with fake(tmp_path / "data") as live, ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, live, 120)
@@ -241,6 +260,7 @@ def test_term_to_all_processes_at_once_drains_too(tmp_path: Path) -> None:
         until(lambda: live.left_over() == [])
 
 
+@of_one_machine("a cluster reads its settings when it is deployed")
 def test_hangup_reads_the_settings_again(tmp_path: Path) -> None:
     config = tmp_path / "hira.toml"
     config.write_text("max_inputs = 2\n")
@@ -292,6 +312,7 @@ def test_work_that_outlives_the_drain_is_dropped_and_not_killed(tmp_path: Path, 
         until(lambda: live.left_over() == [])
 
 
+@of_one_machine("its processes end with the main one; Ray has its own way")
 def test_killed_main_process_leaves_no_orphans(tmp_path: Path) -> None:
     with fake(tmp_path / "data", api_processes=2) as live:
         assert len(live.processes()) >= 5
@@ -300,6 +321,7 @@ def test_killed_main_process_leaves_no_orphans(tmp_path: Path) -> None:
         until(lambda: live.left_over() == [])
 
 
+@of_one_machine("Ray starts a replica several times and logs each failure")
 def test_worker_that_cannot_be_set_up_ends_the_start_with_one_line(tmp_path: Path) -> None:
     with fake(tmp_path / "data", "tests.stand.fake_engine:build_broken", wait=False) as live:
         assert live.child.wait(START_S) == 1

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from tests.stand.fake_engine import SLOW_SEED
-from tests.stand.live import Live, fake
+from tests.stand.live import Live, fake, of_one_machine
 from tests.stand.shifted_clock import shift
 from tests.stand.waits import until
 
@@ -106,6 +106,7 @@ def test_only_what_people_read_is_told_by_the_wall_clock() -> None:
     assert found <= WALL_CLOCK, "deadlines, ages and waits are counted by time.monotonic()"
 
 
+@of_one_machine("its only worker stutters, and a cluster has others")
 def test_stuttering_worker_answers_late_and_right(live: Live) -> None:
     pid, over = live.worker_pid, threading.Event()
 

@@ -17,10 +17,13 @@ import pytest
 from tests.stand.fake_calls import predict
 from tests.stand.fake_engine import SLOW_SEED
 from tests.stand.fake_server import BROKEN_BEAT, HANGING, HUNG_CHORE
-from tests.stand.live import Live, fake
+from tests.stand.live import Live, fake, of_one_machine
 from tests.stand.waits import until
 
-pytestmark = pytest.mark.http
+pytestmark = [
+    pytest.mark.http,
+    of_one_machine("its main process watches the others; in a cluster Ray Serve does"),
+]
 
 HANG_S = 10.0  # long after a silent worker is told of, however slow the machine
 PATIENCE_S = 120.0  # for what must come to pass, but not by when

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from server.demo import ADAPTERS_DIR
-from tests.stand.live import running
+from tests.stand.live import of_one_machine, running
 
-pytestmark = pytest.mark.http
+pytestmark = [pytest.mark.http, of_one_machine("Ray writes a folder of its own")]
 
 SCRIPT = """
 set -e

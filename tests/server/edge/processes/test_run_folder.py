@@ -17,7 +17,7 @@ from server.edge.processes import run_folder as module
 from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.run_folder import OWNER_LOCK_FILE, RUN_DIR_PREFIX, run_folder
 from server.edge.processes.serve import check_socket_folder
-from tests.stand.live import END_S, Live, hira
+from tests.stand.live import END_S, Live, hira, of_one_machine
 from tests.stand.waits import until
 
 
@@ -136,6 +136,7 @@ def counted(live: Live) -> float:
     return live.metric(f"hira_requests_total{{{labels}}}")
 
 
+@of_one_machine("its main process makes the folder anew")
 @pytest.mark.http
 def test_server_whose_run_folder_is_cleared_serves_on_and_survives_its_workers_death(
     tmp_path: Path,

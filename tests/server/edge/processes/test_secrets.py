@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from pathlib import Path
@@ -53,7 +52,7 @@ def test_no_key_and_no_input_is_logged(tmp_path: Path) -> None:
                 timeout=0.3,
             )
         live.child.send_signal(signal.SIGHUP)
-        os.kill(live.worker_pid, signal.SIGKILL)
+        live.kill_engine()
         live.wait_ready()
         assert live.end() == 0
         log = live.log.read_text(errors="replace")
