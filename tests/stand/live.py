@@ -74,10 +74,15 @@ class Live:
         state = json.loads((self.folder / "run" / "worker-0.json").read_text())
         return int(state["pid"])
 
+    def engine_pids(self) -> list[int]:
+        """Of the worker; of a cluster, of its engine replicas."""
+        if not ON_CLUSTER:
+            return [self.worker_pid]
+        return [one.pid for one in self.processes() if "hira:engine" in "".join(one.cmdline())]
+
     def kill_engine(self) -> None:
         """Kill the worker; of a cluster, one of its engine replicas."""
-        engines = (one for one in self.processes() if "hira:engine" in "".join(one.cmdline()))
-        os.kill(next(engines).pid if ON_CLUSTER else self.worker_pid, signal.SIGKILL)
+        os.kill(self.engine_pids()[0], signal.SIGKILL)
 
     def processes(self) -> list[psutil.Process]:
         """The main process and all below it; every one that was ever seen is remembered."""

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -53,20 +52,10 @@ class AnswersLost(Exception):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn in a child: ends by SIGTERM from the main process, not by Ctrl-C of the terminal.
-
-    Args:
-        config: As uvicorn's.
-        niceness: By how many levels the child gives way to the worker.
-    """
-
-    def __init__(self, config: uvicorn.Config, niceness: int = 0) -> None:
-        super().__init__(config)
-        self.niceness = niceness
+    """uvicorn in a child: ends by SIGTERM from the main process, not by Ctrl-C of the terminal."""
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until it can end in order
-        os.nice(self.niceness)  # before it has threads, which have it from this one
         super().run(sockets)
 
     @contextmanager
@@ -167,9 +156,7 @@ class HiraServer(LitServer):
                 **kwargs,
             )
             child = multiprocessing.get_context("fork").Process(
-                target=HttpServer(config, settings.http_niceness).run,
-                args=(sockets,),
-                name=f"http-{number}",
+                target=HttpServer(config).run, args=(sockets,), name=f"http-{number}"
             )
             self.service.load.beat(number)  # silent from here on: a start that hangs is ended too
             child.start()

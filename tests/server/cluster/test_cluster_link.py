@@ -443,7 +443,7 @@ def test_a_message_that_cannot_be_sent_harms_nobody() -> None:
             assert ended == []
             asked = asyncio.Event()
 
-            def asked_again(to: Any) -> Response:
+            def asked_again(to: Any) -> Any:
                 asked.set()
                 return working(to)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from server.cluster.local import places_of_proxy
+from server.cluster.local import ending_with_parent, places_of_proxy
 
 PREFIX = "RAY_SERVE_HAPROXY_"
 PORTS = (f"{PREFIX}METRICS_PORT", f"{PREFIX}STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
@@ -17,6 +20,7 @@ SOCKET_PATH_MAX = 107  # on Linux; HAProxy binds its own under this name and ".P
 
 NAMES = (
     *PORTS,
+    f"{PREFIX}BINARY_PATH",
     *(f"{PREFIX}{one}" for one in ("CONFIG_FILE_LOC", "SOCKET_PATH", "METRICS_SOCKET_PATH")),
     *(f"{PREFIX}{one}" for one in ("SERVER_STATE_BASE", "SERVER_STATE_FILE")),
 )
@@ -46,3 +50,32 @@ def test_places_that_an_operator_chose_hold(monkeypatch: pytest.MonkeyPatch) -> 
     with places_of_proxy():
         assert os.environ[f"{PREFIX}STATS_PORT"] == "8404"
         assert os.environ[f"{PREFIX}METRICS_PORT"] != "8404"
+
+
+KEEPER = """
+import subprocess, sys
+program = "import time; print('runs', flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.argv[1], "-c", program])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_proxy_ends_with_the_process_that_keeps_it(tmp_path: Path) -> None:
+    script = tmp_path / "program"
+    script.write_text(ending_with_parent(sys.executable))
+    script.chmod(0o700)
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER, str(script)], stdout=subprocess.PIPE)
+    assert keeper.stdout is not None
+    said = {keeper.stdout.readline().strip(), keeper.stdout.readline().strip()}
+    (pid,) = (int(one) for one in said - {b"runs"})
+    program = psutil.Process(pid)
+    try:
+        keeper.kill()
+        keeper.wait()
+        gone, _ = psutil.wait_procs([program], timeout=60)
+        assert gone
+    finally:
+        keeper.stdout.close()
+        if program.is_running():
+            program.kill()

@@ -23,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("coverage")
 
 
-@pytest.mark.parametrize(("family", "storage"), STAGES, ids="-".join)
+@pytest.mark.parametrize(("family", "storage"), STAGES, ids=["-".join(one) for one in STAGES])
 def test_every_answer_equals_float64(family: str, storage: str, root: Path) -> None:
     cells = coverage.run(family, storage, root / f"of {family}")
     worst = {(one.method, one.layer, one.task): one.error for one in cells if one.error > 0}

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.http
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("faults") / "data"
-    with fake(folder, api_processes=2, max_body_bytes=4096, http_niceness=2) as server:
+    with fake(folder, api_processes=2, max_body_bytes=4096) as server:
         yield server
 
 
@@ -45,13 +45,6 @@ def predict(live: Live, **parameters: Any) -> httpx2.Response:
 def generate(live: Live, tokens: int, seed: int | None = None, **more: Any) -> httpx2.Response:
     body = {"inputs": "hello", "parameters": {"max_new_tokens": tokens, "seed": seed}}
     return live.client.post("/generate?adapter=story", json=body, **more)
-
-
-@of_one_machine("Ray starts the processes of a cluster")
-def test_http_processes_give_way_to_the_worker_by_what_is_set(live: Live) -> None:
-    own = psutil.Process(live.child.pid).nice()
-    assert psutil.Process(live.worker_pid).nice() == own
-    assert sum(one.nice() == own + 2 for one in live.processes()) >= 2
 
 
 @of_one_machine("its only worker is killed, and a cluster has others")

@@ -142,7 +142,8 @@ def test_hundreds_who_leave_at_once_leave_nothing_behind(live: Live) -> None:
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
     predict(live)
-    http = [one for one in live.processes() if one.pid != live.worker_pid]
+    engines = live.engine_pids()
+    http = [one for one in live.processes() if one.pid not in engines]
     before = sum(descriptors(one) for one in http)
     gone = live.metric('hira_adapters{state="cancelled"}')
     with ExitStack() as stack:
