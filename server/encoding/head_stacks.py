@@ -105,7 +105,7 @@ class TimedStacks:
             return logits_apart(heads, batch)
         if key not in self._same:
             apart, together = logits_apart(heads, batch), logits_together(heads, batch)
-            if not all(map(_agree, together, apart)):
+            if not all(map(_same_logits, together, apart)):
                 raise RuntimeError("their logits are others when they run as one")
             self._same.add(key)
             return apart
@@ -126,7 +126,7 @@ class TimedStacks:
             torch.cuda.synchronize(self._device)
 
 
-def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+def _same_logits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether logits are the same but for the order of sums; those that are not finite, too."""
     finite = wanted[torch.isfinite(wanted)]
     largest = float(finite.abs().max()) if finite.numel() else 0.0

@@ -285,7 +285,7 @@ class Reader:
             heads = [head for _, head in members]
             own = [groups[number][0] for number, _ in members]
             try:
-                rows = _rows_of(own)
+                rows = _head_rows(own)
                 timed = most_bytes is None
                 logits = (self._stacks.logits if timed else logits_together)(heads, rows)
             except Exception as error:
@@ -495,7 +495,7 @@ def in_one_copy(values: Sequence[torch.Tensor], *, together: bool) -> list[torch
     return [part.view(one.shape) for part, one in zip(parts, values, strict=True)]
 
 
-def _rows_of(groups: Sequence[RowGroup]) -> HeadRows:
+def _head_rows(groups: Sequence[RowGroup]) -> HeadRows:
     """Groups of one batch as heads that run together read them."""
     states = groups[0].states
     rows = [group.rows for group in groups]
