@@ -88,6 +88,7 @@ CONFINED = {
         "adapters/kernels/triton_ops.py",
         "adapters/kernels/triton_scratch.py",
         "adapters/kernels/triton_one_row.py",
+        "adapters/kernels/triton_expanded.py",
     ),
     "litserve": ("server/edge/litserve/",),
     "ray": ("server/cluster/",),

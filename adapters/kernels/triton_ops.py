@@ -61,7 +61,7 @@ LORA_BLOCK_INPUTS = 128
 
 
 @triton.jit
-def _dot(left, right, total, EXACT: tl.constexpr):
+def dot_rounded(left, right, total, EXACT: tl.constexpr):
     """left · right + total in float32; EXACT does without the tensor cores' rounding."""
     if EXACT:
         total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
@@ -141,7 +141,7 @@ def tile_modulation(
     r = tl.arange(0, R)
     mask = (r < rank)[:, None] & inside[None, :]
     a = tl.load(a_ptr + r[:, None] * K + columns[None, :], mask=mask, other=0.0)
-    return _dot(b, a, tl.full((BN, HALF), 0.0, tl.float32), EXACT)
+    return dot_rounded(b, a, tl.full((BN, HALF), 0.0, tl.float32), EXACT)
 
 
 @triton.jit
@@ -191,9 +191,9 @@ def many_rows_kernel(
             high += high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
             low += low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
         x = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
-        total = _dot(high.to(dtype), x, total, EXACT)
+        total = dot_rounded(high.to(dtype), x, total, EXACT)
         x = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
-        total = _dot(low.to(dtype), x, total, EXACT)
+        total = dot_rounded(low.to(dtype), x, total, EXACT)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     mask = (m < count)[:, None] & (n < N)[None, :]
@@ -231,17 +231,17 @@ def few_rows_kernel(
         k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         x_high = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
         x_low = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
-        total = _dot(high.to(dtype), x_high, total, EXACT)
-        total = _dot(low.to(dtype), x_low, total, EXACT)
+        total = dot_rounded(high.to(dtype), x_high, total, EXACT)
+        total = dot_rounded(low.to(dtype), x_low, total, EXACT)
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
             slot = tl.load(entries_ptr + entry * 3)
             a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
             b = load_b(b_ptr, rank, n, N, R)
             product = high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
             part = tl.full((BN, BM), 0.0, tl.float32)
-            part = _dot(product.to(dtype), x_high, part, EXACT)
+            part = dot_rounded(product.to(dtype), x_high, part, EXACT)
             product = low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
-            part = _dot(product.to(dtype), x_low, part, EXACT)
+            part = dot_rounded(product.to(dtype), x_low, part, EXACT)
             # Chosen, not multiplied by 0: an overflow of one slot must not reach another's rows.
             own = m >= tl.load(entries_ptr + entry * 3 + 1)
             own = own & (m < tl.load(entries_ptr + entry * 3 + 2))
@@ -294,7 +294,7 @@ def lora_down_kernel(
         x = tl.load(at, mask=own, other=0.0)
         mask = (r < rank)[:, None] & (k < K)[None, :]
         a = tl.load(a_ptr + r[:, None] * K + k[None, :], mask=mask, other=0.0)
-        total = _dot(a, x, total, EXACT)
+        total = dot_rounded(a, x, total, EXACT)
     at = inner_ptr + row * R + r[:, None] + 0 * column[None, :]
     inside = (r < R)[:, None] & (column == 0)[None, :]
     tl.store(at, total, mask=inside)
@@ -333,6 +333,9 @@ def decode_bytes_kernel(byte_ptr, found_ptr, DECODER: tl.constexpr):
     tl.store(found_ptr + at, high)
     tl.store(found_ptr + 256 + at, low)
 
+
+# What a compiler or a launch raises where a kernel does not fit a device.
+KernelFailure = triton.TritonError
 
 # Under TRITON_INTERPRET=1 the kernels run on the CPU, whose dot takes bfloat16 bits for integers.
 INTERPRETED = not isinstance(many_rows_kernel, triton.JITFunction)
@@ -466,7 +469,7 @@ def _launch_many(
     """``spare``: some of the tiles may have no rows."""
     (out_features, in_features), many = weight.shape, tiles.many
     _, shared_bytes = device_limits(x.device)
-    blocks = many_blocks(many.rank, weight.grouped, shared_bytes)
+    blocks = many_blocks(many.rank, weight.grouped, shared_bytes, many.block_rows)
     many_rows_kernel[(many.count * triton.cdiv(out_features, blocks.out),)](
         x, x.stride(0), y, bias, *source, tiles.rows, many.tiles, many.count,
         out_features, in_features, BM=many.block_rows, BN=blocks.out, R=many.rank,

@@ -69,16 +69,26 @@ def scratch_weight_kernel(
     tl.store(row + k_low[None, :], low.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["layer", "LAYERS"], do_not_specialize_on_alignment=["slots_ptr"])
+@triton.jit(
+    do_not_specialize=["layer", "LAYERS", "row_count"],
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
 def expand_rows_kernel(
-    x_ptr, x_stride, z_ptr, slots_ptr, table_ptr, layer, LAYERS, K,
-    EACH: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, x_stride, z_ptr, slots_ptr, row_count, table_ptr, layer, LAYERS, K,
+    EACH: tl.constexpr, PLAIN: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """z[t · EACH] = x[t], z[t · EACH + k] = a_k ⊙ x[t]; zeros beyond the rank of t's slot."""
-    row, k = tl.program_id(0) // EACH, tl.program_id(0) % EACH
+    """z[t · EACH + k] = a_k ⊙ x[t], of k from 1; zeros beyond the rank of t's slot, and beyond
+    the last row.
+
+    PLAIN: before them z[t · EACH] = x[t]; otherwise z begins with k = 1.
+    """
+    row, k = tl.program_id(0) // EACH, tl.program_id(0) % EACH + (not PLAIN)
     i = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    a_ptr, _, rank = factors_at(table_ptr, tl.load(slots_ptr + row), layer, LAYERS, x_ptr, COLUMNS)
-    x = tl.load(x_ptr + row.to(tl.int64) * x_stride + i, mask=i < K, other=0.0).to(tl.float32)
+    is_row = row < row_count
+    slot = tl.load(slots_ptr + row, mask=is_row, other=0)
+    a_ptr, _, rank = factors_at(table_ptr, slot, layer, LAYERS, x_ptr, COLUMNS)
+    x_at = x_ptr + row.to(tl.int64) * x_stride + i
+    x = tl.load(x_at, mask=(i < K) & is_row, other=0.0).to(tl.float32)
     has_factor = (k > 0) & (k <= rank)
     at = tl.where(has_factor, k - 1, 0).to(tl.int64) * K
     a = tl.load(a_ptr + at + i, mask=(i < K) & has_factor, other=0.0).to(tl.float32)
@@ -181,8 +191,8 @@ def product_linear(
     write_weight(w0, weight, addresses, layer, 0, 0)
     blocks = z.shape[0] // PRODUCT_ROWS
     expand_rows_kernel[(rows * each, triton.cdiv(in_features, EXPAND_BLOCK))](
-        x, x.stride(0), z, slots, addresses, layer, layers, in_features,
-        EACH=each, BLOCK_K=EXPAND_BLOCK, COLUMNS=FACTOR_COLUMNS,
+        x, x.stride(0), z, slots, rows, addresses, layer, layers, in_features,
+        EACH=each, PLAIN=True, BLOCK_K=EXPAND_BLOCK, COLUMNS=FACTOR_COLUMNS,
     )  # fmt: skip
     for block in range(blocks):
         rows_of = slice(block * PRODUCT_ROWS, (block + 1) * PRODUCT_ROWS)

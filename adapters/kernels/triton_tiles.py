@@ -17,12 +17,19 @@ from adapters.segments import BASE_SLOT, Segments
 RANK_STEPS = (16, 32, 64, KERNEL_MAX_RANK)
 # Slots with fewer rows share tiles: with fewer, half of a tile of their own would be padding.
 FEW_ROWS = 32
+# Rows of a program for many rows of a slot; and of a wide one, which fits the registers of a GPU
+# from capability 9.0 on, up to this padded rank.
+MANY_BLOCK_ROWS = 128
+WIDE_BLOCK_ROWS = 256
+WIDE_MAX_RANK = 64
 # Shared memory of an A100 or H100; other GPUs since 2018 have 96 KiB or more for a program.
 LARGE_SHARED_BYTES = 160 * 1024
 # Programs of the few-rows kernel that a multiprocessor should be given to hide its latencies, and
 # the parts that a sum of inputs is cut into at most: each costs a float32 row written and read.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MAX_SPLITS = 16
+# Expanded rows of a program of their kernel: those of whole rows, of 1 at rank 128 to 8 at rank 16.
+EXPANDED_COLUMNS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +84,15 @@ class BatchTiles:
     Args:
         segments: Of the rows of x.
         device: Where the kernels run.
+        wide: Slots with more than ``MANY_BLOCK_ROWS`` rows have blocks of ``WIDE_BLOCK_ROWS``, up
+            to rank ``WIDE_MAX_RANK``: half of the modulations, more registers.
     """
 
-    def __init__(self, segments: Segments, device: torch.device | str) -> None:
+    def __init__(
+        self, segments: Segments, device: torch.device | str, *, wide: bool = False
+    ) -> None:
         self.segments = segments
+        self.wide = wide
         # With its index: "cuda" alone would differ from the device of any tensor.
         self.device = torch.empty(0, device=device).device
         rows: dict[int, list[torch.Tensor]] = {}
@@ -116,7 +128,9 @@ class BatchTiles:
                 few.append((slot, rows))
                 continue
             rank = ranks[slot] if slot != BASE_SLOT else 0
-            block_rows = 128 if len(rows) > 64 else 64
+            block_rows = MANY_BLOCK_ROWS if len(rows) > MANY_BLOCK_ROWS // 2 else 64
+            if self.wide and len(rows) > MANY_BLOCK_ROWS and rank <= WIDE_MAX_RANK:
+                block_rows = WIDE_BLOCK_ROWS
             tiles = many.setdefault((rank, block_rows), [])
             for start in range(0, len(rows), block_rows):
                 tiles += (slot, place + start, min(block_rows, len(rows) - start))
@@ -159,14 +173,16 @@ class Blocks:
     stages: int
 
 
-def many_blocks(rank: int, grouped: bool, shared_bytes: int) -> Blocks:
-    """The cut of the many-rows kernel for a padded rank.
+def many_blocks(rank: int, grouped: bool, shared_bytes: int, rows: int = MANY_BLOCK_ROWS) -> Blocks:
+    """The cut of the many-rows kernel for a padded rank and the rows of a program.
 
     Accumulator, modulation and decoded tile fit the 255 registers of a thread, and what the stages
     hold fits the shared memory; a test compiles each for both generations of tensor cores.
     """
     if not grouped:  # a scale for each byte: no registers to spare for a pipeline
         return Blocks(64, 8, 1)
+    if rows > MANY_BLOCK_ROWS:
+        return Blocks(128, 8, 2)
     if shared_bytes < LARGE_SHARED_BYTES and rank > 64:
         return Blocks(64, 8, 2)
     return Blocks(128, 8, 2 if rank > 64 or shared_bytes < LARGE_SHARED_BYTES else 3)
@@ -182,16 +198,28 @@ def one_row_blocks(rank: int) -> Blocks:
     return Blocks(64, 8, 2) if rank > 64 else Blocks(64, 4, 2)
 
 
-def split_inputs(in_features: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+def expanded_blocks(shared_bytes: int) -> Blocks:
+    """The cut of the kernel for expanded rows; its pipeline runs over the inputs."""
+    return Blocks(128, 8, 3 if shared_bytes >= LARGE_SHARED_BYTES else 2)
+
+
+def split_inputs(
+    in_features: int,
+    programs: int,
+    multiprocessors: int,
+    *,
+    each: int = PROGRAMS_PER_MULTIPROCESSOR,
+) -> tuple[int, int]:
     """How many parts to cut the input features into, and the features of each but the last.
 
     Args:
         in_features: Of the layer.
         programs: That there are without a cut.
         multiprocessors: Of the device.
+        each: Programs that a multiprocessor should be given.
     """
     steps = -(-in_features // GROUP_FEATURES)
-    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)
+    wanted = -(-each * multiprocessors // programs)
     # Two steps a part at least: below that a program spends itself on its start.
     splits = max(1, min(wanted, MAX_SPLITS, steps // 2))
     steps_each = -(-steps // splits)

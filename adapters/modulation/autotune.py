@@ -124,7 +124,7 @@ class Autotuner:
         for candidate in order[turn:] + order[:turn]:
             try:
                 times.add(candidate, self._ns(candidates[candidate]))
-            except RuntimeError as error:
+            except Exception as error:  # noqa: BLE001  # of a compiler, too: another one serves
                 logger.warning("%s could not be timed: %s", " ".join(candidate), error)
                 times.add(candidate, math.inf)
         times.rounds += 1

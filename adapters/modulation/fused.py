@@ -8,9 +8,10 @@ left to the modulator, which computes it by the torch operators, segment by segm
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -22,10 +23,20 @@ from adapters.kernels.triton_operands import (
     FactorTable,
     PackedWeight,
 )
-from adapters.kernels.triton_tiles import BatchTiles, padded_rank
+from adapters.kernels.triton_tiles import (
+    MANY_BLOCK_ROWS,
+    WIDE_MAX_RANK,
+    BatchTiles,
+    padded_rank,
+)
 from adapters.modulation.autotune import Autotuner
 from adapters.modulation.fused_steps import FusedSteps
-from adapters.modulation.gpu_kernels import row_kernels, scratch_kernels, tile_kernels
+from adapters.modulation.gpu_kernels import (
+    expanded_kernels,
+    row_kernels,
+    scratch_kernels,
+    tile_kernels,
+)
 from adapters.modulation.kernel_probe import obstacle, proved_forms
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.packed_layers import packed_layers
@@ -37,10 +48,14 @@ from adapters.modulation.workspace import Workspace
 from adapters.segments import Segments
 
 _FIRST_SLOTS = 17
-# Segment tables of one forward: tokens, sequences, logits, one to spare, and each of the bare base.
-_TILES_KEPT = 8
+# Segment tables of one forward: tokens (once more in wide tiles), sequences, logits, some to spare,
+# and each of the bare base.
+_TILES_KEPT = 12
 # Rows of a slot below which a weight of its own is hopeless.
 _LEAST_ROWS_OF_A_SLOT = 16
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +102,8 @@ class FusedLayers:
         self._table = FactorTable(_FIRST_SLOTS, shapes, dtype, self.device)
         self._tiles: list[BatchTiles] = []  # latest last
         self._workspace = Workspace()
-        self._first_row = torch.zeros(1, dtype=torch.int32, device=self.device)
+        # 0, 1, 2, ...: where rows are in an answer.
+        self._order = torch.arange(MOST_EXPANDED // 16, dtype=torch.int32, device=self.device)
         self.steps = FusedSteps(packed, dtype, self.device)
 
     @property
@@ -131,6 +147,20 @@ class FusedLayers:
     def clear(self, slot: int) -> None:
         """Empty a slot that no batch uses."""
         self._table.clear(slot)
+
+    def gives_up(self, path: str, error: Exception) -> bool:
+        """Whether a kernel itself has failed at a layer, which it then no longer serves.
+
+        Args:
+            path: Of the layer.
+            error: What ``linear`` raised.
+        """
+        if not isinstance(error, self._ops.KernelFailure):
+            return False
+        self._layers.pop(path, None)
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        logger.warning("Torch computes %s from now on, the fused kernel failed: %s", path, told)
+        return True
 
     def linear(
         self, call: LayerCall, tuner: Autotuner | None = None
@@ -210,9 +240,10 @@ class FusedLayers:
         rank = max(ranks, default=0)
         where = (layer.weight, self._table.addresses, layer.index)
 
-        def by_tiles() -> torch.Tensor:
+        def by_tiles(wide: bool = False) -> torch.Tensor:
+            tiles = self._tiles_of(call.segments, wide=wide)
             y: torch.Tensor = self._ops.hira_linear(
-                x, layer.weight, self._table, layer.index, self._tiles_of(call.segments), bias=bias
+                x, layer.weight, self._table, layer.index, tiles, bias=bias
             )
             return y
 
@@ -230,6 +261,13 @@ class FusedLayers:
             )
             return y
 
+        def by_expanded() -> torch.Tensor:
+            y: torch.Tensor = expanded_kernels().expanded_linear(
+                x, *where, row_slots(), rank=rank, order=self._order[: x.shape[0]], take=take,
+                bias=bias,
+            )  # fmt: skip
+            return y
+
         def by_scratch() -> torch.Tensor:
             pieces = [
                 (part.slot, own, part.start, part.stop)
@@ -242,7 +280,7 @@ class FusedLayers:
 
         def by_row() -> torch.Tensor:
             y: torch.Tensor = row_kernels().one_row_linear(
-                x, *where, row_slots(), rank=rank, first_row=self._first_row, bias=bias
+                x, *where, row_slots(), rank=rank, first_row=self._order[:1], bias=bias
             )
             return y
 
@@ -251,16 +289,23 @@ class FusedLayers:
             runs["triton", "row"] = by_row
         if x.shape[0] * (rank + 1) <= MOST_EXPANDED:
             runs["triton", "product"] = by_product
+        if rank and x.shape[0] * rank <= MOST_EXPANDED:
+            runs["triton", "expanded"] = by_expanded
+        if layer.weight.grouped and any(
+            part.rows > MANY_BLOCK_ROWS and own <= WIDE_MAX_RANK
+            for part, own in zip(parts, ranks, strict=True)
+        ):
+            runs["triton", "wide"] = partial(by_tiles, wide=True)
         if x.shape[0] >= _LEAST_ROWS_OF_A_SLOT * len(parts):
             runs["triton", "scratch"] = by_scratch
         return runs
 
-    def _tiles_of(self, segments: Segments) -> BatchTiles:
+    def _tiles_of(self, segments: Segments, *, wide: bool) -> BatchTiles:
         """The tiles of a segment table, made once for the many layers of a forward."""
         for tiles in reversed(self._tiles):
-            if tiles.segments is segments:
+            if tiles.segments is segments and tiles.wide == wide:
                 return tiles
-        tiles = BatchTiles(segments, self.device)
+        tiles = BatchTiles(segments, self.device, wide=wide)
         self._tiles = [*self._tiles[1 - _TILES_KEPT :], tiles]
         return tiles
 

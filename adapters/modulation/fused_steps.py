@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import torch
 
 from adapters.kernels.triton_operands import FactorTable, PackedWeight
 from adapters.kernels.triton_tiles import FewRows, TokenTiles
-from adapters.modulation.gpu_kernels import row_kernels, scratch_kernels, tile_kernels
+from adapters.modulation.gpu_kernels import (
+    expanded_kernels,
+    row_kernels,
+    scratch_kernels,
+    tile_kernels,
+)
 from adapters.modulation.kernel_probe import proved_forms
 from adapters.modulation.static_rows import StaticRows
 from adapters.modulation.step_forms import (
@@ -29,6 +35,9 @@ from adapters.modulation.step_forms import (
 from adapters.modulation.strategy import Computation
 from adapters.modulation.workspace import Workspace
 from adapters.segments import BASE_SLOT
+
+# Forms that take buffers, those of the largest first: in this order they are given up.
+_WITH_BUFFERS: Final[tuple[StepForm, ...]] = ("product", "expanded")
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +59,8 @@ class FusedSteps:
         self._device = device
         self._forms = StepForms()
         self._buffers = Workspace()
-        self._first_row = torch.zeros(1, dtype=torch.int32, device=device)
+        # 0, 1, 2, ...: where rows are in an answer.
+        self._order = torch.arange(max(TIMED_ROWS), dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +83,7 @@ class FusedSteps:
         """Time every form on each shape of weight: the steps themselves cannot.
 
         From now on ``linear`` takes the fastest. A form that is wrong, or cannot run, is not tried;
-        where memory does not hold the buffers of ``product``, it is not used.
+        where memory does not hold the buffers of one, it is not used.
 
         Args:
             most_rows: Of a step.
@@ -91,15 +101,19 @@ class FusedSteps:
         self._forms = StepForms(chosen)
         # What was taken for forms that lost is given back; the rest must never move.
         self._buffers = Workspace()
-        try:
-            self._reserve()
-        except torch.OutOfMemoryError:
-            logger.warning(
-                "No memory for the buffers of steps by products: the fused kernel computes them. "
-                "Lower kv_bytes or device_bytes to make room."
-            )
-            self._forms = self._forms.without("product")
-            self._buffers = Workspace()
+        for form in _WITH_BUFFERS:
+            try:
+                self._reserve()
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "No memory for the buffers of steps by %s: another form computes them. "
+                    "Lower kv_bytes or device_bytes to make room.",
+                    form,
+                )
+                self._forms = self._forms.without(form)
+                self._buffers = Workspace()
+            else:
+                return
 
     def linear(
         self,
@@ -165,6 +179,8 @@ class FusedSteps:
         """Take the largest buffers that chosen products need, before any step is captured."""
         for shape, rank, rows in self._forms.cases("product"):
             scratch_kernels().product_buffers(shape, rows, rank, self._dtype, self._take)
+        for shape, rank, rows in self._forms.cases("expanded"):
+            expanded_kernels().expanded_buffer(shape, rows, rank, self._dtype, self._take)
 
     def _runs(
         self, weight: PackedWeight, rows: int, rank: int, proved: frozenset[Computation]
@@ -195,6 +211,8 @@ class FusedSteps:
             runs["row"] = run("row")
         if rows * (rank + 1) <= MOST_EXPANDED and "product" in proved:
             runs["product"] = run("product")
+        if rank and rows * rank <= MOST_EXPANDED and "expanded" in proved:
+            runs["expanded"] = run("expanded")
         return runs
 
     def _by_form(
@@ -214,12 +232,17 @@ class FusedSteps:
         if form == "row":
             y = row_kernels().one_row_linear(
                 x, weight, table, layer, slots,
-                rank=tiles.rank, first_row=self._first_row, bias=bias,
+                rank=tiles.rank, first_row=self._order[:1], bias=bias,
             )  # fmt: skip
         elif form == "product":
             y = scratch_kernels().product_linear(
                 x, weight, table, layer, slots, rank=rank, take=self._take, bias=bias
             )
+        elif form == "expanded":
+            y = expanded_kernels().expanded_linear(
+                x, weight, table, layer, slots, rank=rank, order=self._order[: x.shape[0]],
+                take=self._take, bias=bias,
+            )  # fmt: skip
         else:
             y = tile_kernels().few_rows_linear(x, weight, table, layer, tiles, bias)
         return y

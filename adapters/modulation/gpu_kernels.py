@@ -24,3 +24,10 @@ def scratch_kernels() -> Any:
     from adapters.kernels import triton_scratch
 
     return triton_scratch
+
+
+def expanded_kernels() -> Any:
+    """The kernel for rows that factors expanded."""
+    from adapters.kernels import triton_expanded
+
+    return triton_expanded

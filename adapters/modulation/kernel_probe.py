@@ -16,14 +16,20 @@ import torch
 
 from adapters.kernels import reference
 from adapters.kernels.triton_operands import KERNEL_DTYPES, FactorTable
-from adapters.kernels.triton_tiles import BatchTiles
-from adapters.modulation.gpu_kernels import row_kernels, scratch_kernels, tile_kernels
+from adapters.kernels.triton_tiles import MANY_BLOCK_ROWS, BatchTiles
+from adapters.modulation.gpu_kernels import (
+    expanded_kernels,
+    row_kernels,
+    scratch_kernels,
+    tile_kernels,
+)
 from adapters.modulation.packed_layers import packed_layers
 from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.strategy import Computation
 from adapters.segments import BASE_SLOT, from_runs
 
 LEAST_CAPABILITY: Final = (8, 0)  # the kernels are compiled, in tests, for 8.0 to 9.0
+WIDE_CAPABILITY: Final = (9, 0)
 # Relative to the largest answer: bfloat16 rounds by 2⁻⁸.
 PROBE_TOLERANCE: Final = 2e-2
 
@@ -67,8 +73,10 @@ def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computat
     Each is run once, and compiled; what fails, or is wrong, is said in the log and never timed.
     """
     proved: set[Computation] = set()
-    forms: tuple[Computation, ...] = ("product", "scratch", "row")
+    forms: tuple[Computation, ...] = ("product", "expanded", "scratch", "row", "wide")
     for form in forms:
+        if form == "wide" and not _has_wide(device):
+            continue
         try:
             error = probe_error(dtype, device, form)
         except Exception as cause:  # a compiler, a driver, a library: the fused kernel serves
@@ -80,6 +88,11 @@ def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computat
         else:
             logger.warning("The form %s is off by %.2g in its probe: not used", form, error)
     return frozenset(proved)
+
+
+def _has_wide(device: torch.device) -> bool:
+    """Whether blocks of twice the rows fit the registers: by what the compiler says in tests."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= WIDE_CAPABILITY
 
 
 def probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "tiles") -> float:
@@ -98,10 +111,12 @@ def probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "t
         for slot, (a, b) in factors.items():
             table.place(slot, {0: (a, b)})
         runs = [(1, 40), (2, 3), (BASE_SLOT, 2)]
-        if form == "product":  # for few rows: many would only take longer
+        if form in {"product", "expanded"}:  # for few rows: many would only take longer
             runs = [(1, 4), (2, 3), (BASE_SLOT, 2)]
         elif form == "row":
             runs = [(2, 1)]
+        elif form == "wide":
+            runs = [(1, MANY_BLOCK_ROWS + 5), (2, 3)]
         segments = from_runs(runs)
         x, bias = random(segments.rows, 256), random(64)
         where = (packed, table.addresses, 0)
@@ -114,6 +129,12 @@ def probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "t
             found = scratch_kernels().product_linear(
                 x, *where, slots, rank=16, take=take, bias=bias
             )
+        elif form == "expanded":
+            slots = torch.tensor(segments.row_slots(), dtype=torch.int32).to(device)
+            order = torch.arange(len(slots), dtype=torch.int32, device=device)
+            found = expanded_kernels().expanded_linear(
+                x, *where, slots, rank=16, order=order, take=take, bias=bias
+            )
         elif form == "scratch":
             pieces = [
                 (part.slot, 0 if part.slot == BASE_SLOT else 16, part.start, part.stop)
@@ -124,7 +145,7 @@ def probe_error(dtype: torch.dtype, device: torch.device, form: Computation = "t
             zero, two = (torch.tensor([one], dtype=torch.int32).to(device) for one in (0, 2))
             found = row_kernels().one_row_linear(x, *where, two, rank=16, first_row=zero, bias=bias)
         else:
-            tiles = BatchTiles(segments, device)
+            tiles = BatchTiles(segments, device, wide=form == "wide")
             found = tile_kernels().hira_linear(x, packed, table, 0, tiles, bias=bias)
         truth = reference.modulated_linear(
             x,

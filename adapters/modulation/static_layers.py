@@ -184,11 +184,12 @@ class StaticLayers:
                 return "rank"
             if entry.a.dtype != self.dtype or not entry.a.is_contiguous():
                 return "factors"
-            if entry.a.device.type == "cuda":
-                if self.fused is None or not self.fused.holds(path):
-                    return "storage"
-                if entry.a.data_ptr() % ADDRESS_MULTIPLE_BYTES:
-                    return "factors"
+            if self.fused is None and entry.a.device.type == "cpu":
+                continue  # torch operators serve every layer there
+            if self.fused is None or not self.fused.holds(path):
+                return "storage"
+            if entry.a.data_ptr() % ADDRESS_MULTIPLE_BYTES:
+                return "factors"
         return None
 
 

@@ -47,6 +47,10 @@ class StaticRows:
         self.rank = 0  # the padded rank that the launches are made for; 0: no HiRA
         self.has_lora = False
 
+    def all(self) -> list[torch.Tensor]:
+        """The memory that every step reads."""
+        return [self._all, self._order]
+
     @property
     def slots(self) -> torch.Tensor:
         """int32 ``[rows]``."""

@@ -15,16 +15,17 @@ from typing import Any, Final, Literal
 
 import torch
 
-# ``tiles``: the fused kernel; ``product``: W0 decoded once and one library product; ``row``: the
-# kernel for one row.
-StepForm = Literal["tiles", "product", "row"]
+# ``tiles``: the fused kernel; ``product``: W0 decoded once and one library product; ``expanded``:
+# 4-bit tiles against expanded rows; ``row``: the kernel for one row.
+StepForm = Literal["tiles", "product", "expanded", "row"]
 StepCase = tuple[tuple[int, int], int, int]  # shape of a weight, padded rank, rows
 
 TIMED_ROWS: Final = (1, 4, 16, 64)
 TIMED_ADAPTERS: Final = 16  # of the rows that are timed, at most
-# Rows of ``product``, expanded by their ranks: beyond it its buffers are large and it is hopeless.
+# Rows of ``product`` and ``expanded``, expanded by their ranks: beyond it their buffers are large
+# and both are hopeless.
 MOST_EXPANDED: Final = 8192
-_LEAST_ARITHMETIC: Final[tuple[StepForm, ...]] = ("row", "product", "tiles")
+_LEAST_ARITHMETIC: Final[tuple[StepForm, ...]] = ("row", "product", "expanded", "tiles")
 _LAUNCHES: Final = 20  # of a round
 _REPLAYS: Final = 5
 

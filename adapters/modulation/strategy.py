@@ -18,11 +18,13 @@ Backend = Literal["native", "torch", "triton"]
 # How a segment is computed: ``kept`` by its kept folded weight; ``held`` only to be timed, by
 # whatever lies in the buffer of folded weights, as if it were kept.
 # Of a whole call on a GPU: ``tiles`` by the fused kernel, ``product`` with W0 decoded into scratch
-# memory and all factors expanded, ``scratch`` with the modulated weight of each slot in it, ``row``
-# by the kernel for a single row.
+# memory and all factors expanded, ``expanded`` likewise with W0 in registers, ``scratch`` with the
+# modulated weight of each slot in memory, ``wide`` by the fused kernel over larger blocks of rows,
+# ``row`` by the kernel for a single row.
 Computation = Literal[
-    "base", "fold", "expand", "kept", "held", "tiles", "product", "scratch", "row"
-]
+    "base", "fold", "expand", "kept", "held",
+    "tiles", "wide", "product", "expanded", "scratch", "row",
+]  # fmt: skip
 Candidate = tuple[Backend, Computation]
 
 # Folding is ``rank`` multiply-adds a weight and a pass over the weight; expanding ``rows · rank``.

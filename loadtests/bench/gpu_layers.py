@@ -142,7 +142,7 @@ def _measure_case(report: Report, case: LayerCase, device: torch.device, budget:
 
 
 _DENSE = "dense bf16 matmul"
-_FORMS = ("tiles", "product", "scratch", "row")
+_FORMS = ("tiles", "wide", "product", "expanded", "scratch", "row")
 
 
 def _sides(

@@ -40,6 +40,8 @@ class TaskHead:
         labels: Names of the logits; empty for question answering.
         problem_type: How logits become scores; None where the config says nothing.
         alike: The same for heads that differ in nothing but their numbers and labels.
+
+    ``tensors`` are its parameters by name.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class TaskHead:
         self.labels = labels
         self.problem_type = problem_type
         self.pad_id = pad_id
-        self.nbytes = sum(parameter.nbytes for parameter in module.parameters())
+        self.tensors: Mapping[str, torch.Tensor] = dict(module.named_parameters())
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self._module = module
         self._stub = stub
 
@@ -80,10 +83,6 @@ class TaskHead:
             question answering.
         """
         return self.with_tensors(None, hidden, pooled, token_ids, mask)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Its parameters, by name."""
-        return dict(self._module.named_parameters())
 
     def with_tensors(
         self,

@@ -155,7 +155,11 @@ class EncodeLane:
             )
             if fault is None:
                 # Before anything is captured, and then what was captured.
-                fault = static_fault(self._base, unpadded, self._padded_states)
+                fault = self._static_fault(unpadded)
+                assert unpadded.static is not None
+                if fault is not None and unpadded.static.leave_pooler_out():
+                    # A pooler that reads more than the first token of a text.
+                    fault = self._static_fault(unpadded)
             if fault is None:
                 for done, every in unpadded.capture_static():
                     tell_stage("capturing batches of texts", done, every)
@@ -170,6 +174,19 @@ class EncodeLane:
             return
         assert unpadded.static is not None
         self._figures = replace(self._figures, static_bytes=unpadded.static.held_bytes())
+
+    def _static_fault(self, unpadded: UnpaddedForward) -> str | None:
+        """What is wrong with batches over fixed buffers, or what they raise; None: nothing.
+
+        Raises:
+            Exception: The device itself is lost.
+        """
+        try:
+            return static_fault(self._base, unpadded, self._padded_states)
+        except Exception as error:
+            if failures.is_lost(error):
+                raise
+            return f"{type(error).__name__}: {error}"
 
     def _read_together(self) -> None:
         """Bring all answers of a batch back in one copy, if they are then the same.

@@ -21,7 +21,12 @@ from adapters.intake.pooling import base_pooling
 from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase
 from server.encoding import postprocess
-from server.encoding.head_stacks import HeadRows, logits_together, no_head_stack
+from server.encoding.head_stacks import (
+    HeadRows,
+    TimedStacks,
+    logits_together,
+    no_head_stack,
+)
 from server.encoding.heads import Heads, TaskHead
 from server.failures import NotFinite, TaskMismatch, is_expected, is_lost
 from server.inputs.images import Images
@@ -41,7 +46,7 @@ TOGETHER_ON: frozenset[str] = frozenset()
 _POOLED_TOLERANCE = 1e-3
 # Heads of one shape run as one up to this size, by device. Their numbers are put side by side for
 # it. On a CPU, 32 heads took 0.26 to 0.41 of the time with 6 KB each and 1.7 to 2.4 times the time
-# with 2.4 MB each; a device that is not named has not been measured, and stacks none.
+# with 2.4 MB each. On a device that is not named both ways are compared and timed on the traffic.
 STACKED_HEAD_BYTES: Mapping[str, int] = {"cpu": 64 << 10}
 
 
@@ -166,6 +171,7 @@ class Reader:
         self._alone = alone
         self._compared = False  # pooling together, and found the same
         self._apart: set[Hashable] = set()  # kinds of heads that do not run together
+        self._stacks = TimedStacks(base.device)
         self._declared = base_pooling(base.folder, base.adapted.signature.max_length)
         if isinstance(self._declared, AdapterError):
             logger.warning("%s (found %s)", self._declared.message, self._declared.found)
@@ -260,7 +266,7 @@ class Reader:
         found: dict[int, Computed] = {}
         if self._alone:
             return found
-        most_bytes = STACKED_HEAD_BYTES.get(self._base.device.type, 0)
+        most_bytes = STACKED_HEAD_BYTES.get(self._base.device.type)
         alike: dict[Hashable, list[tuple[int, TaskHead]]] = {}
         for number, (group, weights) in enumerate(groups):
             try:
@@ -269,20 +275,19 @@ class Reader:
                 if is_lost(error):
                     raise
                 continue  # it is raised again where the group runs alone
-            if head is None or head.nbytes > most_bytes:
+            if head is None or (most_bytes is not None and head.nbytes > most_bytes):
                 continue
             if head.alike not in self._apart:
                 alike.setdefault(head.alike, []).append((number, head))
         for key, members in alike.items():
             if len(members) < 2:
                 continue
-            states = groups[members[0][0]][0].states
-            rows = HeadRows(
-                states.hidden, states.pooled, states.ids, states.mask,
-                [groups[number][0].rows for number, _ in members],
-            )  # fmt: skip
+            heads = [head for _, head in members]
+            own = [groups[number][0] for number, _ in members]
             try:
-                logits = logits_together([head for _, head in members], rows)
+                rows = _head_rows(own)
+                timed = most_bytes is None
+                logits = (self._stacks.logits if timed else logits_together)(heads, rows)
             except Exception as error:
                 if is_lost(error):
                     raise
@@ -488,6 +493,13 @@ def in_one_copy(values: Sequence[torch.Tensor], *, together: bool) -> list[torch
     flat = torch.cat([one.float().reshape(-1) for one in values]).cpu()
     parts = torch.split(flat, [one.numel() for one in values])
     return [part.view(one.shape) for part, one in zip(parts, values, strict=True)]
+
+
+def _head_rows(groups: Sequence[RowGroup]) -> HeadRows:
+    """Groups of one batch as heads that run together read them."""
+    states = groups[0].states
+    rows = [group.rows for group in groups]
+    return HeadRows(states.hidden, states.pooled, states.ids, states.mask, rows)
 
 
 def _is_decoder(config: Any) -> bool:

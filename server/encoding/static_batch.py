@@ -4,7 +4,8 @@ On a CPU it is an ordinary function. On a CUDA device the same function is captu
 bucket of tokens (``server.base.captured_steps``) and replayed. Rows beyond the tokens of a batch
 are texts of nobody, which attend to themselves. What cannot be computed so (an adapter of an
 embedding, more tokens than there is room for) is named by ``obstacle``, and the batch then runs as
-``server.encoding.unpadded`` runs it. A pooler is not in it: it reads one row of each text.
+``server.encoding.unpadded`` runs it. A pooler is in it, over the first row of each text; heads are
+not: which there are is known when adapters come, and nothing is captured then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from adapters.modulation.static_layers import StaticLayers
-from adapters.modulation.static_rows import StaticTokens
+from adapters.modulation.static_rows import StaticRows, StaticTokens
 from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey, launch_class
 from server.base.load import LoadedBase
 from server.encoding.batch import FlatFeed
@@ -126,6 +127,9 @@ class StaticBatch:
         width = int(base.backbone.config.get_text_config().hidden_size)
         self._out = torch.zeros(most_tokens, width, dtype=base.dtype, device=device)
         self._token_rows = StaticTokens(most_tokens, most_texts + 1, device)
+        self._text_rows = StaticRows(most_texts, device)
+        self._pooled = torch.zeros(most_texts, width, dtype=base.dtype, device=device)
+        self._pools = getattr(base.backbone, "pooler", None) is not None
         embeddings = getattr(base.backbone, "embeddings", None)
         self._has_types = getattr(embeddings, "token_type_embeddings", None) is not None
         known = inspect.signature(base.backbone.forward).parameters
@@ -134,7 +138,18 @@ class StaticBatch:
 
     def fixed(self) -> list[torch.Tensor]:
         """The memory that every batch reads and writes."""
-        return [self._tokens, self._starts, self._out, *self._token_rows.all()]
+        rows = [*self._token_rows.all(), *self._text_rows.all()]
+        return [self._tokens, self._starts, self._out, self._pooled, *rows]
+
+    def leave_pooler_out(self) -> bool:
+        """Run the pooler after batches from now on; False: it does already. Before any capture."""
+        was, self._pools = self._pools, False
+        return was
+
+    def pooled(self, texts: int) -> torch.Tensor | None:
+        """What the pooler made of so many texts of the latest batch ``[texts, H]``: a view, until
+        the next one runs; None: it runs after batches, or there is none."""
+        return self._pooled[:texts] if self._pools else None
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes on the device, of buffers and of graphs."""
@@ -204,7 +219,11 @@ class StaticBatch:
         self._token_rows.shape(key.rows, key.rank, key.has_lora)
         texts = StaticTexts(self._starts, min(self._longest, key.rows), self._attend)
         more = {"token_type_ids": self._tokens[2, : key.rows][None]} if self._has_types else {}
-        with self._layers_static(), self._without_pooler(), self._own_attention():
+        with (
+            self._layers_static(self._token_rows),
+            self._without_pooler() as pooler,
+            self._own_attention(),
+        ):
             out = self._base.backbone(
                 input_ids=self._tokens[0, : key.rows][None],
                 position_ids=self._tokens[1, : key.rows][None],
@@ -213,6 +232,13 @@ class StaticBatch:
                 **self._constant,
             )
         self._out[: key.rows].copy_(out.last_hidden_state[0])
+        if self._pools:
+            # As many as a batch of these tokens can have; those of nobody read some row.
+            most = min(self._most_texts, key.rows)
+            first = self._starts[:most].clamp(max=key.rows - 1)
+            self._text_rows.shape(most, key.rank, key.has_lora)
+            with self._layers_static(self._text_rows):
+                self._pooled[:most].copy_(pooler(self._out.index_select(0, first)[:, None]))
 
     def capture(self) -> Iterator[tuple[int, int]]:
         """Capture every bucket, the largest first; yields how many of how many are done.
@@ -263,25 +289,27 @@ class StaticBatch:
         host[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
         self._starts.copy_(host, non_blocking=True)
         self._token_rows.fill(list(zip(slots, feed.lengths, strict=True)), rows)
+        if self._pools:
+            self._text_rows.fill(slots)
 
     @contextmanager
-    def _layers_static(self) -> Iterator[None]:
-        self._layers.rows = self._token_rows
+    def _layers_static(self, rows: StaticRows | StaticTokens) -> Iterator[None]:
+        self._layers.rows = rows
         try:
             yield
         finally:
             self._layers.rows = None
 
     @contextmanager
-    def _without_pooler(self) -> Iterator[None]:
-        """It would read the first row of all, of which nobody knows the slot there."""
+    def _without_pooler(self) -> Iterator[Any]:
+        """There it would read the first row of all, of which nobody knows the slot; yields it."""
         backbone: Any = self._base.backbone
         pooler = getattr(backbone, "pooler", None)
         if pooler is None:
-            yield
+            yield None
             return
         backbone.pooler = None
         try:
-            yield
+            yield pooler
         finally:
             backbone.pooler = pooler

@@ -177,7 +177,7 @@ class UnpaddedForward:
         self._attend: Attend = attend_by_varlen if fast else attend_text_by_text
         self._attend_static: Attend = attend_by_varlen if fast else attend_under_mask
         self.static: StaticBatch | None = None
-        self._times = WayTimes()
+        self._times = WayTimes(WAYS)
         self.ran = "unpadded"  # how the latest batch did: or ``static``, or why not
         self.windows: list[bool] = []  # of the latest forward: see ``TextBounds``
 
@@ -231,8 +231,8 @@ class UnpaddedForward:
             return None
         hidden = feed.laid_out(self.static(feed, slots, key))
         pooler = getattr(self._base.backbone, "pooler", None)
-        pooled = None
-        if pooler is not None:
+        pooled = self.static.pooled(len(feed.lengths))
+        if pooled is None and pooler is not None:
             tokens = segments.from_runs(zip(slots, feed.lengths, strict=True))
             with self._base.adapted.batch(tokens, segments.from_rows(slots)):
                 pooled = pooler(hidden)

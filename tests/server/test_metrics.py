@@ -132,6 +132,22 @@ def test_live_gauges_show_this_moment() -> None:
     assert "hira_worker_ready 1.0" in text
 
 
+def test_memory_of_static_steps_and_why_steps_were_not_are_shown() -> None:
+    registry = CollectorRegistry()
+    said = {
+        "static_bytes": {"buffers": 5, "graphs": 7},
+        "generate_steps": {"static": 3, "rank": 2},
+        "encode_steps": {"unpadded": 4, "storage": 1},
+    }
+    registry.register(Live(said))
+    value = registry.get_sample_value
+    for part, nbytes in said["static_bytes"].items():
+        assert value("hira_static_step_bytes", {"part": part}) == nbytes
+    for lane in ("generate", "encode"):
+        for how, steps in said[f"{lane}_steps"].items():
+            assert value(f"hira_{lane}_steps_total", {"how": how}) == steps
+
+
 def test_resident_bytes_of_this_process_are_plausible() -> None:
     assert resident_bytes({"me": os.getpid()})["me"] > 1 << 20
 

@@ -26,6 +26,8 @@ from adapters.kernels.nibbles import FourBitKind, level_values, lookup_assembly
 from adapters.kernels.triton_operands import FACTOR_COLUMNS, HALF_FEATURES, FactorTable
 from adapters.kernels.triton_tiles import (
     LARGE_SHARED_BYTES,
+    WIDE_BLOCK_ROWS,
+    WIDE_MAX_RANK,
     BatchTiles,
     few_blocks,
     many_blocks,
@@ -39,9 +41,10 @@ from tests.stand.compiled import SHARED_BYTES, compile_kernel, nvidia_tool, regi
 @given(
     runs=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 300)), min_size=1, max_size=20),
     ranks=st.lists(st.sampled_from([0, 1, 16, 17, 100]), min_size=6, max_size=6),
+    wide=st.booleans(),
 )
 def test_tiles_hold_every_row_once_and_under_its_slot(
-    runs: list[tuple[int, int]], ranks: list[int]
+    runs: list[tuple[int, int]], ranks: list[int], wide: bool
 ) -> None:
     shape = (4, 8)
     table = FactorTable(7, [shape], torch.bfloat16, "cpu")
@@ -49,7 +52,7 @@ def test_tiles_hold_every_row_once_and_under_its_slot(
         a, b_t = (torch.zeros(rank, size, dtype=torch.bfloat16) for size in (8, 4))
         table.place(slot, {0: (a, b_t.t())} if rank else {})
     segments = from_runs(runs)
-    batch = BatchTiles(segments, "cpu")
+    batch = BatchTiles(segments, "cpu", wide=wide)
     launches = batch.launches(table, 0)
     assert batch.launches(table, 0) is launches
     slots = [slot if slot and ranks[slot - 1] else 0 for slot in segments.row_slots()]
@@ -57,7 +60,8 @@ def test_tiles_hold_every_row_once_and_under_its_slot(
     for many in launches.many:
         for slot, start, count in many.tiles.view(-1, 3).tolist():
             rows = launches.rows[start : start + count].tolist()
-            assert 0 < count <= many.block_rows
+            assert 0 < count <= many.block_rows <= (WIDE_BLOCK_ROWS if wide else 128)
+            assert many.block_rows <= 128 or many.rank <= WIDE_MAX_RANK
             assert {slots[row] for row in rows} == {slot}
             assert many.rank >= (ranks[slot - 1] if slot else 0)
             assert (many.rank == 0) == (slot == 0)
@@ -181,6 +185,15 @@ def assert_fits(binary: Any, capability: int, folder: Path, spill_limit: int = S
     assert spill <= spill_limit, f"{registers} registers, {spill} bytes spilled"
 
 
+def assert_weights_stay_in_registers(binary: Any) -> None:
+    """The modulated weight is the left operand of wgmma without a way through shared memory."""
+    text = binary.asm["ttgir"].splitlines()
+    products = [line for line in text if "warp_group_dot " in line and " * " in line]
+    left = [line.split(" * ")[0].split(":")[-1] for line in products]
+    # Those of B, which stays while A streams past, are in shared memory.
+    assert sum("opIdx = 0" in one for one in left) == 2
+
+
 # A thread has so many at the most, and a program of 8 warps needs as few to run beside another.
 MOST_REGISTERS = 255
 
@@ -198,8 +211,20 @@ def test_many_rows_kernel_fits_the_gpu(
         compiled.many_rows_kernel, capability, blocks.warps, shape | settings_of()
     )
     assert_fits(binary, capability, tmp_path, spill_limit=SPILL_BYTES + 8 if spare else SPILL_BYTES)
+    if capability >= 90:
+        assert_weights_stay_in_registers(binary)
     # The rows, W0 and A stream past while the tensor cores work.
     assert binary.asm["ttgir"].count("async_copy_global_to_local") > 4
+
+
+@pytest.mark.parametrize("rank", [0, 32, WIDE_MAX_RANK])
+def test_wide_tiles_fit_the_gpu(compiled: ModuleType, tmp_path: Path, rank: int) -> None:
+    blocks = many_blocks(rank, True, SHARED_BYTES[90], WIDE_BLOCK_ROWS)
+    shape = {"BM": WIDE_BLOCK_ROWS, "BN": blocks.out, "R": rank, "HAS_BIAS": True}
+    shape |= {"STAGES": blocks.stages, "SPARE": False}
+    binary = compile_kernel(compiled.many_rows_kernel, 90, blocks.warps, shape | settings_of())
+    assert_fits(binary, 90, tmp_path)
+    assert_weights_stay_in_registers(binary)
 
 
 @pytest.mark.parametrize(("rank", "grouped"), [(128, True), (64, True), (128, False)])
@@ -230,10 +255,15 @@ def test_few_rows_kernel_fits_the_gpu(
     assert_fits(binary, capability, tmp_path)
 
 
-def test_small_kernels_compile(compiled: ModuleType) -> None:
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_small_kernels_fit_the_gpu(compiled: ModuleType, tmp_path: Path, capability: int) -> None:
     sums = {"BLOCK_N": compiled.SUM_BLOCK_FEATURES, "HAS_BIAS": True}
-    assert compile_kernel(compiled.sum_parts_kernel, 90, 4, sums).asm["cubin"]
-    decode = compile_kernel(
-        compiled.decode_bytes_kernel, 90, 4, {"DECODER": lookup_assembly("fp4")}
-    )
-    assert decode.asm["cubin"]
+    decode = {"DECODER": lookup_assembly("fp4")}
+    for kernel, constants in (
+        (compiled.sum_parts_kernel, sums),
+        (compiled.decode_bytes_kernel, decode),
+    ):
+        binary = compile_kernel(kernel, capability, 4, constants)
+        registers, spill = registers_and_spill(binary.asm["cubin"], tmp_path)
+        assert (registers <= 64, spill) == (True, 0)
+        assert binary.metadata.shared <= SHARED_BYTES[capability]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import pytest
 import torch
 
 from adapters.kernels.nibbles import lookup_assembly
-from adapters.kernels.reference import modulated_linear, modulated_weight
+from adapters.kernels.reference import modulated_weight
 from adapters.kernels.triton_operands import (
     FACTOR_COLUMNS,
     HALF_FEATURES,
-    pack_weight,
 )
 from adapters.kernels.triton_tiles import (
     FewRows,
@@ -26,15 +24,18 @@ from adapters.kernels.triton_tiles import (
     share_tiles,
     slot_tiles,
 )
-from adapters.modulation.quant import QuantizedWeight
-from adapters.segments import from_runs
-from tests.stand.compiled import SHARED_BYTES, compile_kernel, nvidia_tool, registers_and_spill
-from tests.stand.interpreted import Kernels, copies, interpreted
+from tests.stand.compiled import SHARED_BYTES, compile_kernel, registers_and_spill
+from tests.stand.interpreted import (
+    Kernels,
+    RandomLayer,
+    assert_exact,
+    compiled_copies,
+    filled_with_nan,
+    interpreted,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-CPU = torch.device("cpu")
-SUM_ORDER_TOLERANCE = 1e-5
 SPILL_BYTES = 64  # a thread
 # Where each kernel is.
 OWNERS = {
@@ -42,7 +43,6 @@ OWNERS = {
     "row": ("one_row_kernel",),
     "tiles": ("lora_down_kernel", "lora_up_kernel"),
 }
-Factors = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 @pytest.fixture
@@ -51,68 +51,44 @@ def ops() -> Iterator[Kernels]:
         yield found
 
 
-class Layer:
-    """A random layer, its tables of addresses in float32, and the tensors that they name."""
-
-    def __init__(self, shape: tuple[int, int], ranks: dict[int, int], kind: Any = "nf4") -> None:
-        self.shape = shape
-        quantized = QuantizedWeight.from_dense(torch.randn(shape) * 0.3, kind, double_quant=False)
-        self.w0 = quantized.dequantize()
-        assert quantized.scales is not None
-        self.weight = pack_weight(quantized.stored, quantized.scales, kind, shape, quantized.block)
-        self.factors: Factors = {}
-        self.addresses = torch.zeros(max(ranks, default=0) + 1, 2, FACTOR_COLUMNS).long()
-        for slot, rank in ranks.items():
-            a, b_t = torch.randn(rank, shape[1]), torch.randn(rank, shape[0]) / rank**0.5
-            self.factors[slot] = (a, b_t.t())
-            row = torch.tensor([a.data_ptr(), b_t.data_ptr(), rank])
-            self.addresses[slot, 1] = row
-
-    def truth(self, x: torch.Tensor, runs: list[tuple[int, int]], bias: Any) -> torch.Tensor:
-        slots: Any = {s: ("hira", a, b, 1.0, None) for s, (a, b) in self.factors.items()}
-        return modulated_linear(x, self.w0, slots, from_runs(runs), bias)
-
-
-def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)  # what a buffer held must not matter
-
-
-def assert_close(found: torch.Tensor, truth: torch.Tensor) -> None:
-    error = (found.double() - truth).abs().max() / truth.abs().max().clamp(min=0.1)
-    assert error <= SUM_ORDER_TOLERANCE, f"relative error {error:.2e}"
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(("shape", "rank"), [((72, 256), 5), ((40, 96), 16), ((64, 128), 128)])
 def test_a_written_weight_is_the_modulated_one(
     ops: Kernels, shape: tuple[int, int], rank: int, kind: Any
 ) -> None:
     torch.manual_seed(rank)
-    layer = Layer(shape, {1: rank}, kind)
+    layer = RandomLayer(shape, {1: rank}, kind)
     out = torch.full(shape, float("nan"))
     ops.scratch.write_weight(out, layer.weight, layer.addresses, 1, 0, 0)
-    assert_close(out, layer.w0.double())
+    assert_exact(out, layer.w0.double())
     ops.scratch.write_weight(out, layer.weight, layer.addresses, 1, 1, padded_rank(rank))
     a, b = layer.factors[1]
-    assert_close(out, modulated_weight(layer.w0, "hira", a, b, 1.0))
+    assert_exact(out, modulated_weight(layer.w0, "hira", a, b, 1.0))
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_few_rows_by_one_product(ops: Kernels, with_bias: bool) -> None:
     torch.manual_seed(1)
-    layer = Layer((72, 256), {1: 3, 2: 16, 4: 7})
+    layer = RandomLayer((72, 256), {1: 3, 2: 16, 4: 7})
     runs = [(1, 1), (0, 1), (2, 1), (4, 2), (3, 1), (1, 2)]  # slot 3 has nothing in this layer
     slots = [slot for slot, count in runs for _ in range(count)]
     x = torch.randn(len(slots), 256)
     bias = torch.randn(72) if with_bias else None
     rows = torch.tensor(slots, dtype=torch.int32)
     found = ops.scratch.product_linear(
-        x, layer.weight, layer.addresses, 1, rows, rank=16, take=take, bias=bias
+        x, layer.weight, layer.addresses, 1, rows, rank=16, take=filled_with_nan, bias=bias
     )
-    assert_close(found, layer.truth(x, runs, bias))
+    assert_exact(found, layer.truth(x, runs, bias))
     # A row does not depend on how many there are.
     alone = ops.scratch.product_linear(
-        x[4:5], layer.weight, layer.addresses, 1, rows[4:5], rank=16, take=take, bias=bias
+        x[4:5],
+        layer.weight,
+        layer.addresses,
+        1,
+        rows[4:5],
+        rank=16,
+        take=filled_with_nan,
+        bias=bias,
     )
     assert torch.equal(alone[0], found[4])
 
@@ -125,7 +101,7 @@ def test_one_row_by_its_own_kernel(
     ops: Kernels, shape: tuple[int, int], rank: int, kind: Any
 ) -> None:
     torch.manual_seed(rank)
-    layer = Layer(shape, {1: 9, 2: rank}, kind)
+    layer = RandomLayer(shape, {1: 9, 2: rank}, kind)
     zero = torch.zeros(1, dtype=torch.int32)
     for slot, bias in ((0, None), (1, torch.randn(shape[0])), (2, torch.randn(shape[0]))):
         x = torch.randn(1, shape[1])
@@ -133,13 +109,13 @@ def test_one_row_by_its_own_kernel(
             x, layer.weight, layer.addresses, 1, zero + slot,
             rank=padded_rank(rank), first_row=zero, bias=bias,
         )  # fmt: skip
-        assert_close(found, layer.truth(x, [(slot, 1)], bias))
+        assert_exact(found, layer.truth(x, [(slot, 1)], bias))
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_many_rows_by_weights_in_scratch(ops: Kernels, with_bias: bool) -> None:
     torch.manual_seed(2)
-    layer = Layer((72, 256), {1: 3, 2: 30})
+    layer = RandomLayer((72, 256), {1: 3, 2: 30})
     runs = [(1, 20), (0, 17), (2, 33), (1, 5), (0, 2)]
     pieces, start = [], 0
     for slot, count in runs:
@@ -149,28 +125,28 @@ def test_many_rows_by_weights_in_scratch(ops: Kernels, with_bias: bool) -> None:
     x = torch.randn(start, 256)
     bias = torch.randn(72) if with_bias else None
     found = ops.scratch.scratch_linear(
-        x, layer.weight, layer.addresses, 1, pieces, take=take, bias=bias
+        x, layer.weight, layer.addresses, 1, pieces, take=filled_with_nan, bias=bias
     )
-    assert_close(found, layer.truth(x, runs, bias))
+    assert_exact(found, layer.truth(x, runs, bias))
 
 
 def test_an_adapter_that_overflows_stays_in_its_rows(ops: Kernels) -> None:
     torch.manual_seed(3)
-    layer = Layer((72, 256), {1: 16, 2: 4})
+    layer = RandomLayer((72, 256), {1: 16, 2: 4})
     layer.factors[1][0].fill_(float("inf"))
     x = torch.randn(4, 256)
     rows = torch.tensor([1, 2, 0, 1], dtype=torch.int32)
     found = ops.scratch.product_linear(
-        x, layer.weight, layer.addresses, 1, rows, rank=16, take=take, bias=None
+        x, layer.weight, layer.addresses, 1, rows, rank=16, take=filled_with_nan, bias=None
     )
     truth = layer.truth(x[1:3], [(2, 1), (0, 1)], None)
-    assert_close(found[1:3], truth)
+    assert_exact(found[1:3], truth)
     assert not torch.isfinite(found[0]).any()
 
 
 def test_rows_of_fixed_tiles_are_the_equation(ops: Kernels) -> None:
     torch.manual_seed(4)
-    layer = Layer((72, 256), {1: 3, 2: 16, 5: 9})
+    layer = RandomLayer((72, 256), {1: 3, 2: 16, 5: 9})
     rows, most = 20, 24
     order, entries, bounds = torch.arange(most), torch.zeros(3 * most), torch.zeros(3)
     order, entries, bounds = (one.int() for one in (order, entries, bounds))
@@ -181,12 +157,12 @@ def test_rows_of_fixed_tiles_are_the_equation(ops: Kernels) -> None:
         few = FewRows(16, 16, order[:rows], rows, entries, bounds, 2)
         x, bias = torch.randn(rows, 256), torch.randn(72)
         found = ops.tiles.few_rows_linear(x, layer.weight, layer.addresses, 1, few, bias)
-        assert_close(found, layer.truth(x, runs, bias))
+        assert_exact(found, layer.truth(x, runs, bias))
 
 
 def test_rows_of_fixed_token_tiles_are_the_equation(ops: Kernels) -> None:
     torch.manual_seed(6)
-    layer = Layer((72, 256), {1: 3, 2: 16, 5: 9})
+    layer = RandomLayer((72, 256), {1: 3, 2: 16, 5: 9})
     rows = 80
     order, buffer = torch.arange(rows).int(), torch.zeros(3 * 6).int()
     for runs in ([(1, 70), (2, 7), (0, 3)], [(5, 1), (1, 1), (0, 78)], [(0, 80)]):
@@ -195,12 +171,12 @@ def test_rows_of_fixed_token_tiles_are_the_equation(ops: Kernels) -> None:
         tiles = TokenTiles(order, ManyRows(16, 64, buffer, 6))
         x, bias = torch.randn(rows, 256), torch.randn(72)
         found = ops.tiles.token_rows_linear(x, layer.weight, layer.addresses, 1, tiles, bias)
-        assert_close(found, layer.truth(x, runs, bias))
+        assert_exact(found, layer.truth(x, runs, bias))
 
 
 def test_lora_finds_its_factors_by_address(ops: Kernels) -> None:
     torch.manual_seed(5)
-    layer = Layer((72, 200), {1: 3, 2: 40, 3: 128})
+    layer = RandomLayer((72, 200), {1: 3, 2: 40, 3: 128})
     slots = [1, 1, 0, 2, 3, 2]
     scales = torch.tensor([[0.0, 0.0], [9.0, 0.5], [9.0, 2.0], [9.0, 0.1]])
     x, y = torch.randn(6, 200), torch.randn(6, 72)
@@ -211,18 +187,12 @@ def test_lora_finds_its_factors_by_address(ops: Kernels) -> None:
             wanted[row] += x[row].double() @ a.t() @ b.t() * scales[slot, 1]
     rows = torch.tensor(slots, dtype=torch.int32)
     ops.tiles.add_lora_rows(y, x, rows, layer.addresses, scales, 1)
-    assert_close(y, wanted)
+    assert_exact(y, wanted)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
-    if os.environ.get("TRITON_INTERPRET"):
-        pytest.skip("TRITON_INTERPRET is set: triton itself was loaded to interpret, not compile")
-    if not nvidia_tool("ptxas").is_file():
-        pytest.skip("this triton carries no assembler for NVIDIA GPUs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield copies(patch, interpret=False)
+    yield from compiled_copies(tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
@@ -235,7 +205,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
         ("one_row_kernel", 4, {"R": 32}),
         ("one_row_kernel", 4, {"R": 64}),
         ("one_row_kernel", 8, {"R": 128}),
-        ("expand_rows_kernel", 4, {"EACH": 33, "BLOCK_K": 1024}),
+        ("expand_rows_kernel", 4, {"EACH": 33, "PLAIN": True, "BLOCK_K": 1024}),
+        ("expand_rows_kernel", 4, {"EACH": 32, "PLAIN": False, "BLOCK_K": 1024}),
         ("contract_rows_kernel", 4, {"EACH": 33, "BLOCK_N": 256, "HAS_BIAS": True}),
         ("lora_down_kernel", 4, {"R": 128, "BLOCK_R": 16, "BLOCK_K": 128, "EXACT": False}),
         ("lora_up_kernel", 4, {"R": 128, "BLOCK_N": 256}),

@@ -107,9 +107,14 @@ def test_a_forward_waits_for_few_rounds() -> None:
     assert timed == 2
 
 
-def test_what_fails_never_wins(caplog: pytest.LogCaptureFixture) -> None:
+class _CompilerError(Exception):
+    """As a compiler's: no RuntimeError."""
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, _CompilerError])
+def test_what_fails_never_wins(kind: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
-        raise torch.OutOfMemoryError("no room")
+        raise kind("no room")
 
     clock = Clock()
     tuner = Autotuner(clock=clock)

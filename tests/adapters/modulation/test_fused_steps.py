@@ -32,7 +32,7 @@ def kernels() -> Iterator[Kernels]:
         yield found
 
 
-@pytest.mark.parametrize("wanted", ["tiles", "product", "row"])
+@pytest.mark.parametrize("wanted", ["tiles", "product", "expanded", "row"])
 def test_rows_of_a_static_step_are_the_equation_by_every_form(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch, wanted: StepForm
 ) -> None:
@@ -55,6 +55,7 @@ def test_rows_of_a_static_step_are_the_equation_by_every_form(
     static = adapted.make_static(4, 4, (0, 16))
     count(kernels.tiles, "few_rows_linear", "tiles")
     count(kernels.scratch, "product_linear", "product")
+    count(kernels.expanded, "expanded_linear", "expanded")
     count(kernels.row, "one_row_linear", "row")
     for slot, rank in ((1, 5), (2, 16)):
         factors = random_factors(
@@ -84,10 +85,12 @@ def test_rows_of_a_static_step_are_the_equation_by_every_form(
     assert static.nbytes == held  # what steps share was taken before the first of them
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("form", ["product", "expanded"])
 def test_factors_that_are_not_finite_fail_alone_in_products_of_steps(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, form: StepForm
 ) -> None:
-    monkeypatch.setattr(fused_steps, "fastest", lambda runs, _: "product")
+    monkeypatch.setattr(fused_steps, "fastest", lambda runs, _: form)
     adapted, layer = one_layer()
     static = adapted.make_static(4, 4, (0, 16))
     for slot, value in ((1, None), (2, float("nan")), (3, float("inf"))):
@@ -110,21 +113,37 @@ def test_factors_that_are_not_finite_fail_alone_in_products_of_steps(
     assert not torch.isfinite(answers[0][[1, 3]]).all(1).any()
 
 
-def test_without_memory_for_products_steps_run_by_tiles(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("form", ["product", "expanded"])
+def test_without_memory_for_its_buffers_a_form_is_not_used(
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    form: StepForm,
 ) -> None:
     def none(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert "product" in proved_forms(torch.float16, CPU)
-    monkeypatch.setattr(fused_steps, "fastest", lambda runs, _: "product")
-    monkeypatch.setattr(kernels.scratch, "product_buffers", none)
+    assert form in proved_forms(torch.float16, CPU)
+    monkeypatch.setattr(fused_steps, "fastest", lambda runs, _: form)
+    where = (kernels.scratch, "product_buffers")
+    monkeypatch.setattr(
+        *(where if form == "product" else (kernels.expanded, "expanded_buffer")), none
+    )
     adapted, _ = one_layer()
     adapted.make_static(4, 4, (0, 16))
     assert adapted.fused is not None
     assert adapted.fused.steps.form_of("0", 16, 4) == "tiles"
     assert adapted.fused.steps.nbytes == 0
-    assert "No memory for the buffers of steps" in caplog.text
+    assert f"No memory for the buffers of steps by {form}" in caplog.text
+
+
+def test_a_layer_that_the_kernels_do_not_serve_has_no_adapter_in_steps(kernels: Kernels) -> None:
+    adapted, _ = one_layer((16, 63))  # rows of an odd number of inputs; as one stored in int8
+    static = adapted.make_static(3, 4, (0, 16))
+    assert not static.serves("0")
+    adapted.install(1, random_factors(adapted.signature, ["0"], rank=4, dtype=torch.float16))
+    assert static.obstacle(1) == "storage"
+    assert static.obstacle(0) is None
 
 
 def test_more_rows_are_computed_as_the_next_number_that_was_timed() -> None:

@@ -66,6 +66,42 @@ def test_a_driver_that_fails_is_told_in_one_line(
     )
 
 
+@torch.no_grad()
+def test_a_layer_at_which_the_kernel_fails_is_left_to_torch(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapted, layer = one_layer()
+    made = random_factors(adapted.signature, ["0"], rank=4, dtype=torch.float16)
+    adapted.install(1, made)
+    assert adapted.fused is not None
+    failures: list[Exception] = [
+        kernels.tiles.KernelFailure("out of resource:\n  shared memory"),
+        RuntimeError("the device is gone"),
+    ]
+
+    def fails(*_: Any, **__: Any) -> torch.Tensor:
+        raise failures[-1]
+
+    monkeypatch.setattr(kernels.tiles, "hira_linear", fails)
+    segments = from_runs([(1, 2), (0, 1)])
+    x = torch.randn(3, layer.in_features).half()
+    with pytest.raises(RuntimeError, match="gone"), adapted.batch(segments):
+        adapted.model(x)
+    failures.pop()
+    for _ in range(2):
+        with adapted.batch(segments):
+            y = adapted.model(x)
+    slots: Any = {1: ("hira", made["0"].a, made["0"].b, 1.0, None)}
+    w0 = layer.quantized.dequantize(dtype=torch.float32)
+    truth = modulated_linear(x, w0, slots, segments, layer.get_parameter("bias"))
+    assert_relative(y, truth, 1e-2)
+    (line,) = [one.getMessage() for one in caplog.records if "from now on" in one.getMessage()]
+    assert line == (
+        "Torch computes 0 from now on, the fused kernel failed: "
+        "TritonError: out of resource: shared memory"
+    )
+
+
 class Clock:
     """A clock that goes as fast as it is told."""
 
@@ -77,11 +113,13 @@ class Clock:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fastest", ["product", "scratch", "row"])
+@pytest.mark.parametrize("fastest", ["product", "expanded", "scratch", "row", "wide"])
 def test_the_form_that_was_the_fastest_computes(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch, fastest: str
 ) -> None:
-    assert kernel_probe.proved_forms(torch.float16, CPU) == {"product", "scratch", "row"}
+    assert kernel_probe.proved_forms(torch.float16, CPU) == {
+        "product", "expanded", "scratch", "row", "wide",
+    }  # fmt: skip
     clock, ran, computes = Clock(), [], [False]
     plain = FusedLayers.forms
 
@@ -104,7 +142,8 @@ def test_the_form_that_was_the_fastest_computes(
         made = random_factors(adapted.signature, ["0"], rank=rank, dtype=torch.float16, seed=slot)
         adapted.install(slot, made)
     assert adapted.fused is not None
-    segments = from_runs([(1, 1)] if fastest == "row" else [(1, 16), (2, 16)])
+    runs = {"row": [(1, 1)], "wide": [(1, 150), (2, 16)]}.get(fastest, [(1, 16), (2, 16)])
+    segments = from_runs(runs)
     x = torch.randn(segments.rows, layer.in_features).half()
     call = LayerCall("0", x, layer.quantized, layer.slots, segments, None)
     slots: Any = {slot: ("hira", one.a, one.b, 1.0, None) for slot, one in layer.slots.items()}
@@ -118,8 +157,8 @@ def test_the_form_that_was_the_fastest_computes(
         assert not left
     assert_relative(y, wanted, LAYER_TOLERANCE)
     assert ran[-1] == fastest
-    others = {"product", "row"} if fastest == "row" else {"product", "scratch"}
-    assert set(ran) == {"tiles", *others}
+    others = {"row": {"row"}, "wide": {"scratch", "wide"}}.get(fastest, {"scratch"})
+    assert set(ran) == {"tiles", "product", "expanded", *others}
     ran.clear()
     adapted.fused.linear(call)  # nothing was timed: the fused kernel
     assert ran == ["tiles"]

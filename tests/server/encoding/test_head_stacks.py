@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.base.load import load_base
 from server.encoding import head_stacks, postprocess, read
 from server.encoding.read import BatchStates, Reader, in_one_copy, pooled_states
+from server.encoding.way_times import HEAD_WAYS, TIMED_BATCHES, HeadWay
 from server.messages import EncodeResult, Failure
 from tests.stand import tiny_bases
 from tests.stand.encode_lane import Lane
@@ -116,6 +118,105 @@ def test_heads_that_cannot_run_together_run_one_by_one(
     assert tried == [2]  # it is said, and tried, once
     (line,) = [one.getMessage() for one in caplog.records if "one by one" in one.getMessage()]
     assert "it looked at a number" in line
+
+
+def ask_all(lane: Lane, turn: str, names: Any = None) -> dict[str, Any]:
+    """One request of each adapter; the answers."""
+    for name in names or lane.weights:
+        lane.lane.submit(lane.request(f"{name} {turn}", name, TASKS["cls0"], ["a text"]))
+    return lane.drain()
+
+
+@pytest.mark.parametrize("faster", ["together", "apart"])
+def test_where_nobody_measured_the_faster_way_is_found_on_the_traffic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: HeadWay
+) -> None:
+    lane = Lane(tmp_path, "distilbert", {name: TASKS[name] for name in ("cls0", "cls1", "cls2")})
+    ask_all(lane, "loads")  # from now on all of them are in one batch
+    monkeypatch.setattr(read, "STACKED_HEAD_BYTES", {})
+    clock, ran = [0.0], list[str]()
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    for way in HEAD_WAYS:
+        plain: Callable[..., Any] = getattr(head_stacks, f"logits_{way}")
+
+        def slow(heads: Any, batch: Any, *, way: HeadWay = way, plain: Any = plain) -> Any:
+            ran.append(way)
+            clock[0] += 1.0 if way == faster else 2.0
+            return plain(heads, batch)
+
+        monkeypatch.setattr(head_stacks, f"logits_{way}", slow)
+    wanted: list[Any] = []
+    try:
+        for turn in range(1 + 2 * TIMED_BATCHES + 3):
+            ends = ask_all(lane, str(turn))
+            found = [ends[f"{name} {turn}"].outputs for name in lane.weights]
+            wanted = wanted or found
+            for mine, theirs in zip(found, wanted, strict=True):
+                tiny_bases.assert_close(mine[0], theirs[0])
+    finally:
+        lane.residency.close()
+    assert ran[:2] == ["apart", "together"]  # compared
+    assert sorted(ran[2 : 2 + 2 * TIMED_BATCHES]) == sorted(HEAD_WAYS * TIMED_BATCHES)
+    assert ran[2 + 2 * TIMED_BATCHES :] == [faster] * 3
+
+
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what would be launched."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launches += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches_of_heads_do_not_grow_with_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = Lane(tmp_path, "distilbert", {f"cls{n}": TASKS["cls0"] for n in range(4)})
+    ask_all(lane, "loads")
+    monkeypatch.setattr(read, "STACKED_HEAD_BYTES", {"cpu": 1 << 30})
+    ways = {way: getattr(head_stacks, f"logits_{way}") for way in HEAD_WAYS}
+    launches: dict[str, list[int]] = {way: [] for way in HEAD_WAYS}
+
+    def counted(heads: Any, batch: Any) -> Any:
+        for way, run in ways.items():
+            with _Counted() as mode:
+                found = run(heads, batch)
+            launches[way].append(mode.launches)
+        return found
+
+    monkeypatch.setattr(read, "logits_together", counted)
+    try:
+        for count in (2, 4):
+            ask_all(lane, str(count), list(lane.weights)[:count])
+    finally:
+        lane.residency.close()
+    few, many = launches["together"]
+    assert few == many > 3
+    few, many = launches["apart"]
+    assert many == 2 * few
+
+
+def test_heads_that_give_something_else_together_run_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lane = Lane(tmp_path, "distilbert", {name: TASKS[name] for name in ("cls0", "cls1")})
+    ask_all(lane, "loads")
+    monkeypatch.setattr(read, "STACKED_HEAD_BYTES", {})
+    plain: Callable[..., Any] = head_stacks.logits_together
+
+    def off(heads: Any, batch: Any) -> Any:
+        return [one * 1.01 for one in plain(heads, batch)]
+
+    monkeypatch.setattr(head_stacks, "logits_together", off)
+    try:
+        assert all(isinstance(one, EncodeResult) for one in ask_all(lane, "").values())
+    finally:
+        lane.residency.close()
+    assert "their logits are others when they run as one" in caplog.text
 
 
 def test_states_pooled_together_are_those_of_each_row() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.bert.modeling_bert import BertPooler
 
 from adapters.modulation.static_rows import StaticTokens
 from adapters.segments import from_rows
@@ -113,6 +114,38 @@ def test_few_slots_are_compared_as_well(slots: int, tmp_path: Path) -> None:
     for slot in (1, 2):
         ways.base.adapted.uninstall(slot)
     assert static_fault(ways.base, ways.unpadded, ways.padded) is None
+
+
+def test_a_pooler_is_part_of_a_batch_unless_it_reads_more_than_first_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = {"a": "text-classification", "b": "text-classification"}
+    plain = BertPooler.forward
+    seen: list[int] = []
+    place = 0
+
+    def pool(self: Any, hidden: torch.Tensor) -> Any:
+        seen.append(hidden.shape[1])
+        return plain(self, hidden[:, place : place + 1])
+
+    monkeypatch.setattr(BertPooler, "forward", pool)
+    for place in (0, 1):
+        answers: list[dict[str, Any]] = []
+        for kind in ("dynamic", "static"):
+            root = tmp_path / f"{place} {kind}"
+            root.mkdir()
+            lane = Lane(root, "bert", tasks, encode_batches=kind, max_batch_tokens=64)
+            seen.clear()
+            for name, version in (("1", "a"), ("2", "b")):
+                lane.lane.submit(lane.request(name, version, tasks["a"], ["a b c", "d e"]))
+            answers.append(lane.drain())
+            ran = "static" if kind == "static" else "unpadded"
+            assert set(lane.lane.figures().steps_by) == {ran}
+            lane.residency.close()
+        assert (set(seen) == {1}) == (place == 0)  # of each text its first token alone
+        for name, wanted in answers[0].items():
+            for mine, theirs in zip(answers[1][name].outputs, wanted.outputs, strict=True):
+                tiny_bases.assert_close(mine, theirs)
 
 
 def test_states_that_are_not_finite_stay_in_their_text(tmp_path: Path) -> None:
