@@ -171,11 +171,7 @@ class Scheduler:
         return lost
 
     def next_batch(
-        self,
-        ready: Callable[[AdapterVersion], bool],
-        *,
-        max_tokens: int | None = None,
-        max_adapters: int | None = None,
+        self, ready: Callable[[AdapterVersion], bool], *, max_tokens: int | None = None
     ) -> Batch | None:
         """Take the next batch out of the queues, or None if no adapter with rows is ready.
 
@@ -187,7 +183,6 @@ class Scheduler:
         Args:
             ready: Whether an adapter's factors are on the device. Called once per waiting adapter.
             max_tokens: A smaller budget than ``max_batch_tokens``, for this batch.
-            max_adapters: Distinct ones in this batch, the bare base counted; 1 or more.
         """
         open_keys = [key for key in self._queues if ready(key)]
         if not open_keys:
@@ -201,7 +196,7 @@ class Scheduler:
         self._level(key for key in self._queues if key not in is_open)
         budget = min(self.max_batch_tokens, max_tokens or self.max_batch_tokens)
         filling = _Filling(budget, self.max_batch_rows)
-        self._fill(filling, lead, open_keys, max_adapters or len(open_keys))
+        self._fill(filling, lead, open_keys)
         self._note_passed(open_keys)
         self._debts = {k: v for k, v in self._debts.items() if v > self._clock_tokens}
         order = {key: i for i, key in enumerate(dict.fromkeys(row.key for row in filling.rows))}
@@ -230,11 +225,7 @@ class Scheduler:
         return min(open_keys, key=lambda key: queues[key].served_tokens)
 
     def _fill(
-        self,
-        filling: _Filling,
-        lead: AdapterVersion,
-        open_keys: Sequence[AdapterVersion],
-        most_adapters: int,
+        self, filling: _Filling, lead: AdapterVersion, open_keys: Sequence[AdapterVersion]
     ) -> None:
         first = next(iter(self._queues[lead].rows.values()))
         part = self.max_batch_rows // len(open_keys)
@@ -255,8 +246,6 @@ class Scheduler:
             _, _, order, key = heapq.heappop(heap)
             queue = self._queues[key]
             if key not in candidates:
-                if len(candidates) >= most_adapters:
-                    continue
                 candidates[key] = deque(self._in_order(queue, first.tokens, ahead))
             rows = candidates[key]
             while rows and not filling.fits(rows[0]):

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FREED_SHARE = 2  # while adapters wait for slots, a batch leaves one of so many to be filled
-
 
 @dataclass(frozen=True, slots=True)
 class EncodeFigures:
@@ -319,27 +317,11 @@ class EncodeLane:
                 self._residency.prefetch(key)
         slots: dict[AdapterVersion, int] = {None: segments.BASE_SLOT}
         slots.update(held)
-        batch = self._scheduler.next_batch(
-            slots.__contains__, max_adapters=self._most_adapters(len(waiting) - len(held))
-        )
+        batch = self._scheduler.next_batch(slots.__contains__)
         chosen = [key for key in batch.keys if key is not None] if batch is not None else []
         self._residency.use(chosen)
         self._residency.release(held.keys() - chosen)
         return batch, slots
-
-    def _most_adapters(self, unplaced: int) -> int | None:
-        """How many adapters the next batch may have, so that others get slots while it runs.
-
-        A batch that used all slots would leave none to fill meanwhile: the next one would have
-        to wait for that.
-
-        Args:
-            unplaced: Adapters that wait and are in no slot.
-        """
-        if not unplaced:
-            return None
-        slots = self._options.slots
-        return max(1, slots - min(unplaced, slots // FREED_SHARE))
 
     # The forward and what follows
 

@@ -285,16 +285,3 @@ def test_adapters_with_large_and_small_requests_get_the_same_share(
             served[row.key] += row.tokens
         if len(scheduler.waiting()) == 2:
             assert abs(served["large"] - served["small"]) <= 10 * max(large, small, most_rows)
-
-
-@given(requests, st.integers(1, 600), st.integers(1, 4))
-def test_a_batch_has_as_many_adapters_as_it_may(
-    wanted: list[tuple[AdapterVersion, list[int]]], budget: int, most: int
-) -> None:
-    scheduler = Scheduler(budget, 16)
-    filled(scheduler, wanted)
-    rows = 0
-    while (batch := scheduler.next_batch(all_ready, max_adapters=most)) is not None:
-        assert len(batch.keys) <= most
-        rows += len(batch.rows)
-    assert rows == sum(len(lengths) for _, lengths in wanted)

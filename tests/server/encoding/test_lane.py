@@ -238,19 +238,3 @@ def test_figures_are_of_the_latest_batch(shared: Lane) -> None:
     assert after.steps == before.steps + 1
     assert (after.last_rows, after.last_adapters) == (2, 1)
     assert after.head_bytes > 0
-
-
-def test_a_batch_leaves_slots_to_be_filled_for_adapters_that_wait(tmp_path: Path) -> None:
-    names = ("a", "b", "c", "d")
-    lane = Lane(tmp_path, "distilbert", dict.fromkeys(names, "text-classification"), slots=2)
-    for name in names:
-        lane.lane.submit(lane.request(name, name, "text-classification", ["a film"]))
-    until = time.monotonic() + 30
-    while sum(lane.residency.state(name) == "ready" for name in names) < 2:
-        assert time.monotonic() < until
-        time.sleep(0.001)
-    events = {event.id: event for event in lane.lane.step()}
-    assert lane.lane.figures().last_adapters == 1
-    events |= lane.drain()
-    assert all(isinstance(events[name], EncodeResult) for name in names)
-    lane.residency.close()
