@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 from ray import serve
+from ray.serve._private import constants as serve_constants
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
@@ -30,6 +31,7 @@ from server.settings import SettingFault, Settings, SettingsFault, load_settings
 APPLICATION: Final = "hira"
 ENGINES: Final = "engine"
 HTTP: Final = "http"
+ROUTER_LOOP: Final = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 # Bounds of Ray Serve on what one replica is asked at once: our own admission comes first.
 ONGOING_MAX: Final = 100_000
 ROUTING_STATS_S: Final = 0.5
@@ -219,6 +221,17 @@ def _scale(options: ClusterOptions) -> dict[str, Any]:
     }
 
 
+def _check_loop_of_router() -> None:
+    """The link and the router share what they know without locks."""
+    if serve_constants.RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP:
+        raise StartFailed(
+            "Ray Serve would route requests on an event loop of its own",
+            found=f"{ROUTER_LOOP} is {os.environ.get(ROUTER_LOOP, 'not set')}",
+            expected="0, on every node",
+            fix=f"set {ROUTER_LOOP}=0 in the environment of every node before Ray is started there",
+        )
+
+
 class _EngineDeployment(EngineReplica):
     """An engine replica that knows its name in Ray Serve."""
 
@@ -227,7 +240,12 @@ class _EngineDeployment(EngineReplica):
 
 
 class HttpDeployment(Ingress):
-    """An HTTP replica that knows its name in Ray Serve."""
+    """An HTTP replica that knows its name in Ray Serve.
+
+    Raises:
+        StartFailed: Ray Serve would route on another event loop than that of the requests.
+    """
 
     def __init__(self, plan: IngressPlan, engines: Any) -> None:
+        _check_loop_of_router()
         super().__init__(plan, engines, serve.get_replica_context().replica_id.unique_id)

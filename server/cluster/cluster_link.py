@@ -323,7 +323,9 @@ class ClusterLink(Link):
                 response.cancel()
             if not isinstance(error, Exception):
                 raise
-            logger.debug("Replica %s does not answer %s: %r", to.replica, method, error)
+            # Who is silent is asked again a second later; a message that is lost is not sent again.
+            level = logging.WARNING if method == "hear" else logging.DEBUG
+            logger.log(level, "Replica %s does not answer %s: %r", to.replica, method, error)
             return None
 
     def _aside(self, call: Coroutine[Any, Any, Any]) -> None:

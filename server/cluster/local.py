@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -47,6 +48,7 @@ ENVIRONMENT: Final = {
     "RAY_worker_niceness": "0",  # of 15, as Ray has it, anything else on the machine goes first
 }
 OBJECT_STORE_BYTES: Final = 80 << 20  # the least that Ray takes: nothing of ours goes through it
+PROXY_PROGRAM: Final = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # HAProxy is asked to end with the process that keeps it; left alone it would hold the port and send
 # to replicas that are gone.
 WITH_ITS_KEEPER: Final = (
@@ -54,19 +56,39 @@ WITH_ITS_KEEPER: Final = (
     "os.execv(sys.argv[1], sys.argv[1:])"
 )
 SPARE_CPUS: Final = 2  # of Ray's own count, for what it starts itself
+HARD_STOP_SPARE_S: Final = 60.0  # beyond what a request may take: bodies come and go meanwhile
+# What HAProxy puts behind the folder of its sockets: the node's id and a process id.
+PROXY_SOCKET_NAME: Final = f"/{'0' * 56}.4194304.tmp"
 
 
 def prepare_environment(settings: Settings) -> None:
     """Before Ray or the metrics are imported: their switches, and where counts are kept."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", str(hard_stop_s(settings)))
     os.environ[metrics.FOLDER_VARIABLE] = str(settings.metrics_dir)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def hard_stop_s(settings: Settings) -> int:
+    """Seconds until an HAProxy that another has replaced ends what it still has.
+
+    Ray Serve loads HAProxy anew at every change of the replicas, and what is under way then stays
+    with the one before; so it must be there for longer than any request.
+    """
+    return math.ceil(max(settings.max_timeout_s, settings.drain_s) + HARD_STOP_SPARE_S)
+
+
 @contextmanager
 def places_of_proxy() -> Iterator[None]:
-    """Before Ray starts: a folder and ports for HAProxy that are no other cluster's."""
+    """Before Ray starts: a folder and ports for HAProxy that are no other cluster's.
+
+    The environment names them for as long as the block runs.
+
+    Raises:
+        StartFailed: HAProxy cannot work in the folder of temporary files.
+    """
+    before = dict(os.environ)
     # Not in the data folder, whose name may be too long for a socket in a folder below it.
     with tempfile.TemporaryDirectory(prefix="hira-proxy-") as folder, ExitStack() as ports:
         places = {
@@ -78,17 +100,50 @@ def places_of_proxy() -> Iterator[None]:
             "METRICS_PORT": str(_free_port(ports)),
             "STATS_PORT": str(_free_port(ports)),
         }
-        for name, value in places.items():
-            os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", value)
-        os.environ.setdefault("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(_free_port(ports)))
+        chosen = {f"RAY_SERVE_HAPROXY_{name}": value for name, value in places.items()}
+        chosen["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(_free_port(ports))
         ports.close()
+        _check_socket_path(chosen["RAY_SERVE_HAPROXY_SOCKET_PATH"])
         own = own_haproxy()
-        if own is not None:
+        if own is not None and PROXY_PROGRAM not in before:
             runner = Path(folder) / "haproxy"
             runner.write_text(ending_with_parent(own), encoding="utf-8")
             runner.chmod(0o700)
-            os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(runner))
-        yield
+            _check_runs(runner)
+            chosen[PROXY_PROGRAM] = str(runner)
+        added = chosen.keys() - before.keys()
+        os.environ.update({name: chosen[name] for name in added})
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+
+
+def _check_socket_path(path: str) -> None:
+    from server.edge.processes.failed_start import StartFailed
+    from server.edge.processes.serve import SOCKET_PATH_BYTES
+
+    length = len(os.fsencode(path + PROXY_SOCKET_NAME))
+    if length > SOCKET_PATH_BYTES:
+        raise StartFailed(
+            "the folder of temporary files has too long a path for the sockets of HAProxy",
+            found=f"{length} bytes for one in {os.path.dirname(path)}",
+            expected=f"at most {SOCKET_PATH_BYTES} bytes",
+            fix="set TMPDIR to a folder with a shorter path",
+        )
+
+
+def _check_runs(program: Path) -> None:
+    from server.edge.processes.failed_start import StartFailed
+
+    if not os.access(program, os.X_OK):  # which also says how the file system is mounted
+        raise StartFailed(
+            "HAProxy cannot be started from the folder of temporary files",
+            found=f"no program may be run in {program.parent.parent}: it is mounted noexec",
+            expected="a file system from which programs may be run",
+            fix=f"set TMPDIR to a folder on one, or {PROXY_PROGRAM} to the path of HAProxy",
+        )
 
 
 def own_haproxy() -> str | None:
@@ -193,7 +248,7 @@ def _run_here(
                 say(f"  engines    {options.replicas}, HTTP replicas {options.http_replicas}")
                 ended.wait()
                 say("hira-server drains")
-                drain(settings.run_dir, options.http_replicas, settings.drain_s)
+                drain(settings.run_dir, settings.metrics_dir, settings.drain_s)
                 serve.delete(APPLICATION)
                 serve.shutdown()
             finally:

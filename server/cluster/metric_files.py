@@ -36,3 +36,30 @@ def count_on_node(kind: str, folder: Path) -> str:
             count_as(f"{kind}-{number}")
         return f"{kind}-{number}"
     raise RuntimeError(f"more than {REPLICAS_MAX} {kind} replicas count in {folder}")
+
+
+def names_in_use(kind: str, folder: Path) -> list[str]:
+    """The names of this node that living replicas count under.
+
+    Args:
+        kind: ``http`` or ``engine``.
+        folder: As of `count_on_node`.
+    """
+    return sorted(one.stem for one in folder.glob(f"{kind}-*.lock") if is_held(one))
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds a lock; a file that is not there is held by nobody."""
+    try:
+        handle = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a child forked meanwhile has the handle too
+        return False
+    finally:
+        os.close(handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jsonschema_rs
 import pytest
 import yaml
 
+from server.cluster.local import hard_stop_s
 from server.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -127,3 +129,18 @@ def test_the_audit_log_does_not_go_with_a_pod(
     for pod in PODS:  # without it Ray has the output of replicas in files of the pod
         variables = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
         assert variables["RAY_LOG_TO_STDERR"] == "1"
+
+
+def test_every_node_has_the_switches_that_the_page_of_clusters_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    section = page.partition("## On a real cluster")[2].partition("\n## ")[0]
+    switches = dict(re.findall(r"`(RAY_\w+)=([^`]+)`", section))
+    assert len(switches) > 5
+    settings = load_settings(SERVE["applications"][0]["args"]["settings"])
+    assert int(switches["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == hard_stop_s(settings)
+    for pod in PODS:
+        variables = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+        assert {name: variables.get(name) for name in switches} == switches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,8 @@ pytest.importorskip("ray", reason="the extra cluster is not installed: no ray")
 
 from ray.exceptions import ActorUnavailableError
 
-from server.cluster.cluster_link import WATCH_EVERY_S, ClusterLink
+from server.cluster import cluster_link as module
+from server.cluster.cluster_link import ClusterLink
 from server.cluster.liveness import Placed
 from server.cluster.replica import Addressed
 from server.cluster.router_table import ROUTERS
@@ -212,8 +214,10 @@ class Router:
         self.placed = Placed()
         self.looked_for: list[str] = []
         self.looks_failing = 0
+        self.looks = 0
 
     def reachable(self) -> bool:
+        self.looks += 1
         if self.looks_failing:
             self.looks_failing -= 1
             raise LookupError("a look that fails")
@@ -319,7 +323,11 @@ def test_one_look_that_fails_ends_no_request_and_no_later_look(router: Router) -
     asyncio.run(scenario())
 
 
-def test_a_moment_without_a_replica_ends_no_request(router: Router) -> None:
+def test_a_moment_without_a_replica_ends_no_request(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "NOBODY_S", 600.0)
+    monkeypatch.setattr(module, "WATCH_EVERY_S", 0.01)
     goes_on = asyncio.Event()
 
     async def later(request: Request) -> Event:
@@ -332,10 +340,11 @@ def test_a_moment_without_a_replica_ends_no_request(router: Router) -> None:
         async with linked(engines) as link:
             with link.admit(encode_request()) as ticket:
                 ROUTERS["engine"] = router
-                router.there = False
-                await asyncio.sleep(2 * WATCH_EVERY_S)
-                router.there = True
-                await asyncio.sleep(2 * WATCH_EVERY_S)
+                for there in (False, True):
+                    router.there = there
+                    seen = router.looks
+                    while router.looks < seen + 3:
+                        await asyncio.sleep(0.01)
                 goes_on.set()
                 assert isinstance(await asyncio.wait_for(ticket.next(), 60), EncodeResult)
 
@@ -425,8 +434,14 @@ def test_calls_of_one_http_request_do_not_share_its_id() -> None:
     assert seen == [""] * 3
 
 
-def test_a_message_that_cannot_be_sent_harms_nobody() -> None:
-    def broken(*_: Any) -> Response:
+def test_a_message_that_cannot_be_sent_harms_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "ASK_EVERY_S", 0.01)
+    tried: list[Any] = []
+
+    def broken(to: Any, *message: Any) -> Response:
+        tried.append(message)
         raise RuntimeError("the handle is broken")
 
     engines = Engines(answered)
@@ -439,7 +454,8 @@ def test_a_message_that_cannot_be_sent_harms_nobody() -> None:
             engines.hear = SimpleNamespace(remote=broken)
             engines.state = SimpleNamespace(remote=broken)
             link.tell(Preload("v1"))
-            await asyncio.sleep(1.5)  # and asked how it is meanwhile
+            while (Preload("v1"),) not in tried or () not in tried:
+                await asyncio.sleep(0.01)
             assert ended == []
             asked = asyncio.Event()
 
@@ -452,4 +468,7 @@ def test_a_message_that_cannot_be_sent_harms_nobody() -> None:
             with link.admit(encode_request()) as ticket:
                 assert isinstance(await asyncio.wait_for(ticket.next(), 60), EncodeResult)
 
-    asyncio.run(scenario())
+    with caplog.at_level(logging.INFO):
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert [one.levelname for one in caplog.records if "hear" in one.getMessage()] == ["WARNING"]
+    assert not [one for one in caplog.records if "state" in one.getMessage()]

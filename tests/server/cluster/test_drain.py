@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import logging
+import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from server.cluster import drain as draining
 from server.cluster.drain import drain, follow_phase
 from server.edge.admit.shared_load import Phase, SharedLoad
+from server.edge.processes.run_folder import run_folder
 from tests.stand.waits import until
 
 
@@ -20,6 +24,25 @@ from tests.stand.waits import until
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draining, "PHASE_LOOK_S", 0.005)
     monkeypatch.setattr(draining, "ENDED_AFTER_S", 0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """The run folder of a cluster that lives."""
+    with run_folder(tmp_path / "run", 0):
+        (tmp_path / "run" / "metrics").mkdir()
+        yield tmp_path / "run"
+
+
+@contextmanager
+def living(folder: Path, number: int) -> Iterator[None]:
+    """The lock by which an HTTP replica says that it lives."""
+    lock = os.open(folder / "metrics" / f"http-{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -34,37 +57,105 @@ def following(folder: Path, loads: list[SharedLoad]) -> Iterator[None]:
     task = loop.create_task(follow_all())
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    yield
-    loop.call_soon_threadsafe(task.cancel)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
-    loop.close()
+    try:
+        with ExitStack() as locks:
+            for number in range(len(loads)):
+                locks.enter_context(living(folder, number))
+            yield
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+        loop.close()
 
 
-def test_all_replicas_drain_and_the_last_request_is_waited_for(tmp_path: Path) -> None:
+def test_all_replicas_drain_and_the_last_request_is_waited_for(folder: Path) -> None:
     loads = [SharedLoad(1), SharedLoad(1)]
     loads[1].set(0, requests=1, tokens=1)
-    with following(tmp_path, loads):
-        ended = threading.Thread(target=drain, args=(tmp_path, 2, 60.0))
+    with following(folder, loads):
+        ended = threading.Thread(target=drain, args=(folder, folder / "metrics", 60.0), daemon=True)
         ended.start()
         until(lambda: [one.phase for one in loads] == [Phase.DRAINING] * 2)
-        until(lambda: len(list(tmp_path.glob("*.left"))) == 2)
+        until(lambda: len(list(folder.glob("*.left"))) == 2)
         assert ended.is_alive()
         loads[1].set(0, requests=0, tokens=0)
-        ended.join(60)
+        ended.join(30)
         assert not ended.is_alive()
         until(lambda: [one.phase for one in loads] == [Phase.STOPPING] * 2)
 
 
-def test_what_is_left_after_the_time_is_ended(tmp_path: Path) -> None:
+def test_what_is_left_after_the_time_is_ended(folder: Path) -> None:
     load = SharedLoad(1)
     load.set(0, requests=1, tokens=1)
-    with following(tmp_path, [load]):
-        drain(tmp_path, 1, 0.05)
+    with following(folder, [load]):
+        drain(folder, folder / "metrics", 0.05)
         until(lambda: load.phase is Phase.STOPPING)
 
 
-def test_a_replica_that_died_is_not_waited_for_longer(tmp_path: Path) -> None:
-    drain(tmp_path, 1, 0.05)
-    assert (tmp_path / draining.PHASE_FILE).read_text() == "STOPPING"
+def test_a_replica_that_died_is_not_waited_for_whatever_it_had(folder: Path) -> None:
+    with living(folder, 1):
+        pass
+    (folder / "http-1.left").write_text("3")
+    with following(folder, [SharedLoad(1)]):
+        ended = threading.Thread(
+            target=drain, args=(folder, folder / "metrics", 600.0), daemon=True
+        )
+        ended.start()
+        ended.join(30)
+        assert not ended.is_alive()
+    assert (folder / draining.PHASE_FILE).read_text() == "STOPPING"
+
+
+def test_a_replica_that_has_not_spoken_is_waited_for_until_the_time_is_over(folder: Path) -> None:
+    with living(folder, 0):
+        ended = threading.Thread(target=drain, args=(folder, folder / "metrics", 0.2), daemon=True)
+        ended.start()
+        ended.join(30)
+        assert not ended.is_alive()
+    assert (folder / draining.PHASE_FILE).read_text() == "STOPPING"
+
+
+def test_what_a_cluster_that_was_killed_left_has_no_later_one_drain(tmp_path: Path) -> None:
+    with run_folder(tmp_path / "run", 0):
+        left = {one.name: one.read_bytes() for one in (tmp_path / "run").iterdir()}
+    folder = tmp_path / "left"
+    (folder / "metrics").mkdir(parents=True)
+    for name, content in left.items():
+        (folder / name).write_bytes(content)
+    (folder / draining.PHASE_FILE).write_text("DRAINING")
+    load, looks = SharedLoad(1), Looks()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(draining, "is_held", looks.counted(draining.is_held))
+        with following(folder, [load]):
+            until(lambda: looks.count > 3)
+    assert load.phase is Phase.SERVING
+
+
+class Looks:
+    """Counts how often something is asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def counted(self, ask: Callable[[Path], bool]) -> Callable[[Path], bool]:
+        def asked(path: Path) -> bool:
+            self.count += 1
+            return ask(path)
+
+        return asked
+
+
+def test_a_phase_that_cannot_be_read_is_told_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / draining.PHASE_FILE).mkdir()
+    load = SharedLoad(1)
+    with caplog.at_level(logging.WARNING), following(folder, [load]):
+        until(lambda: caplog.records)
+        (folder / draining.PHASE_FILE).rmdir()
+        (folder / draining.PHASE_FILE).write_text("no phase")
+        (folder / draining.PHASE_FILE).write_text("DRAINING")
+        until(lambda: load.phase is Phase.DRAINING)
+    (record,) = caplog.records
+    assert "IsADirectoryError" in record.getMessage()

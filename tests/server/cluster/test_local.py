@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from server.cluster.local import ending_with_parent, places_of_proxy
+from server.cluster import local
+from server.cluster.local import ending_with_parent, places_of_proxy, prepare_environment
+from server.edge.processes.failed_start import StartFailed
+from server.settings import load_settings
 
 PREFIX = "RAY_SERVE_HAPROXY_"
 PORTS = (f"{PREFIX}METRICS_PORT", f"{PREFIX}STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
@@ -43,6 +48,7 @@ def test_a_proxy_has_ports_of_its_own_and_a_folder_for_as_long_as_it_runs() -> N
             assert path.parent == folder
             assert len(f"{path}/.4194304.tmp") + NODE_ID_CHARACTERS <= SOCKET_PATH_MAX
     assert not folder.exists()
+    assert not set(NAMES) & os.environ.keys()
 
 
 def test_places_that_an_operator_chose_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +56,50 @@ def test_places_that_an_operator_chose_hold(monkeypatch: pytest.MonkeyPatch) -> 
     with places_of_proxy():
         assert os.environ[f"{PREFIX}STATS_PORT"] == "8404"
         assert os.environ[f"{PREFIX}METRICS_PORT"] != "8404"
+
+
+def test_a_folder_from_which_nothing_may_be_run_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "own_haproxy", lambda: sys.executable)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as of one that is mounted noexec
+    with pytest.raises(StartFailed) as caught, places_of_proxy():
+        pass
+    assert "noexec" in (caught.value.found or "")
+    assert "TMPDIR" in (caught.value.fix or "")
+    monkeypatch.setenv(f"{PREFIX}BINARY_PATH", sys.executable)
+    with places_of_proxy():
+        assert os.environ[f"{PREFIX}BINARY_PATH"] == sys.executable
+
+
+def test_a_folder_too_deep_for_sockets_of_the_proxy_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("x" * 80)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(StartFailed) as caught, places_of_proxy():
+        pass
+    assert caught.value.expected == f"at most {SOCKET_PATH_MAX} bytes"
+    assert "TMPDIR" in (caught.value.fix or "")
+    assert not list(deep.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("longest", "given"),
+    [("max_timeout_s", {"max_timeout_s": 3000}), ("drain_s", {"drain_s": 3000})],
+)
+def test_a_proxy_that_was_replaced_outlives_every_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, longest: str, given: dict[str, Any]
+) -> None:
+    name = f"{PREFIX}HARD_STOP_AFTER_S"
+    monkeypatch.setattr(os, "environ", {})
+    settings = load_settings({"data_dir": str(tmp_path), **given})
+    prepare_environment(settings)
+    assert int(os.environ[name]) > getattr(settings, longest)
+    os.environ[name] = "7"
+    prepare_environment(settings)
+    assert os.environ[name] == "7"
 
 
 KEEPER = """
