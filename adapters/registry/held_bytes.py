@@ -86,7 +86,7 @@ class HeldBytes:
         with self._transaction() as connection:
             chosen = needed(connection)
             if being_removed(connection, chosen.named):
-                raise _being_removed(chosen.named)
+                raise _deletion_goes_on(chosen.named)
             self._begin_grace(chosen, hold)
             return work(connection)
 
@@ -97,7 +97,7 @@ class HeldBytes:
                 if not being_removed(connection, named):
                     return
             if time.monotonic() > end:
-                raise _being_removed(named)
+                raise _deletion_goes_on(named)
             time.sleep(REMOVAL_POLL_S)
 
     def _begin_grace(self, chosen: Needed, hold: Callable[[str], None]) -> None:
@@ -114,7 +114,7 @@ class HeldBytes:
             return  # its bytes are gone already
 
 
-def _being_removed(named: Collection[str]) -> StoreUnavailable:
+def _deletion_goes_on(named: Collection[str]) -> StoreUnavailable:
     return StoreUnavailable(
         "The bytes of a version that a name is to be on are being deleted.",
         found=f"a deletion of one of {', '.join(sorted(named))} that has not ended",

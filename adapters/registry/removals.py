@@ -53,7 +53,7 @@ class Removals:
             StoreUnavailable: The store does not answer; the bytes may be gone all the same.
         """
         with self._transaction() as connection:
-            if _is_named(connection, version):
+            if _has_a_name(connection, version):
                 return False
             if keep is not None and version in kept_versions(connection, keep, version):
                 return False
@@ -80,7 +80,7 @@ def being_removed(connection: sa.Connection, versions: Collection[str]) -> bool:
     return connection.execute(query).first() is not None
 
 
-def _is_named(connection: sa.Connection, version: str) -> bool:
+def _has_a_name(connection: sa.Connection, version: str) -> bool:
     return any(
         connection.execute(sa.select(column).where(column == version)).first() is not None
         for column in (ADAPTERS.c.version, CANARIES.c.version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -193,7 +194,7 @@ def test_bytes_whose_removal_was_cut_off_are_not_named(
     registry = Registry(tmp_path / "registry.sqlite", store, grace_s=3600.0)
 
     def collect_and_die() -> None:
-        killed = Collecting(tmp_path / "store", then=lambda: os._exit(9))
+        killed = Collecting(tmp_path / "store", then=lambda: os.kill(os.getpid(), signal.SIGKILL))
         Registry(tmp_path / "registry.sqlite", killed, kept_versions=0).collect_garbage(grace_s=0.0)
 
     def collect(version: str) -> None:
@@ -201,7 +202,7 @@ def test_bytes_whose_removal_was_cut_off_are_not_named(
         child = multiprocessing.get_context("fork").Process(target=collect_and_die)
         child.start()
         child.join()
-        assert child.exitcode == 9
+        assert child.exitcode == -signal.SIGKILL
 
     first, second = (
         registry.register("one", folder, BASE, source="test", replace=True)[0].version
