@@ -27,7 +27,7 @@ SILENCE_S: Final = 5.0  # between two pieces of an answer
 CALL_S: Final = 7.0  # of a call that moves no bytes
 LOOK_S: Final = 3.0  # of the look that finds out whether a store is back
 SLOWEST_BYTES_PER_S: Final = 1 << 20  # a transfer gets CALL_S and a second for each of these
-OPENING_S: Final = 30.0  # of this process's first call alone: modules to import, keys to look up
+OPENING_S: Final = 30.0  # of calls of a process before the first that works: it looks up keys
 AWAY_PAUSE_S: Final = 1.0  # after a call without an answer, until another is tried
 NOTES_KEPT: Final = 10_000
 # Of this machine's file, which a transfer reads or writes. What a store refuses has no such number.
@@ -96,6 +96,7 @@ class Objects:
         self._asker: _Asker | None = None
         self._failed_at: float | None = None  # since the last call that was answered
         self._tries_again = False  # one call is finding out whether the store is back
+        self._refusal_told = False  # in the log, since the last call that was not refused
         self._reason = ""
         self._notes: deque[StoreNote] = deque(maxlen=NOTES_KEPT)
 
@@ -213,7 +214,11 @@ class Objects:
                 raise  # it says nothing about the store
             if isinstance(error, PermissionError):  # an answer, about this object
                 self._answered()
-                logger.error("The adapter store %s refuses to %s: %r", self.url, operation, error)
+                if not self._refusal_told:
+                    self._refusal_told = True
+                    logger.error(
+                        "The adapter store %s refuses to %s: %r", self.url, operation, error
+                    )
                 raise _call_refused(error) from error
             self._failed(error)
             raise self._away() from error
@@ -222,6 +227,7 @@ class Objects:
                 self._tries_again = False
             else:
                 self._answered()
+                self._refusal_told = False
             taken_s = time.perf_counter() - began
             moved = nbytes if outcome == "ok" and operation in {"put", "get"} else 0
             self.note(StoreNote(operation, outcome, taken_s, moved))
@@ -324,12 +330,11 @@ class _Asker:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _opened(self) -> Any:
-        async with self._opening:
+        async with asyncio.timeout(OPENING_S), self._opening:  # whoever waits, waits no longer
             if self._files is None:
                 files = self._open_files()
-                async with asyncio.timeout(OPENING_S):
-                    if hasattr(files, "set_session"):
-                        await files.set_session()
+                if hasattr(files, "set_session"):
+                    await files.set_session()
                 self._files = files
         return self._files
 

@@ -50,7 +50,6 @@ from adapters.registry.records import (
     NameChange,
     WantedName,
     checked_anew,
-    count_change,
     delete,
     read_one,
     record_of,
@@ -60,8 +59,9 @@ from adapters.registry.records import (
     with_pin,
     write,
 )
+from adapters.registry.removals import Removals
 from adapters.registry.store import version_of, versions_of
-from adapters.registry.tables import ADAPTERS, CANARIES, IDENTITY, STATE, migrate
+from adapters.registry.tables import IDENTITY, STATE, migrate
 from adapters.signature import BaseSignature
 
 KEPT_VERSIONS = 3  # old versions of a name whose bytes are kept
@@ -104,6 +104,7 @@ class Registry:
         self.kept_versions = kept_versions
         self.grace_s = grace_s
         self._held = HeldBytes(self._database.reading, self._database.transaction, store)
+        self._removals = Removals(self._database.transaction, store)
         self.moves = Moves(self._database.reading, self._held, store)
         self.aliases = Aliases(self._database.reading, self._database.transaction)
         with self._database.transaction(alone=False) as connection:  # there may be no table yet
@@ -309,7 +310,8 @@ class Registry:
         """
 
         def needed(connection: sa.Connection) -> Needed:
-            named, left = [], []
+            named: builtins.list[str] = []
+            left: builtins.list[str] = []
             for one in wanted:
                 present = read_one(connection, one.name)
                 change = _change_of(present, _wanted_record(one, present))
@@ -400,7 +402,7 @@ class Registry:
     ) -> builtins.list[str]:
         """Delete the bytes of versions that no name is on, and none keeps; returns which.
 
-        None where the bytes are another registry's as well, or may be.
+        Nothing is deleted where the bytes are another registry's as well, or may be.
 
         Args:
             in_use: Versions that requests or a device still need.
@@ -413,7 +415,11 @@ class Registry:
             candidates -= self.versions_kept()
         # Not one by one, for each look is a transaction that others wait for.
         candidates = self.store.idle(candidates, grace_s) if candidates else candidates
-        return [one for one in sorted(candidates) if self._remove_bytes(one, grace_s, kept=True)]
+        return [
+            one
+            for one in sorted(candidates)
+            if self._removals.remove(one, grace_s, self.kept_versions)
+        ]
 
     def versions_kept(self) -> set[str]:
         """Old versions of all names whose bytes are kept."""
@@ -425,31 +431,6 @@ class Registry:
         with self._database.reading() as connection:
             own = connection.execute(sa.select(IDENTITY.c.registry_id)).scalar_one()
         return self.store.is_owned_by(own, lambda: self.versions() | self.versions_kept())
-
-    def _remove_bytes(self, version: str, grace_s: float, *, kept: bool) -> bool:
-        """Delete the bytes of a version unless a name is on it, or they are younger than that.
-
-        Args:
-            kept: Whether those of old versions that are kept stay as well.
-        """
-        # Inside a write transaction nobody can put a name on it meanwhile.
-        with self._database.transaction() as connection:
-            for column in (ADAPTERS.c.version, CANARIES.c.version):
-                query = sa.select(sa.func.count()).where(column == version)
-                if connection.execute(query).scalar_one():
-                    return False
-            if kept and version in kept_versions(connection, self.kept_versions, version):
-                return False
-            failed: AdapterError | None = None
-            try:
-                removed = self.store.remove(version, idle_s=grace_s)
-            except AdapterError as error:
-                removed, failed = True, error  # it may be gone all the same
-            if removed:
-                count_change(connection)  # who is about to name it looks again
-        if failed is not None:
-            raise failed
-        return removed
 
     def _stored(self, folder: Path) -> str:
         """Store the adapter in ``folder``; where there is no room, old versions make place.
@@ -468,7 +449,7 @@ class Registry:
                     raise
                 with self._database.reading() as connection:
                     old = [one for one in oldest_first(connection) if self.store.has(one)]
-                if not any(self._remove_bytes(one, self.grace_s, kept=False) for one in old):
+                if not any(self._removals.remove(one, self.grace_s, None) for one in old):
                     raise
 
     def records(self) -> Mapping[str, AdapterRecord]:

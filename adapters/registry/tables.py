@@ -73,6 +73,13 @@ IDENTITY = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("registry_id", sa.String(32), nullable=False),
 )
+# Versions whose bytes are being deleted.
+REMOVALS = sa.Table(
+    "removals",
+    METADATA,
+    sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("since", sa.Float, nullable=False),  # seconds since 1970
+)
 
 
 class SchemaTooNew(RuntimeError):
@@ -117,12 +124,17 @@ def _give_identity(connection: sa.Connection) -> None:
         connection.execute(sa.insert(IDENTITY), {"id": 1, "registry_id": uuid.uuid4().hex})
 
 
+def _note_removals(connection: sa.Connection) -> None:
+    REMOVALS.create(connection, checkfirst=True)
+
+
 MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
     _first,
     _base_digest,
     _begin_history,
     _aliases_and_canaries,
     _give_identity,
+    _note_removals,
 )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adapters.errors import VersionGone
+from adapters.errors import StoreUnavailable, VersionGone
+from adapters.registry import held_bytes, removals
 from adapters.registry.objects import Objects
 from adapters.registry.records import WantedName
 from adapters.registry.registry import Registry
@@ -109,7 +115,7 @@ def test_what_a_collector_took_meanwhile_is_not_named(
         Store(tmp_path / "other"),
     )
     collector = Registry(world.files.database, other, kept_versions=0, grace_s=0.0)
-    begun = []
+    begun: list[str] = []
 
     def collect(call: str) -> None:
         """Another machine does, when the grace of the first version has been begun again."""
@@ -133,7 +139,7 @@ def test_what_a_name_leaves_has_its_grace_whoever_put_it_there(
     world.register("one", folders[0])
     second = version_of(folders[1])
     other = Registry(world.files.database, Store(tmp_path / "other"))
-    moved = []
+    moved: list[str] = []
 
     def replace(call: str) -> None:
         """Another admin does, when the third version's grace has been begun."""
@@ -148,6 +154,106 @@ def test_what_a_name_leaves_has_its_grace_whoever_put_it_there(
     assert world.registry.resolve("one").version == third
     assert second in held_in(tmp_path)
     other.close()
+
+
+class Collecting(Store):
+    """Does something before and after bytes are deleted, while nobody has been told of it."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        before: Callable[[], object] = lambda: None,
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        super().__init__(root)
+        self.before, self.then = before, then
+
+    def remove(self, version: str, *, idle_s: float = 0.0) -> bool:
+        self.before()
+        removed = super().remove(version, idle_s=idle_s)
+        self.then()
+        return removed
+
+
+class Touching(Store):
+    """Does something when the grace of a version has begun."""
+
+    then: Callable[[str], object] = staticmethod(lambda version: None)
+
+    def touch(self, version: str) -> None:
+        super().touch(version)
+        self.then(version)
+
+
+def test_bytes_whose_removal_was_cut_off_are_not_named(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_bytes, "REMOVAL_WAIT_S", 0.1)
+    store = Touching(tmp_path / "store")
+    registry = Registry(tmp_path / "registry.sqlite", store, grace_s=3600.0)
+
+    def collect_and_die() -> None:
+        killed = Collecting(tmp_path / "store", then=lambda: os.kill(os.getpid(), signal.SIGKILL))
+        Registry(tmp_path / "registry.sqlite", killed, kept_versions=0).collect_garbage(grace_s=0.0)
+
+    def collect(version: str) -> None:
+        store.then = lambda _: None
+        child = multiprocessing.get_context("fork").Process(target=collect_and_die)
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+
+    first, second = (
+        registry.register("one", folder, BASE, source="test", replace=True)[0].version
+        for folder in folders[:2]
+    )
+    staged = registry.staged(first, BASE)
+    store.then = collect
+    with pytest.raises(StoreUnavailable, match="are being deleted"):
+        registry.moves.rollback("one", first, lambda _: staged)
+    assert not store.has(first)
+    monkeypatch.setattr(removals, "REMOVED_WITHIN_S", 0.0)  # as later: the store says what is there
+    with pytest.raises(VersionGone):
+        registry.moves.rollback("one", first, lambda _: staged)
+    assert registry.resolve("one").version == second
+    put = registry.register("one", folders[0], BASE, source="test", replace=True)
+    assert store.has(put[0].version)
+    registry.close()
+
+
+def test_nobody_waits_while_bytes_are_deleted_but_who_would_name_them(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    deleting, goes_on = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        deleting.set()
+        assert goes_on.wait(60)
+
+    registry = Registry(tmp_path / "registry.sqlite", Store(tmp_path / "store"))
+    collector = Registry(
+        tmp_path / "registry.sqlite", Collecting(tmp_path / "store", before=slow), kept_versions=0
+    )
+    first, second = (
+        registry.register("one", folder, BASE, source="test", replace=True)[0].version
+        for folder in folders[:2]
+    )
+    staged = registry.staged(first, BASE)
+    with ThreadPoolExecutor(2) as pool:
+        collected = pool.submit(collector.collect_garbage, grace_s=0.0)
+        assert deleting.wait(60)
+        back = pool.submit(registry.moves.rollback, "one", first, lambda _: staged)
+        registry.register("two", folders[2], BASE, source="test")
+        assert not back.done()  # it waits for the end of the deletion
+        goes_on.set()
+        assert collected.result(60) == [first]
+        with pytest.raises(VersionGone):
+            back.result(60)
+    assert registry.resolve("one").version == second
+    assert registry.resolve("two").version == version_of(folders[2])
+    for one in (registry, collector):
+        one.close()
 
 
 def held_in(root: Path) -> set[str]:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,9 @@ def test_an_error_of_the_local_file_says_nothing_about_the_store(
         assert made.objects.facts("a") is not None
 
 
-def test_an_object_that_may_not_be_read_does_not_make_the_store_away(made: Made) -> None:
+def test_an_object_that_may_not_be_read_does_not_make_the_store_away(
+    made: Made, caplog: pytest.LogCaptureFixture
+) -> None:
     made.objects.put("a", b"x")
     made.files.fault, made.files.faulty = PermissionError("Access Denied"), "_rm_file"
     for _ in range(2):
@@ -197,6 +200,11 @@ def test_an_object_that_may_not_be_read_does_not_make_the_store_away(made: Made)
         assert caught.value.found == "PermissionError"
         assert caught.value.fix
         assert made.objects.facts("a") is not None
+    caplog.clear()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            made.objects.delete("a")
+    assert caplog.text.count("refuses to delete") == 1
 
 
 def test_others_are_refused_while_one_finds_out_whether_the_store_is_back(
@@ -306,6 +314,26 @@ def test_the_first_call_is_not_late_for_what_it_has_to_open(
 
     found = Objects("s3://bucket/p", open_files=slow)
     assert found.facts("a") is None
+    found.close()
+
+
+def test_many_that_wait_for_the_opening_wait_as_long_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "OPENING_S", 1.0)
+    tried = []
+
+    class Hanging(Breakable):
+        async def set_session(self) -> None:
+            tried.append(1)
+            await asyncio.Event().wait()
+
+    found = Objects("s3://bucket/p", open_files=lambda: Hanging(tmp_path))
+    with ThreadPoolExecutor(6) as pool:
+        ended = [pool.submit(found.facts, "a") for _ in range(6)]
+        refused = [type(one.exception(timeout=60)) for one in ended]
+    assert refused == [StoreUnavailable] * 6
+    assert len(tried) < 6  # those behind it did not each begin anew
     found.close()
 
 
