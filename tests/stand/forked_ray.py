@@ -46,9 +46,8 @@ def use_forks(fork: Fork) -> None:
             under the numbers ``fds``; returns its id.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
-    atexit.register(
-        shutil.rmtree, folder, ignore_errors=True
-    )  # Ray, which is begun later, ends first
+    # Before what Ray registers, which is then done first.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path, script = folder / "workers", folder / "python"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(path))
