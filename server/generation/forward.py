@@ -365,9 +365,10 @@ class PagedForward:
             return choose(logits, choosers)
         return [choose(row[None], [one])[0] for row, one in zip(logits, choosers, strict=True)]
 
-    def dynamic(self, parts: Items[ScheduledRows]) -> list[Choice]:
-        """A token for each part, all of which predict, as a step with prompts in it chooses it."""
-        return choose(self(parts).last, [part.sequence.chooser for part in parts])
+    def dynamic(self, parts: Items[ScheduledRows]) -> torch.Tensor:
+        """Logits of each part, all of which predict, as of a step with prompts in it:
+        ``[parts, vocabulary]``."""
+        return self(parts).last
 
     def rereads(self, tokens: int) -> bool:
         """Whether the keys of ``tokens`` tokens are others once there is one more."""
