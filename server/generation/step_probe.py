@@ -45,29 +45,42 @@ def step_fault(
 
     Args:
         forward: Whose ``static`` is tried; nothing may run on it.
-        adapted: No slot may be in use; two are filled, and emptied again.
-        kv: With room for three short sequences; without it nothing can be compared, which is a
-            fault too.
+        adapted: No slot may be in use; two are filled where there are as many, and emptied again.
+        kv: With room for as many short sequences as a step takes, three at most; without it nothing
+            can be compared, which is a fault too.
         begin: Makes a running sequence of a request, in a slot.
     """
-    made = [slot for slot, (_, rank) in enumerate(_PROBED) if rank]
-    layers = adapted.modulator.static
+    layers, static = adapted.modulator.static, forward.static
     assert layers is not None
+    assert static is not None
+    made = [s for s, (_, rank) in enumerate(_PROBED) if rank and s < layers.slots]
+    prompts = [
+        (slot if slot in made else BASE_SLOT, tokens) for slot, tokens in enumerate(_PROMPT_TOKENS)
+    ]
+    most = static.buffers.rows
     try:
         for slot in made:
             factors = probe_factors(
                 adapted, slot, *_PROBED[slot], dtype=layers.dtype, serves=layers.serves
             )
             adapted.install(slot, factors)
-        return _fault_of_steps(forward, kv, begin)
+        faults = (
+            _fault_of_steps(forward, kv, begin, prompts[first : first + most])
+            for first in range(0, len(prompts), most)
+        )
+        return next((one for one in faults if one is not None), None)
     finally:
         for slot in made:
             adapted.uninstall(slot)
 
 
 def _fault_of_steps(
-    forward: PagedForward, kv: KVCache, begin: Callable[[GenerateRequest, int], Sequence]
+    forward: PagedForward,
+    kv: KVCache,
+    begin: Callable[[GenerateRequest, int], Sequence],
+    prompts: list[tuple[int, int]],
 ) -> str | None:
+    """As ``step_fault``, of one batch: the slot and the tokens of each sequence."""
     options = (
         SamplingOptions(_STEPS + 1, ignore_eos=True),
         SamplingOptions(_STEPS + 1, ignore_eos=True, logprobs=True, alternatives=5),
@@ -78,13 +91,13 @@ def _fault_of_steps(
     for wish in options:
         sequences: list[Sequence] = []
         try:
-            for slot, tokens in enumerate(_PROMPT_TOKENS):
-                ids = tuple(range(3 + slot, 3 + slot + tokens))
+            for number, (slot, tokens) in enumerate(prompts):
+                ids = tuple(range(3 + number, 3 + number + tokens))
                 ids = tuple(one % static.buffers.vocabulary for one in ids)
-                request = GenerateRequest(f"step probe {slot}", None, None, ids, wish)
+                request = GenerateRequest(f"step probe {number}", None, None, ids, wish)
                 if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
                     return "the cache has no room for the sequences that are compared"
-                sequences.append(begin(request, slot if _PROBED[slot][1] else BASE_SLOT))
+                sequences.append(begin(request, slot))
             parts = [ScheduledRows(one, one.pending) for one in sequences]
             _advance(kv, parts, _best(forward.dynamic(parts)))
             for step in range(_STEPS):

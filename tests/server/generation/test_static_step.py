@@ -241,6 +241,16 @@ def test_steps_that_choose_other_tokens_are_never_used(
     assert stage.lane.figures().steps_by["differs"] == 4
 
 
+@pytest.mark.parametrize(("slots", "most"), [(1, 4), (2, 1), (2, 2)])
+def test_steps_are_compared_as_far_as_slots_and_sequences_go(slots: int, most: int) -> None:
+    stage, adapted = staged(slots=slots, max_sequences=most)
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    stage.lane.start_steps()
+    stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    assert stage.lane.figures().steps_by["static"] == 3
+
+
 def test_steps_that_cannot_be_compared_are_never_used(caplog: pytest.LogCaptureFixture) -> None:
     stage, adapted = staged(kv_bytes=2 * 16 * 2 * 2 * 16 * 4 * 2)
     for slot in (1, 2, 3):
