@@ -1,7 +1,8 @@
 """Whole static steps compared with steps of the other path, before anybody is answered by one.
 
-A few sequences of the base and of two random adapters decode some tokens. Each step runs both ways
-on the same keys and values, in every bucket that was prepared, and what is told of it must agree:
+A few sequences of the base and of two random adapters decode some tokens. Their prompts are read
+both ways, as prompts beside static steps are and as without any, and each step runs both ways on
+the same keys and values, in every bucket that was prepared, and what is told of it must agree:
 tokens, their log-probabilities and those of the likeliest others. Of a step that tells tokens
 alone, each must be the best of the other path, or as good as it.
 """
@@ -30,6 +31,10 @@ _PROMPT_TOKENS = (12, 5, 9)
 # Method and rank of the adapter of each; rank 0: the bare base.
 _PROBED: tuple[tuple[Method, int], ...] = (("hira", 0), ("hira", 8), ("lora", 4))
 _STEPS = 3
+# One prompt is longer than a page, and than the window if that is no wider than this.
+_WIDEST_WINDOW_TOKENS = 1100
+_BEYOND_TOKENS = 5
+_LAST_PIECE_TOKENS = 4  # of a prompt, read once more as one that was begun
 # Of a log-probability, relative where it is above 1: what sums in another order may cost.
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
@@ -47,7 +52,7 @@ def step_fault(
         forward: Whose ``static`` is tried; nothing may run on it.
         adapted: No slot may be in use; two are filled where there are as many, and emptied again.
         kv: With room for as many short sequences as a step takes, three at most; without it nothing
-            can be compared, which is a fault too.
+            can be compared, which is a fault too. A longer one is as long as it has room for.
         begin: Makes a running sequence of a request, in a slot.
     """
     layers, static = adapted.modulator.static, forward.static
@@ -58,16 +63,21 @@ def step_fault(
         (slot if slot in made else BASE_SLOT, tokens) for slot, tokens in enumerate(_PROMPT_TOKENS)
     ]
     most = static.buffers.rows
+    plain = SamplingOptions(_STEPS + 1, ignore_eos=True)
+    told = SamplingOptions(_STEPS + 1, ignore_eos=True, logprobs=True, alternatives=5)
+    batches = [
+        (wish, prompts[first : first + most])
+        for wish in (plain, told)
+        for first in range(0, len(prompts), most)
+    ]
+    batches.append((told, [(min(1, layers.slots - 1), _long_prompt(kv))]))
     try:
         for slot in made:
             factors = probe_factors(
                 adapted, slot, *_PROBED[slot], dtype=layers.dtype, serves=layers.serves
             )
             adapted.install(slot, factors)
-        faults = (
-            _fault_of_steps(forward, kv, begin, prompts[first : first + most])
-            for first in range(0, len(prompts), most)
-        )
+        faults = (_fault_of_steps(forward, kv, begin, *one) for one in batches)
         return next((one for one in faults if one is not None), None)
     finally:
         for slot in made:
@@ -78,48 +88,79 @@ def _fault_of_steps(
     forward: PagedForward,
     kv: KVCache,
     begin: Callable[[GenerateRequest, int], Sequence],
+    wish: SamplingOptions,
     prompts: list[tuple[int, int]],
 ) -> str | None:
     """As ``step_fault``, of one batch: the slot and the tokens of each sequence."""
-    options = (
-        SamplingOptions(_STEPS + 1, ignore_eos=True),
-        SamplingOptions(_STEPS + 1, ignore_eos=True, logprobs=True, alternatives=5),
-    )
     static = forward.static
     assert static is not None
     most = _TOLERANCE.get(kv.dtype, _HALF_TOLERANCE)
-    for wish in options:
-        sequences: list[Sequence] = []
-        try:
-            for number, (slot, tokens) in enumerate(prompts):
-                ids = tuple(range(3 + number, 3 + number + tokens))
-                ids = tuple(one % static.buffers.vocabulary for one in ids)
-                request = GenerateRequest(f"step probe {number}", None, None, ids, wish)
-                if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
-                    return "the cache has no room for the sequences that are compared"
-                sequences.append(begin(request, slot))
-            parts = [ScheduledRows(one, one.pending) for one in sequences]
-            _advance(kv, parts, _best(forward.dynamic(parts)))
-            for step in range(_STEPS):
-                parts = [ScheduledRows(one, 1) for one in sequences]
-                wanted = forward.dynamic(parts)
-                found = (*forward.in_every_bucket(parts), *_alone(forward, parts))
-                worst = _largest(found, wanted)
-                # What a wrong step chose may be no token at all: nothing is run on it.
-                if worst <= most and step < _STEPS - 1:
-                    first, second = _launched_ahead(forward, sequences)
-                    worst = _largest([first], wanted)
-                    if worst <= most:
-                        # With its own choice, which may be the other one of a tie.
-                        _advance(kv, parts, [choice.token_id for choice in first])
-                        parts = [ScheduledRows(one, 1) for one in sequences]
-                        worst = _largest([second], forward.dynamic(parts))
-                if worst > most:
-                    return f"log-probabilities differ by {worst:.1e}, not {most:.0e}"
-        finally:
-            for one in sequences:
-                kv.release(one.request.id, forget=True)
+    sequences: list[Sequence] = []
+    try:
+        for number, (slot, tokens) in enumerate(prompts):
+            ids = tuple(range(3 + number, 3 + number + tokens))
+            ids = tuple(one % static.buffers.vocabulary for one in ids)
+            request = GenerateRequest(f"step probe {number}", None, None, ids, wish)
+            if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
+                return "the cache has no room for the sequences that are compared"
+            sequences.append(begin(request, slot))
+        worst = _read(forward, kv, sequences)
+        if worst > most:
+            return f"log-probabilities of prompts differ by {worst:.1e}, not {most:.0e}"
+        for step in range(_STEPS):
+            parts = [ScheduledRows(one, 1) for one in sequences]
+            wanted = forward.dynamic(parts)
+            found = (*forward.in_every_bucket(parts), *_alone(forward, parts))
+            worst = _largest(found, wanted)
+            # What a wrong step chose may be no token at all: nothing is run on it.
+            if worst <= most and step < _STEPS - 1:
+                first, second = _launched_ahead(forward, sequences)
+                worst = _largest([first], wanted)
+                if worst <= most:
+                    # With its own choice, which may be the other one of a tie.
+                    _advance(kv, parts, [choice.token_id for choice in first])
+                    parts = [ScheduledRows(one, 1) for one in sequences]
+                    worst = _largest([second], forward.dynamic(parts))
+            if worst > most:
+                return f"log-probabilities differ by {worst:.1e}, not {most:.0e}"
+    finally:
+        for one in sequences:
+            kv.release(one.request.id, forget=True)
     return None
+
+
+def _long_prompt(kv: KVCache) -> int:
+    """Tokens of the longer prompt."""
+    window = kv.window if kv.window is not None and kv.window <= _WIDEST_WINDOW_TOKENS else 0
+    room = min(kv.capacity_tokens, kv.context_tokens) - _STEPS - 1
+    return max(1, min(max(kv.block_tokens, window) + _BEYOND_TOKENS, room))
+
+
+def _read(forward: PagedForward, kv: KVCache, sequences: list[Sequence]) -> float:
+    """Read all prompts, both ways, and choose a first token; how much the two ways differ.
+
+    A prompt is read whole, then its end once more as that of one which was begun: what was written
+    is written again, the same. What remains in the cache is of the other path.
+    """
+    for one in sequences:
+        while one.pending > kv.step_tokens:
+            part = ScheduledRows(one, kv.step_tokens)
+            forward.dynamic([part])
+            kv.written(one.request.id, part.rows, ())
+            one.written += part.rows
+    worst = 0.0
+    for again in (False, True):
+        if again:
+            for one in sequences:
+                one.written = max(one.written, len(one.ids) - _LAST_PIECE_TOKENS, 0)
+        parts = [ScheduledRows(one, one.pending) for one in sequences]
+        found = forward.chosen(parts)
+        wanted = forward.dynamic(parts)
+        worst = max(worst, _largest([found], wanted))
+    for one in sequences:
+        one.written = kv.length(one.request.id)
+    _advance(kv, [ScheduledRows(one, one.pending) for one in sequences], _best(wanted))
+    return worst
 
 
 def _launched_ahead(
