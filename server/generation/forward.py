@@ -218,7 +218,7 @@ class PagedForward:
         self._why_dynamic: str | None = None  # None: static steps were not asked for
         # How prompts attend without static steps, and how they attend now.
         self._gathered: _Batch = partial(PagedBatch, alone=True) if deterministic else PagedBatch
-        self._batch = self._gathered
+        self._batch: _Batch = self._gathered
         self._deterministic = deterministic
         self._apart = apart
         self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
