@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
+import pytest
+
 from loadtests.cluster_kills import (
     HANG_S,
+    HELD_S,
     TOLD_S,
     Broken,
     Call,
@@ -26,6 +29,18 @@ def test_whoever_was_cut_off_must_be_told_in_time() -> None:
     assert row["faults"]
     seen.calls.append(Call("generate", 9.9, 10.0 + 2 * TOLD_S, "503 worker_lost"))
     assert judged("engine", Broken(10.0, None, 30.0), seen)["faults"]
+
+
+@pytest.mark.parametrize("part", ["engine", "proxy", "http", "postgres", "store"])
+def test_a_call_that_was_answered_late_is_a_fault_if_it_was_under_way(part: str) -> None:
+    soon = Call("predict", 9.0, 10.0 + HELD_S / 2, "ok")
+    begun_later = Call("predict", 10.5, 11.0 + 2 * HELD_S, "ok")  # it waited for what was broken
+    row = judged(part, Broken(10.0, 40.0, 1.0), Seen([soon, begun_later]))
+    assert (row["held_s"], row["faults"]) == (HELD_S / 2, [])
+    late = Call("generate", 9.0, 11.0 + HELD_S, "ok")
+    row = judged(part, Broken(10.0, 40.0, 1.0), Seen([soon, late]))
+    assert row["held_s"] == HELD_S + 1.0
+    assert len(row["faults"]) == 1
 
 
 def test_when_a_request_was_asked_again_is_in_the_log() -> None:

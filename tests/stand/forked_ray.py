@@ -8,12 +8,15 @@ workers in containers.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +46,8 @@ def use_forks(fork: Fork) -> None:
             under the numbers ``fds``; returns its id.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    # Before what Ray registers, which is then done first.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path, script = folder / "workers", folder / "python"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(path))
@@ -58,9 +63,16 @@ def _serve(listener: socket.socket, fork: Fork) -> None:
     while True:
         one, _ = listener.accept()
         with one:
-            message, fds, _, _ = socket.recv_fds(one, LARGEST, 3)
-            if not message:
-                continue
+            try:
+                _serve_one(one, fork)
+            except Exception:  # noqa: BLE001  # this start has failed: its connection ends, and so it
+                traceback.print_exc()
+
+
+def _serve_one(one: socket.socket, fork: Fork) -> None:
+    message, fds, _, _ = socket.recv_fds(one, LARGEST, 3)
+    try:
+        if message:
             asked = json.loads(message)
             told = {
                 "arguments": ["-c", RUN, *asked["arguments"]],
@@ -68,5 +80,6 @@ def _serve(listener: socket.socket, fork: Fork) -> None:
                 "fds": [0, 1, 2, WORKER_FD],
             }
             fork(told, [*fds, one.fileno()])
-            for given in fds:
-                os.close(given)
+    finally:
+        for given in fds:
+            os.close(given)

@@ -15,6 +15,7 @@ import pytest
 
 from server.cluster import drain as draining
 from server.cluster.drain import drain, follow_phase
+from server.cluster.metric_files import is_held
 from server.edge.admit.shared_load import Phase, SharedLoad
 from server.edge.processes.run_folder import run_folder
 from tests.stand.waits import until
@@ -116,7 +117,9 @@ def test_a_replica_that_has_not_spoken_is_waited_for_until_the_time_is_over(fold
     assert (folder / draining.PHASE_FILE).read_text() == "STOPPING"
 
 
-def test_what_a_cluster_that_was_killed_left_has_no_later_one_drain(tmp_path: Path) -> None:
+def test_what_a_cluster_that_was_killed_left_has_no_later_one_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with run_folder(tmp_path / "run", 0):
         left = {one.name: one.read_bytes() for one in (tmp_path / "run").iterdir()}
     folder = tmp_path / "left"
@@ -125,10 +128,9 @@ def test_what_a_cluster_that_was_killed_left_has_no_later_one_drain(tmp_path: Pa
         (folder / name).write_bytes(content)
     (folder / draining.PHASE_FILE).write_text("DRAINING")
     load, looks = SharedLoad(1), Looks()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(draining, "is_held", looks.counted(draining.is_held))
-        with following(folder, [load]):
-            until(lambda: looks.count > 3)
+    monkeypatch.setattr(draining, "is_held", looks.counted(is_held))
+    with following(folder, [load]):
+        until(lambda: looks.count > 3)
     assert load.phase is Phase.SERVING
 
 
@@ -145,16 +147,23 @@ class Looks:
 
         return asked
 
+    def __getitem__(self, name: str) -> Phase:
+        """In place of ``Phase``."""
+        self.count += 1
+        return Phase[name]
+
 
 def test_a_phase_that_cannot_be_read_is_told_once(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / draining.PHASE_FILE).mkdir()
-    load = SharedLoad(1)
+    load, looks = SharedLoad(1), Looks()
+    monkeypatch.setattr(draining, "Phase", looks)
     with caplog.at_level(logging.WARNING), following(folder, [load]):
         until(lambda: caplog.records)
         (folder / draining.PHASE_FILE).rmdir()
         (folder / draining.PHASE_FILE).write_text("no phase")
+        until(lambda: looks.count > 3)
         (folder / draining.PHASE_FILE).write_text("DRAINING")
         until(lambda: load.phase is Phase.DRAINING)
     (record,) = caplog.records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -94,12 +94,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 20))
+    asyncio.run(asyncio.wait_for(work, 60))
 
 
-async def settled() -> None:
-    """Replicas that are asked have answered, or have not."""
-    await asyncio.sleep(0.05)
+async def becomes(condition: Callable[[], bool]) -> None:
+    """What tasks of this loop bring about; ``run`` bounds it."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def nobody_looks() -> bool:
+    """Whether all replicas that were asked have answered, or are nobody's affair."""
+    return not [one for one in asyncio.all_tasks() if one.get_name() == "look-for-replica"]
 
 
 def test_a_replica_that_a_call_could_not_reach_is_asked_last_for_a_while(clock: Clock) -> None:
@@ -111,7 +117,7 @@ def test_a_replica_that_a_call_could_not_reach_is_asked_last_for_a_while(clock: 
         assert (await router.order())[-1] == first
         assert (await router.order(None))[-1] == first
         assert sorted(await router.order()) == ["a", "b", "c"]
-        await settled()
+        await becomes(nobody_looks)
         clock.now += SHUNNED_S
         assert (await router.order())[0] == first
 
@@ -124,7 +130,7 @@ def test_the_only_replica_stays_reachable_when_a_call_breaks_and_it_is_there(clo
         router.on_replica_actor_unavailable(router.all_ids[0])
         assert router.reachable()
         assert await router.order() == ["a"]
-        await settled()
+        await becomes(nobody_looks)
         assert router.reachable()
 
     run(scenario())
@@ -136,8 +142,7 @@ def test_a_replica_whose_process_is_silent_is_not_there_until_it_answers(clock: 
         for one in router.candidates:
             one.there = False
             router.on_replica_actor_unavailable(one.replica_id)
-        await settled()
-        assert not router.reachable()
+        await becomes(lambda: not router.reachable())
         assert sorted(await router.order()) == ["a", "b"]
         clock.now += 10 * SHUNNED_S
         assert not router.reachable()
@@ -146,8 +151,7 @@ def test_a_replica_whose_process_is_silent_is_not_there_until_it_answers(clock: 
         assert (await router.order())[0] == "new"
         router.candidates.pop()
         router.candidates[0].there = True
-        await settled()
-        assert router.reachable()
+        await becomes(router.reachable)
         assert (await router.order())[0] == "a"
 
     run(scenario())
@@ -159,11 +163,9 @@ def test_who_is_there_no_more_is_not_asked_for_ever(clock: Clock) -> None:
         gone = router.candidates[0]
         gone.there = False
         router.on_replica_actor_unavailable(gone.replica_id)
-        await settled()
-        assert router.silent == {"a"}
+        await becomes(lambda: router.silent == {"a"})
         router.candidates.clear()
-        await settled()
+        await becomes(nobody_looks)
         assert router.silent == set()
-        assert not [one for one in asyncio.all_tasks() if one.get_name() == "look-for-replica"]
 
     run(scenario())
