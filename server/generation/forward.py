@@ -184,7 +184,7 @@ def _late(predicting: Items[Sequence], began: float) -> list[Sequence]:
     return late
 
 
-_Batch = Callable[[KVCache, Items[Span]], PagedKeys]
+_Attends = Callable[[KVCache, Items[Span]], PagedKeys]
 
 
 class PagedForward:
@@ -217,8 +217,8 @@ class PagedForward:
         self.static: StaticStep | None = None  # None: every step runs as one with prompts in it
         self._why_dynamic: str | None = None  # None: static steps were not asked for
         # How prompts attend without static steps, and how they attend now.
-        self._gathered: _Batch = partial(PagedBatch, alone=True) if deterministic else PagedBatch
-        self._batch: _Batch = self._gathered
+        self._gathered: _Attends = partial(PagedBatch, alone=True) if deterministic else PagedBatch
+        self._batch: _Attends = self._gathered
         self._deterministic = deterministic
         self._apart = apart
         self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
@@ -238,7 +238,7 @@ class PagedForward:
         self._note(parts)
         return self._run(parts, self._batch)
 
-    def _run(self, parts: Items[ScheduledRows], batch: _Batch) -> Logits:
+    def _run(self, parts: Items[ScheduledRows], batch: _Attends) -> Logits:
         if not self._apart or len(parts) < 2:
             return self._logits(parts, batch)
         each = [self._logits([part], batch) for part in parts]
@@ -246,7 +246,7 @@ class PagedForward:
             torch.cat([one.last for one in each]), torch.cat([one.prompt for one in each])
         )
 
-    def _logits(self, parts: Items[ScheduledRows], batch: _Batch) -> Logits:
+    def _logits(self, parts: Items[ScheduledRows], batch: _Attends) -> Logits:
         ids: list[int] = []
         positions: list[int] = []
         lengths: list[int] = []  # of the sequence that a row belongs to

@@ -104,7 +104,7 @@ def _fault_of_steps(
             if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
                 return "the cache has no room for the sequences that are compared"
             sequences.append(begin(request, slot))
-        worst = _read(forward, kv, sequences)
+        worst = _read_prompts(forward, kv, sequences)
         if worst > most:
             return f"log-probabilities of prompts differ by {worst:.1e}, not {most:.0e}"
         for step in range(_STEPS):
@@ -136,7 +136,7 @@ def _long_prompt(kv: KVCache) -> int:
     return max(1, min(max(kv.block_tokens, window) + _BEYOND_TOKENS, room))
 
 
-def _read(forward: PagedForward, kv: KVCache, sequences: list[Sequence]) -> float:
+def _read_prompts(forward: PagedForward, kv: KVCache, sequences: list[Sequence]) -> float:
     """Read all prompts, both ways, and choose a first token; how much the two ways differ.
 
     A prompt is read whole, then its end once more as that of one which was begun: what was written
