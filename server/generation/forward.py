@@ -184,6 +184,9 @@ def _late(predicting: Items[Sequence], began: float) -> list[Sequence]:
     return late
 
 
+_Attends = Callable[[KVCache, Items[Span]], PagedKeys]
+
+
 class PagedForward:
     """Runs an adapted model over a flattened batch whose keys and values are in pages.
 
@@ -213,9 +216,9 @@ class PagedForward:
         self._rope = RopeByLength(model)
         self.static: StaticStep | None = None  # None: every step runs as one with prompts in it
         self._why_dynamic: str | None = None  # None: static steps were not asked for
-        self._batch: Callable[[KVCache, Items[Span]], PagedKeys] = PagedBatch
-        if deterministic:
-            self._batch = partial(PagedBatch, alone=True)
+        # How prompts attend without static steps, and how they attend now.
+        self._gathered: _Attends = partial(PagedBatch, alone=True) if deterministic else PagedBatch
+        self._batch: _Attends = self._gathered
         self._deterministic = deterministic
         self._apart = apart
         self.steps_by: Counter[str] = Counter()  # that were static, or why they were not
@@ -233,14 +236,17 @@ class PagedForward:
             RuntimeError: the model does not use the attention interface in all its layers.
         """
         self._note(parts)
+        return self._run(parts, self._batch)
+
+    def _run(self, parts: Items[ScheduledRows], batch: _Attends) -> Logits:
         if not self._apart or len(parts) < 2:
-            return self._logits(parts)
-        each = [self._logits([part]) for part in parts]
+            return self._logits(parts, batch)
+        each = [self._logits([part], batch) for part in parts]
         return Logits(
             torch.cat([one.last for one in each]), torch.cat([one.prompt for one in each])
         )
 
-    def _logits(self, parts: Items[ScheduledRows]) -> Logits:
+    def _logits(self, parts: Items[ScheduledRows], batch: _Attends) -> Logits:
         ids: list[int] = []
         positions: list[int] = []
         lengths: list[int] = []  # of the sequence that a row belongs to
@@ -262,7 +268,7 @@ class PagedForward:
         slots = segments.from_runs((part.sequence.slot, part.rows) for part in parts)
         kept = wanted or [len(ids) - 1]  # an output layer over no row at all is a case of its own
         keep = torch.tensor(kept, device=self._device)
-        paged = self._batch(self._kv, spans)
+        paged = batch(self._kv, spans)
         inputs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         with (
             torch.inference_mode(),
@@ -302,9 +308,14 @@ class PagedForward:
         self.static = StaticStep(self._model, layers, self._kv, most, attention)
 
     def leave_static(self, reason: str, found: str) -> None:
-        """Run no static step from now on, and count every step under ``reason``."""
+        """Run no static step from now on, and count every step under ``reason``.
+
+        Prompts attend as if static steps had never been asked for: what was wrong with these may be
+        the attention that both have in common.
+        """
         logger.warning("Decode steps stay dynamic: %s", " ".join(found.split())[:300])
         self.static = None
+        self._batch = self._gathered
         self._why_dynamic = reason
 
     def capture_static(self) -> Iterator[tuple[int, int]]:
@@ -365,7 +376,14 @@ class PagedForward:
             return choose(logits, choosers)
         return [choose(row[None], [one])[0] for row, one in zip(logits, choosers, strict=True)]
 
-    def dynamic(self, parts: Items[ScheduledRows]) -> list[Choice]:
+    def dynamic(self, parts: Items[ScheduledRows]) -> torch.Tensor:
+        """Logits of each part that predicts, as without static steps: ``[n, vocabulary]``.
+
+        Nothing that static steps, or prompts beside them, attend by is in it.
+        """
+        return self._run(parts, self._gathered).last
+
+    def chosen(self, parts: Items[ScheduledRows]) -> list[Choice]:
         """A token for each part, all of which predict, as a step with prompts in it chooses it."""
         return choose(self(parts).last, [part.sequence.chooser for part in parts])
 

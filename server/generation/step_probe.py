@@ -1,13 +1,15 @@
 """Whole static steps compared with steps of the other path, before anybody is answered by one.
 
-A few sequences of the base and of two random adapters decode some tokens. Each step runs both ways
-on the same keys and values, in every bucket that was prepared, and what is told of it must agree:
-tokens, their log-probabilities and those of the likeliest others.
+A few sequences of the base and of two random adapters decode some tokens. Their prompts are read
+both ways, as prompts beside static steps are and as without any, and each step runs both ways on
+the same keys and values, in every bucket that was prepared, and what is told of it must agree:
+tokens, their log-probabilities and those of the likeliest others. Of a step that tells tokens
+alone, each must be the best of the other path, or as good as it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,10 @@ _PROMPT_TOKENS = (12, 5, 9)
 # Method and rank of the adapter of each; rank 0: the bare base.
 _PROBED: tuple[tuple[Method, int], ...] = (("hira", 0), ("hira", 8), ("lora", 4))
 _STEPS = 3
+# One prompt is longer than a page, and than the window if that is no wider than this.
+_WIDEST_WINDOW_TOKENS = 1100
+_BEYOND_TOKENS = 5
+_LAST_PIECE_TOKENS = 4  # of a prompt, read once more as one that was begun
 # Of a log-probability, relative where it is above 1: what sums in another order may cost.
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
@@ -44,72 +50,126 @@ def step_fault(
 
     Args:
         forward: Whose ``static`` is tried; nothing may run on it.
-        adapted: No slot may be in use; two are filled, and emptied again.
-        kv: With room for three short sequences; without it nothing is compared.
+        adapted: No slot may be in use; two are filled where there are as many, and emptied again.
+        kv: With room for as many short sequences as a step takes, three at most; without it nothing
+            can be compared, which is a fault too. A longer one is as long as it has room for.
         begin: Makes a running sequence of a request, in a slot.
     """
-    made = [slot for slot, (_, rank) in enumerate(_PROBED) if rank]
-    layers = adapted.modulator.static
+    layers, static = adapted.modulator.static, forward.static
     assert layers is not None
+    assert static is not None
+    made = [s for s, (_, rank) in enumerate(_PROBED) if rank and s < layers.slots]
+    prompts = [
+        (slot if slot in made else BASE_SLOT, tokens) for slot, tokens in enumerate(_PROMPT_TOKENS)
+    ]
+    most = static.buffers.rows
+    plain = SamplingOptions(_STEPS + 1, ignore_eos=True)
+    told = SamplingOptions(_STEPS + 1, ignore_eos=True, logprobs=True, alternatives=5)
+    batches = [
+        (wish, prompts[first : first + most])
+        for wish in (plain, told)
+        for first in range(0, len(prompts), most)
+    ]
+    batches.append((told, [(min(1, layers.slots - 1), _long_prompt(kv))]))
     try:
         for slot in made:
             factors = probe_factors(
                 adapted, slot, *_PROBED[slot], dtype=layers.dtype, serves=layers.serves
             )
             adapted.install(slot, factors)
-        return _fault_of_steps(forward, kv, begin)
+        faults = (_fault_of_steps(forward, kv, begin, *one) for one in batches)
+        return next((one for one in faults if one is not None), None)
     finally:
         for slot in made:
             adapted.uninstall(slot)
 
 
 def _fault_of_steps(
-    forward: PagedForward, kv: KVCache, begin: Callable[[GenerateRequest, int], Sequence]
+    forward: PagedForward,
+    kv: KVCache,
+    begin: Callable[[GenerateRequest, int], Sequence],
+    wish: SamplingOptions,
+    prompts: list[tuple[int, int]],
 ) -> str | None:
-    options = (
-        SamplingOptions(_STEPS + 1, ignore_eos=True),
-        SamplingOptions(_STEPS + 1, ignore_eos=True, logprobs=True, alternatives=5),
-    )
+    """As ``step_fault``, of one batch: the slot and the tokens of each sequence."""
     static = forward.static
     assert static is not None
-    worst = 0.0
-    for wish in options:
-        sequences: list[Sequence] = []
-        try:
-            for slot, tokens in enumerate(_PROMPT_TOKENS):
-                ids = tuple(range(3 + slot, 3 + slot + tokens))
-                ids = tuple(one % static.buffers.vocabulary for one in ids)
-                request = GenerateRequest(f"step probe {slot}", None, None, ids, wish)
-                if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
-                    return None
-                sequences.append(begin(request, slot if _PROBED[slot][1] else BASE_SLOT))
-            parts = [ScheduledRows(one, one.pending) for one in sequences]
-            _advance(kv, parts, forward.dynamic(parts))
-            for step in range(_STEPS):
-                parts = [ScheduledRows(one, 1) for one in sequences]
-                wanted = forward.dynamic(parts)
-                for found in (*forward.in_every_bucket(parts), *_alone(forward, parts)):
-                    for mine, theirs in zip(found, wanted, strict=True):
-                        worst = max(worst, _difference(mine, theirs))
-                ahead = _launched_ahead(forward, sequences) if step < _STEPS - 1 else []
-                _advance(kv, parts, wanted)
-                if ahead:
-                    parts = [ScheduledRows(one, 1) for one in sequences]
-                    for mine, theirs in zip(ahead, forward.dynamic(parts), strict=True):
-                        worst = max(worst, _difference(mine, theirs))
-        finally:
-            for one in sequences:
-                kv.release(one.request.id, forget=True)
     most = _TOLERANCE.get(kv.dtype, _HALF_TOLERANCE)
-    return None if worst <= most else f"log-probabilities differ by {worst:.1e}, not {most:.0e}"
+    sequences: list[Sequence] = []
+    try:
+        for number, (slot, tokens) in enumerate(prompts):
+            ids = tuple(range(3 + number, 3 + number + tokens))
+            ids = tuple(one % static.buffers.vocabulary for one in ids)
+            request = GenerateRequest(f"step probe {number}", None, None, ids, wish)
+            if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
+                return "the cache has no room for the sequences that are compared"
+            sequences.append(begin(request, slot))
+        worst = _read_prompts(forward, kv, sequences)
+        if worst > most:
+            return f"log-probabilities of prompts differ by {worst:.1e}, not {most:.0e}"
+        for step in range(_STEPS):
+            parts = [ScheduledRows(one, 1) for one in sequences]
+            wanted = forward.dynamic(parts)
+            found = (*forward.in_every_bucket(parts), *_alone(forward, parts))
+            worst = _largest(found, wanted)
+            # What a wrong step chose may be no token at all: nothing is run on it.
+            if worst <= most and step < _STEPS - 1:
+                first, second = _launched_ahead(forward, sequences)
+                worst = _largest([first], wanted)
+                if worst <= most:
+                    # With its own choice, which may be the other one of a tie.
+                    _advance(kv, parts, [choice.token_id for choice in first])
+                    parts = [ScheduledRows(one, 1) for one in sequences]
+                    worst = _largest([second], forward.dynamic(parts))
+            if worst > most:
+                return f"log-probabilities differ by {worst:.1e}, not {most:.0e}"
+    finally:
+        for one in sequences:
+            kv.release(one.request.id, forget=True)
+    return None
 
 
-def _launched_ahead(forward: PagedForward, sequences: list[Sequence]) -> list[Choice]:
-    """What two steps choose, the second launched before the first is read; of the second."""
+def _long_prompt(kv: KVCache) -> int:
+    """Tokens of the longer prompt."""
+    window = kv.window if kv.window is not None and kv.window <= _WIDEST_WINDOW_TOKENS else 0
+    room = min(kv.capacity_tokens, kv.context_tokens) - _STEPS - 1
+    return max(1, min(max(kv.block_tokens, window) + _BEYOND_TOKENS, room))
+
+
+def _read_prompts(forward: PagedForward, kv: KVCache, sequences: list[Sequence]) -> float:
+    """Read all prompts, both ways, and choose a first token; how much the two ways differ.
+
+    A prompt is read whole, then its end once more as that of one which was begun: what was written
+    is written again, the same. What remains in the cache is of the other path.
+    """
+    for one in sequences:
+        while one.pending > kv.step_tokens:
+            part = ScheduledRows(one, kv.step_tokens)
+            forward.dynamic([part])
+            kv.written(one.request.id, part.rows, ())
+            one.written += part.rows
+    worst = 0.0
+    for again in (False, True):
+        if again:
+            for one in sequences:
+                one.written = max(one.written, len(one.ids) - _LAST_PIECE_TOKENS, 0)
+        parts = [ScheduledRows(one, one.pending) for one in sequences]
+        found = forward.chosen(parts)
+        wanted = forward.dynamic(parts)
+        worst = max(worst, _largest([found], wanted))
+    for one in sequences:
+        one.written = kv.length(one.request.id)
+    _advance(kv, [ScheduledRows(one, one.pending) for one in sequences], _best(wanted))
+    return worst
+
+
+def _launched_ahead(
+    forward: PagedForward, sequences: list[Sequence]
+) -> tuple[list[Choice], list[Choice]]:
+    """What two steps choose, the second launched before the first is read."""
     first = forward.launch_static(sequences, None)
     second = forward.launch_static(sequences, first)
-    first.choices()
-    return second.choices()
+    return first.choices(), second.choices()
 
 
 def _alone(forward: PagedForward, parts: list[ScheduledRows]) -> list[list[Choice]]:
@@ -118,25 +178,55 @@ def _alone(forward: PagedForward, parts: list[ScheduledRows]) -> list[list[Choic
     return [[choice for part in parts for choice in forward.by_static([part])]]
 
 
-def _advance(kv: KVCache, parts: list[ScheduledRows], choices: list[Choice]) -> None:
-    for part, choice in zip(parts, choices, strict=True):
+def _advance(kv: KVCache, parts: list[ScheduledRows], tokens: list[int]) -> None:
+    for part, token in zip(parts, tokens, strict=True):
         sequence = part.sequence
         kv.written(sequence.request.id, part.rows, ())
         sequence.written += part.rows
-        sequence.ids.append(choice.token_id)
+        sequence.ids.append(token)
 
 
-def _difference(found: Choice, wanted: Choice) -> float:
-    """Of all that both tell; infinite where the tokens are not the same."""
-    if found.finite != wanted.finite:
+def _best(logits: torch.Tensor) -> list[int]:
+    """The token of each row that nothing but its logits chooses."""
+    return [int(one) for one in logits.argmax(-1)]
+
+
+def _largest(found: Iterable[list[Choice]], wanted: torch.Tensor) -> float:
+    """The largest difference of several times the same step.
+
+    Args:
+        found: What was chosen each time.
+        wanted: ``[sequences, vocabulary]``, the logits of the other path.
+    """
+    scores = wanted.float().log_softmax(-1).cpu()
+    return max(
+        _difference(choice, row)
+        for choices in found
+        for choice, row in zip(choices, scores, strict=True)
+    )
+
+
+def _difference(found: Choice, wanted: torch.Tensor) -> float:
+    """Of all that is told, relative where it is above 1; infinite where it cannot be compared.
+
+    Args:
+        found: The best token, its log-probability and those of others as far as they are told.
+        wanted: ``[vocabulary]``, log-probabilities by the other path.
+    """
+    told = [token for token, _ in found.likeliest]
+    if not found.finite or not all(0 <= one < len(wanted) for one in (found.token_id, *told)):
         return float("inf")
-    if found.logprob is None or wanted.logprob is None:
-        # The best token alone: another one is told apart from a tie by the other steps.
-        return 0.0
-    known = dict(wanted.likeliest)
-    pairs = [(value, known[token]) for token, value in found.likeliest if token in known]
-    if not pairs:
-        return float("inf")
-    pairs.append((found.logprob, wanted.logprob))
-    worst = max(abs(mine - theirs) / max(1.0, abs(theirs)) for mine, theirs in pairs)
-    return worst if isfinite(worst) else float("inf")
+    best, own = float(wanted.max()), float(wanted[found.token_id])
+    pairs = [(own, best)]  # two that are equally good may change places
+    if found.logprob is not None:
+        pairs.append((found.logprob, own))
+    pairs += [(value, float(wanted[token])) for token, value in found.likeliest]
+    # Each place has its likeliest token, or one that is as good.
+    values = wanted.topk(len(told)).values.tolist()
+    pairs += [(value, best) for (_, value), best in zip(found.likeliest, values, strict=True)]
+    worst = 0.0
+    for mine, theirs in pairs:
+        error = abs(mine - theirs) / max(1.0, abs(theirs))
+        # NaN compares as neither: it must not pass.
+        worst = max(worst, error if isfinite(error) else float("inf"))
+    return worst

@@ -26,7 +26,7 @@ def staged(name: str = "llama", steps: DecodeSteps = "static", **changes: Any) -
     stage = Stage(name)
     model = copy.deepcopy(stage.adapted.original)
     adapted = inject(model, name="test")
-    made = options(decode_steps=steps, slots=6, **changes)
+    made = options(decode_steps=steps, **({"slots": 6} | changes))
     residency: Any = stage.residency
     stage.lane = GenerateLane(adapted, stage.tokenizer, residency, made)
     for version, slot in stage.residency.slots.items():

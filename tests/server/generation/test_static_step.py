@@ -218,6 +218,49 @@ def test_steps_that_differ_are_never_used(
     assert dict(stage.lane.figures().steps_by) == {"differs": 4}
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_steps_that_choose_other_tokens_are_never_used(
+    plain: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, adapted = staged()
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    right = StaticStep.run
+
+    def wrong(self: StaticStep, key: StepKey) -> None:
+        right(self, key)
+        if key.plain == plain:
+            self.buffers.told_ids[0] += 1
+
+    wanted = stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    monkeypatch.setattr(StaticStep, "run", wrong)
+    stage.lane.start_steps()
+    assert "differ" in caplog.text
+    found = stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    assert [t.id for t in found.tokens] == [t.id for t in wanted.tokens]
+    assert stage.lane.figures().steps_by["differs"] == 4
+
+
+@pytest.mark.parametrize(("slots", "most"), [(1, 4), (2, 1), (2, 2)])
+def test_steps_are_compared_as_far_as_slots_and_sequences_go(slots: int, most: int) -> None:
+    stage, adapted = staged(slots=slots, max_sequences=most)
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    stage.lane.start_steps()
+    stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    assert stage.lane.figures().steps_by["static"] == 3
+
+
+def test_steps_that_cannot_be_compared_are_never_used(caplog: pytest.LogCaptureFixture) -> None:
+    stage, adapted = staged(kv_bytes=2 * 16 * 2 * 2 * 16 * 4 * 2)
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    stage.lane.start_steps()
+    assert "no room for the sequences that are compared" in caplog.text
+    stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    assert dict(stage.lane.figures().steps_by) == {"differs": 4}
+
+
 def test_without_the_setting_nothing_is_prepared() -> None:
     stage, _ = staged(steps="dynamic")
     stage.lane.start_steps()
