@@ -23,7 +23,7 @@ Two kernels, one equation:
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -334,8 +334,10 @@ def decode_bytes_kernel(byte_ptr, found_ptr, DECODER: tl.constexpr):
     tl.store(found_ptr + 256 + at, low)
 
 
-# What a compiler or a launch raises where a kernel does not fit a device.
+# What a compiler raises where a kernel does not fit a device.
 KernelFailure = triton.TritonError
+# How the text begins of the plain RuntimeError that a launch raises, where the driver refuses it.
+REFUSED_LAUNCH: Final = "Triton Error"
 
 # Under TRITON_INTERPRET=1 the kernels run on the CPU, whose dot takes bfloat16 bits for integers.
 INTERPRETED = not isinstance(many_rows_kernel, triton.JITFunction)

@@ -155,7 +155,10 @@ class FusedLayers:
             path: Of the layer.
             error: What ``linear`` raised.
         """
-        if not isinstance(error, self._ops.KernelFailure):
+        refused = isinstance(error, RuntimeError) and str(error).startswith(
+            self._ops.REFUSED_LAUNCH
+        )
+        if not (refused or isinstance(error, self._ops.KernelFailure)):
             return False
         self._layers.pop(path, None)
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

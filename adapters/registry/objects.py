@@ -108,7 +108,7 @@ class Objects:
         """
         try:
             self._asker_here().open()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  # the calls tell what is wrong
             logger.warning("The adapter store %s cannot be opened yet: %r", self.url, error)
 
     def facts(self, name: str) -> ObjectFacts | None:

@@ -67,15 +67,18 @@ def test_a_driver_that_fails_is_told_in_one_line(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("of", ["compiler", "driver"])
 def test_a_layer_at_which_the_kernel_fails_is_left_to_torch(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, of: str
 ) -> None:
     adapted, layer = one_layer()
     made = random_factors(adapted.signature, ["0"], rank=4, dtype=torch.float16)
     adapted.install(1, made)
     assert adapted.fused is not None
     failures: list[Exception] = [
-        kernels.tiles.KernelFailure("out of resource:\n  shared memory"),
+        kernels.tiles.KernelFailure("out of resource:\n  shared memory")
+        if of == "compiler"
+        else RuntimeError("Triton Error [CUDA]: out of resource:\n  shared memory"),
         RuntimeError("the device is gone"),
     ]
 
@@ -96,9 +99,10 @@ def test_a_layer_at_which_the_kernel_fails_is_left_to_torch(
     truth = modulated_linear(x, w0, slots, segments, layer.get_parameter("bias"))
     assert_relative(y, truth, 1e-2)
     (line,) = [one.getMessage() for one in caplog.records if "from now on" in one.getMessage()]
+    told = {"compiler": "TritonError", "driver": "RuntimeError: Triton Error [CUDA]"}[of]
     assert line == (
         "Torch computes 0 from now on, the fused kernel failed: "
-        "TritonError: out of resource: shared memory"
+        f"{told}: out of resource: shared memory"
     )
 
 
