@@ -400,22 +400,32 @@ def _check_memory(
     needed = int(linear * bits / 8 + (every - linear) * dtype.itemsize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     found = f"{needed >> 20} MiB needed"
+    static = static_bytes(options, skeleton.config.get_text_config(), dtype, plan.generates)
     if plan.generates:
         needed += options.kv_bytes
         found += f" and {options.kv_bytes >> 20} MiB for the KV cache"
+    if static.buffers:
+        needed += static.buffers
+        found += f" and {static.buffers >> 20} MiB for the buffers of static steps"
     if needed > free:
         raise _no_memory(f"{found}, {free >> 20} MiB free", options)
     budgets = options.device_bytes + options.folded_bytes + options.head_bytes
     if device.type == "cpu":
         budgets += options.host_bytes
-    static = static_bytes(options, skeleton.config.get_text_config(), dtype, plan.generates)
-    if needed + budgets + static > free:
+    if needed + budgets > free:
         logger.warning(
-            "Budgets of adapters are %d MiB%s, and beside the base %d MiB are free: "
+            "Budgets of adapters are %d MiB, and beside the base %d MiB are free: "
             "lower device_bytes, host_bytes, folded_bytes or head_bytes, or memory may run out",
             budgets >> 20,
-            f", static steps take about {static >> 20} MiB" if static else "",
             (free - needed) >> 20,
+        )
+    if device.type == "cuda" and static.graphs and needed + budgets + static.graphs > free:
+        logger.warning(
+            "Static steps take about %d MiB, and beside the base and the budgets of adapters %d "
+            "MiB are free: fewer will be captured. Lower kv_bytes, device_bytes, max_sequences or "
+            "max_batch_tokens for more.",
+            static.graphs >> 20,
+            max(0, free - needed - budgets) >> 20,
         )
 
 
@@ -423,7 +433,7 @@ def _no_memory(found: str, options: EngineOptions) -> BaseModelError:
     return BaseModelError(
         "The base model does not fit into memory.",
         found=found,
-        expected="room for all of its weights and the KV cache",
+        expected="room for all of its weights, the KV cache and what static steps read and write",
         fix="Use a smaller base or a larger machine."
         if options.quantization in ("nf4", "fp4")
         else "Use --quantization nf4, a smaller base or a larger machine.",
