@@ -11,6 +11,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from server.errors import error_line
+
 logger = logging.getLogger(__name__)
 
 # Ranks that steps are made for, and whether LoRA is in them: few, so that few are captured.
@@ -18,6 +20,10 @@ LAUNCH_CLASSES: Final = ((0, False), (32, False), (128, True))
 _WARM_UPS = 2  # compile, and let libraries allocate what they keep, before anything is captured
 # A metric's word for steps that no captured one holds, and for no step at all for want of memory.
 UNCAPTURED: Final = "uncaptured"
+
+
+# Of errors that have no class of their own: of the driver that makes a graph, of libraries.
+_NO_MEMORY: Final = ("out of memory", "alloc_failed")
 
 
 class CannotCapture(Exception):
@@ -172,14 +178,13 @@ class CapturedSteps:
             needed, free = self._spare_bytes >> 20, left >> 20
             error = torch.OutOfMemoryError(f"{needed} MiB are needed later, {free} were left")
         self._give_back(graph)
-        if not isinstance(error, torch.OutOfMemoryError):
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise CannotCapture(told[:300]) from error
+        if not _ends_memory(error):
+            raise CannotCapture(error_line(error)) from error
         logger.warning(
             "No memory to capture steps of %d rows (%s): %d are captured, the others run as "
             "without them. Lower kv_bytes or device_bytes for more.",
             key.rows,
-            str(error).splitlines()[0][:120],
+            error_line(error),
             len(self),
         )
         return False
@@ -256,3 +261,9 @@ class CapturedSteps:
                 graph.reset()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
+
+
+def _ends_memory(error: Exception) -> bool:
+    """Whether an error says that the device's memory is used up."""
+    told = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(one in told for one in _NO_MEMORY)

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 
 from server.base.captured_steps import StepKey
+from server.errors import error_line
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class FailedSteps:
     def note(self, key: StepKey, error: Exception) -> None:
         """A step has failed, and runs the other way."""
         self._counts[key] += 1
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        told = error_line(error)
         if self._counts[key] == 1:
             logger.warning("%s failed and runs as without it: %s", self._what, told)
         elif self.is_given_up(key):

@@ -30,6 +30,7 @@ from server.base.memory import available_bytes, static_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
 from server.base.weight_progress import weights_told_as
 from server.base.weights_digest import weights_digest
+from server.errors import error_line
 from server.options import EngineOptions
 from server.stages import tell_stage
 
@@ -210,7 +211,7 @@ def _skeleton(plan: BasePlan) -> nn.Module:
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise BaseModelError(
             "The base model cannot be built from its config.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=error_line(error),
             expected=f"a config that {plan.model_class.__name__} takes",
         ) from error
 
@@ -247,11 +248,11 @@ def _load(
                 **arguments,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _no_memory(str(error).splitlines()[0][:200], options) from error
+        raise _no_memory(error_line(error), options) from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise BaseModelError(
             "The base model's weights cannot be loaded.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=error_line(error),
             expected=f"a checkpoint of {plan.model_class.__name__}",
             fix="Check that config.json and the weights belong together.",
         ) from error
@@ -271,7 +272,7 @@ def _load(
         try:
             model.to(device)
         except torch.OutOfMemoryError as error:
-            raise _no_memory(str(error).splitlines()[0][:200], options) from error
+            raise _no_memory(error_line(error), options) from error
     for key in sorted(report["unexpected_keys"])[:5]:
         logger.info("Not part of %s, left out: %s", plan.model_class.__name__, key)
     return model

@@ -151,6 +151,23 @@ def test_what_was_captured_stays_when_memory_ends(
     assert "kv_bytes" in line
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory"),  # where the driver makes the graph
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_ends_in_the_driver_or_a_library_is_known(
+    device: MadeUpDevice, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = CapturedSteps(CUDA)
+    assert steps.capture(key(4), device.run)
+    assert not steps.capture(key(2), device.failing(error))
+    assert list(steps) == [key(4)]
+    assert "No memory to capture steps of 2 rows" in caplog.text
+
+
 @pytest.mark.parametrize("end", [None, torch.AcceleratorError("capture was invalidated")])
 def test_another_error_is_not_taken_for_want_of_memory(
     device: MadeUpDevice, end: Exception | None

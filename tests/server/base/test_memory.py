@@ -119,6 +119,26 @@ def test_buffers_of_static_steps_that_do_not_fit_are_refused(
         load_base(replace(plain, decode_steps="static", max_sequences=100_000))
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), r"does not fit into memory.*found: MemoryError"),
+        (RuntimeError(), r"weights cannot be loaded.*found: RuntimeError"),
+        (RuntimeError("no\n such"), r"weights cannot be loaded.*RuntimeError: no such"),
+    ],
+)
+def test_an_error_without_a_text_ends_the_start_with_a_line_as_well(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(base_model, "weights_told_as", fails)
+    base = tiny_bases.base_folder(tmp_path, "llama")
+    with pytest.raises(BaseModelError, match=told):
+        load_base(tiny_bases.options(base, tmp_path / "store"))
+
+
 def test_static_steps_that_take_more_than_is_left_are_told_before_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

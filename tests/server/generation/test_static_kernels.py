@@ -53,7 +53,9 @@ def staged(model: Any, steps: DecodeSteps, strategy: Strategy) -> Stage:
     made = dense.options(decode_steps=steps, slots=3, max_sequences=4, kv_bytes=1 << 18)
     stage.lane = GenerateLane(adapted, stage.tokenizer, residency, made)
     for slot, (version, method, rank) in enumerate(ADAPTERS, start=1):
-        factors = probe_factors(adapted, slot, method, rank, dtype=torch.float16)
+        factors = probe_factors(
+            adapted, slot, method, rank, dtype=torch.float16, serves=lambda path: ".mlp." in path
+        )
         adapted.install(slot, factors)
         stage.residency.prefetch(version)
     return stage
@@ -63,7 +65,7 @@ def answers(stage: Stage) -> dict[str, Any]:
     for version in ("a", "b", None):
         more: dict[str, Any] = {"do_sample": True, "seed": 3} if version == "b" else {}
         stage.submit(
-            version, [5, 6, 7, 8], ignore_eos=True, max_new_tokens=4, logprobs=True,
+            version, [5, 6, 7, 8], ignore_eos=True, max_new_tokens=3, logprobs=True,
             id=f"of {version}", **more,
         )  # fmt: skip
     return {one.id: one for one in terminals(stage.drain())}
@@ -72,10 +74,12 @@ def answers(stage: Stage) -> dict[str, Any]:
 def test_tokens_are_those_of_torchs_operators(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = dense.base(
-        "llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=16
-    ).half()
-    quantize(model, "nf4")
+    model = dense.base("llama", hidden_size=64, num_hidden_layers=1, head_dim=16).half()
+    # The interpreter takes long: these layers are on the kernels, the others on torch's operators.
+    mlp = model.model.layers[0].mlp
+    mlp.get_output_embeddings = lambda: None
+    quantize(mlp, "nf4")
+    del mlp.get_output_embeddings
     ran: list[tuple[str, int]] = []
 
     def count(name: str) -> None:
@@ -93,10 +97,10 @@ def test_tokens_are_those_of_torchs_operators(
     assert not ran
     stage = staged(model, "static", "fused")
     found = answers(stage)
-    assert dict(stage.lane.figures().steps_by) == {"prefill": 1, "static": 3}
-    # Every layer but the output layer, over all rows of the bucket, in each of three steps.
+    assert dict(stage.lane.figures().steps_by) == {"prefill": 1, "static": 2}
+    # Three layers over all rows of the bucket, in each of two steps.
     for name in ("few_rows_linear", "add_lora_rows"):
-        assert ran.count((name, 4)) == 7 * 3
+        assert ran.count((name, 4)) == 3 * 2
     for name, one in wanted.items():
         assert [t.id for t in found[name].tokens] == [t.id for t in one.tokens]
         for mine, theirs in zip(found[name].tokens, one.tokens, strict=True):

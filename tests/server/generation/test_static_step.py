@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,8 @@ from server.generation.kv_cache import KVCache
 from server.generation.page_attention import DecodeAttention, decode_by_varlen, decode_in_torch
 from server.generation.static_step import StaticStep, buckets
 from server.messages import GenerateResult
-from server.options import DecodeSteps
+from server.options import DecodeSteps, EngineOptions
+from server.settings import Settings
 from tests.stand.dense import Stage, terminals
 from tests.stand.launches import HostLook, Launches
 from tests.stand.static_steps import factors_of, random_run, staged
@@ -299,6 +300,13 @@ def test_steps_that_cannot_be_compared_are_never_used(caplog: pytest.LogCaptureF
     assert "no room for the sequences that are compared" in caplog.text
     stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
     assert dict(stage.lane.figures().steps_by) == {"differs": 4}
+
+
+def test_nobody_has_static_steps_who_did_not_ask() -> None:
+    options = {one.name: one.default for one in fields(EngineOptions)}
+    settings = {name: one.default for name, one in Settings.model_fields.items()}
+    for defaults in (options, settings):
+        assert defaults["decode_steps"] == defaults["encode_batches"] == "dynamic"
 
 
 def test_without_the_setting_nothing_is_prepared() -> None:
