@@ -122,11 +122,12 @@ def test_named_file_must_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_every_engine_option_comes_from_a_setting() -> None:
-    settings = load_settings({"max_input_tokens": "77", "prefix_sharing": True})
+    settings = load_settings({"max_input_tokens": "77", "prefix_sharing": True, "step_ms": "50"})
     options = settings.engine_options("/base")
     assert isinstance(options, EngineOptions)
     assert (options.base, options.max_input_tokens) == ("/base", 77)
     assert options.allow_prefix_sharing
+    assert options.step_ms == 50.0
     assert pickle.loads(pickle.dumps(options)) == options
     for name in EngineOptions.__dataclass_fields__:
         if name in Settings.model_fields and name != "base":
@@ -150,6 +151,9 @@ def test_every_setting_is_described() -> None:
         ({"store_url": "s3://bucket", "store_endpoint": "host:9000"}, "http(s)://HOST"),
         ({"store_url": "s3://bucket", "store_endpoint": "http://me:pass@host"}, "without keys"),
         ({"store_endpoint": "http://host"}, "store_url"),
+        ({"step_ms": 60, "deterministic": True}, "step_ms: not together"),
+        ({"step_ms": 60, "decode_steps": "ahead"}, "step_ms: not together"),
+        ({"step_ms": 0}, "step_ms"),
         ({"store_url": "s3://bucket", "store_cache_bytes": "1KiB"}, "1048576"),
     ],
 )
