@@ -151,9 +151,6 @@ def test_every_setting_is_described() -> None:
         ({"store_url": "s3://bucket", "store_endpoint": "host:9000"}, "http(s)://HOST"),
         ({"store_url": "s3://bucket", "store_endpoint": "http://me:pass@host"}, "without keys"),
         ({"store_endpoint": "http://host"}, "store_url"),
-        ({"step_ms": 60, "deterministic": True}, "step_ms: not together"),
-        ({"step_ms": 60, "decode_steps": "ahead"}, "step_ms: not together"),
-        ({"step_ms": 0}, "step_ms"),
         ({"store_url": "s3://bucket", "store_cache_bytes": "1KiB"}, "1048576"),
     ],
 )
@@ -177,3 +174,17 @@ def test_with_an_object_store_the_folder_holds_what_is_used(tmp_path: Path) -> N
     assert remote.remote_store.url == "s3://bucket/hira"
     assert remote.remote_store.least_idle_s > 100
     assert remote.engine_options("base").remote_store == remote.remote_store
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"step_ms": 60, "deterministic": True},
+        {"step_ms": 60, "decode_steps": "ahead"},
+        {"step_ms": 0},
+    ],
+)
+def test_a_time_that_steps_cannot_be_given_is_refused(flags: dict[str, object]) -> None:
+    with pytest.raises(SettingsFault, match="step_ms"):
+        load_settings(flags)
+    assert load_settings({"step_ms": 60, "decode_steps": "static"}).step_ms == 60
