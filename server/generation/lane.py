@@ -417,9 +417,10 @@ class GenerateLane:
 
     def _next(self, free: list[Sequence]) -> list[ScheduledRows]:
         """The rows of the next forward."""
-        if self._pace is not None and sum(one.pending for one in free) > self._pace.rows:
+        parts = self._cut(free, self._prefill_tokens)
+        if self._pace is not None and sum(part.rows for part in parts) > self._pace.rows:
             return self._pace.parts(free)
-        return self._cut(free, self._prefill_tokens)
+        return parts
 
     def _run(self, parts: list[ScheduledRows], events: list[Event]) -> None:
         ran = self._forward.apart(parts)

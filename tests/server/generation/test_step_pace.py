@@ -100,7 +100,7 @@ def test_a_flood_leaves_another_adapter_its_turn_in_each_step() -> None:
     assert rows_by_version(pace.parts([*flood, one])) == {"a": 10, "b": 10}
 
 
-@pytest.mark.parametrize(("fixed_s", "row_s"), [(0.022, 0.00155), (0.001, 0.01), (0.04, 0.0001)])
+@pytest.mark.parametrize(("fixed_s", "row_s"), [(0.022, 0.00155), (0.001, 0.01), (0.02, 0.0001)])
 @pytest.mark.parametrize("goal_s", [0.06, 0.2])
 def test_steps_come_to_take_what_they_should(fixed_s: float, row_s: float, goal_s: float) -> None:
     rng = random.Random(1)
