@@ -215,6 +215,9 @@ class Settings(BaseSettings):
     port: Annotated[int, AfterValidator(_reachable_port)] = setting(8000, "Port.", "Server")
     data_dir: Path = setting(Path("hira-data"), "Registry, store and keys.", "Server")
     api_processes: Annotated[int, Field(ge=1, le=64)] = setting(1, "HTTP processes.", "Server")
+    http_niceness: Annotated[int, Field(ge=0, le=19)] = setting(
+        5, "By how much HTTP processes give way to the worker.", "Server"
+    )
     log_level: LogLevel = setting("warning", "Least severity that is logged.", "Server")
     access_log: bool = setting(False, "Log a line for each request.", "Server")
     cors_origins: Origins = setting(

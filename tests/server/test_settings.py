@@ -185,6 +185,6 @@ def test_with_an_object_store_the_folder_holds_what_is_used(tmp_path: Path) -> N
     ],
 )
 def test_a_time_that_steps_cannot_be_given_is_refused(flags: dict[str, object]) -> None:
-    with pytest.raises(SettingsFault, match="step.ms"):
+    with pytest.raises(SettingsFault, match=r"step.ms"):
         load_settings(flags)
     assert load_settings({"step_ms": 60, "decode_steps": "static"}).step_ms == 60
