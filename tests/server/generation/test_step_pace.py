@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,7 +23,6 @@ class Asked:
     request: GenerateRequest
     pending: int
     slot: int
-    had: list[int] = field(default_factory=list)
 
 
 def asked(name: str, version: str | None, pending: int = 1) -> Any:
@@ -78,15 +77,17 @@ def test_rows_are_all_that_may_be_had_and_shared_alike(
 def test_everybody_has_a_turn(rows: int, versions: str) -> None:
     sequences = [asked(str(i), versions[i % len(versions)]) for i in range(24)]
     pace = limited_to(rows)
+    had: dict[str, list[int]] = {}
     for step in range(48):
         for part in pace.parts(sequences):
-            part.sequence.had.append(step)
+            had.setdefault(part.sequence.request.id, []).append(step)
     # Of 24 sequences of one row each, no version has more than its share of them.
     for one in sequences:
+        steps = had[one.request.id]
         own = sum(other.request.version == one.request.version for other in sequences)
         share = max(1, rows // len(set(versions)))
         turns = max(1, len(set(versions)) / rows)
-        between = [b - a for a, b in zip([-1, *one.had], [*one.had, 48], strict=True)]
+        between = [b - a for a, b in zip([-1, *steps], [*steps, 48], strict=True)]
         assert max(between) <= -(-own // share) * turns + turns + 1
 
 
