@@ -101,7 +101,7 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
 def _probed(dtype: torch.dtype, device: torch.device) -> str | None:
     logger.info("Compiling the fused kernel and comparing it with float64 on %s", device)
     try:
-        error = _largest_error(dtype, device, "tiles")
+        error = _worst_probe_error(dtype, device, "tiles")
     except Exception as cause:  # a compiler, a driver: whatever fails, torch serves
         logger.warning("The fused kernel failed its probe, torch computes: %s", in_a_line(cause))
         logger.debug("Where it failed", exc_info=True)
@@ -124,7 +124,7 @@ def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computat
         if form == "wide" and not _has_wide(device):
             continue
         try:
-            error = _largest_error(dtype, device, form)
+            error = _worst_probe_error(dtype, device, form)
         except Exception as cause:  # a compiler, a driver, a library: the fused kernel serves
             logger.warning("The form %s failed its probe: %s", form, in_a_line(cause))
             logger.debug("Where it failed", exc_info=True)
@@ -146,7 +146,7 @@ def _has_wide(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= WIDE_CAPABILITY
 
 
-def _largest_error(dtype: torch.dtype, device: torch.device, form: Computation) -> float:
+def _worst_probe_error(dtype: torch.dtype, device: torch.device, form: Computation) -> float:
     cases: Sequence[ProbeCase] = DEVICE_CASES if device.type == "cuda" else INTERPRETED_CASES
     if form == "wide":  # which larger ranks have no registers for
         cases = [one for one in cases if max(one.ranks) <= WIDE_MAX_RANK]
