@@ -277,9 +277,3 @@ def _openai_type(status: int) -> str:
             return "server_error"
         case _:
             return "invalid_request_error"
-
-
-def error_line(error: BaseException) -> str:
-    """An error of a library in one line of 200 characters at most: some have no text, and some a
-    page of it."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")[:200]

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from server.errors import error_line
+from server.base.error_lines import error_line
 
 logger = logging.getLogger(__name__)
 

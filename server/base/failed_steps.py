@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 
 from server.base.captured_steps import StepKey
-from server.errors import error_line
+from server.base.error_lines import error_line
 
 logger = logging.getLogger(__name__)
 

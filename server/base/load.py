@@ -26,11 +26,11 @@ from adapters.modulation.fixed_blocks import FixedBlocks
 from adapters.modulation.quant import QuantizedWeight
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
+from server.base.error_lines import error_line
 from server.base.memory import available_bytes, static_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
 from server.base.weight_progress import weights_told_as
 from server.base.weights_digest import weights_digest
-from server.errors import error_line
 from server.options import EngineOptions
 from server.stages import tell_stage
 

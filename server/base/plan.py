@@ -28,7 +28,7 @@ from torch import nn
 from adapters.errors import ExplainedError
 from adapters.intake.base_files import INDEX_FILE
 from adapters.tasks import IMAGE_MODELS
-from server.errors import error_line
+from server.base.error_lines import error_line
 from server.options import EngineOptions
 
 _SINGLE = "model.safetensors"

@@ -35,7 +35,7 @@ _PROMPT_TOKENS = (12, 5, 9)
 # Method and rank of the adapter of each; rank 0: the bare base.
 _PROBED: tuple[tuple[Method, int], ...] = (("hira", 0), ("hira", 8), ("lora", 4))
 _STEPS = 2  # the first also launched before it is read
-_TOLD = 20  # likeliest tokens; no cut below keeps more
+_LIKELIEST_TOLD = 20  # likeliest tokens; no cut below keeps more
 _LIKELY = 8  # tokens, every other of which a penalty is to change
 # Each sequence of a batch, which tells its likeliest tokens, too. Cuts show where shares are even.
 _CHOICES: tuple[tuple[dict[str, Any], ...], ...] = (
@@ -86,7 +86,7 @@ def step_fault(
     ]
     most = static.buffers.rows
     plain = SamplingOptions(_STEPS + 1, ignore_eos=True)
-    told = replace(plain, logprobs=True, alternatives=_TOLD)
+    told = replace(plain, logprobs=True, alternatives=_LIKELIEST_TOLD)
     wishes = [[replace(told, **one) for one in choices] for choices in _CHOICES]
     wishes.append([plain] * len(prompts))
     batches = [
