@@ -6,7 +6,9 @@ time, all else must be refused with 429 and a usable Retry-After, and memory mus
 
 Load is only as high as the generator can make it: the offered rate in the table is what left it.
 It shares the processor with the server, so the table also says what each takes: the generator in
-cores, the server in milliseconds of all its processes for an answer.
+cores, the server in milliseconds of all its processes for an answer. Sending and refusing all that
+is too much takes processor time that no answer gets; `beside` is the goodput against clients of a
+closed loop beside a process that takes as much, so what is left of it is the server's own loss.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from loadtests.busy import busy_processes
 from loadtests.connection import Reply, encoded
 from loadtests.openloop import Outcome, Pool, Question, capacity, offer
 from loadtests.servers import Server, ready_server
@@ -98,20 +101,30 @@ async def _levels(
     await capacity(server.port, ask, CROWDS[:1], 2.0)  # adapters come in, buffers are made
     found = await capacity(server.port, ask, CROWDS, min(8.0, options.seconds))
     crowd, per_s = max(found.items(), key=lambda one: one[1])
-    spent = _cpu_s(server)
-    few_per_s = (await capacity(server.port, ask, (FEW,), min(8.0, options.seconds)))[FEW]
-    few_ms = (_cpu_s(server) - spent) / (few_per_s * min(8.0, options.seconds)) * 1e3
+    few_s = min(8.0, options.seconds)
+    spent, of_http = _cpu_s(server), _cpu_s(server, "http")
+    few_per_s = (await capacity(server.port, ask, (FEW,), few_s))[FEW]
+    few_ms = (_cpu_s(server) - spent) / (few_per_s * few_s) * 1e3
+    http_s_each = (_cpu_s(server, "http") - of_http) / (few_per_s * few_s)
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
     pool = Pool(server.port, options.connections)
     before = watch.peak("resident_bytes", since_s=watch.now_s - 2.0)
     for level in options.levels:
-        began, spent = watch.now_s, _cpu_s(server)
+        began, spent, of_http = watch.now_s, _cpu_s(server), _cpu_s(server, "http")
         outcome = await offer(pool, ask, level * per_s, options.seconds, options.seed)
         spent = _cpu_s(server) - spent
+        of_http = _cpu_s(server, "http") - of_http
         await asyncio.sleep(1.0)
         row = _row(level, outcome, watch.peak("resident_bytes", since_s=began))
         row["goodput_of_few"] = round(outcome.goodput_per_s / few_per_s, 3)
+        # What closed loops do not have: the generator's work, and that of refusing.
+        refusing = max(0.0, of_http - http_s_each * (outcome.good + outcome.late))
+        more = min(0.95, max(0.01, outcome.own_cpu + refusing / options.seconds))
+        with busy_processes(1, more):
+            beside = (await capacity(server.port, ask, (FEW,), few_s))[FEW]
+        row["more_cores"] = round(more, 2)
+        row["goodput_beside"] = round(outcome.goodput_per_s / beside, 3)
         row["server_cpu_ms"] = round(spent / max(1, outcome.good + outcome.late) * 1e3, 1)
         row["queue_s"] = round(options.queue / few_per_s, 2)
         rows.append(row)
@@ -135,9 +148,10 @@ async def _levels(
     return report, faults
 
 
-def _cpu_s(server: Server) -> float:
-    """Processor seconds that all processes of the server have taken so far."""
-    times = (psutil.Process(pid).cpu_times() for pid in server.roles().values())
+def _cpu_s(server: Server, role: str = "") -> float:
+    """Processor seconds that the server's processes of a role, or all, have taken so far."""
+    pids = (pid for name, pid in server.roles().items() if name.startswith(role))
+    times = (psutil.Process(pid).cpu_times() for pid in pids)
     return float(sum(one.user + one.system for one in times))
 
 
@@ -241,9 +255,10 @@ def _print(report: dict[str, Any]) -> None:
     )
     print(
         f"{'load':>5}{'due/s':>9}{'sent/s':>9}{'good/s':>9}{'of best':>9}{f'of {FEW}':>7}"
+        f"{'beside':>8}"
         f"{'p50 s':>7}{'p99 s':>7}"
         f"{'429':>7}{'429 p99 s':>10}{'retry s':>9}{'other':>6}{'http MiB':>9}{'wrk MiB':>8}"
-        f"{'own':>6}{'srv ms':>8}"
+        f"{'own':>6}{'more':>6}{'srv ms':>8}"
     )
     for row in report["levels"]:
         statuses = row["statuses"]
@@ -256,10 +271,11 @@ def _print(report: dict[str, Any]) -> None:
         print(
             f"{row['level']:>4g}x{row['rate_per_s']:>9.1f}{row['offered_per_s']:>9.1f}"
             f"{row['goodput_per_s']:>9.1f}{row['goodput_of_best']:>9.2f}"
-            f"{row['goodput_of_few']:>7.2f}"
+            f"{row['goodput_of_few']:>7.2f}{row['goodput_beside']:>8.2f}"
             f"{accepted.get('p50', 0):>7.2f}{accepted.get('p99', 0):>7.2f}{refused:>7}"
             f"{row['refused_s'].get('p99', 0):>10.2f}{retry:>9}{other:>6}{http / 2**20:>9.0f}"
             f"{peak.get('worker-0', 0) / 2**20:>8.0f}{row['own_cpu']:>6.2f}"
+            f"{row['more_cores']:>6.2f}"
             f"{row['server_cpu_ms']:>8.1f}"
         )
 

@@ -215,6 +215,9 @@ class Settings(BaseSettings):
     port: Annotated[int, AfterValidator(_reachable_port)] = setting(8000, "Port.", "Server")
     data_dir: Path = setting(Path("hira-data"), "Registry, store and keys.", "Server")
     api_processes: Annotated[int, Field(ge=1, le=64)] = setting(1, "HTTP processes.", "Server")
+    http_niceness: Annotated[int, Field(ge=0, le=19)] = setting(
+        5, "By how much HTTP processes give way to the worker.", "Server"
+    )
     log_level: LogLevel = setting("warning", "Least severity that is logged.", "Server")
     access_log: bool = setting(False, "Log a line for each request.", "Server")
     cors_origins: Origins = setting(
@@ -285,6 +288,9 @@ class Settings(BaseSettings):
     max_batch_rows: Positive = setting(64, "Inputs of an encode batch.", "Budgets")
     max_sequences: Positive = setting(64, "Sequences decoding together.", "Budgets")
     prefill_tokens: Positive | None = setting(None, "Tokens of one generate step.", "Budgets")
+    step_ms: Annotated[float, Field(ge=1, le=60000)] | None = setting(
+        None, "Milliseconds that a generate step should take at most.", "Budgets"
+    )
     max_input_tokens: Positive | None = setting(
         None, "Tokens of one input (default: the context of the base).", "Budgets"
     )
@@ -380,6 +386,12 @@ class Settings(BaseSettings):
                 "deterministic: not together with prefix_sharing or other decode_steps or "
                 "encode_batches, by which bits depend on what is beside or was before; leave them "
                 "off"
+            )
+        if self.step_ms is not None and (self.deterministic or self.decode_steps == "ahead"):
+            raise ValueError(
+                "step_ms: not together with deterministic, which cuts prompts in the same places "
+                "whatever a step takes, or with decode_steps ahead, whose steps nobody waits for; "
+                "leave one of them off"
             )
         if self.store_url is None and (self.store_endpoint or self.store_cache_dir):
             raise ValueError(
@@ -479,6 +491,7 @@ class Settings(BaseSettings):
             max_batch_rows=self.max_batch_rows,
             max_sequences=self.max_sequences,
             prefill_tokens=self.prefill_tokens,
+            step_ms=self.step_ms,
             kv_bytes=int(self.kv_bytes),
             grammar_bytes=int(self.grammar_bytes),
             max_input_tokens=self.max_input_tokens,

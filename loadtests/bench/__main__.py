@@ -14,7 +14,8 @@ from pathlib import Path
 
 from adapters.kernels import native_ops
 from loadtests.bench import gpu_record, peers
-from loadtests.bench.timing import Report, busy_processes, dtype_of, machine, print_machine
+from loadtests.bench.timing import Report, dtype_of, machine, print_machine
+from loadtests.busy import busy_processes
 
 BENCHES = (
     "modulation",

@@ -32,6 +32,7 @@ from server.messages import TERMINAL, EncodeRequest
 _ZERO_S = 60.0
 _SHORT_ANSWER = 16  # of a request of the flood
 _FLOOD_CLIENTS = 64
+_STEP_MS = 50  # of the server that bounds its steps
 _LEAVING_CLIENTS = 200
 # Three batches' worth: one is computed, one waits, and one is on its way there or back. With fewer
 # the batches would be smaller than those of the engine alone, and that would be what is measured.
@@ -53,7 +54,7 @@ class Streams:
 
 
 def bench(report: Report) -> None:
-    """All four parts, on one server."""
+    """All four parts on one server, and the flood on one that bounds its steps."""
     torch.set_num_threads(THREADS)
     with (
         made() as folders,
@@ -61,9 +62,15 @@ def bench(report: Report) -> None:
         running(folders.base, (*folders.generators, *folders.classifiers), report.dtype) as server,
     ):
         _streaming(report, server, alone)
-        _flood(report, server)
+        free = _flood(report, server)
         _disconnects(report, server)
         _predictions(report, server, alone)
+    more = (f"--step-ms={_STEP_MS}",)
+    with (
+        made() as folders,
+        running(folders.base, folders.generators[:2], report.dtype, more=more) as server,
+    ):
+        _flood(report, server, free)
 
 
 def _streaming(report: Report, server: Server, alone: Alone) -> None:
@@ -118,25 +125,35 @@ async def _stream_all(port: int, new_tokens: int) -> Streams:
     return seen
 
 
-def _flood(report: Report, server: Server) -> None:
-    report.section(f"HTTP: one adapter with {_FLOOD_CLIENTS} clients, another with one")
-    count = 4 if report.quick else 100
-    idle, flooded, answered = asyncio.run(_flooded(server.port, count))
+def _flood(report: Report, server: Server, free_per_s: float | None = None) -> float:
+    """What a flood on one adapter makes of another's latency; the flood's answers a second.
+
+    Args:
+        report: Takes the figures.
+        server: With these two adapters.
+        free_per_s: Of a server that does not bound its steps; None: this is it.
+    """
     case = f"{_FLOOD_CLIENTS} clients against 1"
+    if free_per_s is not None:
+        case += f", steps of {_STEP_MS} ms"
+    report.section(f"HTTP: one adapter with {case}")
+    idle, flooded, per_s = asyncio.run(_flooded(server.port, 4 if report.quick else 100))
 
     def add(what: str, value: float, **more: Any) -> None:
         report.add(Figure("http", case, what, value, **more))
 
     for name, found in (("idle", idle), ("flooded", flooded)):
         note = f"p50 {percentile(found, 0.5) * 1e3:.0f} ms, {len(found)} requests"
-        if name == "flooded":
-            note += f"; the flood had {answered} answers"
         add(f"p99 {name}", percentile(found, 0.99) * 1e3, unit="ms", note=note)
-    add("p99 flooded / p99 idle", percentile(flooded, 0.99) / percentile(idle, 0.99), at_most=3.0)
+    add("p99 flooded / p99 idle", percentile(flooded, 0.99) / percentile(idle, 0.99), at_most=2.5)
+    add("answers of the flood", per_s, unit="answers/s")
+    if free_per_s is not None:
+        add("answers of the flood, of steps without a bound", per_s / free_per_s)
+    return per_s
 
 
-async def _flooded(port: int, count: int) -> tuple[list[float], list[float], int]:
-    """Seconds of the single client's requests, without and with the flood."""
+async def _flooded(port: int, count: int) -> tuple[list[float], list[float], float]:
+    """Seconds of the single client's requests, without and with the flood; its answers a second."""
     single = await Connection.open(port)
     path, body = _asked(1, _SHORT_ANSWER)
 
@@ -164,12 +181,14 @@ async def _flooded(port: int, count: int) -> tuple[list[float], list[float], int
     while answered < _FLOOD_CLIENTS:  # until it flows
         await asyncio.sleep(0.05)
         _raise_if_failed(tasks)
+    before, began = answered, time.perf_counter()
     flooded = await series()
+    per_s = (answered - before) / (time.perf_counter() - began)
     over.set()
     await asyncio.gather(*tasks)
     for connection in (*crowd, single):
         await connection.close()
-    return idle, flooded, answered
+    return idle, flooded, per_s
 
 
 def _disconnects(report: Report, server: Server) -> None:

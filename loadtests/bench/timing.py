@@ -11,8 +11,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,18 +183,6 @@ def alternate(
             for name in names[turn:] + names[:turn]:
                 found[name].append(_timed(sides[name], repeats[name], clock))
     return Samples(found)
-
-
-@contextmanager
-def busy_processes(count: int) -> Iterator[None]:
-    """``count`` processes that calculate without end, at the priority of this one, meanwhile."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for one in busy:
-            one.kill()
-            one.wait()
 
 
 def ratio_of(values: Sequence[float], best: float | None = None) -> Ratio:

@@ -45,6 +45,7 @@ from server.generation.sampling import Choice
 from server.generation.sequence_events import SequenceEvents, result_of
 from server.generation.sequences import ScheduledRows, Sequence
 from server.generation.static_step import LaunchedStep
+from server.generation.step_pace import StepPace
 from server.generation.step_probe import step_fault
 from server.inputs.grammar_engine import Vocabulary
 from server.inputs.token_bytes import token_bytes
@@ -123,6 +124,15 @@ class GenerateLane:
         )
         self._cut = whole_parts if options.deterministic else next_parts
         self._runs_ahead = options.decode_steps == "ahead"
+        self._pace = (
+            None
+            if options.step_ms is None
+            else StepPace(
+                options.step_ms / 1e3,
+                self._prefill_tokens + options.max_sequences,
+                max(self._prefill_tokens, MIN_PREFILL_TOKENS),
+            )
+        )
         if options.decode_steps != "dynamic":
             self._forward.make_static(options.slots + 1, options.max_sequences)
         vocabulary = Vocabulary(token_bytes(tokenizer, adapted.signature.vocab_size))
@@ -276,10 +286,13 @@ class GenerateLane:
             self._take_in(before, events)
         if self._launched is None:
             free = [one for one in self._running.values() if not one.held]
-            parts = self._cut(free, self._prefill_tokens)
+            parts = self._next(free)
             held = [one.constraint for one in self._running.values() if one.constraint is not None]
             if parts:
+                began = time.perf_counter()
                 self._run(parts, events)
+                if self._pace is not None:
+                    self._pace.took(sum(p.rows for p in parts), time.perf_counter() - began)
             elif held and not events:
                 wait_for_one(held, HELD_S)
         return events
@@ -401,6 +414,13 @@ class GenerateLane:
         return True
 
     # The forward and what follows
+
+    def _next(self, free: list[Sequence]) -> list[ScheduledRows]:
+        """The rows of the next forward."""
+        parts = self._cut(free, self._prefill_tokens)
+        if self._pace is not None and sum(part.rows for part in parts) > self._pace.rows:
+            return self._pace.parts(free)
+        return parts
 
     def _run(self, parts: list[ScheduledRows], events: list[Event]) -> None:
         ran = self._forward.apart(parts)

@@ -9,17 +9,21 @@ import asyncio
 import itertools
 import math
 import random
+import time
 from collections.abc import Awaitable, Callable
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadtests.busy import busy_processes
 from loadtests.connection import Connection, Lost, encoded
 from loadtests.openloop import Pool, Question, offer
 from loadtests.scenarios import SCENARIOS, Mark, Stage
 from loadtests.traffic import last_event, percentile
 from loadtests.watch import trend
+from tests.stand.waits import until
 
 MIB = float(1 << 20)
 
@@ -160,3 +164,15 @@ def test_open_loop_keeps_its_rate_when_nobody_answers_in_time() -> None:
         assert min(outcome.latencies) > 0.39
 
     asyncio.run(play())
+
+
+def test_a_busy_process_takes_the_part_of_a_core_that_it_is_told() -> None:
+    before = {one.pid for one in psutil.Process().children()}
+    with busy_processes(1, 0.3):
+        (busy,) = [one for one in psutil.Process().children() if one.pid not in before]
+        until(lambda: busy.cpu_times().user > 0.2)
+        spent, began = sum(busy.cpu_times()[:2]), time.monotonic()
+        until(lambda: sum(busy.cpu_times()[:2]) - spent > 0.3)
+        # A machine with other work can only make it less.
+        assert (sum(busy.cpu_times()[:2]) - spent) / (time.monotonic() - began) < 0.4
+    assert not busy.is_running()

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -52,9 +53,19 @@ class AnswersLost(Exception):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn in a child: ends by SIGTERM from the main process, not by Ctrl-C of the terminal."""
+    """uvicorn in a child: ends by SIGTERM from the main process, not by Ctrl-C of the terminal.
+
+    Args:
+        config: Of uvicorn.
+        niceness: By how much the process gives way to the worker.
+    """
+
+    def __init__(self, config: uvicorn.Config, niceness: int) -> None:
+        super().__init__(config)
+        self._niceness = niceness
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
+        os.nice(self._niceness)  # before there are threads, which take it over
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until it can end in order
         super().run(sockets)
 
@@ -156,7 +167,9 @@ class HiraServer(LitServer):
                 **kwargs,
             )
             child = multiprocessing.get_context("fork").Process(
-                target=HttpServer(config).run, args=(sockets,), name=f"http-{number}"
+                target=HttpServer(config, settings.http_niceness).run,
+                args=(sockets,),
+                name=f"http-{number}",
             )
             self.service.load.beat(number)  # silent from here on: a start that hangs is ended too
             child.start()

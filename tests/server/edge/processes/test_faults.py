@@ -114,6 +114,10 @@ def test_killed_http_process_is_replaced(live: Live) -> None:
     # Both answer, the new one from its first request on.
     with ThreadPoolExecutor(8) as pool:
         assert {one.status_code for one in pool.map(lambda _: predict(live), range(200))} == {200}
+    # Both give way to the worker.
+    worker = psutil.Process(live.worker_pid).nice()
+    http = [one for one in main.children() if one.net_connections(kind="tcp") and one != queues]
+    assert [one.nice() for one in http] == [min(19, worker + 5)] * 2
 
 
 def test_client_that_leaves_stops_the_work(live: Live) -> None:
