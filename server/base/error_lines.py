@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def error_line(error: BaseException) -> str:
-    """Class and text of an error, in 200 characters at most: some have no text, some a page of it."""
+    """Class and text of an error, in 200 characters: some have no text, and some a page of it."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")[:200]
