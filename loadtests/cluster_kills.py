@@ -3,7 +3,9 @@
 `python -m loadtests.cluster_kills --away-s 60`
 
 In turn: an engine replica, the HTTP proxy with the process that keeps it, an HTTP replica,
-PostgreSQL and the object store; the first three by SIGKILL, the others away for ``--away-s``.
+PostgreSQL and the object store; the first three by SIGKILL, the others away for ``--away-s``. With
+`--part node`, for which there are two nodes on this machine: the one that has an engine replica and
+nothing else, by SIGKILL to the process that keeps it; those that it keeps end with it.
 Meanwhile clients ask adapters whose answers are known, generate, and an operator registers. No
 answer may be wrong, no call may hang, and each part must be back by itself. Told is how long after
 the kill the last call that it cut off had its error, or was asked again of another replica, which
@@ -30,9 +32,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx2
+import psutil
 
 from loadtests.churn import Tenant, base_and_sources, fault_in, prepare
-from loadtests.clusters import ENGINE, HTTP, PROXY, PROXY_KEEPER, ClusterServer, running_cluster
+from loadtests.clusters import (
+    ENGINE,
+    HTTP,
+    NODE,
+    PROXY,
+    PROXY_KEEPER,
+    ClusterServer,
+    running_cluster,
+)
 from loadtests.connection import Connection, Lost, encoded
 from loadtests.stage import SCORE_TOLERANCE, TEXTS, archive
 from loadtests.verdict import verdict
@@ -48,6 +59,9 @@ OPERATOR_EVERY_S: Final = 1.5
 LOST: Final = "lost its replica"
 LOGGED_AT: Final = re.compile(r'"time": *"([^"]+)"')
 PARTS: Final = ("engine", "proxy", "http", "postgres", "store")
+KILLED: Final = {"engine", "proxy", "http", "node"}
+# The head has room for the HTTP replica, an engine replica, and that of the node that goes.
+NODE_CPUS: Final = (4, 1)
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ def main() -> int:
             replicas=options.replicas,
             http_replicas=options.http_replicas,
             with_objects="store" in options.part,
+            node_cpus=NODE_CPUS if options.part == ["node"] else (),
         ) as server:
             tenants = prepare(server, sources, options)
             rows, wrong = asyncio.run(break_parts(server, tenants, sources, options))
@@ -122,7 +137,9 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtests.cluster_kills", description=__doc__)
-    parser.add_argument("--part", action="append", choices=PARTS, default=[], help="repeatable")
+    parser.add_argument(
+        "--part", action="append", choices=(*PARTS, "node"), default=[], help="repeatable"
+    )
     parser.add_argument("--away-s", type=float, default=60.0, help="of PostgreSQL and of the store")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--http-replicas", type=int, default=1)
@@ -134,6 +151,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.part = options.part or list(PARTS)
+    if "node" in options.part and options.part != ["node"]:
+        parser.error("--part node needs a cluster of its own: give no other part")
     options.base, options.dtype, options.sources = "tiny", "fp32", None
     options.bound_s = 2.0 if options.http_replicas > 1 else 0.0  # until all know a version
     return options
@@ -295,29 +314,34 @@ def asked_again_s(log: str, killed: float) -> list[float]:
 
 
 async def break_engine(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
+    return await with_an_engine(server, server.actors(ENGINE)[0])
+
+
+async def break_node(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
+    node = server.actors(NODE)[-1]
+    there = " ".join(" ".join(one.cmdline()) for one in node.children(recursive=True))
+    if ENGINE not in there or HTTP in there or PROXY_KEEPER in there:
+        raise SystemExit(f"Ray has placed the replicas otherwise: {there}")
+    return await with_an_engine(server, node)
+
+
+async def with_an_engine(server: ClusterServer, killed: psutil.Process) -> Broken:
+    """Kill a process, and with it an engine replica, and wait until as many as before are there,
+    one of them new, and all have spoken."""
     before = {one.pid for one in server.actors(ENGINE)}
-    server.actors(ENGINE)[0].kill()
-    killed = time.monotonic()
+    killed.kill()
+    at = time.monotonic()
 
     def is_back() -> bool:
+        now = {one.pid for one in server.actors(ENGINE)}
+        if len(now) < len(before) or now == before:
+            return False
         text = httpx2.get(f"{server.url}/metrics", timeout=5).text
         return text.count("hira_replica_queue_depth{") // 2 >= len(before)
 
     await asyncio.sleep(1.0)
-    await until(is_back_with_others(server, before, is_back))
-    return Broken(killed, None, time.monotonic() - killed)
-
-
-def is_back_with_others(
-    server: ClusterServer, before: set[int], is_back: Callable[[], bool]
-) -> Callable[[], bool]:
-    """Whether as many engines as before are there, one of them new, and all have spoken."""
-
-    def check() -> bool:
-        now = {one.pid for one in server.actors(ENGINE)}
-        return len(now) >= len(before) and now != before and is_back()
-
-    return check
+    await until(is_back)
+    return Broken(at, None, time.monotonic() - at)
 
 
 async def break_proxy(server: ClusterServer, seen: Seen, options: argparse.Namespace) -> Broken:
@@ -370,6 +394,7 @@ async def away(start: Callable[[], None], seen: Seen, options: argparse.Namespac
 
 BREAKS: Final = {
     "engine": break_engine,
+    "node": break_node,
     "proxy": break_proxy,
     "http": break_http,
     "postgres": break_postgres,
@@ -413,7 +438,7 @@ def judged(part: str, broken: Broken, seen: Seen, again: Sequence[float] = ()) -
         ended - began > HANG_S for began in seen.running.values()
     )
     faults = [f"{hung} calls hung"] if hung else []
-    if part in {"engine", "proxy", "http"} and told_s > TOLD_S:
+    if part in KILLED and told_s > TOLD_S:
         faults.append(f"a call that was cut off was told after {told_s:.1f} s")
     if held_s > HELD_S:
         faults.append(f"a call that was under way was answered only after {held_s:.1f} s")

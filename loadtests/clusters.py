@@ -1,17 +1,19 @@
 """A cluster of one's own for a load test: PostgreSQL, an object store, Ray Serve.
 
-Everything runs on this machine, on free ports, from nothing, and ends with the block. PostgreSQL
+Everything runs on this machine, on free ports, from nothing, and ends with the block: one node
+that `hira cluster up` makes, or several that the same settings are deployed on. PostgreSQL
 and SeaweedFS are found as the tests find them (``tests/stand``), and what is missing is said.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +29,24 @@ ENGINE = "ray::ServeReplica:hira:engine"
 HTTP = "ray::ServeReplica:hira:http"
 PROXY = "haproxy"
 PROXY_KEEPER = "ray::HAProxyManager"  # which starts it
+NODE = "raylet"
+# What docs/cluster.md has set on every node.
+SWITCHES = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.cluster.request_ids:middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
+    "RAY_worker_niceness": "0",
+}
+HTTP_CPUS = 2.0  # of a node, where there are several
 
 
 @dataclass(frozen=True)
 class ClusterServer(Server):
-    """A running `hira cluster up`.
+    """A running cluster.
 
     Args:
         database: Its registry.
@@ -42,8 +57,8 @@ class ClusterServer(Server):
     objects: object_store.ObjectStore | None
 
     def actors(self, kind: str) -> list[psutil.Process]:
-        """Its processes of one kind, by title or program: ``ENGINE``, ``HTTP``, ``PROXY`` or
-        ``PROXY_KEEPER``, oldest first."""
+        """Its processes of one kind, by title or program: ``ENGINE``, ``HTTP``, ``PROXY``,
+        ``PROXY_KEEPER`` or ``NODE``, oldest first."""
         found = []
         for one in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -89,6 +104,7 @@ def running_cluster(
     http_replicas: int = 1,
     with_objects: bool = False,
     dtype: str = "fp32",
+    node_cpus: Sequence[int] = (),
 ) -> Iterator[ClusterServer]:
     """A cluster that admits requests; killed after the block unless it was stopped in it.
 
@@ -98,6 +114,9 @@ def running_cluster(
         replicas, http_replicas: How large it is.
         with_objects: Whether its adapters are in an object store, and in a folder otherwise.
         dtype: Its compute dtype.
+        node_cpus: Of each node of a Ray that is started first, the head's first; none: the cluster
+            starts a Ray of one node itself. An engine replica takes one, an HTTP replica
+            ``HTTP_CPUS``.
 
     Raises:
         SystemExit: PostgreSQL, the object store or Ray is missing, or it does not start.
@@ -115,12 +134,14 @@ def running_cluster(
             environment |= objects.environment
             own += ["--store-url=s3://adapters/hira", f"--store-endpoint={objects.endpoint}"]
         port = _free_port()
-        command = [
-            *(sys.executable, "-m", "server.cli", "cluster", "up", "--host=127.0.0.1"),
-            *(f"--port={port}", f"--replicas={replicas}", f"--http-replicas={http_replicas}"),
-            *("--threads=1", f"--dtype={dtype}", f"--data-dir={folder / 'data'}", *own, *arguments),
-        ]
+        own += [f"--replicas={replicas}", f"--http-replicas={http_replicas}", "--host=127.0.0.1"]
+        own += [f"--port={port}", "--threads=1", f"--dtype={dtype}"]
+        own += [f"--data-dir={folder / 'data'}", *arguments]
         folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "server.cli", "cluster", "up", *own]
+        if node_cpus:
+            environment = {**SWITCHES, **environment}
+            command = _on_nodes(folder / "cluster.json", own, node_cpus, environment)
         log = folder / "cluster.log"
         with log.open("ab") as output:
             child = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -131,6 +152,21 @@ def running_cluster(
             yield server
         finally:
             _end(child)
+
+
+def _on_nodes(
+    file: Path, arguments: Sequence[str], node_cpus: Sequence[int], environment: dict[str, str]
+) -> list[str]:
+    """The command that deploys a cluster on several nodes; its file is written."""
+    command = [sys.executable, "-m", "server.cli", "cluster", "config", *arguments]
+    done = subprocess.run(
+        [*command, "--gpus=0"], env=environment, stdout=subprocess.PIPE, check=True
+    )
+    config = json.loads(done.stdout)
+    config["proxy_location"] = "HeadOnly"  # the nodes of one machine have the same ports
+    config["applications"][0]["args"]["cluster"]["http_cpus"] = HTTP_CPUS
+    file.write_text(json.dumps(config))
+    return [sys.executable, "-m", "loadtests.ray_nodes", str(file), *map(str, node_cpus)]
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

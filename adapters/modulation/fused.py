@@ -30,6 +30,7 @@ from adapters.kernels.triton_tiles import (
     padded_rank,
 )
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.chosen_forms import TILES, CallKind, ChosenForms
 from adapters.modulation.fused_steps import FusedSteps
 from adapters.modulation.gpu_kernels import (
     expanded_kernels,
@@ -101,7 +102,7 @@ class FusedLayers:
         shapes = [layer.weight.shape for layer in self._layers.values()]
         self._table = FactorTable(_FIRST_SLOTS, shapes, dtype, self.device)
         self._tiles: list[BatchTiles] = []  # latest last
-        self._workspace = Workspace()
+        self._chosen = ChosenForms(proved_forms(dtype, self.device))
         # 0, 1, 2, ...: where rows are in an answer.
         self._order = torch.arange(MOST_EXPANDED // 16, dtype=torch.int32, device=self.device)
         self.steps = FusedSteps(packed, dtype, self.device)
@@ -109,6 +110,11 @@ class FusedLayers:
     @property
     def dtype(self) -> torch.dtype:
         return self._table.dtype
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that calls share, of the forms that were chosen, and of tables."""
+        return self._chosen.buffer_bytes + self._order.nbytes + self._table.addresses.nbytes
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -173,7 +179,7 @@ class FusedLayers:
         Args:
             call: Its factors are as ``place`` gave them.
             tuner: What has timed the forms of the equation; until it has, and without it, the fused
-                kernel computes all.
+                kernel computes all, and what ``chosen_forms`` has not compared with it always.
 
         Returns:
             A new ``[rows, out]`` in the dtype of ``x``, and the numbers of the segments whose rows
@@ -211,31 +217,35 @@ class FusedLayers:
     def _run(
         self, layer: _Layer, call: LayerCall, bias: torch.Tensor | None, tuner: Autotuner | None
     ) -> torch.Tensor:
-        runs = self.forms(call if bias is call.bias else replace(call, bias=bias))
+        call = call if bias is call.bias else replace(call, bias=bias)
         if tuner is None:
-            return runs["triton", "tiles"]()
-        proved = proved_forms(self.dtype, self.device)
-        runs = {one: run for one, run in runs.items() if one[1] == "tiles" or one[1] in proved}
-        if len(runs) == 1:
-            return runs["triton", "tiles"]()
+            return self.forms(call)[TILES]()
         ranks = [self._table.rank(part.slot, layer.index) for part in call.segments.parts]
-        bucket = bucket_of(
+        kind = CallKind(
+            bucket_of(
+                call.weight.shape,
+                f"{call.weight.kind} {str(call.x.dtype).removeprefix('torch.')} call",
+                rows=call.x.shape[0],
+                adapters=max(1, sum(rank > 0 for rank in ranks)),
+                rank=max(ranks, default=0),
+            ),
             call.weight.shape,
-            f"{call.weight.kind} {str(call.x.dtype).removeprefix('torch.')} call",
-            rows=call.x.shape[0],
-            adapters=max(1, sum(rank > 0 for rank in ranks)),
-            rank=max(ranks, default=0),
+            (layer.weight.grouped, layer.weight.block),
+            frozenset(map(padded_rank, ranks)),
+            bias is not None,
         )
-        if tuner.is_due(bucket, runs):
-            tuner.run(bucket, runs)
-        if not tuner.is_settled(bucket):
-            return runs["triton", "tiles"]()
-        known = {one: ns for one in runs if (ns := tuner.ns(bucket, one)) is not None}
-        fastest = min(known, key=known.__getitem__, default=None)
-        return runs[fastest or ("triton", "tiles")]()
+        return self._chosen.compute(kind, partial(self.forms, call), tuner)
 
-    def forms(self, call: LayerCall) -> dict[Candidate, Callable[[], torch.Tensor]]:
-        """Every form of a call that ``takes`` holds for and that is not hopeless."""
+    def forms(
+        self, call: LayerCall, workspace: Workspace | None = None
+    ) -> dict[Candidate, Callable[[], torch.Tensor]]:
+        """Every form of a call that ``takes`` holds for and that is not hopeless.
+
+        Args:
+            call: Its factors are as ``place`` gave them.
+            workspace: Whose buffers they take; None: some of their own.
+        """
+        room = workspace or Workspace()
         layer, bias = self._layers[call.path], call.bias
         x = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
         parts = call.segments.parts
@@ -251,7 +261,7 @@ class FusedLayers:
             return y
 
         def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return self._workspace.take(name, shape, dtype, x.device)
+            return room.take(name, shape, dtype, x.device)
 
         @cache
         def row_slots() -> torch.Tensor:
@@ -287,7 +297,7 @@ class FusedLayers:
             )
             return y
 
-        runs: dict[Candidate, Callable[[], torch.Tensor]] = {("triton", "tiles"): by_tiles}
+        runs: dict[Candidate, Callable[[], torch.Tensor]] = {TILES: by_tiles}
         if x.shape[0] == 1 and rank:
             runs["triton", "row"] = by_row
         if x.shape[0] * (rank + 1) <= MOST_EXPANDED:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import torch
 
+from adapters.errors import UnsupportedOption
 from adapters.kernels.triton_operands import FactorTable, PackedWeight
 from adapters.kernels.triton_tiles import FewRows, TokenTiles
+from adapters.modulation.form_agreement import in_a_line
 from adapters.modulation.gpu_kernels import (
     expanded_kernels,
     row_kernels,
@@ -59,6 +62,7 @@ class FusedSteps:
         self._device = device
         self._forms = StepForms()
         self._buffers = Workspace()
+        self._refused: str | None = None  # why no form computes steps
         # 0, 1, 2, ...: where rows are in an answer.
         self._order = torch.arange(max(TIMED_ROWS), dtype=torch.int32, device=device)
 
@@ -82,8 +86,9 @@ class FusedSteps:
     def choose(self, most_rows: int, ranks: Sequence[int]) -> None:
         """Time every form on each shape of weight: the steps themselves cannot.
 
-        From now on ``linear`` takes the fastest. A form that is wrong, or cannot run, is not tried;
-        where memory does not hold the buffers of one, it is not used.
+        From now on ``linear`` takes the fastest. A form whose answer is not the fused kernel's, or
+        that cannot run, is not used, nor one whose buffers memory does not hold. Where the fused
+        kernel itself cannot run, nothing was compared with anything: ``linear`` then refuses.
 
         Args:
             most_rows: Of a step.
@@ -96,11 +101,21 @@ class FusedSteps:
             for shape, weight in weights.items():
                 for rank in ranks:
                     runs = self._runs(weight, rows, rank, proved)
-                    if len(runs) > 1:
+                    try:
                         chosen[shape, rank, rows] = fastest(runs, self._device)
+                    except Exception as cause:  # noqa: BLE001  # a compiler, a driver, memory
+                        self._buffers = Workspace()
+                        self._refused = (
+                            f"{rows} rows of rank {rank} by {shape[0]} x {shape[1]}: "
+                            f"{in_a_line(cause)}"
+                        )
+                        logger.warning("The kernels cannot compute steps: %s", self._refused)
+                        return
         self._forms = StepForms(chosen)
-        # What was taken for forms that lost is given back; the rest must never move.
+        # What was taken for forms that lost is given back, to the device as well: graphs are
+        # captured into memory of their own. The rest must never move.
         self._buffers = Workspace()
+        torch.cuda.empty_cache()
         for form in _WITH_BUFFERS:
             try:
                 self._reserve()
@@ -141,16 +156,39 @@ class FusedSteps:
 
         Returns:
             A new ``[rows, out]`` in the dtype of ``x``.
+
+        Raises:
+            UnsupportedOption: ``choose`` has found that no form computes rows of many slots here.
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
         weight = self._weights[path]
         if isinstance(tiles, TokenTiles):
             y: torch.Tensor = tile_kernels().token_rows_linear(x, weight, table, layer, tiles, bias)
             return y
-        form = self._forms.of(weight.shape, rank, x.shape[0])
-        return self._by_form(
-            form, x, weight, table, layer=layer, tiles=tiles, slots=slots, rank=rank, bias=bias
-        )
+        if self._refused is not None:
+            raise UnsupportedOption(
+                "The GPU kernels cannot compute steps over fixed buffers here.",
+                found=self._refused,
+                expected="a fused kernel that runs, to compare the other forms with",
+                fix="Set decode_steps to dynamic: these steps run so already.",
+            )
+        rows = x.shape[0]
+        run = partial(
+            self._by_form, x=x, weight=weight, table=table, layer=layer, tiles=tiles, slots=slots,
+            rank=rank, bias=bias,
+        )  # fmt: skip
+        form = self._forms.of(weight.shape, rank, rows)
+        if form == "tiles":
+            return run(form)
+        try:
+            return run(form)
+        except Exception as cause:
+            if _is_capturing(x.device):
+                raise  # what was captured so far is of no use
+            # The buffers stay: steps that are captured already read them.
+            self._forms = self._forms.without(form)
+            logger.warning("The fused kernel computes steps, %s failed: %s", form, in_a_line(cause))
+        return run("tiles")
 
     def add_lora(
         self,
@@ -202,8 +240,8 @@ class FusedSteps:
 
         def run(form: StepForm) -> Callable[[], torch.Tensor]:
             return lambda: self._by_form(
-                form, x, weight, table.addresses, layer=0, tiles=made.tiles, slots=made.slots,
-                rank=rank, bias=None,
+                form, x=x, weight=weight, table=table.addresses, layer=0, tiles=made.tiles,
+                slots=made.slots, rank=rank, bias=None,
             )  # fmt: skip
 
         runs: dict[StepForm, Callable[[], torch.Tensor]] = {"tiles": run("tiles")}
@@ -218,10 +256,10 @@ class FusedSteps:
     def _by_form(
         self,
         form: StepForm,
+        *,
         x: torch.Tensor,
         weight: PackedWeight,
         table: torch.Tensor,
-        *,
         layer: int,
         tiles: FewRows,
         slots: torch.Tensor,
@@ -246,3 +284,7 @@ class FusedSteps:
         else:
             y = tile_kernels().few_rows_linear(x, weight, table, layer, tiles, bias)
         return y
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -2,9 +2,9 @@
 
 Such a step must make the same launches each time, so nothing can be timed on its traffic. Before
 any step is captured, each form runs on each shape of weight, for few numbers of rows and for the
-ranks that steps are made for; from then on the answers are looked up. A form that fails is not
-used. On a processor, where kernels are interpreted, nothing is timed: the form that needs the least
-arithmetic is taken.
+ranks that steps are made for; from then on the answers are looked up. A form whose answer is not
+the fused kernel's, or that fails, is not used. On a processor, where kernels are interpreted,
+nothing is timed: the form that needs the least arithmetic is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 import torch
+
+from adapters.modulation.form_agreement import FORM_TOLERANCE, in_a_line, row_difference
 
 # ``tiles``: the fused kernel; ``product``: W0 decoded once and one library product; ``expanded``:
 # 4-bit tiles against expanded rows; ``row``: the kernel for one row.
@@ -59,23 +61,46 @@ class StepForms:
 
 
 def fastest(runs: Mapping[StepForm, Callable[[], torch.Tensor]], device: torch.device) -> StepForm:
-    """The form that takes the least time on a device.
+    """The form that takes the least time on a device, of those that agree with ``tiles``.
 
     Args:
-        runs: Each form as a call; ``tiles`` is among them.
+        runs: Each form as a call on the same rows; ``tiles`` is among them.
         device: CUDA, or a processor on which kernels are interpreted.
+
+    Raises:
+        Exception: ``tiles`` cannot run, or not be captured, so nothing is known of any form:
+            whatever a compiler, the driver or a library has raised.
     """
+    wanted = runs["tiles"]()
+    agreeing = {
+        form: run for form, run in runs.items() if form == "tiles" or _agrees(form, run, wanted)
+    }
     if device.type != "cuda":
-        return next(one for one in _LEAST_ARITHMETIC if one in runs)
+        return next(one for one in _LEAST_ARITHMETIC if one in agreeing)
     times: dict[StepForm, float] = {}
-    for form, run in runs.items():
+    for form, run in agreeing.items():
         try:
             graph = _as_graph(run)
             times[form] = min(_replay_ms(graph) for _ in range(_REPLAYS))
-        except Exception as cause:  # noqa: BLE001  # a driver, a library: another form serves
-            told = " ".join(str(cause).split())[:200]
-            logger.warning("%s was not timed for steps: %s: %s", form, type(cause).__name__, told)
-    return min(times, key=times.__getitem__) if times else "tiles"
+        except Exception as cause:  # a driver, a library: another form serves
+            if form == "tiles":
+                raise
+            logger.warning("%s was not timed for steps: %s", form, in_a_line(cause))
+    return min(times, key=times.__getitem__)
+
+
+def _agrees(form: StepForm, run: Callable[[], torch.Tensor], wanted: torch.Tensor) -> bool:
+    """Whether a form gives what the fused kernel gave; says so if it does not."""
+    try:
+        off = row_difference(run(), wanted)
+    except Exception as cause:  # noqa: BLE001  # a compiler, a driver, a library, memory
+        logger.warning("%s is not used in steps: %s", form, in_a_line(cause))
+        return False
+    if off is not None and off <= FORM_TOLERANCE:
+        return True
+    why = "nothing in it is finite" if off is None else f"off the fused kernel by {off:.2g}"
+    logger.warning("%s is not used in steps: %s", form, why)
+    return False
 
 
 def _as_graph(run: Callable[[], torch.Tensor]) -> Any:

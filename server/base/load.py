@@ -26,6 +26,7 @@ from adapters.modulation.fixed_blocks import FixedBlocks
 from adapters.modulation.quant import QuantizedWeight
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
+from server.base.error_lines import error_line
 from server.base.memory import available_bytes, static_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
 from server.base.weight_progress import weights_told_as
@@ -210,7 +211,7 @@ def _skeleton(plan: BasePlan) -> nn.Module:
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise BaseModelError(
             "The base model cannot be built from its config.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=error_line(error),
             expected=f"a config that {plan.model_class.__name__} takes",
         ) from error
 
@@ -247,11 +248,11 @@ def _load(
                 **arguments,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _no_memory(str(error).splitlines()[0][:200], options) from error
+        raise _no_memory(error_line(error), options) from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise BaseModelError(
             "The base model's weights cannot be loaded.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=error_line(error),
             expected=f"a checkpoint of {plan.model_class.__name__}",
             fix="Check that config.json and the weights belong together.",
         ) from error
@@ -271,7 +272,7 @@ def _load(
         try:
             model.to(device)
         except torch.OutOfMemoryError as error:
-            raise _no_memory(str(error).splitlines()[0][:200], options) from error
+            raise _no_memory(error_line(error), options) from error
     for key in sorted(report["unexpected_keys"])[:5]:
         logger.info("Not part of %s, left out: %s", plan.model_class.__name__, key)
     return model
@@ -400,22 +401,32 @@ def _check_memory(
     needed = int(linear * bits / 8 + (every - linear) * dtype.itemsize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     found = f"{needed >> 20} MiB needed"
+    static = static_bytes(options, skeleton.config.get_text_config(), dtype, plan.generates)
     if plan.generates:
         needed += options.kv_bytes
         found += f" and {options.kv_bytes >> 20} MiB for the KV cache"
+    if static.buffers:
+        needed += static.buffers
+        found += f" and {static.buffers >> 20} MiB for the buffers of static steps"
     if needed > free:
         raise _no_memory(f"{found}, {free >> 20} MiB free", options)
     budgets = options.device_bytes + options.folded_bytes + options.head_bytes
     if device.type == "cpu":
         budgets += options.host_bytes
-    static = static_bytes(options, skeleton.config.get_text_config(), dtype, plan.generates)
-    if needed + budgets + static > free:
+    if needed + budgets > free:
         logger.warning(
-            "Budgets of adapters are %d MiB%s, and beside the base %d MiB are free: "
+            "Budgets of adapters are %d MiB, and beside the base %d MiB are free: "
             "lower device_bytes, host_bytes, folded_bytes or head_bytes, or memory may run out",
             budgets >> 20,
-            f", static steps take about {static >> 20} MiB" if static else "",
             (free - needed) >> 20,
+        )
+    if device.type == "cuda" and static.graphs and needed + budgets + static.graphs > free:
+        logger.warning(
+            "Static steps take about %d MiB, and beside the base and the budgets of adapters %d "
+            "MiB are free: fewer will be captured. Lower kv_bytes, device_bytes, max_sequences or "
+            "max_batch_tokens for more.",
+            static.graphs >> 20,
+            max(0, free - needed - budgets) >> 20,
         )
 
 
@@ -423,7 +434,7 @@ def _no_memory(found: str, options: EngineOptions) -> BaseModelError:
     return BaseModelError(
         "The base model does not fit into memory.",
         found=found,
-        expected="room for all of its weights and the KV cache",
+        expected="room for all of its weights, the KV cache and what static steps read and write",
         fix="Use a smaller base or a larger machine."
         if options.quantization in ("nf4", "fp4")
         else "Use --quantization nf4, a smaller base or a larger machine.",

@@ -22,6 +22,7 @@ from server.cluster.replica import EngineReplica, ReplicaPlan
 from server.cluster.router import AffinityRouter
 from server.cluster.routing import SPILL_FACTOR, SPILL_REQUESTS, SpillPolicy
 from server.edge.link.engine_like import ENGINE
+from server.edge.litserve import logs
 from server.edge.processes import start as prepare
 from server.edge.processes.failed_start import StartFailed
 from server.edge.processes.preflight import check_callers
@@ -233,14 +234,15 @@ def _check_loop_of_router() -> None:
 
 
 class _EngineDeployment(EngineReplica):
-    """An engine replica that knows its name in Ray Serve."""
+    """An engine replica in a process of Ray Serve, which names it."""
 
     def __init__(self, plan: ReplicaPlan) -> None:
+        logs.configure(plan.log_level, access=False, form=plan.log_format)
         super().__init__(plan, serve.get_replica_context().replica_id.unique_id)
 
 
 class HttpDeployment(Ingress):
-    """An HTTP replica that knows its name in Ray Serve.
+    """An HTTP replica in a process of Ray Serve, which names it.
 
     Raises:
         StartFailed: Ray Serve would route on another event loop than that of the requests.
@@ -248,4 +250,6 @@ class HttpDeployment(Ingress):
 
     def __init__(self, plan: IngressPlan, engines: Any) -> None:
         _check_loop_of_router()
+        said = plan.settings
+        logs.configure(said.log_level, access=said.access_log, form=said.log_format)
         super().__init__(plan, engines, serve.get_replica_context().replica_id.unique_id)

@@ -15,13 +15,14 @@ from typing import Any, Final
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from adapters.registry.adapter_bytes import open_store
 from adapters.registry.registry import Registry
 from server.cluster.cluster_link import ClusterLink
 from server.cluster.drain import follow_phase
 from server.cluster.metric_files import count_on_node
+from server.cluster.request_ids import OneRequestId
 from server.edge.admit.bounds import Bounds
 from server.edge.admit.shared_load import SharedLoad
 from server.edge.endpoints.admin import admin_routes
@@ -37,7 +38,6 @@ from server.edge.endpoints.ranking import Ranking
 from server.edge.endpoints.tei_tgi import TeiTgi
 from server.edge.link.link import Link
 from server.edge.link.thread_deaths import watched
-from server.edge.litserve import logs
 from server.edge.processes.serve import Collector
 from server.edge.processes.start import describe_base
 from server.edge.service import Service
@@ -47,7 +47,6 @@ from server.version import package_version
 logger = logging.getLogger(__name__)
 
 COLLECTOR_LOOKS_S: Final = 1.0
-REQUEST_ID_HEADER: Final = b"x-request-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +77,6 @@ class Ingress:
 
     def __init__(self, plan: IngressPlan, engines: Any, name: str) -> None:
         settings = plan.settings
-        if settings.log_format == "json":
-            logs.configure(settings.log_level, access=settings.access_log, form="json")
-        logging.getLogger().setLevel(settings.log_level.upper())
         self.counted_as = count_on_node("http", settings.metrics_dir)
         link = partial(ClusterLink, engines=engines, deployment=plan.engines, name=name)
         self.service = self.make_service(plan, link)
@@ -165,24 +161,3 @@ async def _do_chores(service: Service) -> None:
             await service.slow_work.run(collector.look, "collecting", owed=True)
         except Exception:
             logger.exception("A chore failed and is tried again")
-
-
-class OneRequestId:
-    """Leaves a response's id to Ray Serve's proxy, which adds the request's to every response.
-
-    Both would else say the same twice.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = any(name == REQUEST_ID_HEADER for name, _ in scope.get("headers", ()))
-
-        async def once(message: Message) -> None:
-            if given and message["type"] == "http.response.start":
-                headers = message.get("headers", ())
-                message["headers"] = [one for one in headers if one[0] != REQUEST_ID_HEADER]
-            await send(message)
-
-        await self.app(scope, receive, once)

@@ -41,6 +41,8 @@ ENVIRONMENT: Final = {
     # HAProxy in place of Ray Serve's own proxy, which is a process of Python on the way of each
     # request; the replicas of the HTTP surface then listen themselves.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # What it does for each request before its own part: ids are of the form that one machine takes.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.cluster.request_ids:middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # of 10, so that one that died is soon replaced
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # of 30, for balancers of others
     # On a busy machine a start takes its time.
@@ -222,7 +224,7 @@ def _run_here(
                 num_cpus=max(os.cpu_count() or 1, int(cpus)),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=settings.log_level in {"info", "debug"},
+                log_to_driver=settings.access_log or settings.log_level in {"info", "debug"},
                 logging_level=settings.log_level.upper(),
             )
             ended = threading.Event()

@@ -25,7 +25,6 @@ from adapters.registry.registry import Registry
 from server.cluster.engine_thread import EngineThread
 from server.cluster.metric_files import count_on_node
 from server.edge.link.engine_like import ENGINE_FAILED, build_engine
-from server.edge.litserve import logs
 from server.messages import TERMINAL, Cancel, Event, Failure, Message, Pin, Request
 from server.options import EngineOptions
 
@@ -81,9 +80,6 @@ class EngineReplica:
     """
 
     def __init__(self, plan: ReplicaPlan, name: str = "") -> None:
-        if plan.log_format == "json":
-            logs.configure(plan.log_level, access=False, form="json")
-        logging.getLogger().setLevel(plan.log_level.upper())
         count_on_node("engine", plan.metrics_dir)
         self.plan = plan
         self.name = name

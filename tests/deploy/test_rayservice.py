@@ -12,7 +12,8 @@ import jsonschema_rs
 import pytest
 import yaml
 
-from server.cluster.local import hard_stop_s
+from loadtests.clusters import SWITCHES
+from server.cluster.local import ENVIRONMENT, hard_stop_s
 from server.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,9 @@ def test_every_node_has_the_switches_that_the_page_of_clusters_names(
     assert len(switches) > 5
     settings = load_settings(SERVE["applications"][0]["args"]["settings"])
     assert int(switches["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == hard_stop_s(settings)
+    assert switches == SWITCHES
+    own = switches.keys() - {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"}  # which goes by the settings
+    assert {name: ENVIRONMENT.get(name) for name in own} == {name: switches[name] for name in own}
     for pod in PODS:
         variables = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
         assert {name: variables.get(name) for name in switches} == switches

@@ -19,19 +19,20 @@ from loadtests.cluster_kills import (
 )
 
 
-def test_whoever_was_cut_off_must_be_told_in_time() -> None:
+@pytest.mark.parametrize("part", ["engine", "node", "proxy", "http"])
+def test_whoever_was_cut_off_must_be_told_in_time(part: str) -> None:
     # The first was on another replica: it is slow, and nobody's affair.
     seen = Seen([Call("predict", 9.0, 19.5, "ok"), Call("generate", 9.5, 11.0, "503 worker_lost")])
-    row = judged("engine", Broken(10.0, None, 30.0), seen, again=[0.5])
+    row = judged(part, Broken(10.0, None, 30.0), seen, again=[0.5])
     assert (row["told_s"], row["cut_off"], row["faults"]) == (1.0, 1, [])
-    row = judged("engine", Broken(10.0, None, 30.0), seen, again=[0.5, 2 * TOLD_S])
+    row = judged(part, Broken(10.0, None, 30.0), seen, again=[0.5, 2 * TOLD_S])
     assert (row["told_s"], row["cut_off"]) == (2 * TOLD_S, 2)
     assert row["faults"]
     seen.calls.append(Call("generate", 9.9, 10.0 + 2 * TOLD_S, "503 worker_lost"))
-    assert judged("engine", Broken(10.0, None, 30.0), seen)["faults"]
+    assert judged(part, Broken(10.0, None, 30.0), seen)["faults"]
 
 
-@pytest.mark.parametrize("part", ["engine", "proxy", "http", "postgres", "store"])
+@pytest.mark.parametrize("part", ["engine", "node", "proxy", "http", "postgres", "store"])
 def test_a_call_that_was_answered_late_is_a_fault_if_it_was_under_way(part: str) -> None:
     soon = Call("predict", 9.0, 10.0 + HELD_S / 2, "ok")
     begun_later = Call("predict", 10.5, 11.0 + 2 * HELD_S, "ok")  # it waited for what was broken

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # Shared memory that a program may take, by compute capability.
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Of a multiprocessor: registers, threads, shared memory; a program takes 1 KiB more of the last.
+_REGISTERS = 64 * 1024
+_THREADS = {80: 2048, 89: 1536, 90: 2048}
+_SHARED_BYTES = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 TYPES = {
     "x_ptr": "*bf16",
     "y_ptr": "*bf16",
@@ -63,6 +68,38 @@ def compile_kernel(kernel: Any, capability: int, warps: int, constants: dict[str
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a kernel may take, and how many of its programs a multiprocessor must hold at once.
+
+    A thread has 255 registers at the most: at that limit it is ``spill`` that can grow.
+
+    Args:
+        registers: Of a thread.
+        spill: Bytes of registers that did not fit, of a thread.
+        programs: At least.
+    """
+
+    registers: int
+    spill: int = 0
+    programs: int = 1
+
+
+def assert_within(limits: Limits, binary: Any, capability: int, folder: Path) -> None:
+    """What the assembler made of a kernel is within its limits, and within the device's."""
+    assert binary.metadata.shared <= SHARED_BYTES[capability]
+    registers, spill = registers_and_spill(binary.asm["cubin"], folder)
+    threads = 32 * binary.metadata.num_warps
+    programs = min(
+        _REGISTERS // (-(-registers // 8) * 8 * threads),
+        _THREADS[capability] // threads,
+        _SHARED_BYTES[capability] // (binary.metadata.shared + 1024),
+    )
+    assert registers <= limits.registers, f"{registers} registers, {spill} bytes spilled"
+    assert spill <= limits.spill, f"{registers} registers, {spill} bytes spilled"
+    assert programs >= limits.programs, f"{programs} programs, {registers} registers"
 
 
 def registers_and_spill(cubin: bytes, folder: Path) -> tuple[int, int]:

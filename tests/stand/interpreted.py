@@ -44,22 +44,37 @@ class Kernels:
     expanded: ModuleType
 
 
+_MODULES = ("triton_ops", "triton_scratch", "triton_one_row", "triton_expanded")
+
+
 def copies(patch: pytest.MonkeyPatch, *, interpret: bool) -> Kernels:
     """Copies of all modules, in place of the real ones for whoever imports these from now on."""
     if interpret:
         patch.setenv("TRITON_INTERPRET", "1")
     folder = Path(triton_tiles.__file__).parent
     found: list[ModuleType] = []
-    for name in ("triton_ops", "triton_scratch", "triton_one_row", "triton_expanded"):
+    for name in _MODULES:
         spec = importlib.util.spec_from_file_location(f"copy_of_{name}", folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        patch.setitem(sys.modules, f"adapters.kernels.{name}", module)
-        patch.setattr(adapters.kernels, name, module, raising=False)
+        _put(patch, name, module)
         found.append(module)
     return Kernels(*found)
+
+
+def put_interpreted(patch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+    """Put copies that were made to be interpreted in place of the real ones once more."""
+    patch.setenv("TRITON_INTERPRET", "1")
+    modules = (kernels.tiles, kernels.scratch, kernels.row, kernels.expanded)
+    for name, module in zip(_MODULES, modules, strict=True):
+        _put(patch, name, module)
+
+
+def _put(patch: pytest.MonkeyPatch, name: str, module: ModuleType) -> None:
+    patch.setitem(sys.modules, f"adapters.kernels.{name}", module)
+    patch.setattr(adapters.kernels, name, module, raising=False)
 
 
 @contextmanager

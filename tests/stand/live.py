@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from tests.stand.forked_servers import RAY_WORKERS, ForkedServer, loaded
+from tests.stand.waits import until
 
 ROOT = Path(__file__).parents[2]
 # A start is over when the server is ready or has ended; this only says when a test gives up, and
@@ -78,10 +79,16 @@ class Live:
         """Of the worker; of a cluster, of its engine replicas."""
         if not ON_CLUSTER:
             return [self.worker_pid]
-        return [one.pid for one in self.processes() if "hira:engine" in "".join(one.cmdline())]
+        found = []
+        for one in self.processes():
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile, or is not buried yet
+                if "hira:engine" in "".join(one.cmdline()):
+                    found.append(one.pid)
+        return found
 
     def kill_engine(self) -> None:
-        """Kill the worker; of a cluster, one of its engine replicas."""
+        """Kill the worker; of a cluster, one of its engine replicas, as soon as there is one."""
+        until(self.engine_pids, "no engine replica is there", within_s=self.start_s)
         os.kill(self.engine_pids()[0], signal.SIGKILL)
 
     def processes(self) -> list[psutil.Process]:
@@ -93,11 +100,12 @@ class Live:
 
     def left_over(self) -> list[psutil.Process]:
         """Processes of this server that still run."""
-        return [
-            one
-            for one in self.family.values()
-            if one.is_running() and one.status() != psutil.STATUS_ZOMBIE
-        ]
+        found = []
+        for one in self.family.values():
+            with suppress(psutil.NoSuchProcess):
+                if one.is_running() and one.status() != psutil.STATUS_ZOMBIE:
+                    found.append(one)
+        return found
 
     def wait_ready(self, within_s: float | None = None) -> float:
         """Wait until it admits requests; returns how long that took."""
@@ -213,7 +221,8 @@ def running(
         child.kill()
         child.wait()
         for one in live.left_over():
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         state = folder / "run"
         if state.is_symlink():  # in memory: what a killed server leaves there stays
             shutil.rmtree(state.readlink(), ignore_errors=True)

@@ -5,13 +5,17 @@ Set once for each call, before anything is asked of it, and seen by the tasks th
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from server.edge.admit.key_file import ApiKey
 from server.messages import Origin, trace_id_of
+
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 @dataclass(slots=True)
@@ -48,6 +52,11 @@ class Caller:
             "version": self.version,
             "trace_id": trace_id_of(self.traceparent),
         }
+
+
+def request_id_of(given: str) -> str:
+    """The id of a call: what its client gave, if that can be one, or else a new one."""
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 _CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import uuid
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -23,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.tasks import Lane
 from server.edge.admit.body_budget import HeldBody
-from server.edge.admit.callers import Caller, set_caller
+from server.edge.admit.callers import Caller, request_id_of, set_caller
 from server.edge.admit.connections import HEAD_FAULT
 from server.edge.admit.key_file import ApiKey
 from server.edge.endpoints.audited import INCOMPLETE_HEADER, AuditedCall, is_audited
@@ -37,7 +35,6 @@ access_logger = logging.getLogger("server.access")
 
 QUERY_BYTES: Final = 4096
 LENGTH_DIGITS: Final = 20  # of a content length: more than any file has
-REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 INFERENCE: Final = frozenset(
     {"/predict", "/embed", "/similarity", "/rerank", "/v2/rerank", "/generate", "/generate_stream"}
 )
@@ -150,11 +147,8 @@ class RequestMiddleware:
             return
         scope = without_prefix(scope)
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        context = RequestContext(
-            request_id=given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
-            began=time.monotonic(),
-        )
+        request_id = request_id_of(headers.get("x-request-id", ""))
+        context = RequestContext(request_id, began=time.monotonic())
         context.caller = Caller(
             context.request_id, traceparent=traceparent_of(headers.get("traceparent", ""))
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,23 @@ import torch
 from adapters.kernels.nibbles import lookup_assembly
 from adapters.kernels.triton_operands import FACTOR_COLUMNS, HALF_FEATURES
 from adapters.kernels.triton_tiles import EXPANDED_COLUMNS, expanded_blocks, padded_rank
-from tests.stand.compiled import SHARED_BYTES, compile_kernel, registers_and_spill
+from tests.stand.compiled import SHARED_BYTES, Limits, assert_within, compile_kernel
 from tests.stand.interpreted import (
     Kernels,
     RandomLayer,
     assert_exact,
-    compiled_copies,
     filled_with_nan,
-    interpreted,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-SPILL_BYTES = 80  # a thread, at rank 128: what follows the loop does not quite fit
-
-
-@pytest.fixture
-def ops() -> Iterator[Kernels]:
-    with interpreted() as found:
-        yield found
+# What the kernel compiles to, and a little more, by rank and for capabilities 8.0, 8.9 and 9.0. At
+# rank 128 what follows the loop does not quite fit.
+CAPABILITIES = (80, 89, 90)
+LIMITS = {
+    32: (Limits(221), Limits(188), Limits(218)),
+    128: (Limits(255, 24), Limits(255, 64), Limits(255, 64)),
+}
 
 
 def answer(  # noqa: PLR0917
@@ -49,7 +46,7 @@ def answer(  # noqa: PLR0917
     ("shape", "ranks", "kind"),
     [
         ((136, 256), (3, 16, 9), "nf4"),  # several rows and slots of a program, two blocks of out
-        ((40, 1408), (30, 5, 32), "nf4"),  # its inputs split over programs
+        ((40, 640), (30, 5, 32), "nf4"),  # its inputs split over programs
         ((40, 96), (64, 33, 1), "fp4"),  # bytes in bitsandbytes' order
         ((72, 128), (128, 2, 100), "fp4"),  # a row fills a program
     ],
@@ -85,13 +82,8 @@ def test_an_adapter_that_overflows_stays_in_its_rows(ops: Kernels) -> None:
     assert not torch.isfinite(found[[0, 3]]).any()
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
-    yield from compiled_copies(tmp_path_factory.mktemp("triton"))
-
-
-@pytest.mark.parametrize("rank", [32, 128])
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("rank", LIMITS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_it_fits_the_gpu_with_weights_in_registers(
     compiled: Kernels, tmp_path: Path, capability: int, rank: int
 ) -> None:
@@ -103,10 +95,7 @@ def test_it_fits_the_gpu_with_weights_in_registers(
     }  # fmt: skip
     kernel = compiled.expanded.expanded_rows_kernel
     binary = compile_kernel(kernel, capability, blocks.warps, constants)
-    assert binary.metadata.shared <= SHARED_BYTES[capability]
-    registers, spill = registers_and_spill(binary.asm["cubin"], tmp_path)
-    assert registers <= 255
-    assert spill <= (SPILL_BYTES if rank == 128 else 0), f"{registers}, {spill} bytes spilled"
+    assert_within(LIMITS[rank][CAPABILITIES.index(capability)], binary, capability, tmp_path)
     # Decoded weights are operands where they are: nothing writes them to shared memory.
     products = [
         line for line in binary.asm["ttgir"].splitlines() if "dot" in line and " * " in line

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,12 +17,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import SegmentMismatch, ShapeMismatch, SlotNotResident
-from adapters.kernels import triton_tiles
 from adapters.kernels.nibbles import FourBitKind, level_values
 from adapters.kernels.reference import ReferenceFactors, modulated_linear
 from adapters.kernels.triton_operands import FactorTable, pack_weight
 from adapters.kernels.triton_tiles import BatchTiles, split_inputs
 from adapters.segments import Segments, from_runs
+from tests.stand.interpreted import Kernels
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -32,27 +30,6 @@ needs_triton = pytest.mark.skipif(
 CPU = torch.device("cpu")
 SUM_ORDER_TOLERANCE = 1e-5
 Adapter = tuple[torch.Tensor, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def interpreted_module() -> ModuleType:
-    """A copy of the kernels that was decorated under TRITON_INTERPRET, apart from the real one."""
-    path = Path(triton_tiles.__file__).with_name("triton_ops.py")
-    spec = importlib.util.spec_from_file_location("interpreted_triton_ops", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    assert module.INTERPRETED
-    return module
-
-
-@pytest.fixture
-def ops(interpreted_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return interpreted_module
 
 
 class Layer:
@@ -90,7 +67,7 @@ def random_adapter(
 
 
 def answer(
-    ops: ModuleType,
+    ops: Kernels,
     layer: Layer,
     adapters: dict[int, Adapter],
     segments: Segments,
@@ -106,7 +83,9 @@ def answer(
     for slot, factors in adapters.items():
         table.place(slot, {0: factors})
     out = torch.full((segments.rows, out_features), torch.nan)
-    y = ops.hira_linear(x, layer.weight, table, 0, BatchTiles(segments, CPU), bias=bias, out=out)
+    y = ops.tiles.hira_linear(
+        x, layer.weight, table, 0, BatchTiles(segments, CPU), bias=bias, out=out
+    )
     assert y is out
     slots: dict[int, ReferenceFactors] = {
         slot: ("hira", a, b, 1.0, None) for slot, (a, b) in adapters.items()
@@ -124,7 +103,7 @@ def assert_close(
 
 @needs_triton
 @pytest.mark.parametrize("rank", [1, 4, 8, 31, 32, 64, 128])
-def test_every_rank_agrees_with_float64(ops: ModuleType, rank: int) -> None:
+def test_every_rank_agrees_with_float64(ops: Kernels, rank: int) -> None:
     torch.manual_seed(rank)
     layer = Layer((72, 256))
     adapters = {1: random_adapter((72, 256), rank), 2: random_adapter((72, 256), rank)}
@@ -165,7 +144,7 @@ SHAPES = [
     seed=st.integers(0, 2**31),
 )
 def test_any_batch_agrees_with_float64(  # noqa: PLR0917
-    ops: ModuleType,
+    ops: Kernels,
     shape: tuple[int, int],
     kind: FourBitKind,
     dtype: torch.dtype,
@@ -184,7 +163,7 @@ def test_any_batch_agrees_with_float64(  # noqa: PLR0917
 
 @needs_triton
 @pytest.mark.parametrize("in_features", [1152, 1090])
-def test_sum_split_over_programs_agrees_with_float64(ops: ModuleType, in_features: int) -> None:
+def test_sum_split_over_programs_agrees_with_float64(ops: Kernels, in_features: int) -> None:
     torch.manual_seed(5)
     shape = (24, in_features)
     assert split_inputs(in_features, 1, 4)[0] > 2
@@ -197,7 +176,7 @@ def test_sum_split_over_programs_agrees_with_float64(ops: ModuleType, in_feature
 @needs_triton
 @pytest.mark.parametrize("group", [True, False])
 @pytest.mark.parametrize("block", [64, 128])
-def test_both_byte_orders_and_larger_blocks_agree(ops: ModuleType, group: bool, block: int) -> None:
+def test_both_byte_orders_and_larger_blocks_agree(ops: Kernels, group: bool, block: int) -> None:
     torch.manual_seed(11)
     layer = Layer((40, 384), "fp4", block=block, group=group)
     assert layer.weight.grouped == group
@@ -216,7 +195,7 @@ def test_truth_is_what_bitsandbytes_dequantizes(kind: FourBitKind) -> None:
 
 
 @needs_triton
-def test_answer_of_a_row_is_the_same_alone_and_in_any_batch(ops: ModuleType) -> None:
+def test_answer_of_a_row_is_the_same_alone_and_in_any_batch(ops: Kernels) -> None:
     torch.manual_seed(3)
     shape = (48, 256)
     layer = Layer(shape)
@@ -229,7 +208,7 @@ def test_answer_of_a_row_is_the_same_alone_and_in_any_batch(ops: ModuleType) -> 
     def run(rows: list[int]) -> torch.Tensor:
         batch = BatchTiles(from_runs([(slots[row], 1) for row in rows]), CPU)
         out = torch.empty(len(rows), 48)
-        y: torch.Tensor = ops.hira_linear(x[rows], layer.weight, table, 0, batch, out=out)
+        y: torch.Tensor = ops.tiles.hira_linear(x[rows], layer.weight, table, 0, batch, out=out)
         return y
 
     mixed = run(list(range(len(slots))))
@@ -243,7 +222,7 @@ def test_answer_of_a_row_is_the_same_alone_and_in_any_batch(ops: ModuleType) -> 
     "ignore:invalid value encountered:RuntimeWarning"
 )  # numpy, of inf - inf
 @pytest.mark.parametrize("rows", [2, 40])
-def test_infinities_of_one_slot_stay_in_its_rows(ops: ModuleType, rows: int) -> None:
+def test_infinities_of_one_slot_stay_in_its_rows(ops: Kernels, rows: int) -> None:
     torch.manual_seed(4)
     shape = (32, 128)
     a, b = random_adapter(shape, 4)
@@ -257,7 +236,7 @@ def test_infinities_of_one_slot_stay_in_its_rows(ops: ModuleType, rows: int) -> 
 
 
 @needs_triton
-def test_output_has_the_type_of_the_rows_and_rows_may_be_strided(ops: ModuleType) -> None:
+def test_output_has_the_type_of_the_rows_and_rows_may_be_strided(ops: Kernels) -> None:
     torch.manual_seed(6)
     shape = (32, 128)
     layer, factors = Layer(shape), random_adapter(shape, 16, torch.float16)
@@ -266,14 +245,14 @@ def test_output_has_the_type_of_the_rows_and_rows_may_be_strided(ops: ModuleType
     segments = from_runs([(1, 3), (0, 40)])
     wide = torch.randn(43, 300).to(torch.float16)
     x = wide[:, 100:228]
-    y = ops.hira_linear(x, layer.weight, table, 1, BatchTiles(segments, CPU))
+    y = ops.tiles.hira_linear(x, layer.weight, table, 1, BatchTiles(segments, CPU))
     assert y.dtype == torch.float16
     truth = modulated_linear(x, layer.w0, {1: ("hira", *factors, 1.0, None)}, segments, None)
     assert_close(y, truth, 1e-3)
 
 
 @needs_triton
-def test_replaced_slot_answers_with_its_new_factors(ops: ModuleType) -> None:
+def test_replaced_slot_answers_with_its_new_factors(ops: Kernels) -> None:
     torch.manual_seed(8)
     shape = (32, 128)
     layer = Layer(shape)
@@ -284,14 +263,14 @@ def test_replaced_slot_answers_with_its_new_factors(ops: ModuleType) -> None:
     for rank, at in ((8, 0), (32, 0), (8, 1)):
         factors = random_adapter(shape, rank)
         table.place(1, {at: factors})
-        y = ops.hira_linear(x, layer.weight, table, 0, batch, out=torch.empty(2, 32))
+        y = ops.tiles.hira_linear(x, layer.weight, table, 0, batch, out=torch.empty(2, 32))
         # The last adapter leaves layer 0 alone.
         slots: dict[int, ReferenceFactors] = {} if at else {1: ("hira", *factors, 1.0, None)}
         assert_close(y, modulated_linear(x, layer.w0, slots, segments, None))
 
 
 @needs_triton
-def test_wrong_calls_are_refused_before_anything_is_written(ops: ModuleType) -> None:
+def test_wrong_calls_are_refused_before_anything_is_written(ops: Kernels) -> None:
     shape = (32, 128)
     layer = Layer(shape)
     table = FactorTable(3, [shape, (32, 64)], torch.bfloat16, CPU)
@@ -329,7 +308,7 @@ def test_wrong_calls_are_refused_before_anything_is_written(ops: ModuleType) -> 
     for expected, change in wrong:
         call = good | change
         with pytest.raises(expected):
-            ops.hira_linear(
+            ops.tiles.hira_linear(
                 call["x"],
                 layer.weight,
                 table,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +23,22 @@ from adapters.kernels.triton_tiles import (
     share_tiles,
     slot_tiles,
 )
-from tests.stand.compiled import SHARED_BYTES, compile_kernel, registers_and_spill
+from tests.stand.compiled import Limits, assert_within, compile_kernel
 from tests.stand.interpreted import (
     Kernels,
     RandomLayer,
     assert_exact,
-    compiled_copies,
     filled_with_nan,
-    interpreted,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-SPILL_BYTES = 64  # a thread
 # Where each kernel is.
 OWNERS = {
     "scratch": ("scratch_weight_kernel", "expand_rows_kernel", "contract_rows_kernel"),
     "row": ("one_row_kernel",),
     "tiles": ("lora_down_kernel", "lora_up_kernel"),
 }
-
-
-@pytest.fixture
-def ops() -> Iterator[Kernels]:
-    with interpreted() as found:
-        yield found
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -190,35 +180,50 @@ def test_lora_finds_its_factors_by_address(ops: Kernels) -> None:
     assert_exact(y, wanted)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
-    yield from compiled_copies(tmp_path_factory.mktemp("triton"))
+# What the kernels compile to, and a little more, for capabilities 8.0, 8.9 and 9.0. At rank 128 the
+# sum over ranks after the loop of the one-row kernel does not quite fit; nothing else spills.
+CAPABILITIES = (80, 89, 90)
+COMPILED: list[tuple[str, int, dict[str, Any], tuple[Limits, Limits, Limits]]] = [
+    ("scratch_weight_kernel", 8, {"R": 0}, (Limits(48, 0, 5),) * 3),
+    (
+        "scratch_weight_kernel", 8, {"R": 32},
+        (Limits(122, 0, 2), Limits(125, 0, 2), Limits(76, 0, 3)),
+    ),
+    ("scratch_weight_kernel", 8, {"R": 128}, (Limits(196), Limits(182), Limits(100, 0, 2))),
+    ("one_row_kernel", 4, {"R": 32}, (Limits(192, 0, 2), Limits(192, 0, 2), Limits(158, 0, 3))),
+    ("one_row_kernel", 4, {"R": 64}, (Limits(196, 0, 2), Limits(196, 0, 2), Limits(199, 0, 2))),
+    ("one_row_kernel", 8, {"R": 128}, (Limits(255, 72), Limits(255, 72), Limits(208))),
+    (
+        "expand_rows_kernel", 4, {"EACH": 33, "PLAIN": True, "BLOCK_K": 1024},
+        (Limits(32, 0, 12),) * 3,
+    ),
+    (
+        "expand_rows_kernel", 4, {"EACH": 32, "PLAIN": False, "BLOCK_K": 1024},
+        (Limits(32, 0, 12),) * 3,
+    ),
+    (
+        "contract_rows_kernel", 4, {"EACH": 33, "BLOCK_N": 256, "HAS_BIAS": True},
+        (Limits(40, 0, 12),) * 3,
+    ),
+    (
+        "lora_down_kernel", 4, {"R": 128, "BLOCK_R": 16, "BLOCK_K": 128, "EXACT": False},
+        (Limits(48, 0, 5),) * 3,
+    ),
+    ("lora_up_kernel", 4, {"R": 128, "BLOCK_N": 256}, (Limits(38, 0, 12),) * 3),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize(
-    "built",
-    [
-        ("scratch_weight_kernel", 8, {"R": 0}),
-        ("scratch_weight_kernel", 8, {"R": 32}),
-        ("scratch_weight_kernel", 8, {"R": 128}),
-        ("one_row_kernel", 4, {"R": 32}),
-        ("one_row_kernel", 4, {"R": 64}),
-        ("one_row_kernel", 8, {"R": 128}),
-        ("expand_rows_kernel", 4, {"EACH": 33, "PLAIN": True, "BLOCK_K": 1024}),
-        ("expand_rows_kernel", 4, {"EACH": 32, "PLAIN": False, "BLOCK_K": 1024}),
-        ("contract_rows_kernel", 4, {"EACH": 33, "BLOCK_N": 256, "HAS_BIAS": True}),
-        ("lora_down_kernel", 4, {"R": 128, "BLOCK_R": 16, "BLOCK_K": 128, "EXACT": False}),
-        ("lora_up_kernel", 4, {"R": 128, "BLOCK_N": 256}),
-    ],
-)
-def test_kernels_fit_the_gpu(
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("name", "warps", "constants", "limits"), COMPILED)
+def test_kernels_fit_the_gpu(  # noqa: PLR0917
     compiled: Kernels,
     tmp_path: Path,
     capability: int,
-    built: tuple[str, int, dict[str, Any]],
+    name: str,
+    warps: int,
+    constants: dict[str, Any],
+    limits: tuple[Limits, Limits, Limits],
 ) -> None:
-    name, warps, constants = built
     own = next(one for one in OWNERS if name in OWNERS[one])
     kernel = getattr(getattr(compiled, own), name)
     constants = constants | {"COLUMNS": FACTOR_COLUMNS}
@@ -231,11 +236,6 @@ def test_kernels_fit_the_gpu(
         constants |= {"BN": blocks.out, "HALF": HALF_FEATURES, "BLOCK": 64, "STAGES": blocks.stages}
         constants |= {"GROUPED": True, "EXACT": False, "DECODER": lookup_assembly("nf4")}
     binary = compile_kernel(kernel, capability, warps, constants)
-    assert binary.metadata.shared <= SHARED_BYTES[capability]
-    registers, spill = registers_and_spill(binary.asm["cubin"], tmp_path)
-    # At rank 128 the sum over ranks, after the loop, does not quite fit; nothing else spills.
-    most = SPILL_BYTES if (name, constants.get("R")) == ("one_row_kernel", 128) else 0
-    assert spill <= most, f"{registers} registers, {spill} bytes spilled"
-    assert registers <= 255
+    assert_within(limits[CAPABILITIES.index(capability)], binary, capability, tmp_path)
     if constants.get("R") and name in {"scratch_weight_kernel", "one_row_kernel"}:
         assert ("wgmma" if capability >= 90 else "mma.sync") in binary.asm["ptx"]

@@ -7,7 +7,6 @@ small; the truth is the same 4-bit model in float32 with every linear layer in f
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from adapters.modulation.quant import QuantizedWeight
 from adapters.modulation.slot_factors import SlotFactors
 from adapters.residency.packing import pack_adapter
 from adapters.segments import Segments, from_rows, from_runs
-from tests.stand.interpreted import Kernels, assert_relative, interpreted, one_layer
+from tests.stand.interpreted import Kernels, assert_relative, one_layer
 from tests.stand.tiny_models import (
     VOCAB,
     FakeWeights,
@@ -44,13 +43,6 @@ CPU = torch.device("cpu")
 # Float16 through two layers of a model, each linear layer's answer truncated.
 MODEL_TOLERANCE = 2e-2
 LAYER_TOLERANCE = 3e-3
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[Kernels]:
-    """The kernels as the interpreter runs them, in place of those for a GPU."""
-    with interpreted() as found:
-        yield found
 
 
 def both(name: str, targets: tuple[str, ...]) -> tuple[AdaptedModel, AdaptedModel, list[str]]:
@@ -88,8 +80,8 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> list[int]:
 
 @torch.no_grad()
 def test_mixed_batch_of_an_encoder(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = calls_of(monkeypatch, kernels)
     found, truth, paths = both("distilbert", ("q_lin", "v_lin", "lin2"))
+    calls = calls_of(monkeypatch, kernels)
     models = (found, truth)
     install(models, 1, paths, rank=4, seed=1, with_bias=True)
     install(models, 2, paths[:2], rank=17, seed=2)

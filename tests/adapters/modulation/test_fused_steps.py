@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 
+from adapters.errors import UnsupportedOption
 from adapters.kernels.reference import modulated_linear
-from adapters.modulation import fused_steps
+from adapters.modulation import fused_steps, step_forms
 from adapters.modulation.kernel_probe import proved_forms
 from adapters.modulation.static_rows import StaticRows
 from adapters.modulation.step_forms import StepForm, StepForms
 from adapters.segments import from_rows
-from tests.stand.interpreted import Kernels, assert_relative, interpreted, one_layer
+from tests.stand.interpreted import Kernels, assert_relative, one_layer
 from tests.stand.tiny_models import random_factors
 
 pytestmark = pytest.mark.skipif(
@@ -23,13 +24,6 @@ pytestmark = pytest.mark.skipif(
 )
 CPU = torch.device("cpu")
 LAYER_TOLERANCE = 3e-3
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[Kernels]:
-    """The kernels as the interpreter runs them, in place of those for a GPU."""
-    with interpreted() as found:
-        yield found
 
 
 @pytest.mark.parametrize("wanted", ["tiles", "product", "expanded", "row"])
@@ -135,6 +129,119 @@ def test_without_memory_for_its_buffers_a_form_is_not_used(
     assert adapted.fused.steps.form_of("0", 16, 4) == "tiles"
     assert adapted.fused.steps.nbytes == 0
     assert f"No memory for the buffers of steps by {form}" in caplog.text
+
+
+def test_a_form_that_fails_in_a_step_leaves_it_to_the_fused_kernel(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fused_steps, "fastest", lambda runs, _: "product")
+    adapted, layer = one_layer()
+    static = adapted.make_static(4, 4, (16,))
+    adapted.install(1, random_factors(adapted.signature, ["0"], rank=5, dtype=torch.float16))
+    tried: list[int] = []
+
+    def fails(*_: Any, **__: Any) -> torch.Tensor:
+        tried.append(1)
+        raise RuntimeError("Triton Error [CUDA]:\n  out of resource")
+
+    monkeypatch.setattr(kernels.scratch, "product_linear", fails)
+    made = StaticRows(4, CPU)
+    static.rows = made
+    made.fill([1, 0])
+    made.shape(2, 16, False)
+    x = torch.randn(2, layer.in_features).half()
+    with torch.no_grad():
+        answers = [adapted.model(x) for _ in range(2)]
+    static.rows = None
+    slots: Any = {1: ("hira", layer.slots[1].a, layer.slots[1].b, 1.0, None)}
+    w0 = layer.quantized.dequantize(dtype=torch.float32)
+    truth = modulated_linear(x, w0, slots, from_rows([1, 0]), layer.get_parameter("bias"))
+    assert_relative(answers[0], truth, LAYER_TOLERANCE)
+    assert torch.equal(*answers)
+    assert tried == [1]
+    (line,) = [one.getMessage() for one in caplog.records]
+    assert line == (
+        "The fused kernel computes steps, product failed: "
+        "RuntimeError: Triton Error [CUDA]: out of resource"
+    )
+
+
+def test_where_the_fused_kernel_cannot_run_steps_are_refused_with_the_reason(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> torch.Tensor:
+        raise kernels.tiles.KernelFailure("out of resource:\n  registers")
+
+    monkeypatch.setattr(kernels.tiles, "few_rows_linear", fails)
+    adapted, layer = one_layer()
+    static = adapted.make_static(4, 4, (16,))
+    assert static.fused is not None
+    assert static.fused.nbytes == 0
+    assert "The kernels cannot compute steps: 4 rows of rank 16 by 48 x 256" in caplog.text
+    made = StaticRows(4, CPU)
+    static.rows = made
+    made.fill([0])
+    made.shape(1, 16, False)
+    with pytest.raises(UnsupportedOption) as caught, torch.no_grad():
+        adapted.model(torch.randn(1, layer.in_features).half())
+    static.rows = None
+    assert str(caught.value.found).endswith("TritonError: out of resource: registers")
+
+
+ANSWER = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+
+
+def gives(answer: torch.Tensor | Exception) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return run
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 5)], ids=str)
+def test_a_form_is_chosen_only_if_it_gives_what_the_fused_kernel_gives(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a made-up CUDA device whose graphs take as long as their forms are told to."""
+    off_in_a_row, infinite = ANSWER.clone(), ANSWER.clone()
+    off_in_a_row[1] *= 1.1
+    infinite[0, 0] = float("inf")
+    answers: dict[StepForm, torch.Tensor | Exception] = {
+        "tiles": ANSWER, "row": off_in_a_row, "product": RuntimeError("no"), "expanded": ANSWER,
+    }  # fmt: skip
+    runs = {form: gives(one) for form, one in answers.items()}
+    ms: dict[object, float] = {runs["tiles"]: 4.0, runs["expanded"]: 3.0}
+    ms |= {runs["row"]: 1.0, runs["product"]: 2.0}
+    monkeypatch.setattr(step_forms, "_as_graph", lambda run: run)
+    monkeypatch.setattr(step_forms, "_replay_ms", ms.__getitem__)
+    assert step_forms.fastest(runs, device) == "expanded"
+    assert [one.getMessage() for one in caplog.records] == [
+        "row is not used in steps: off the fused kernel by 0.1",
+        "product is not used in steps: RuntimeError: no",
+    ]
+    assert step_forms.fastest({**runs, "expanded": gives(infinite)}, device) == "tiles"
+    nothing = torch.full_like(ANSWER, float("nan"))
+    both: dict[StepForm, Any] = {"tiles": gives(nothing), "product": gives(nothing)}
+    ms |= dict.fromkeys(both.values(), 1.0)
+    assert step_forms.fastest(both, device) == "tiles"
+    assert (
+        caplog.records[-1].getMessage() == "product is not used in steps: nothing in it is finite"
+    )
+    with pytest.raises(RuntimeError, match="lost"):
+        step_forms.fastest({**runs, "tiles": gives(RuntimeError("lost"))}, device)
+
+
+def test_where_the_fused_kernel_cannot_be_captured_nothing_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("not while a stream is captured")
+
+    monkeypatch.setattr(step_forms, "_as_graph", fails)
+    with pytest.raises(RuntimeError, match="captured"):
+        step_forms.fastest({"tiles": gives(ANSWER)}, torch.device("cuda", 5))
 
 
 def test_a_layer_that_the_kernels_do_not_serve_has_no_adapter_in_steps(kernels: Kernels) -> None:

@@ -226,7 +226,6 @@ def test_what_is_not_http_has_a_typed_answer(live: Live) -> None:
     assert "Invalid HTTP request" not in log
 
 
-@of_one_machine("Ray Serve's proxy has the connections and its own limits of them")
 def test_other_protocols_are_not_spoken(live: Live) -> None:
     upgrade = [b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"]
     with connect(live) as one:

@@ -12,6 +12,7 @@ import pytest
 from server.demo import ADAPTERS_DIR
 from server.edge.admit.key_file import digest_of, new_key
 from tests.stand.live import Live, hira
+from tests.stand.waits import until
 
 pytestmark = pytest.mark.http
 
@@ -117,7 +118,7 @@ def test_what_cannot_be_written_down_is_not_done_and_a_removal_says_so(live: Liv
         gone = asked(live, "DELETE", "/admin/adapters/b")
         assert (gone.status_code, gone.headers["X-Audit"]) == (204, "incomplete")
         assert asked(live, "GET", "/admin/adapters/b").status_code == 404
-        assert '"before": ' in live.log.read_text()
+        until(lambda: '"before": ' in live.log.read_text())
     finally:
         log_of(live).rmdir()
         log_of(live).write_text(kept)

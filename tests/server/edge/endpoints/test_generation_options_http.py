@@ -15,6 +15,7 @@ import pytest
 
 from tests.stand.live import Live, hira
 from tests.stand.tiny_bases import VOCABULARY, base_folder
+from tests.stand.waits import until
 
 pytestmark = pytest.mark.http
 
@@ -132,7 +133,7 @@ def test_ignored_fields_are_named_in_a_header_and_the_log(live: Live) -> None:
     streamed = chat(live, stream=True, store=True)
     assert streamed.headers["X-Ignored-Fields"] == "store"
     said = f"request {answer.headers['X-Request-Id']}: ignored fields x_vendor, user"
-    assert said in live.log.read_text()
+    until(lambda: said in live.log.read_text(), f"the log does not say: {said}")
 
 
 def test_nothing_that_may_come_ends_the_request_alone(live: Live) -> None:
