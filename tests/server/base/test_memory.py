@@ -14,7 +14,7 @@ from server.base import load as base_model
 from server.base.load import BaseModelError, load_base
 from server.base.memory import available_bytes, static_bytes
 from tests.stand import tiny_bases
-from tests.stand.live import hira
+from tests.stand.live import hira, of_one_machine
 
 MIB = 1 << 20
 
@@ -100,6 +100,7 @@ def test_static_steps_are_in_the_check_of_what_fits(
 
 
 @pytest.mark.http
+@of_one_machine("Ray starts a replica several times and logs each failure")
 def test_server_without_the_memory_ends_with_one_line_and_status_1(tmp_path: Path) -> None:
     with hira(tmp_path / "data", wait=False, kv_bytes="4096GiB") as live:
         assert live.child.wait(120) == 1
