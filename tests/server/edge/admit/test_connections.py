@@ -241,7 +241,7 @@ def test_what_is_not_http_has_a_typed_answer(live: Live) -> None:
     assert "Invalid HTTP request" not in log
 
 
-@of_one_machine("the HTTP server that Ray Serve starts speaks WebSocket, and leaves such a body")
+@of_one_machine("the HTTP server that Ray Serve starts speaks WebSocket")
 def test_other_protocols_are_not_spoken(live: Live) -> None:
     upgrade = [b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"]
     with connect(live) as one:
