@@ -15,6 +15,7 @@ import pytest
 
 from server.cluster import local
 from server.cluster.local import ending_with_parent, places_of_proxy, prepare_environment
+from server.edge.litserve import logs
 from server.edge.processes.failed_start import StartFailed
 from server.settings import load_settings
 
@@ -150,7 +151,7 @@ def test_a_cluster_starts_a_ray_of_its_own_beside_any_that_is_there(
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # as programs on a real cluster have it
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(local.logs, "configure", lambda *_, **__: None)
+    monkeypatch.setattr(logs, "configure", lambda *_, **__: None)
     monkeypatch.setattr(os, "umask", lambda _: 0)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
