@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -163,6 +164,16 @@ def test_static_steps_that_take_more_than_is_left_are_told_before_the_start(
         line = f"Static steps take about {known.graphs >> 20} MiB"
         assert (line in caplog.text) == told
         assert "lower device_bytes" not in caplog.text
+
+
+def test_buffers_of_the_kernels_forms_are_those_of_the_largest_layers() -> None:
+    class Conv1D(torch.nn.Module):  # as GPT-2's: in, out
+        weight = torch.empty(64, 512, device="meta")
+
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 48, device="meta"), Conv1D())
+    found = base_model.most_form_bytes(SimpleNamespace(base_model=layers), 1, torch.bfloat16)
+    # One row of rank 128: W0, 256 rows of inputs and of products, and 128 expanded rows.
+    assert found == 2 * 512 * 64 + 256 * (2 * 256 + 4 * 512) + 128 * 2 * 256
 
 
 @pytest.mark.http
