@@ -435,6 +435,13 @@ def _check_memory(
         )
 
 
+_FIT = (
+    "Use --quantization nf4, a smaller base or a larger machine.",
+    "Use a smaller base or a larger machine.",
+)
+_FIT_STATIC = " Static steps take less with lower max_sequences and max_batch_tokens."
+
+
 def most_form_bytes(skeleton: Any, most_rows: int, dtype: torch.dtype) -> int:
     """What the kernels' forms may keep for decode steps over fixed buffers, at most.
 
@@ -457,9 +464,8 @@ def _no_memory(found: str, options: EngineOptions) -> BaseModelError:
         "The base model does not fit into memory.",
         found=found,
         expected="room for all of its weights, the KV cache and what static steps read and write",
-        fix="Use a smaller base or a larger machine."
-        if options.quantization in ("nf4", "fp4")
-        else "Use --quantization nf4, a smaller base or a larger machine.",
+        fix=_FIT[options.quantization in ("nf4", "fp4")]
+        + _FIT_STATIC * ((options.decode_steps, options.encode_batches) != ("dynamic",) * 2),
     )
 
 
