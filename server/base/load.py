@@ -23,9 +23,12 @@ from adapters.layers.adapted import EMBEDDING_BLOCK, AdaptedLinear, quantize_emb
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation.autotune import Autotuner
 from adapters.modulation.fixed_blocks import FixedBlocks
+from adapters.modulation.fused_steps import most_buffer_bytes
 from adapters.modulation.quant import QuantizedWeight
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
+from server.base.captured_steps import LAUNCH_CLASSES
+from server.base.error_lines import error_line
 from server.base.memory import available_bytes, static_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
 from server.base.weight_progress import weights_told_as
@@ -210,7 +213,7 @@ def _skeleton(plan: BasePlan) -> nn.Module:
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise BaseModelError(
             "The base model cannot be built from its config.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=error_line(error),
             expected=f"a config that {plan.model_class.__name__} takes",
         ) from error
 
@@ -247,11 +250,11 @@ def _load(
                 **arguments,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _no_memory(str(error).splitlines()[0][:200], options) from error
+        raise _no_memory(error_line(error), options) from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise BaseModelError(
             "The base model's weights cannot be loaded.",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=error_line(error),
             expected=f"a checkpoint of {plan.model_class.__name__}",
             fix="Check that config.json and the weights belong together.",
         ) from error
@@ -271,7 +274,7 @@ def _load(
         try:
             model.to(device)
         except torch.OutOfMemoryError as error:
-            raise _no_memory(str(error).splitlines()[0][:200], options) from error
+            raise _no_memory(error_line(error), options) from error
     for key in sorted(report["unexpected_keys"])[:5]:
         logger.info("Not part of %s, left out: %s", plan.model_class.__name__, key)
     return model
@@ -400,33 +403,69 @@ def _check_memory(
     needed = int(linear * bits / 8 + (every - linear) * dtype.itemsize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     found = f"{needed >> 20} MiB needed"
+    static = static_bytes(options, skeleton.config.get_text_config(), dtype, plan.generates)
     if plan.generates:
         needed += options.kv_bytes
         found += f" and {options.kv_bytes >> 20} MiB for the KV cache"
+    if static.buffers:
+        needed += static.buffers
+        found += f" and {static.buffers >> 20} MiB for the buffers of static steps"
     if needed > free:
         raise _no_memory(f"{found}, {free >> 20} MiB free", options)
     budgets = options.device_bytes + options.folded_bytes + options.head_bytes
     if device.type == "cpu":
         budgets += options.host_bytes
-    static = static_bytes(options, skeleton.config.get_text_config(), dtype, plan.generates)
-    if needed + budgets + static > free:
+    if needed + budgets > free:
         logger.warning(
-            "Budgets of adapters are %d MiB%s, and beside the base %d MiB are free: "
+            "Budgets of adapters are %d MiB, and beside the base %d MiB are free: "
             "lower device_bytes, host_bytes, folded_bytes or head_bytes, or memory may run out",
             budgets >> 20,
-            f", static steps take about {static >> 20} MiB" if static else "",
             (free - needed) >> 20,
         )
+    optional = static.graphs  # what memory does not hold of it is done without
+    if device.type == "cuda" and plan.generates and options.decode_steps != "dynamic":
+        optional += most_form_bytes(skeleton, options.max_sequences, dtype)
+    if device.type == "cuda" and optional and needed + budgets + optional > free:
+        logger.warning(
+            "Static steps take about %d MiB, and beside the base and the budgets of adapters %d "
+            "MiB are free: fewer will be captured. Lower kv_bytes, device_bytes, max_sequences or "
+            "max_batch_tokens for more.",
+            optional >> 20,
+            max(0, free - needed - budgets) >> 20,
+        )
+
+
+_FIT = (
+    "Use --quantization nf4, a smaller base or a larger machine.",
+    "Use a smaller base or a larger machine.",
+)
+_FIT_STATIC = " Static steps take less with lower max_sequences and max_batch_tokens."
+
+
+def most_form_bytes(skeleton: Any, most_rows: int, dtype: torch.dtype) -> int:
+    """What the kernels' forms may keep for decode steps over fixed buffers, at most.
+
+    Args:
+        skeleton: The model, of which shapes count.
+        most_rows: Of a step.
+        dtype: To compute in.
+    """
+    shapes: set[tuple[int, int]] = set()
+    for module in skeleton.base_model.modules():
+        is_conv1d = type(module).__name__ == "Conv1D"  # in, out
+        if is_conv1d or isinstance(module, nn.Linear):
+            first, second = (int(size) for size in module.weight.shape)
+            shapes.add((second, first) if is_conv1d else (first, second))
+    return most_buffer_bytes(shapes, most_rows, [rank for rank, _ in LAUNCH_CLASSES], dtype)
 
 
 def _no_memory(found: str, options: EngineOptions) -> BaseModelError:
     return BaseModelError(
         "The base model does not fit into memory.",
         found=found,
-        expected="room for all of its weights and the KV cache",
-        fix="Use a smaller base or a larger machine."
-        if options.quantization in ("nf4", "fp4")
-        else "Use --quantization nf4, a smaller base or a larger machine.",
+        expected="room for all of its weights, the KV cache and what static steps read and write",
+        fix=_FIT[options.quantization in ("nf4", "fp4")]
+        + _FIT_STATIC * ((options.decode_steps, options.encode_batches) != ("dynamic",) * 2),
     )
 
 

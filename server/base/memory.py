@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +15,8 @@ CGROUPS: Final = Path("/sys/fs/cgroup")
 MEMBERSHIP: Final = Path("/proc/self/cgroup")
 # Of a logit while a token is chosen: scores, sorted scores and probabilities in float32, places.
 _SAMPLED_BYTES: Final = 3 * 4 + 8
+# Of a token of a static batch of texts: id, position, type and slot.
+_TOKEN_BYTES: Final = 3 * 8 + 4
 
 
 def available_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
@@ -33,8 +36,24 @@ def available_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> i
     return free
 
 
-def static_bytes(options: EngineOptions, config: Any, dtype: torch.dtype, generates: bool) -> int:
-    """About what steps over fixed buffers take of the device beside the base, graphs included.
+@dataclass(frozen=True, slots=True)
+class StaticBytes:
+    """About what steps over fixed buffers take of the device beside the base.
+
+    Args:
+        buffers: Without which there are no such steps.
+        graphs: Of all that were captured, in the memory that they share: that of the largest. With
+            less, fewer are captured.
+    """
+
+    buffers: int = 0
+    graphs: int = 0
+
+
+def static_bytes(
+    options: EngineOptions, config: Any, dtype: torch.dtype, generates: bool
+) -> StaticBytes:
+    """About what steps over fixed buffers take of the device beside the base.
 
     Args:
         options: Which of them there are, and their largest.
@@ -43,18 +62,46 @@ def static_bytes(options: EngineOptions, config: Any, dtype: torch.dtype, genera
         generates: Whether the base continues texts.
 
     Returns:
-        Of the largest step: of decoding its logits, as they are and as they are sampled, and which
-        tokens were seen; of texts the widest moment of a layer. Smaller ones share this memory.
+        Of decoding: which tokens were seen, as buffers; logits as they are and as they are sampled,
+        as graphs. Of texts: their states; the widest moment of a layer.
     """
+    buffers, graphs = 0, 0
+    if generates and options.decode_steps != "dynamic":
+        vocabulary = int(getattr(config, "vocab_size", 0) or 0)
+        buffers += (options.max_sequences + 1) * vocabulary
+        graphs = options.max_sequences * vocabulary * (dtype.itemsize + _SAMPLED_BYTES)
+    if options.encode_batches != "dynamic":
+        hidden = int(getattr(config, "hidden_size", 0) or 0)
+        buffers += options.max_batch_tokens * (hidden * dtype.itemsize + _TOKEN_BYTES)
+        graphs = max(graphs, options.max_batch_tokens * _widest_bytes(config, dtype))
+    return StaticBytes(buffers, graphs)
+
+
+def later_bytes(
+    options: EngineOptions, config: Any, dtype: torch.dtype, prefill_tokens: int = 0
+) -> int:
+    """What must be left of the device once steps are captured, which then never give any back.
+
+    Args:
+        options: The budgets of adapters, heads and folded weights, which are taken as adapters
+            come; the largest batch of texts.
+        config: The text config of the base.
+        dtype: To compute in.
+        prefill_tokens: Of a step that reads prompts.
+
+    Returns:
+        Those budgets, and the widest moment of the largest step that is not captured.
+    """
+    budgets = options.device_bytes + options.folded_bytes + options.head_bytes
+    tokens = max(options.max_batch_tokens, prefill_tokens)
+    return budgets + tokens * _widest_bytes(config, dtype)
+
+
+def _widest_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Of a token, in the widest moment of a layer."""
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    found = 0
-    if generates and options.decode_steps != "dynamic":
-        of_token = dtype.itemsize + _SAMPLED_BYTES + 1
-        found += options.max_sequences * int(getattr(config, "vocab_size", 0) or 0) * of_token
-    if options.encode_batches != "dynamic":
-        found += options.max_batch_tokens * (3 * inner + 6 * hidden) * dtype.itemsize
-    return found
+    return (3 * inner + 6 * hidden) * dtype.itemsize
 
 
 def _folders(cgroups: Path, membership: Path) -> list[Path]:

@@ -20,7 +20,9 @@ import torch
 from adapters import segments
 from adapters.tasks import Task
 from server import failures
+from server.base.captured_steps import GraphPool
 from server.base.load import LoadedBase
+from server.base.memory import later_bytes
 from server.base.rope import RopeByLength
 from server.encoding.batch import Rows
 from server.encoding.fair_batches import AdapterVersion, Batch, Row, Scheduler
@@ -78,11 +80,17 @@ class EncodeLane:
         inputs: Its tokenizer, or its image processor, and their limits.
         residency: Brings adapters to the device and says in which slot they are.
         options: ``max_batch_tokens``, ``max_batch_rows``, ``slots``, ``head_bytes``,
-            ``deterministic`` and ``encode_batches`` are read.
+            ``deterministic`` and ``encode_batches`` are read, and all budgets of the device.
+        graphs: What captured batches have their memory in; None: a pool of their own.
     """
 
     def __init__(
-        self, base: LoadedBase, inputs: Text | Images, residency: Residency, options: EngineOptions
+        self,
+        base: LoadedBase,
+        inputs: Text | Images,
+        residency: Residency,
+        options: EngineOptions,
+        graphs: GraphPool | None = None,
     ) -> None:
         self._base = base
         self._inputs = inputs
@@ -102,6 +110,7 @@ class EncodeLane:
         self._deterministic = options.deterministic
         self._apart = runs_apart(options, base.device.type)
         self._options = options
+        self._graphs = graphs
         self._unpadded: UnpaddedForward | None = None
         self._how = "padded"  # a batch runs: ``unpadded``, or why not
         self._steps_by: Counter[str] = Counter()
@@ -147,9 +156,14 @@ class EncodeLane:
             Exception: The device itself is lost.
         """
         options = self._options
+        text = self._base.backbone.config.get_text_config()
         try:
             fault = unpadded.make_static(
-                options.slots + 1, options.max_batch_tokens, options.max_batch_rows
+                options.slots + 1,
+                options.max_batch_tokens,
+                options.max_batch_rows,
+                pool=self._graphs,
+                spare_bytes=later_bytes(options, text, self._base.dtype),
             )
             if fault is None:
                 # Before anything is captured, and then what was captured.
@@ -161,7 +175,11 @@ class EncodeLane:
             if fault is None:
                 for done, every in unpadded.capture_static():
                     tell_stage("capturing batches of texts", done, every)
-                fault = static_fault(self._base, unpadded, self._padded_states)
+                assert unpadded.static is not None
+                if unpadded.static.is_for_nothing:
+                    fault = "memory ended before any was captured"
+                elif unpadded.static.is_captured:
+                    fault = static_fault(self._base, unpadded, self._padded_states)
         except Exception as error:
             if failures.is_lost(error):
                 raise

@@ -3,9 +3,10 @@
 On a CPU it is an ordinary function. On a CUDA device the same function is captured once for each
 bucket of tokens (``server.base.captured_steps``) and replayed. Rows beyond the tokens of a batch
 are texts of nobody, which attend to themselves. What cannot be computed so (an adapter of an
-embedding, more tokens than there is room for) is named by ``obstacle``, and the batch then runs as
-``server.encoding.unpadded`` runs it. A pooler is in it, over the first row of each text; heads are
-not: which there are is known when adapters come, and nothing is captured then.
+embedding, more tokens than there is room for, a bucket that memory did not let it capture) is named
+by ``obstacle``, and the batch then runs as ``server.encoding.unpadded`` runs it. A pooler is in it,
+over the first row of each text; heads are not: which there are is known when adapters come, and
+nothing is captured then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from torch.nn import functional as F
 
 from adapters.modulation.static_layers import StaticLayers
 from adapters.modulation.static_rows import StaticRows, StaticTokens
-from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey, launch_class
+from server.base.captured_steps import (
+    LAUNCH_CLASSES,
+    UNCAPTURED,
+    CapturedSteps,
+    GraphPool,
+    StepKey,
+    launch_class,
+)
+from server.base.failed_steps import FailedSteps
 from server.base.load import LoadedBase
 from server.encoding.batch import FlatFeed
 from server.encoding.text_bounds import Attend, TextBounds
@@ -95,6 +104,8 @@ class StaticBatch:
         most_tokens, most_texts: Of a batch.
         attend: What attends in it, given ``StaticTexts``.
         own_attention: Lets the base attend through ``server.encoding.unpadded``.
+        pool: What graphs have their memory in; None: these have one of their own.
+        spare_bytes: Of the device, which capturing must leave.
     """
 
     def __init__(
@@ -106,6 +117,8 @@ class StaticBatch:
         *,
         attend: Attend = attend_under_mask,
         own_attention: Callable[[], AbstractContextManager[None]],
+        pool: GraphPool | None = None,
+        spare_bytes: int = 0,
     ) -> None:
         device = base.device
         self._base = base
@@ -134,7 +147,8 @@ class StaticBatch:
         self._has_types = getattr(embeddings, "token_type_embeddings", None) is not None
         known = inspect.signature(base.backbone.forward).parameters
         self._constant: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-        self._captured = CapturedSteps(device)
+        self._captured = CapturedSteps(device, pool, spare_bytes)
+        self._failed = FailedSteps("A static batch of texts")
 
     def fixed(self) -> list[torch.Tensor]:
         """The memory that every batch reads and writes."""
@@ -161,6 +175,11 @@ class StaticBatch:
         """Whether any batch is replayed: only then it can be the faster way."""
         return bool(list(self._captured))
 
+    @property
+    def is_for_nothing(self) -> bool:
+        """Whether the device has graphs, and memory ended before there was one."""
+        return self._captured.possible and not self.is_captured
+
     def bucket_of(self, tokens: int) -> int | None:
         """The bucket that holds so many tokens; None: none does."""
         return next((one for one in self._buckets if one >= tokens), None)
@@ -171,12 +190,22 @@ class StaticBatch:
             return "rows"
         if "token_type_ids" in feed.arguments and not self._has_types:
             return "types"
-        return next(
-            (why for slot in dict.fromkeys(slots) if (why := self._layers.obstacle(slot))), None
-        )
+        reasons = map(self._layers.obstacle, dict.fromkeys(slots))
+        reason = next((one for one in reasons if one is not None), None)
+        if reason is not None:
+            return reason
+        key = self._captured.serving(self.key_of(feed, slots))
+        if key is None:
+            return UNCAPTURED
+        return "failed" if self._failed.is_given_up(key) else None
+
+    def note_failure(self, feed: FlatFeed, slots: Sequence[int], error: Exception) -> None:
+        """A batch that ``obstacle`` allowed has failed."""
+        least = self.key_of(feed, slots)
+        self._failed.note(self._captured.serving(least) or least, error)
 
     def key_of(self, feed: FlatFeed, slots: Sequence[int]) -> StepKey:
-        """Which of the prepared batches serves this one."""
+        """What this batch needs of a prepared one."""
         own = dict.fromkeys(slots)
         rank = max((self._layers.rank(slot) for slot in own), default=0)
         has_lora = any(self._layers.has_lora(slot) for slot in own)
@@ -186,13 +215,7 @@ class StaticBatch:
 
     def keys(self, least: StepKey) -> list[StepKey]:
         """Every captured key that can hold what ``least`` holds; where none is, ``least`` alone."""
-        return [
-            one
-            for one in list(self._captured) or [least]
-            if one.rows >= least.rows
-            and one.rank >= least.rank
-            and (one.has_lora or not least.has_lora)
-        ]
+        return [one for one in list(self._captured) or [least] if one.holds(least)]
 
     def __call__(
         self, feed: FlatFeed, slots: Sequence[int], key: StepKey | None = None
@@ -202,12 +225,14 @@ class StaticBatch:
         Args:
             feed: The batch.
             slots: Of each text.
-            key: A larger one than the batch needs; None: ``key_of``.
+            key: A larger one than the batch needs; None: the least that was captured.
 
         Returns:
             ``[1, N, H]`` for N tokens: a view, until the next batch runs.
         """
-        key = key or self.key_of(feed, slots)
+        if key is None:
+            least = self.key_of(feed, slots)
+            key = self._captured.serving(least) or least
         self._fill(feed, slots, key.rows)
         if not self._captured.replay(key):
             self.run(key)
@@ -241,32 +266,13 @@ class StaticBatch:
                 self._pooled[:most].copy_(pooler(self._out.index_select(0, first)[:, None]))
 
     def capture(self) -> Iterator[tuple[int, int]]:
-        """Capture every bucket, the largest first; yields how many of how many are done.
-
-        Where memory does not hold one, only smaller ones are tried from there on. On a CPU there is
-        nothing to capture.
-
-        Raises:
-            RuntimeError: The device cannot capture them.
-        """
-        if not self._captured.possible:
-            return
-        keys = self._all_keys()[::-1]
-        too_many: int | None = None
-        for done, key in enumerate(keys, start=1):
-            if too_many is not None and key.rows >= too_many:
-                continue
-            if not self._captured.capture(key, lambda key=key: self.run(key)):  # type: ignore[misc]
-                too_many = key.rows
-                continue
-            yield done, len(keys)
-
-    def _all_keys(self) -> list[StepKey]:
-        return [
+        """Capture every bucket, as ``CapturedSteps.capture_all`` does and raises."""
+        keys = [
             StepKey(tokens, rank, has_lora, plain=True)
             for tokens in self._buckets
             for rank, has_lora in LAUNCH_CLASSES
         ]
+        yield from self._captured.capture_all(keys, self.run)
 
     def _fill(self, feed: FlatFeed, slots: Sequence[int], rows: int) -> None:
         """Write what the batch reads. Ids and positions are on the device already."""

@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 
 from adapters import segments
 from adapters.signature import Method
-from server.base.captured_steps import StepKey
+from server.base.captured_steps import UNCAPTURED, GraphPool, StepKey
 from server.base.load import LoadedBase
 from server.base.probe_adapters import probe_factors
 from server.base.rope import RopeByLength
@@ -181,12 +181,21 @@ class UnpaddedForward:
         self.ran = "unpadded"  # how the latest batch did: or ``static``, or why not
         self.windows: list[bool] = []  # of the latest forward: see ``TextBounds``
 
-    def make_static(self, slots: int, most_tokens: int, most_texts: int) -> str | None:
+    def make_static(
+        self,
+        slots: int,
+        most_tokens: int,
+        most_texts: int,
+        *,
+        pool: GraphPool | None = None,
+        spare_bytes: int = 0,
+    ) -> str | None:
         """Run batches over fixed buffers from now on; before any adapter is installed.
 
         Args:
             slots: How many slots there will ever be, slot 0 included.
             most_tokens, most_texts: Of a batch.
+            pool, spare_bytes: As of ``StaticBatch``.
 
         Returns:
             Why they cannot; None: they do.
@@ -197,6 +206,7 @@ class UnpaddedForward:
         self.static = StaticBatch(
             self._base, layers, most_tokens, most_texts,
             attend=self._attend_static, own_attention=self._own_attention,
+            pool=pool, spare_bytes=spare_bytes,
         )  # fmt: skip
         return None
 
@@ -208,27 +218,27 @@ class UnpaddedForward:
         """Capture static batches where the device can; yields how many of how many are done.
 
         Raises:
-            RuntimeError: The device cannot capture them.
+            CannotCapture: The device cannot capture them.
         """
         if self.static is not None:
             yield from self.static.capture()
 
     def by_static(
-        self, items: Sequence[TokenizedInput], slots: Sequence[int], key: StepKey | None = None
-    ) -> BatchStates | None:
-        """As a call, over fixed buffers; None: this batch cannot run so.
+        self,
+        items: Sequence[TokenizedInput],
+        slots: Sequence[int],
+        key: StepKey | None = None,
+        feed: FlatFeed | None = None,
+    ) -> BatchStates:
+        """As a call, over fixed buffers, which ``obstacle`` of these must allow.
 
         Args:
             items, slots: As of a call.
             key: Of the launches; None: what they need.
+            feed: Of the items, if it is made.
         """
-        feed = self._rows.side_by_side(items)
-        if self.static is None:
-            return None
-        reason = self.static.obstacle(feed, slots)
-        if reason is not None:
-            self.ran = reason
-            return None
+        assert self.static is not None
+        feed = feed or self.feed(items)
         hidden = feed.laid_out(self.static(feed, slots, key))
         pooler = getattr(self._base.backbone, "pooler", None)
         pooled = self.static.pooled(len(feed.lengths))
@@ -247,19 +257,26 @@ class UnpaddedForward:
         """
         if self.static is None:
             return self.side_by_side(items, slots)
-        bucket = self.static.bucket_of(sum(len(one.token_ids) for one in items))
-        if bucket is None or not self.static.is_captured:
-            return self._static_if_it_can(items, slots)
+        feed = self.feed(items)
+        reason = self.static.obstacle(feed, slots)
+        if reason is not None:
+            states = self.side_by_side(items, slots, feed)
+            self.ran = reason
+            return states
+        tokens = sum(feed.lengths)
+        bucket = self.static.bucket_of(tokens)
+        if not self.static.is_captured:
+            return self._static_if_it_can(items, slots, feed)
         run = self._static_if_it_can
         if self._times.way(bucket) == "unpadded":
             run = self.side_by_side
         if not self._times.is_due(bucket):
-            return run(items, slots)
+            return run(items, slots, feed)
         self._wait()
         began = time.perf_counter()
-        states = run(items, slots)
+        states = run(items, slots, feed)
         self._wait()
-        seconds = (time.perf_counter() - began) / sum(len(one.token_ids) for one in items)
+        seconds = (time.perf_counter() - began) / tokens
         for way in WAYS:
             if self.ran == way:
                 self._times.note(bucket, way, seconds)
@@ -270,26 +287,30 @@ class UnpaddedForward:
             torch.cuda.synchronize(self._base.device)
 
     def _static_if_it_can(
-        self, items: Sequence[TokenizedInput], slots: Sequence[int]
+        self, items: Sequence[TokenizedInput], slots: Sequence[int], feed: FlatFeed
     ) -> BatchStates:
+        assert self.static is not None
         try:
-            found = self.by_static(items, slots)
+            return self.by_static(items, slots, None, feed)
         except Exception as error:
             if is_lost(error):
                 raise
-            logger.exception("A static batch of texts failed; it is run again without buffers")
-            found, self.ran = None, "failed"
-        if found is not None:
-            return found
-        why = self.ran
-        states = self.side_by_side(items, slots)
-        self.ran = why
+            self.static.note_failure(feed, slots, error)
+        states = self.side_by_side(items, slots, feed)
+        self.ran = "failed"
         return states
 
-    def side_by_side(self, items: Sequence[TokenizedInput], slots: Sequence[int]) -> BatchStates:
-        """As a call, never over fixed buffers."""
+    def side_by_side(
+        self, items: Sequence[TokenizedInput], slots: Sequence[int], feed: FlatFeed | None = None
+    ) -> BatchStates:
+        """As a call, never over fixed buffers.
+
+        Args:
+            items, slots: As of a call.
+            feed: Of the items, if it is made.
+        """
         self.ran = "unpadded"
-        feed = self._rows.side_by_side(items)
+        feed = feed or self.feed(items)
         lengths = feed.lengths
         texts = TextBounds(lengths, feed.starts, self._attend)
         tokens = segments.from_runs(zip(slots, lengths, strict=True))
@@ -387,12 +408,13 @@ def static_fault(
             some, own = items[:count], slots[:count]
             feed = unpadded.feed(some)
             reason = static.obstacle(feed, own)
+            if reason == UNCAPTURED and count > 1:
+                continue  # batches as large as this one never run so
             if reason is not None:
                 return f"the texts that are compared cannot run so: {reason}"
             wanted = padded(some, own)
             for key in static.keys(static.key_of(feed, own)):
                 found = unpadded.by_static(some, own, key)
-                assert found is not None
                 worst = max(worst, _largest_error(found, wanted))
     most = _STATES_TOLERANCE.get(base.dtype, _STATES_TOLERANCE_HALF)
     return None if worst <= most else f"states differ by {worst:.1e}, not {most:.0e}"

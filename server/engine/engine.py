@@ -26,6 +26,7 @@ from adapters.registry.objects import StoreNote
 from adapters.residency.packed_files import PackedFiles
 from adapters.residency.slots import Residency
 from adapters.tasks import BY_NAME, Task
+from server.base.captured_steps import GraphPool
 from server.base.load import LoadedBase, load_base
 from server.encoding.batch import inputs_of
 from server.encoding.lane import EncodeFigures, EncodeLane
@@ -152,10 +153,11 @@ class Engine:
             size=store.tensor_bytes,
         )
         try:
-            encode = EncodeLane(base, inputs, residency, options)
+            graphs = GraphPool(base.device)  # one of both lanes: one of them runs at a time
+            encode = EncodeLane(base, inputs, residency, options, graphs)
             generate = None
             if base.generates and isinstance(inputs, Text):
-                generate = generate_lane(base, inputs, residency, options)
+                generate = generate_lane(base, inputs, residency, options, graphs)
             tell_stage("trying the base")
             encode.start()
             try_base(base, inputs, encode, generate)
@@ -356,7 +358,7 @@ class Engine:
                 "kept_bytes": generate.grammar_bytes,
                 "deferred_tokens": generate.deferred_tokens,
             },
-            cuda_bytes=cuda_bytes(parts.base.device),
+            cuda_bytes=cuda_bytes(parts.base.device, parts.base.adapted.form_bytes),
             totals=totals,
             residency=dict(known.tiers),
             quarantined=quarantined,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.tasks import Task
+from server.base.captured_steps import GraphPool
 from server.base.load import BaseModelError, LoadedBase
 from server.encoding.lane import EncodeLane
 from server.failures import is_lost
@@ -82,15 +83,22 @@ def try_base(
 
 
 def generate_lane(
-    base: LoadedBase, inputs: Text, residency: Residency, options: EngineOptions
+    base: LoadedBase,
+    inputs: Text,
+    residency: Residency,
+    options: EngineOptions,
+    graphs: GraphPool | None = None,
 ) -> GenerateLane:
     """The lane that continues texts.
+
+    Args:
+        base, inputs, residency, options, graphs: As of ``GenerateLane``.
 
     Raises:
         BaseModelError: No cache of keys and values can be made for this base.
     """
     try:
-        return GenerateLane(base.adapted, inputs.tokenizer, residency, options)
+        return GenerateLane(base.adapted, inputs.tokenizer, residency, options, graphs)
     except BaseModelError:
         raise
     except Exception as error:

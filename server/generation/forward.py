@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
-from server.base.captured_steps import LAUNCH_CLASSES
+from server.base.captured_steps import LAUNCH_CLASSES, GraphPool, StepKey
 from server.base.rope import RopeByLength
 from server.failures import is_lost, split_apart
 from server.generation.attention import (
@@ -290,22 +290,40 @@ class PagedForward:
             return Logits(logits[: len(last)], logits[:0])
         return Logits(logits[last], logits[scored])
 
-    def make_static(self, slots: int, most: int) -> None:
+    def make_static(
+        self, slots: int, most: int, *, pool: GraphPool | None = None, spare_bytes: int = 0
+    ) -> None:
         """Run decode steps over fixed buffers from now on; before any adapter is installed.
+
+        What they need and do not get is said in the log, and no step is static.
 
         Args:
             slots: How many slots there will ever be, slot 0 included.
             most: Sequences of a step at most.
+            pool, spare_bytes: As of ``StaticStep``.
+
+        Raises:
+            Exception: The device itself is lost.
         """
         if self._rope.kinds:
             self.leave_static("rope", "the rotary factors of this base depend on the length")
             return
-        layers = self._adapted.make_static(slots, most, [rank for rank, _ in LAUNCH_CLASSES])
-        attention = decode_in_torch
+        attention, batch = decode_in_torch, self._batch
         if self._kv.block_tokens % VARLEN_PAGE_TOKENS == 0:
-            attention = decode_by_varlen
-            self._batch = VarlenBatch
-        self.static = StaticStep(self._model, layers, self._kv, most, attention)
+            attention, batch = decode_by_varlen, VarlenBatch
+        try:
+            layers = self._adapted.make_static(slots, most, [rank for rank, _ in LAUNCH_CLASSES])
+            self.static = StaticStep(
+                self._model, layers, self._kv, most, attention,
+                pool=pool, spare_bytes=spare_bytes,
+            )  # fmt: skip
+        except Exception as error:
+            if is_lost(error):
+                raise
+            memory = isinstance(error, torch.OutOfMemoryError)
+            self.leave_static("memory" if memory else "failed", f"{type(error).__name__}: {error}")
+            return
+        self._batch = batch
 
     def leave_static(self, reason: str, found: str) -> None:
         """Run no static step from now on, and count every step under ``reason``.
@@ -322,7 +340,7 @@ class PagedForward:
         """Capture the static steps where the device can; yields how many of how many are done.
 
         Raises:
-            RuntimeError: The device cannot capture them.
+            CannotCapture: The device cannot capture them.
         """
         if self.static is not None:
             with self._own_attention():
@@ -352,11 +370,16 @@ class PagedForward:
         except Exception as error:
             if is_lost(error):
                 raise
-            logger.exception("A step of %d sequences was not launched", len(parts))
+            self.note_failure(self.static.key_of(sequences), error)
             return None
         self._note(parts)
         self.steps_by["static" if after is None else "ahead"] += 1
         return launched
+
+    def note_failure(self, key: StepKey, error: Exception) -> None:
+        """A static step has failed: one that does so again and again is not tried any more."""
+        if self.static is not None:
+            self.static.note_failure(self.static.captured.serving(key) or key, error)
 
     def launch_static(self, sequences: Items[Sequence], after: LaunchedStep | None) -> LaunchedStep:
         """As ``launch``, with nothing checked and nothing counted."""
@@ -465,7 +488,7 @@ class PagedForward:
             except Exception as error:
                 if is_lost(error):
                     raise
-                logger.exception("A static step of %d sequences failed; it is run anew", len(parts))
+                self.note_failure(self.static.key_of([part.sequence for part in parts]), error)
                 reason = "failed"
             else:
                 self._note(parts)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from adapters import segments
 from adapters.errors import SlotNotResident
 from server import failures
+from server.base.captured_steps import UNCAPTURED, GraphPool
+from server.base.memory import later_bytes
 from server.failures import NotFinite, is_lost
 from server.generation import failures as refusals
 from server.generation.constraints import (
@@ -85,7 +87,9 @@ class GenerateLane:
         tokenizer: transformers' tokenizer of the base.
         residency: Brings adapters to the device and says in which slot they are.
         options: ``kv_bytes``, ``max_sequences``, ``prefill_tokens``, ``max_input_tokens``,
-            ``grammar_bytes`` and ``allow_prefix_sharing`` are read.
+            ``grammar_bytes``, ``decode_steps`` and ``allow_prefix_sharing`` are read, and all
+            budgets of the device.
+        graphs: What captured steps have their memory in; None: a pool of their own.
 
     Raises:
         BaseModelError: ``kv_bytes`` does not hold a single block.
@@ -97,6 +101,7 @@ class GenerateLane:
         tokenizer: Any,
         residency: Residency,
         options: EngineOptions,
+        graphs: GraphPool | None = None,
     ) -> None:
         self._adapted = adapted
         self._residency = residency
@@ -134,7 +139,12 @@ class GenerateLane:
             )
         )
         if options.decode_steps != "dynamic":
-            self._forward.make_static(options.slots + 1, options.max_sequences)
+            self._forward.make_static(
+                options.slots + 1,
+                options.max_sequences,
+                pool=graphs,
+                spare_bytes=later_bytes(options, text, model.dtype, self._prefill_tokens),
+            )
         vocabulary = Vocabulary(token_bytes(tokenizer, adapted.signature.vocab_size))
         self._constraints = Constraints(vocabulary, options.grammar_bytes)
         self._sequences = SequenceEvents(model, tokenizer, self._constraints)
@@ -172,8 +182,12 @@ class GenerateLane:
                     tell_stage("capturing decode steps", done, every)
                     if done % 10 == 0 or done == every:
                         logger.warning("Capturing decode steps: %d of %d", done, every)
-                reason = "differs"
-                fault = step_fault(forward, self._adapted, self._kv, self._sequences.begin)
+                captured = forward.static.captured
+                if len(captured):
+                    reason = "differs"
+                    fault = step_fault(forward, self._adapted, self._kv, self._sequences.begin)
+                elif captured.possible:
+                    reason, fault = UNCAPTURED, "memory ended before any was captured"
         except Exception as error:
             if is_lost(error):
                 raise
@@ -469,7 +483,7 @@ class GenerateLane:
             if is_lost(error):
                 raise
             # Nothing was taken in: the same tokens are chosen again, the other way.
-            logger.exception("A step of %d sequences failed; it is run anew", len(step.sequences))
+            self._forward.note_failure(step.key, error)
             self._launched = None
             self._let_go()
             return

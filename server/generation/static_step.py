@@ -1,8 +1,9 @@
 """The decode step over fixed buffers: the same launches on the same memory, whoever is in it.
 
 On a CPU it is an ordinary function. On a CUDA device the same function is captured once for each
-bucket of rows (``server.base.captured_steps``) and replayed. What it cannot do is named by
-``obstacle``, and ``server.generation.forward`` then runs the step as it runs prompts.
+bucket of rows (``server.base.captured_steps``) and replayed. What it cannot do, or what memory did
+not let it capture, is named by ``obstacle``, and ``server.generation.forward`` then runs the step
+as it runs prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import torch
 
 from adapters.modulation.static_layers import StaticLayers
 from adapters.modulation.static_rows import StaticRows
-from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey, launch_class
+from server.base.captured_steps import (
+    LAUNCH_CLASSES,
+    UNCAPTURED,
+    CapturedSteps,
+    GraphPool,
+    StepKey,
+    launch_class,
+)
+from server.base.failed_steps import FailedSteps
 from server.generation import step_sampling
 from server.generation.attention import Call, check_all_attended
 from server.generation.kv_cache import SLIDING_LAYERS, WRITE_PAGE, AttentionKind, KVCache
@@ -44,10 +53,12 @@ class LaunchedStep:
     """A step that was launched and perhaps is not done.
 
     Args:
+        key: Of its launches.
         sequences: Of its rows, in order.
         told: What it tells.
     """
 
+    key: StepKey
     sequences: tuple[Running, ...]
     told: ToldNumbers
 
@@ -117,6 +128,8 @@ class StaticStep:
         cache: Where room was reserved for every sequence that comes.
         most: Rows of a step at most.
         attention: What attends to pages.
+        pool: What graphs have their memory in; None: these have one of their own.
+        spare_bytes: Of the device, which capturing must leave.
     """
 
     def __init__(
@@ -126,6 +139,9 @@ class StaticStep:
         cache: KVCache,
         most: int,
         attention: DecodeAttention,
+        *,
+        pool: GraphPool | None = None,
+        spare_bytes: int = 0,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -139,7 +155,13 @@ class StaticStep:
         self._buckets = buckets(most)
         # Seat, and how many tokens are noted there or will be by steps that were launched.
         self._seats: OrderedDict[Running, tuple[int, int]] = OrderedDict()
-        self.captured = CapturedSteps(self._device)
+        self.captured = CapturedSteps(self._device, pool, spare_bytes)
+        self._failed = FailedSteps("A static step")
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step, of those that were captured where any were."""
+        return max((key.rows for key in self.captured), default=self.buffers.rows)
 
     def fixed(self) -> list[torch.Tensor]:
         """The memory that every step reads and writes."""
@@ -167,31 +189,27 @@ class StaticStep:
                 )
             if reason is not None:
                 return reason
-        return None
+        least = self.key_of([part.sequence for part in parts])
+        key = self.captured.serving(least)
+        if key is None:
+            return UNCAPTURED
+        return "failed" if self._failed.is_given_up(key) else None
+
+    def note_failure(self, key: StepKey, error: Exception) -> None:
+        """A step by these launches has failed: it may have noted its tokens or not."""
+        self._failed.note(key, error)
+        self._seats.clear()
 
     def capture(self) -> Iterator[tuple[int, int]]:
-        """Capture every bucket, the largest first; yields how many of how many are done.
-
-        Where memory does not hold one, only smaller ones are tried from there on. On a CPU there is
-        nothing to capture.
-        """
-        if not self.captured.possible:
-            return
+        """Capture every bucket, as ``CapturedSteps.capture_all`` does and raises."""
         keys = [
             StepKey(rows, rank, has_lora, plain)
-            for rows in reversed(self._buckets)
+            for rows in self._buckets
             for rank, has_lora in LAUNCH_CLASSES
             for plain in (True, False)
         ]
         self._fill([], None)
-        too_many: int | None = None  # rows
-        for done, key in enumerate(keys, start=1):
-            if too_many is not None and key.rows >= too_many:
-                continue
-            if not self.captured.capture(key, lambda key=key: self.run(key)):  # type: ignore[misc]
-                too_many = key.rows
-                continue
-            yield done, len(keys)
+        yield from self.captured.capture_all(keys, self.run)
 
     def __call__(self, parts: Sequence[ScheduledRows]) -> list[Choice]:
         """Run the step, one token for each part; keys and values are written to the cache.
@@ -214,9 +232,7 @@ class StaticStep:
         """
         self._fill(sequences, after)
         key = self.key_of(sequences)
-        if not self.captured.replay(key):
-            self.run(key)
-        return LaunchedStep(tuple(sequences), self.buffers.told())
+        return self._launched(self.captured.serving(key) or key, sequences)
 
     def in_every_bucket(self, parts: Sequence[ScheduledRows]) -> Iterator[list[Choice]]:
         """The same step in each bucket, and for each class of launches, that can hold the parts.
@@ -226,18 +242,17 @@ class StaticStep:
         sequences = [part.sequence for part in parts]
         least = self.key_of(sequences)
         for key in list(self.captured) or [least]:
-            rows, rank, has_lora, plain = key
-            if rows < least.rows or rank < least.rank or plain != least.plain:
-                continue
-            if least.has_lora and not has_lora:
-                continue
-            self._fill(sequences, None)
-            if not self.captured.replay(key):
-                self.run(key)
-            yield LaunchedStep(tuple(sequences), self.buffers.told()).choices()
+            if key.holds(least):
+                self._fill(sequences, None)
+                yield self._launched(key, sequences).choices()
+
+    def _launched(self, key: StepKey, sequences: Sequence[Running]) -> LaunchedStep:
+        if not self.captured.replay(key):
+            self.run(key)
+        return LaunchedStep(key, tuple(sequences), self.buffers.told())
 
     def key_of(self, sequences: Sequence[Running]) -> StepKey:
-        """Which of the prepared steps serves these sequences."""
+        """What these sequences need of a step."""
         slots = dict.fromkeys(one.slot for one in sequences)
         rank = max((self._layers.rank(slot) for slot in slots), default=0)
         has_lora = any(self._layers.has_lora(slot) for slot in slots)

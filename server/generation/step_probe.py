@@ -4,14 +4,18 @@ A few sequences of the base and of two random adapters decode some tokens. Their
 both ways, as prompts beside static steps are and as without any, and each step runs both ways on
 the same keys and values, in every bucket that was prepared, and what is told of it must agree:
 tokens, their log-probabilities and those of the likeliest others. Of a step that tells tokens
-alone, each must be the best of the other path, or as good as it.
+alone, each must be the best of the other path, or as good as it. Where a token is drawn, or the
+best of what a penalty leaves, it must be the one that the other sampler finds by the same seed:
+among the scores that the step tells as its likeliest, so that no tie of two paths is in question;
+where nothing is cut, by the scores of the other path, give or take what these differ by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +24,7 @@ from adapters.signature import Method
 from server.base.probe_adapters import probe_factors
 from server.generation.forward import PagedForward
 from server.generation.kv_cache import KVCache
-from server.generation.sampling import Choice
+from server.generation.sampling import Choice, TokenChooser, truncate
 from server.generation.sequences import ScheduledRows, Sequence
 from server.messages import GenerateRequest, SamplingOptions
 
@@ -30,7 +34,25 @@ if TYPE_CHECKING:
 _PROMPT_TOKENS = (12, 5, 9)
 # Method and rank of the adapter of each; rank 0: the bare base.
 _PROBED: tuple[tuple[Method, int], ...] = (("hira", 0), ("hira", 8), ("lora", 4))
-_STEPS = 3
+_STEPS = 2  # the first also launched before it is read
+_LIKELIEST_TOLD = 20  # likeliest tokens; no cut below keeps more
+_LIKELY = 8  # tokens, every other of which a penalty is to change
+# Each sequence of a batch, which tells its likeliest tokens, too. Cuts show where shares are even.
+_CHOICES: tuple[tuple[dict[str, Any], ...], ...] = (
+    (
+        {"repetition_penalty": 3.0},
+        {"do_sample": True, "temperature": 3.0, "top_k": 6, "seed": 5},
+        {"do_sample": True, "temperature": 2.0, "top_k": 8, "top_p": 0.6, "seed": 6},
+    ),
+    (
+        {"do_sample": True, "temperature": 1.5, "top_k": 8, "min_p": 0.7, "seed": 7},
+        {"do_sample": True, "temperature": 0.8, "seed": 8},
+        {"do_sample": True, "temperature": 1.2, "repetition_penalty": 1.3, "seed": 9},
+    ),
+    ({}, {}, {}),
+)
+# Of a number in [0, 1): how far from its token's share it may be, by scores that the step tells.
+_POINT_TOLERANCE = 1e-3
 # One prompt is longer than a page, and than the window if that is no wider than this.
 _WIDEST_WINDOW_TOKENS = 1100
 _BEYOND_TOKENS = 5
@@ -62,15 +84,17 @@ def step_fault(
     prompts = [
         (slot if slot in made else BASE_SLOT, tokens) for slot, tokens in enumerate(_PROMPT_TOKENS)
     ]
-    most = static.buffers.rows
+    most = static.most_rows
     plain = SamplingOptions(_STEPS + 1, ignore_eos=True)
-    told = SamplingOptions(_STEPS + 1, ignore_eos=True, logprobs=True, alternatives=5)
+    told = replace(plain, logprobs=True, alternatives=_LIKELIEST_TOLD)
+    wishes = [[replace(told, **one) for one in choices] for choices in _CHOICES]
+    wishes.append([plain] * len(prompts))
     batches = [
-        (wish, prompts[first : first + most])
-        for wish in (plain, told)
+        (wish[first : first + most], prompts[first : first + most])
+        for wish in wishes
         for first in range(0, len(prompts), most)
     ]
-    batches.append((told, [(min(1, layers.slots - 1), _long_prompt(kv))]))
+    batches.append(([told], [(min(1, layers.slots - 1), _long_prompt(kv))]))
     try:
         for slot in made:
             factors = probe_factors(
@@ -88,41 +112,44 @@ def _fault_of_steps(
     forward: PagedForward,
     kv: KVCache,
     begin: Callable[[GenerateRequest, int], Sequence],
-    wish: SamplingOptions,
+    wishes: list[SamplingOptions],
     prompts: list[tuple[int, int]],
 ) -> str | None:
-    """As ``step_fault``, of one batch: the slot and the tokens of each sequence."""
+    """As ``step_fault``, of one batch: the options, the slot and the tokens of each sequence."""
     static = forward.static
     assert static is not None
     most = _TOLERANCE.get(kv.dtype, _HALF_TOLERANCE)
     sequences: list[Sequence] = []
     try:
-        for number, (slot, tokens) in enumerate(prompts):
+        for number, (wish, (slot, tokens)) in enumerate(zip(wishes, prompts, strict=True)):
             ids = tuple(range(3 + number, 3 + number + tokens))
             ids = tuple(one % static.buffers.vocabulary for one in ids)
             request = GenerateRequest(f"step probe {number}", None, None, ids, wish)
             if kv.reserve(request.id, None, ids, tokens + _STEPS + 1, share=False) is None:
                 return "the cache has no room for the sequences that are compared"
             sequences.append(begin(request, slot))
-        worst = _read_prompts(forward, kv, sequences)
+        worst = _read_prompts(forward, kv, sequences, most)
         if worst > most:
             return f"log-probabilities of prompts differ by {worst:.1e}, not {most:.0e}"
         for step in range(_STEPS):
             parts = [ScheduledRows(one, 1) for one in sequences]
             wanted = forward.dynamic(parts)
-            found = (*forward.in_every_bucket(parts), *_alone(forward, parts))
-            worst = _largest(found, wanted)
+            if step == 0:
+                _make_penalties_matter(sequences, wanted)
+            alone = _alone(forward, parts) if step == 0 else ()
+            found = (*forward.in_every_bucket(parts), *alone)
+            worst = _largest(found, wanted, sequences, most)
             # What a wrong step chose may be no token at all: nothing is run on it.
             if worst <= most and step < _STEPS - 1:
                 first, second = _launched_ahead(forward, sequences)
-                worst = _largest([first], wanted)
+                worst = _largest([first], wanted, sequences, most)
                 if worst <= most:
                     # With its own choice, which may be the other one of a tie.
                     _advance(kv, parts, [choice.token_id for choice in first])
                     parts = [ScheduledRows(one, 1) for one in sequences]
-                    worst = _largest([second], forward.dynamic(parts))
+                    worst = _largest([second], forward.dynamic(parts), sequences, most)
             if worst > most:
-                return f"log-probabilities differ by {worst:.1e}, not {most:.0e}"
+                return f"tokens or log-probabilities differ by {worst:.1e}, not {most:.0e}"
     finally:
         for one in sequences:
             kv.release(one.request.id, forget=True)
@@ -136,7 +163,9 @@ def _long_prompt(kv: KVCache) -> int:
     return max(1, min(max(kv.block_tokens, window) + _BEYOND_TOKENS, room))
 
 
-def _read_prompts(forward: PagedForward, kv: KVCache, sequences: list[Sequence]) -> float:
+def _read_prompts(
+    forward: PagedForward, kv: KVCache, sequences: list[Sequence], most: float
+) -> float:
     """Read all prompts, both ways, and choose a first token; how much the two ways differ.
 
     A prompt is read whole, then its end once more as that of one which was begun: what was written
@@ -156,7 +185,7 @@ def _read_prompts(forward: PagedForward, kv: KVCache, sequences: list[Sequence])
         parts = [ScheduledRows(one, one.pending) for one in sequences]
         found = forward.chosen(parts)
         wanted = forward.dynamic(parts)
-        worst = max(worst, _largest([found], wanted))
+        worst = max(worst, _largest([found], wanted, sequences, most))
     for one in sequences:
         one.written = kv.length(one.request.id)
     _advance(kv, [ScheduledRows(one, one.pending) for one in sequences], _best(wanted))
@@ -184,6 +213,15 @@ def _advance(kv: KVCache, parts: list[ScheduledRows], tokens: list[int]) -> None
         kv.written(sequence.request.id, part.rows, ())
         sequence.written += part.rows
         sequence.ids.append(token)
+        sequence.chooser.note(token)
+
+
+def _make_penalties_matter(sequences: list[Sequence], wanted: torch.Tensor) -> None:
+    """Let sequences with a penalty have had the tokens that come next otherwise."""
+    for one, row in zip(sequences, wanted, strict=True):
+        if one.chooser.penalized:
+            likely = row.topk(min(_LIKELY, len(row))).indices.tolist()
+            one.chooser = TokenChooser(one.request.sampling, [*likely[::2], one.ids[-1]])
 
 
 def _best(logits: torch.Tensor) -> list[int]:
@@ -191,33 +229,45 @@ def _best(logits: torch.Tensor) -> list[int]:
     return [int(one) for one in logits.argmax(-1)]
 
 
-def _largest(found: Iterable[list[Choice]], wanted: torch.Tensor) -> float:
+def _largest(
+    found: Iterable[list[Choice]], wanted: torch.Tensor, sequences: list[Sequence], most: float
+) -> float:
     """The largest difference of several times the same step.
 
     Args:
         found: What was chosen each time.
         wanted: ``[sequences, vocabulary]``, the logits of the other path.
+        sequences: As they were before the step.
+        most: That log-probabilities may differ.
     """
-    scores = wanted.float().log_softmax(-1).cpu()
-    return max(
-        _difference(choice, row)
+    logits = wanted.float().cpu()
+    differences = [
+        _difference(choice, row, one.chooser, most)
         for choices in found
-        for choice, row in zip(choices, scores, strict=True)
-    )
+        for choice, row, one in zip(choices, logits, sequences, strict=True)
+    ]
+    return max(differences, default=0.0)  # none: such a step was not captured, and never runs
 
 
-def _difference(found: Choice, wanted: torch.Tensor) -> float:
+def _difference(found: Choice, logits: torch.Tensor, chooser: TokenChooser, most: float) -> float:
     """Of all that is told, relative where it is above 1; infinite where it cannot be compared.
 
     Args:
-        found: The best token, its log-probability and those of others as far as they are told.
-        wanted: ``[vocabulary]``, log-probabilities by the other path.
+        found: A token, its log-probability and those of others as far as they are told.
+        logits: float32 ``[vocabulary]``, by the other path.
+        chooser: What chooses it there.
+        most: That log-probabilities may differ.
     """
+    wanted = logits.log_softmax(-1)
     told = [token for token, _ in found.likeliest]
     if not found.finite or not all(0 <= one < len(wanted) for one in (found.token_id, *told)):
         return float("inf")
-    best, own = float(wanted.max()), float(wanted[found.token_id])
-    pairs = [(own, best)]  # two that are equally good may change places
+    own = float(wanted[found.token_id])
+    pairs: list[tuple[float, float]] = []
+    if not chooser.sampled and not chooser.penalized:
+        pairs.append((own, float(wanted.max())))  # two that are equally good may change places
+    elif not _is_chosen(found, logits, chooser, most):
+        return float("inf")
     if found.logprob is not None:
         pairs.append((found.logprob, own))
     pairs += [(value, float(wanted[token])) for token, value in found.likeliest]
@@ -230,3 +280,32 @@ def _difference(found: Choice, wanted: torch.Tensor) -> float:
         # NaN compares as neither: it must not pass.
         worst = max(worst, error if isfinite(error) else float("inf"))
     return worst
+
+
+def _is_chosen(found: Choice, logits: torch.Tensor, chooser: TokenChooser, most: float) -> bool:
+    """Whether the other sampler chooses the same token, or one that is as near to the number drawn.
+
+    Args:
+        found: A token that was drawn, or the best of what a penalty left, with the likeliest ones.
+        logits: float32 ``[vocabulary]``, by the other path; those of tokens that are told are taken
+            as they are told.
+        chooser: Of its request.
+        most: That log-probabilities of other tokens may differ.
+    """
+    options, token = chooser.options, found.token_id
+    scores = logits.clone()
+    total = float(logits.logsumexp(-1))
+    for one, value in found.likeliest:
+        scores[one] = value + total
+    if chooser.changes is not None:
+        chooser.changes.apply(scores)
+    if not chooser.sampled:
+        best, own = float(scores.max()), float(scores[token])
+        return best - own <= _POINT_TOLERANCE * max(1.0, abs(best))
+    cut = 0 < options.top_k <= len(found.likeliest)
+    slack = _POINT_TOLERANCE if cut else most
+    shares = truncate((scores / options.temperature)[None], [options])[0].double()
+    ends = shares.cumsum(-1)
+    point = chooser.draw() * float(ends[-1])
+    last, first = float(ends[token]), float(ends[token] - shares[token])
+    return float(shares[token]) > 0 and first - slack <= point <= last + slack

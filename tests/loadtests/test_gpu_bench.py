@@ -100,7 +100,8 @@ def test_a_dry_run_runs_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert ("tiny, HTTP, 2 clients", what) in values
     assert values["tiny, HTTP", "texts classified by /predict"]["value"] == 1
     assert values["tiny, HTTP", "pieces to OpenAI's client"]["value"] >= 1
-    assert any(one["what"] == "random batches" for one in told["figures"])
+    batches = "encoding, none in fp32", "random batches"
+    assert values[batches]["value"] >= values[batches]["at_least"] == 1
     asked = {key for key, one in values.items() if one["reached"] is not None}
     assert asked == {
         (layer, "largest error"),
@@ -108,6 +109,7 @@ def test_a_dry_run_runs_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (layer, "fastest form against dense"),
         (texts, "static batches"),
         (texts, "static batches against the bitsandbytes base"),
+        batches,
         *((f"tiny, {case}", what) for case, what in ASKED_OF_STEPS),
     }
     for case, what in asked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,30 @@ def test_batches_are_counted_and_their_cost_is_told(lane: BatchLane) -> None:
     measure(report, lane, "fp32", "none", batches=10, count=24)
     assert [one.what for one in report.figures] == ["random batches", "time of the default"]
     assert report.figures[0].number >= 10
+
+
+def test_a_run_that_ends_early_says_how_many_batches_there_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[bool] = []
+    plain = Comparison.traffic
+
+    def counted(self: Comparison, engine: Any, seed: int, *, compare: bool) -> tuple[int, float]:
+        if seed >= 0:
+            turns.append(compare)
+        return plain(self, engine, seed, compare=compare)
+
+    monkeypatch.setattr(Comparison, "traffic", counted)
+    report, left = Report({"load": [0.0]}, quick=True), iter([True, True, False])
+    measure(
+        report, "encoding", "fp32", "none", count=6, has_time=lambda: next(left), cost_turns=1,
+        at_least=1000,
+    )  # fmt: skip
+    assert sorted(turns[:2]) == [False, True]
+    assert turns[2:] == [True, True]  # later ones are for more batches
+    figure = report.figures[0]
+    assert 3 <= figure.number < 1000
+    assert figure.reached is False
 
 
 @pytest.mark.parametrize("lane", ["generation", "encoding"])

@@ -22,8 +22,14 @@ class MadeUpSteps(CapturedSteps):
     def possible(self) -> bool:
         return True
 
+    def __len__(self) -> int:
+        return len(self.runs)
+
     def __iter__(self) -> Iterator[StepKey]:
         return iter(self.runs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.runs
 
     def capture(self, key: StepKey, run: Callable[[], None]) -> bool:
         if key.rows > self.room_rows:

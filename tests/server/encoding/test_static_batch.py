@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers.models.bert.modeling_bert import BertPooler
 
 from adapters.modulation.static_rows import StaticTokens
 from adapters.segments import from_rows
-from server.base.captured_steps import LAUNCH_CLASSES, CapturedSteps, StepKey
+from server.base.captured_steps import LAUNCH_CLASSES, CannotCapture, CapturedSteps, StepKey
+from server.base.failed_steps import MOST_FAILURES
 from server.base.load import load_base
 from server.base.probe_adapters import probe_factors
 from server.base.rope import RopeByLength
@@ -170,7 +172,7 @@ def test_the_way_that_was_faster_is_taken(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr(static_batch, "CapturedSteps", lambda _: MadeUpSteps(room_rows=100))
+    monkeypatch.setattr(static_batch, "CapturedSteps", lambda *_: MadeUpSteps(room_rows=100))
     ways = Ways(tmp_path, "bert")
     list(ways.unpadded.capture_static())
     plain, both = UnpaddedForward.side_by_side, UnpaddedForward.by_static
@@ -196,6 +198,32 @@ def test_the_way_that_was_faster_is_taken(
     with torch.inference_mode():  # another bucket is another question
         ways.unpadded([TokenizedInput(tuple(range(5, 25)))] * 3, [0, 1, 2])
     assert ways.unpadded.ran == "static"
+
+
+def test_a_batch_that_cannot_run_so_is_never_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static_batch, "CapturedSteps", lambda *_: MadeUpSteps(room_rows=100))
+    ways = Ways(tmp_path, "bert")
+    list(ways.unpadded.capture_static())
+    ways.install(1, 1, rank=129)
+    looked: list[float] = []
+
+    def look() -> float:
+        looked.append(0.0)
+        return 0.0
+
+    monkeypatch.setattr("time.perf_counter", look)
+    items = [TokenizedInput((5, 6, 7))]
+    for _ in range(3):
+        with torch.inference_mode():
+            ways.unpadded(items, [1])
+        assert ways.unpadded.ran == "rank"
+    assert not looked
+    with torch.inference_mode():
+        ways.unpadded(items, [0])  # the bucket is timed from its first way on
+    assert ways.unpadded.ran == "static"
+    assert len(looked) == 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -224,25 +252,58 @@ def test_memory_that_ends_leaves_fewer_buckets_and_right_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = MadeUpSteps(room_rows=32)
-    monkeypatch.setattr(static_batch, "CapturedSteps", lambda _: made)
+    monkeypatch.setattr(static_batch, "CapturedSteps", lambda *_: made)
     ways = Ways(tmp_path, "bert")
     list(ways.unpadded.capture_static())
     assert {key.rows for key in made.runs} == {16, 32}
     assert made.refused == [MOST_TOKENS, 64]
-    for seed in range(4):
+    kinds = set()
+    for seed in range(6):
         items, slots = random_batch(seed)
         with torch.inference_mode():
-            found, wanted = ways.unpadded.by_static(items, slots), ways.padded(items, slots)
-        assert found is not None
+            found, wanted = ways.unpadded(items, slots), ways.padded(items, slots)
+        fits = sum(len(one.token_ids) for one in items) <= 32
+        assert (ways.unpadded.ran == "uncaptured") != fits
+        kinds.add(fits)
         shown = found.mask == 1
         assert torch.allclose(found.hidden[shown], wanted.hidden[shown], atol=5e-4)
+    assert kinds == {True, False}
 
 
-def test_a_device_that_cannot_capture_leaves_all_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_little_was_captured_is_compared_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MadeUpSteps(room_rows=16)
+    monkeypatch.setattr(static_batch, "CapturedSteps", lambda *_: made)
+    ways = Ways(tmp_path, "bert")
+    for slot in (1, 2):
+        ways.base.adapted.uninstall(slot)
+    list(ways.unpadded.capture_static())
+    assert static_fault(ways.base, ways.unpadded, ways.padded) is None
+    plain = ways.static.run
+
+    def wrong(key: StepKey) -> None:
+        plain(key)
+        ways.static.fixed()[2].mul_(1.01)
+
+    for key in made.runs:
+        made.runs[key] = partial(wrong, key)
+    told = static_fault(ways.base, ways.unpadded, ways.padded)
+    assert told is not None
+    assert "states differ" in told
+
+
+@pytest.mark.parametrize("error", [CannotCapture("operation not permitted\nwhen capturing"), None])
+def test_a_device_that_captures_nothing_leaves_all_as_it_was(
+    error: Exception | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def cannot(self: CapturedSteps, key: StepKey, run: Callable[[], None]) -> bool:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        if error is not None:
+            raise error
+        return False
 
     monkeypatch.setattr(CapturedSteps, "possible", True)
     monkeypatch.setattr(CapturedSteps, "capture", cannot)
@@ -250,9 +311,11 @@ def test_a_device_that_cannot_capture_leaves_all_as_it_was(
     lane = Lane(tmp_path, "bert", tasks, encode_batches="static", max_batch_tokens=64)
     lines = [one.getMessage() for one in caplog.records if "static" in one.getMessage()]
     assert lines == [
-        "No batch of texts is static: RuntimeError: operation not permitted when stream is "
-        "capturing"
+        "No batch of texts is static: memory ended before any was captured"
+        if error is None
+        else "No batch of texts is static: CannotCapture: operation not permitted when capturing"
     ]
+    assert not lane.lane.figures().static_bytes
     lane.lane.submit(lane.request("1", "a", tasks["a"], ["a b c"]))
     lane.drain()
     assert set(lane.lane.figures().steps_by) == {"unpadded"}
@@ -332,21 +395,28 @@ def test_what_cannot_run_so_runs_as_before(tmp_path: Path) -> None:
             assert states.hidden.shape[:2] == (len(items), 3)
 
 
-def test_a_batch_that_raises_is_run_again_the_other_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_batch_that_raises_is_run_again_the_other_way_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ways = Ways(tmp_path, "bert")
     items, slots = random_batch(2)
+    tries: list[StepKey] = []
+    caplog.clear()
 
     def raises(self: StaticBatch, key: StepKey) -> None:
+        tries.append(key)
         raise RuntimeError("no such launch")
 
     with torch.inference_mode():
         wanted = ways.unpadded.side_by_side(items, slots).hidden
         monkeypatch.setattr(StaticBatch, "run", raises)
-        found = ways.unpadded(items, slots).hidden
-    assert ways.unpadded.ran == "failed"
-    assert torch.equal(found, wanted)
+        for _ in range(MOST_FAILURES + 2):
+            found = ways.unpadded(items, slots).hidden
+            assert ways.unpadded.ran == "failed"
+            assert torch.equal(found, wanted)
+    assert len(tries) == MOST_FAILURES
+    assert len(caplog.records) == 2
+    assert not any(one.exc_info for one in caplog.records)
 
 
 def test_the_lane_runs_so_when_asked_and_says_so(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -13,11 +13,14 @@ import torch
 from adapters.layers.inject import inject
 from adapters.modulation.slot_factors import SlotFactors
 from server.base.captured_steps import LAUNCH_CLASSES, StepKey
+from server.base.failed_steps import MOST_FAILURES
 from server.generation.attention import PAGED_ATTENTION
 from server.generation.kv_cache import KVCache
 from server.generation.page_attention import DecodeAttention, decode_by_varlen, decode_in_torch
 from server.generation.static_step import StaticStep, buckets
 from server.messages import GenerateResult
+from server.options import DecodeSteps, EngineOptions
+from server.settings import Settings
 from tests.stand.dense import Stage, terminals
 from tests.stand.launches import HostLook, Launches
 from tests.stand.static_steps import factors_of, random_run, staged
@@ -150,17 +153,57 @@ def test_a_broken_adapter_fails_alone_inside_a_step() -> None:
     assert [t.id for t in ends["of b"].tokens] == [t.id for t in alone.tokens]
 
 
-def test_a_step_that_raises_is_run_again_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, _ = staged()
+@pytest.mark.parametrize("steps", ["static", "ahead"])
+def test_a_step_that_raises_is_run_again_the_other_way_and_not_for_ever(
+    steps: DecodeSteps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, _ = staged(steps=steps)
     wanted = stage.answer("a", [5, 6, 7], ignore_eos=True)
+    before = stage.lane.figures().steps_by["failed"]
+    tries: list[Any] = []
 
     def raises(self: StaticStep, key: Any) -> None:
+        tries.append(key)
         raise RuntimeError("no such launch")
 
     monkeypatch.setattr(StaticStep, "run", raises)
     found = stage.answer("a", [5, 6, 7], ignore_eos=True)
     assert [t.id for t in found.tokens] == [t.id for t in wanted.tokens]
-    assert stage.lane.figures().steps_by["failed"] > 3
+    assert len(tries) == MOST_FAILURES
+    assert stage.lane.figures().steps_by["failed"] - before == len(wanted.tokens) - 1
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "no such launch" in lines[0]
+    assert "is not tried again" in lines[1]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_step_that_failed_forgets_no_token_for_the_penalty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wish: dict[str, Any] = {
+        "ignore_eos": True, "max_new_tokens": 14, "repetition_penalty": 1.8, "do_sample": True,
+        "seed": 4, "temperature": 0.6,
+    }  # fmt: skip
+    plain, _ = staged(steps="dynamic")
+    wanted = plain.answer("a", [5, 6, 7], **wish)
+    stage, _ = staged()
+    run, calls = StaticStep.run, iter(range(99))
+    noted: list[bool] = []
+
+    def sometimes(self: StaticStep, key: Any) -> None:
+        if next(calls) in (2, 5):
+            raise RuntimeError("no such launch")
+        run(self, key)
+        buffers = self.buffers
+        seen = buffers.seen[buffers.seats(1)[0]].nonzero().flatten().tolist()
+        read = [5, 6, 7, *(one.id for one in wanted.tokens)][: int(buffers.positions(1)[0]) + 1]
+        noted.append(seen == sorted(set(read)))  # what is raised here is taken for a failed step
+
+    monkeypatch.setattr(StaticStep, "run", sometimes)
+    found = stage.answer("a", [5, 6, 7], **wish)
+    assert [t.id for t in found.tokens] == [t.id for t in wanted.tokens]
+    assert noted == [True] * 11
 
 
 def test_swaps_change_tables_and_no_memory() -> None:
@@ -259,6 +302,13 @@ def test_steps_that_cannot_be_compared_are_never_used(caplog: pytest.LogCaptureF
     assert "no room for the sequences that are compared" in caplog.text
     stage.answer(None, [5, 6, 7], max_new_tokens=4, ignore_eos=True)
     assert dict(stage.lane.figures().steps_by) == {"differs": 4}
+
+
+def test_nobody_has_static_steps_who_did_not_ask() -> None:
+    options = {one.name: one.default for one in fields(EngineOptions)}
+    settings = {name: one.default for name, one in Settings.model_fields.items()}
+    for defaults in (options, settings):
+        assert defaults["decode_steps"] == defaults["encode_batches"] == "dynamic"
 
 
 def test_without_the_setting_nothing_is_prepared() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from server.generation.attention import Call
 from server.generation.page_attention import Pages, decode_in_torch
+from server.generation.step_buffers import RowNumbers, StepBuffers
 from tests.stand import dense
 from tests.stand.dense import Stage
 from tests.stand.row_attention import attend_row_by_row
@@ -18,8 +20,16 @@ from tests.stand.static_steps import staged
 PROMPT = [5, 6, 7, 8]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def empty_stage() -> Stage:
-    stage, adapted = staged()
+    stage, adapted = staged(max_sequences=3)
     for slot in (1, 2, 3):
         adapted.uninstall(slot)
     return stage
@@ -115,3 +125,35 @@ def test_a_prompt_longer_than_a_page_and_a_window_is_compared(
     stage.lane.start_steps()
     assert "differ" in caplog.text
     assert stage.lane.figures().steps_by["static"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("temperature", lambda one: 1.0),
+        ("top_k", lambda one: 0),
+        ("top_p", lambda one: 1.0),
+        ("min_p", lambda one: 0.0),
+        ("penalty", lambda one: 1.0),
+        ("sampled", lambda one: False),
+        ("point", lambda one: (one.point + 0.3) % 1.0),
+        ("seat", lambda one: 3),  # nobody's: what a sequence has had is not known
+    ],
+)
+def test_steps_that_draw_otherwise_are_never_used(
+    name: str,
+    wrong: Callable[[RowNumbers], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = StepBuffers.fill
+
+    def fill(self: StepBuffers, numbers: Sequence[RowNumbers]) -> None:
+        plain(self, [replace(one, **{name: wrong(one)}) for one in numbers])
+
+    monkeypatch.setattr(StepBuffers, "fill", fill)
+    stage = empty_stage()
+    stage.lane.start_steps()
+    assert "tokens or log-probabilities differ" in caplog.text
+    tokens_of(stage)
+    assert dict(stage.lane.figures().steps_by) == {"differs": 4}
