@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from adapters.kernels.form_buffers import Take, expanded_buffer
 from adapters.kernels.triton_operands import FACTOR_COLUMNS, HALF_FEATURES, PackedWeight
 from adapters.kernels.triton_ops import (
     INTERPRETED,
@@ -31,9 +32,8 @@ from adapters.kernels.triton_ops import (
     device_limits,
     dot_rounded,
     sum_parts_kernel,
-    tile_columns,
 )
-from adapters.kernels.triton_scratch import EXPAND_BLOCK, Take, expand_rows_kernel
+from adapters.kernels.triton_scratch import EXPAND_BLOCK, expand_rows_kernel
 from adapters.kernels.triton_tiles import EXPANDED_COLUMNS, expanded_blocks, split_inputs
 
 # Programs of a multiprocessor: they are large, and each reads B anew.
@@ -66,10 +66,9 @@ def expanded_rows_kernel(
     start = split * split_features
     stop = tl.minimum(start + split_features, K)
     for first in tl.range(start, stop, 2 * HALF, num_stages=STAGES):
-        high, low = decode_tile(
+        high, low, k_high, k_low, inside = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         high, low = high.to(dtype), low.to(dtype)
         # What stands for no row of the batch is zeros, and columns do not mix.
         z = tl.load(z_rows + k_high[:, None], mask=inside[:, None], other=0.0)
@@ -99,14 +98,6 @@ def expanded_rows_kernel(
     own = tile * TOKENS + tl.arange(0, TOKENS)
     at = part + (row_count + own).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(at, of_rows, mask=(n < N)[:, None] & (own < row_count)[None, :])
-
-
-def expanded_buffer(
-    shape: tuple[int, int], rows: int, rank: int, dtype: torch.dtype, take: Take
-) -> torch.Tensor:
-    """The expanded rows ``[whole tiles of them, in]``: what ``expanded_linear`` takes."""
-    tiles = triton.cdiv(rows * rank, EXPANDED_COLUMNS)
-    return take("expanded_z", (tiles * EXPANDED_COLUMNS, shape[1]), dtype)
 
 
 def expanded_linear(

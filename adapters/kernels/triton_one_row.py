@@ -25,10 +25,10 @@ from adapters.kernels.triton_ops import (
     decode_tile,
     decoder,
     device_limits,
+    dot_rounded,
     factors_at,
     load_b,
     sum_parts_kernel,
-    tile_columns,
 )
 from adapters.kernels.triton_tiles import one_row_blocks, split_inputs
 
@@ -38,22 +38,11 @@ def _expanded_dot(
     weight, x, a_ptr, rank, columns, inside, total, K,
     R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """total + weight (a ⊙ x)ᵀ at ``columns``: float32 ``[BN, R]``."""
+    """total + weight (a ⊙ x)ᵀ at ``columns``, in the type of ``weight``: float32 ``[BN, R]``."""
     r = tl.arange(0, R)
     mask = inside[:, None] & (r < rank)[None, :]
     a = tl.load(a_ptr + r[None, :] * K + columns[:, None], mask=mask, other=0.0)
-    return _rounded_dot(weight, a.to(tl.float32) * x[:, None], total, a_ptr, EXACT)
-
-
-@triton.jit
-def _rounded_dot(left, right, total, like_ptr, EXACT: tl.constexpr):
-    """total + left · right, of float32 rounded to the type of ``like_ptr``; EXACT does not."""
-    if EXACT:
-        total = tl.dot(left, right, total, input_precision="ieee")
-    else:
-        dtype: tl.constexpr = like_ptr.dtype.element_ty
-        total = tl.dot(left.to(dtype), right.to(dtype), total)
-    return total
+    return dot_rounded(weight, (a.to(tl.float32) * x[:, None]).to(weight.dtype), total, EXACT)
 
 
 @triton.jit(
@@ -76,19 +65,20 @@ def one_row_kernel(
     # The tensor cores want sixteen columns: the sum with x itself is in the first.
     column = tl.arange(0, 16)
     plain = tl.full((BN, 16), 0.0, tl.float32)
+    dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
     start = split * split_features
     stop = tl.minimum(start + split_features, K)
     for first in tl.range(start, stop, 2 * HALF, num_stages=STAGES):
-        high, low = decode_tile(
+        high, low, k_high, k_low, inside = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         x_high = tl.load(x_ptr + k_high, mask=inside, other=0.0).to(tl.float32)
         x_low = tl.load(x_ptr + k_low, mask=inside, other=0.0).to(tl.float32)
         first_high = tl.where(column[None, :] == 0, x_high[:, None], 0.0)
         first_low = tl.where(column[None, :] == 0, x_low[:, None], 0.0)
-        plain = _rounded_dot(high, first_high, plain, x_ptr, EXACT)
-        plain = _rounded_dot(low, first_low, plain, x_ptr, EXACT)
+        high, low = high.to(dtype), low.to(dtype)
+        plain = dot_rounded(high, first_high.to(dtype), plain, EXACT)
+        plain = dot_rounded(low, first_low.to(dtype), plain, EXACT)
         expanded = _expanded_dot(high, x_high, a_ptr, rank, k_high, inside, expanded, K, R, EXACT)
         expanded = _expanded_dot(low, x_low, a_ptr, rank, k_low, inside, expanded, K, R, EXACT)
     b = load_b(b_ptr, rank, n, N, R).to(tl.float32)

@@ -75,7 +75,8 @@ def decode_tile(
     packed_ptr, level_ptr, scale_ptr, n, first, N, K,
     HALF: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, DECODER: tl.constexpr,
 ):  # fmt: skip
-    """W0[n, first : first + 2 HALF] in float32, as the halves of the high and of the low nibbles.
+    """W0[n, first : first + 2 HALF] in float32, as the halves of the high and of the low nibbles;
+    then the input features of both halves, and which of them exist.
 
     GROUPED: the high nibbles are the first HALF columns, the low ones the rest, each within one
     block of scales. Otherwise bitsandbytes' order: even and odd columns, one scale a byte.
@@ -84,7 +85,15 @@ def decode_tile(
     row = n.to(tl.int64) * K
     inside = n < N
     at = (row // 2 + first // 2)[:, None] + j[None, :]
-    mask = inside[:, None] & tile_columns(first, K, HALF, GROUPED)[2][None, :]
+    if GROUPED:  # in is a multiple of 2 HALF: nothing to mask
+        k_high = first + j
+        k_low = first + HALF + j
+        exists = tl.full((HALF,), True, tl.int1)
+    else:
+        k_high = first + 2 * j
+        k_low = k_high + 1
+        exists = k_high < K
+    mask = inside[:, None] & exists[None, :]
     byte = tl.load(packed_ptr + at, mask=mask, other=0)
     if DECODER != "":
         high, low = tl.inline_asm_elementwise(
@@ -105,22 +114,7 @@ def decode_tile(
         scale = tl.load(scale_ptr + at * 2 // BLOCK, mask=mask, other=0.0)
         high = high * scale
         low = low * scale
-    return high, low
-
-
-@triton.jit
-def tile_columns(first, K, HALF: tl.constexpr, GROUPED: tl.constexpr):
-    """The input features of the two halves that ``decode_tile`` returns, and which exist."""
-    j = tl.arange(0, HALF)
-    if GROUPED:  # in is a multiple of 2 HALF: nothing to mask
-        high = first + j
-        low = first + HALF + j
-        inside = tl.full((HALF,), True, tl.int1)
-    else:
-        high = first + 2 * j
-        low = high + 1
-        inside = high < K
-    return high, low, inside
+    return high, low, k_high, k_low, exists
 
 
 @triton.jit
@@ -183,10 +177,9 @@ def many_rows_kernel(
         b = load_b(b_ptr, rank, n, N, R)
     total = tl.full((BN, BM), 0.0, tl.float32)
     for first in tl.range(0, K, 2 * HALF, num_stages=STAGES):
-        high, low = decode_tile(
+        high, low, k_high, k_low, inside = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         if R > 0:
             high += high * tile_modulation(a_ptr, b, rank, k_high, inside, K, BN, HALF, R, EXACT)
             low += low * tile_modulation(a_ptr, b, rank, k_low, inside, K, BN, HALF, R, EXACT)
@@ -225,10 +218,9 @@ def few_rows_kernel(
     total = tl.full((BN, BM), 0.0, tl.float32)
     start = split * split_features
     for first in tl.range(start, tl.minimum(start + split_features, K), 2 * HALF, num_stages=1):
-        high, low = decode_tile(
+        high, low, k_high, k_low, inside = decode_tile(
             packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER,
         )  # fmt: skip
-        k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
         x_high = tl.load(x_rows + k_high[:, None], mask=x_mask & inside[:, None], other=0.0)
         x_low = tl.load(x_rows + k_low[:, None], mask=x_mask & inside[:, None], other=0.0)
         total = dot_rounded(high.to(dtype), x_high, total, EXACT)

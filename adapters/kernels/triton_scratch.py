@@ -17,13 +17,14 @@ of ``adapters.kernels.triton_ops`` is used is decided by timing them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 
+from adapters.kernels.form_buffers import PRODUCT_ROWS, Take, product_buffers
 from adapters.kernels.triton_operands import FACTOR_COLUMNS, HALF_FEATURES, PackedWeight
 from adapters.kernels.triton_ops import (
     INTERPRETED,
@@ -31,7 +32,6 @@ from adapters.kernels.triton_ops import (
     decoder,
     factors_at,
     load_b,
-    tile_columns,
     tile_modulation,
 )
 
@@ -39,10 +39,6 @@ from adapters.kernels.triton_ops import (
 WEIGHT_BLOCK: Final = 64
 EXPAND_BLOCK: Final = 1024
 CONTRACT_BLOCK: Final = 256
-PRODUCT_ROWS: Final = 256  # of one library product
-
-# A buffer by its name, shape and dtype; what it held is gone.
-Take = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 @triton.jit(do_not_specialize=["layer", "LAYERS", "slot"])
@@ -54,10 +50,9 @@ def scratch_weight_kernel(
     """out = W0, or W0 + W0 ⊙ (B A) of a slot where R is not 0: a tile of it."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     first = tl.program_id(1) * 2 * HALF
-    high, low = decode_tile(
+    high, low, k_high, k_low, inside = decode_tile(
         packed_ptr, level_ptr, scale_ptr, n, first, N, K, HALF, BLOCK, GROUPED, DECODER
     )
-    k_high, k_low, inside = tile_columns(first, K, HALF, GROUPED)
     if R > 0:
         a_ptr, b_ptr, rank = factors_at(table_ptr, slot, layer, LAYERS, out_ptr, COLUMNS)
         b = load_b(b_ptr, rank, n, N, R)
@@ -145,19 +140,6 @@ def write_weight(
         BLOCK=weight.block, GROUPED=weight.grouped, EXACT=INTERPRETED,
         DECODER=decoder(weight.kind, out.device), COLUMNS=FACTOR_COLUMNS, num_warps=8,
     )  # fmt: skip
-
-
-def product_buffers(
-    shape: tuple[int, int], rows: int, rank: int, dtype: torch.dtype, take: Take
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """W0 ``[out, in]``, the expanded rows ``[blocks · PRODUCT_ROWS, in]``, and their products in
-    float32 ``[blocks · PRODUCT_ROWS, out]``: what ``product_linear`` takes."""
-    expanded = triton.cdiv(rows * (rank + 1), PRODUCT_ROWS) * PRODUCT_ROWS
-    return (
-        take("scratch_w0", shape, dtype),
-        take("scratch_z", (expanded, shape[1]), dtype),
-        take("scratch_e", (expanded, shape[0]), torch.float32),
-    )
 
 
 def product_linear(

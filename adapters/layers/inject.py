@@ -55,6 +55,11 @@ class AdaptedModel:
         return self.modulator.fused
 
     @property
+    def form_bytes(self) -> int:
+        """Bytes of buffers that the chosen forms of the GPU kernels share, and of their tables."""
+        return 0 if self.fused is None else self.fused.buffer_bytes
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -25,6 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat
 
 from adapters.kernels import native_ops
+from adapters.modulation.gpu_kernels import kernels_digest
 from adapters.modulation.strategy import Backend, Bucket, Candidate, Computation
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def _machine(gpu: torch.device | None) -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "kernel": native_ops.digest() or "none",
+        "kernel": kernels_digest() if gpu else native_ops.digest() or "none",
     }
 
 

@@ -8,13 +8,15 @@ buffers that forms share are taken then, for they must never move.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Final
 
 import torch
 
 from adapters.errors import UnsupportedOption
+from adapters.kernels.form_buffers import expanded_buffer, product_buffers
 from adapters.kernels.triton_operands import FactorTable, PackedWeight
 from adapters.kernels.triton_tiles import FewRows, TokenTiles
 from adapters.modulation.form_agreement import in_a_line
@@ -97,7 +99,7 @@ class FusedSteps:
         proved = proved_forms(self._dtype, self._device)
         weights = {weight.shape: weight for weight in self._weights.values()}
         chosen: dict[StepCase, StepForm] = {}
-        for rows in (one for one in reversed(TIMED_ROWS) if one <= max(1, most_rows)):
+        for rows in _timed_rows(most_rows):
             for shape, weight in weights.items():
                 for rank in ranks:
                     runs = self._runs(weight, rows, rank, proved)
@@ -216,9 +218,9 @@ class FusedSteps:
     def _reserve(self) -> None:
         """Take the largest buffers that chosen products need, before any step is captured."""
         for shape, rank, rows in self._forms.cases("product"):
-            scratch_kernels().product_buffers(shape, rows, rank, self._dtype, self._take)
+            product_buffers(shape, rows, rank, self._dtype, self._take)
         for shape, rank, rows in self._forms.cases("expanded"):
-            expanded_kernels().expanded_buffer(shape, rows, rank, self._dtype, self._take)
+            expanded_buffer(shape, rows, rank, self._dtype, self._take)
 
     def _runs(
         self, weight: PackedWeight, rows: int, rank: int, proved: frozenset[Computation]
@@ -284,6 +286,34 @@ class FusedSteps:
         else:
             y = tile_kernels().few_rows_linear(x, weight, table, layer, tiles, bias)
         return y
+
+
+def most_buffer_bytes(
+    shapes: Iterable[tuple[int, int]], most_rows: int, ranks: Sequence[int], dtype: torch.dtype
+) -> int:
+    """What the buffers of steps take at most, whichever forms ``choose`` finds the fastest.
+
+    Args:
+        shapes: ``(out, in)`` of the layers.
+        most_rows, ranks: As ``choose`` is told.
+        dtype: To compute in.
+    """
+    counted, nowhere = Workspace(), torch.device("meta")
+
+    def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return counted.take(name, shape, dtype, nowhere)
+
+    for shape in shapes:
+        for rows, rank in product(_timed_rows(most_rows), ranks):
+            if rows * (rank + 1) <= MOST_EXPANDED:
+                product_buffers(shape, rows, rank, dtype, take)
+            if 0 < rows * rank <= MOST_EXPANDED:
+                expanded_buffer(shape, rows, rank, dtype, take)
+    return counted.nbytes
+
+
+def _timed_rows(most_rows: int) -> list[int]:
+    return [one for one in reversed(TIMED_ROWS) if one <= max(1, most_rows)]
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+import adapters.kernels
 
 
 def tile_kernels() -> Any:
@@ -31,3 +37,16 @@ def expanded_kernels() -> Any:
     from adapters.kernels import triton_expanded
 
     return triton_expanded
+
+
+@lru_cache(maxsize=1)
+def kernels_digest() -> str:
+    """What the kernels are compiled from and by: times hold for that alone."""
+    try:
+        compiler = version("triton")
+    except PackageNotFoundError:  # torch operators compute
+        compiler = "none"
+    found = hashlib.sha256(compiler.encode())
+    for path in sorted(Path(adapters.kernels.__path__[0]).glob("triton_*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]

@@ -134,7 +134,7 @@ class CapturedSteps:
     def capture_all(
         self, keys: Sequence[StepKey], run: Callable[[StepKey], None]
     ) -> Iterator[tuple[int, int]]:
-        """Capture every key, those of the most rows first; yields how many of how many are done.
+        """Capture every key, the heaviest first; yields how many of how many are done.
 
         Where memory does not hold one, only those of fewer rows are tried from there on. Where the
         device has no graphs there is nothing to do.
@@ -146,7 +146,9 @@ class CapturedSteps:
         if not self.possible:
             return
         too_many: int | None = None  # rows
-        for done, key in enumerate(sorted(keys, reverse=True), start=1):
+        # Of as many rows that, too, which also samples: the others then fit into its memory.
+        order = sorted(keys, key=lambda key: (*key[:-1], not key.plain), reverse=True)
+        for done, key in enumerate(order, start=1):
             if too_many is not None and key.rows >= too_many:
                 continue
             if not self.capture(key, partial(run, key)):

@@ -158,6 +158,11 @@ class StaticStep:
         self.captured = CapturedSteps(self._device, pool, spare_bytes)
         self._failed = FailedSteps("A static step")
 
+    @property
+    def most_rows(self) -> int:
+        """Of a step, of those that were captured where any were."""
+        return max((key.rows for key in self.captured), default=self.buffers.rows)
+
     def fixed(self) -> list[torch.Tensor]:
         """The memory that every step reads and writes."""
         layers = range(len(self._cache.layer_kinds))

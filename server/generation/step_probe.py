@@ -84,7 +84,7 @@ def step_fault(
     prompts = [
         (slot if slot in made else BASE_SLOT, tokens) for slot, tokens in enumerate(_PROMPT_TOKENS)
     ]
-    most = static.buffers.rows
+    most = static.most_rows
     plain = SamplingOptions(_STEPS + 1, ignore_eos=True)
     told = replace(plain, logprobs=True, alternatives=_LIKELIEST_TOLD)
     wishes = [[replace(told, **one) for one in choices] for choices in _CHOICES]
@@ -241,11 +241,12 @@ def _largest(
         most: That log-probabilities may differ.
     """
     logits = wanted.float().cpu()
-    return max(
+    differences = [
         _difference(choice, row, one.chooser, most)
         for choices in found
         for choice, row, one in zip(choices, logits, sequences, strict=True)
-    )
+    ]
+    return max(differences, default=0.0)  # none: such a step was not captured, and never runs
 
 
 def _difference(found: Choice, logits: torch.Tensor, chooser: TokenChooser, most: float) -> float:

@@ -11,9 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import adapters.kernels
 from adapters.kernels import native_ops, torch_ops
+from adapters.modulation import autotune
 from adapters.modulation import modulator as modulation
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.gpu_kernels import kernels_digest
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.modulator import Modulator, choose_ways
 from adapters.modulation.plan import Plan
@@ -157,6 +160,36 @@ def test_a_file_that_cannot_be_used_is_left_out(
     path.write_text(change(path.read_text()))
     assert len(Autotuner(tmp_path)) == 0
     assert "cannot be used" in caplog.text
+
+
+def test_times_of_a_gpu_hold_for_the_kernels_that_were_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, device = Clock(), torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(autotune, "kernels_digest", lambda: "as they were")
+    tuner = Autotuner(tmp_path / "cache", device, clock=clock)
+    for _ in range(4):
+        once(tuner, clock, 100, 200)
+    assert len(Autotuner(tmp_path / "cache", device)) == 1
+    monkeypatch.setattr(autotune, "kernels_digest", lambda: "as they are now")
+    assert len(Autotuner(tmp_path / "cache", device)) == 0
+
+
+def test_the_digest_of_the_kernels_is_of_their_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters.kernels, "__path__", [str(tmp_path)])
+    seen: set[str] = set()
+    try:
+        for text in ("one", "two"):
+            (tmp_path / "triton_ops.py").write_text(text)
+            kernels_digest.cache_clear()
+            seen.add(kernels_digest())
+    finally:
+        kernels_digest.cache_clear()
+    assert len(seen) == 2
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(

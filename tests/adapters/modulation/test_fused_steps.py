@@ -119,10 +119,8 @@ def test_without_memory_for_its_buffers_a_form_is_not_used(
 
     assert form in proved_forms(torch.float16, CPU)
     monkeypatch.setattr(fused_steps, "fastest", lambda runs, _: form)
-    where = (kernels.scratch, "product_buffers")
-    monkeypatch.setattr(
-        *(where if form == "product" else (kernels.expanded, "expanded_buffer")), none
-    )
+    wanted = "product_buffers" if form == "product" else "expanded_buffer"
+    monkeypatch.setattr(fused_steps, wanted, none)
     adapted, _ = one_layer()
     adapted.make_static(4, 4, (0, 16))
     assert adapted.fused is not None
@@ -242,6 +240,30 @@ def test_where_the_fused_kernel_cannot_be_captured_nothing_is_chosen(
     monkeypatch.setattr(step_forms, "_as_graph", fails)
     with pytest.raises(RuntimeError, match="captured"):
         step_forms.fastest({"tiles": gives(ANSWER)}, torch.device("cuda", 5))
+
+
+@pytest.mark.parametrize("form", ["product", "expanded", "tiles"])
+def test_buffers_of_steps_are_those_of_the_chosen_form_alone(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, form: StepForm
+) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
+    most = fused_steps.most_buffer_bytes([(48, 256)], 1, (0, 16), torch.float16)
+
+    def every(runs: Mapping[StepForm, Any], device: torch.device) -> StepForm:
+        for one in runs.values():
+            one()  # takes its buffers
+        return form if form in runs else "tiles"
+
+    monkeypatch.setattr(fused_steps, "fastest", every)
+    adapted, _ = one_layer()
+    adapted.make_static(4, 1, (16,))
+    assert adapted.fused is not None
+    held = adapted.fused.steps.nbytes
+    w0, expanded, products = 2 * 48 * 256, 2 * 128 * 256, 256 * (2 * 256 + 4 * 48)
+    assert held == {"product": w0 + products, "expanded": expanded, "tiles": 0}[form]
+    assert most == w0 + products + expanded
+    assert given_back == [1]
 
 
 def test_a_layer_that_the_kernels_do_not_serve_has_no_adapter_in_steps(kernels: Kernels) -> None:

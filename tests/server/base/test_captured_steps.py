@@ -270,6 +270,20 @@ def test_fewer_rows_are_captured_and_the_rest_is_served_by_no_step(device: MadeU
     assert steps.serving(StepKey(1, 0, False, False)) is None
 
 
+def test_the_heaviest_is_captured_first(device: MadeUpDevice) -> None:
+    steps = CapturedSteps(CUDA)
+    keys = [
+        StepKey(rows, rank, False, plain)
+        for rows in (1, 2)
+        for rank in (0, 32)
+        for plain in (True, False)
+    ]
+    list(steps.capture_all(keys, lambda _: device.run()))
+    order = [(2, 32), (2, 0), (1, 32), (1, 0)]
+    assert [key[:2] for key in steps] == [one for one in order for _ in range(2)]
+    assert [key.plain for key in steps] == [False, True] * 4
+
+
 def test_where_there_are_no_graphs_every_step_serves_itself() -> None:
     steps = CapturedSteps(torch.device("cpu"))
     assert not list(steps.capture_all([key(1)], lambda _: None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,29 @@ def test_memory_that_ends_leaves_fewer_buckets_and_right_answers(
         shown = found.mask == 1
         assert torch.allclose(found.hidden[shown], wanted.hidden[shown], atol=5e-4)
     assert kinds == {True, False}
+
+
+def test_what_little_was_captured_is_compared_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MadeUpSteps(room_rows=16)
+    monkeypatch.setattr(static_batch, "CapturedSteps", lambda *_: made)
+    ways = Ways(tmp_path, "bert")
+    for slot in (1, 2):
+        ways.base.adapted.uninstall(slot)
+    list(ways.unpadded.capture_static())
+    assert static_fault(ways.base, ways.unpadded, ways.padded) is None
+    plain = ways.static.run
+
+    def wrong(key: StepKey) -> None:
+        plain(key)
+        ways.static.fixed()[2].mul_(1.01)
+
+    for key in made.runs:
+        made.runs[key] = partial(wrong, key)
+    told = static_fault(ways.base, ways.unpadded, ways.padded)
+    assert told is not None
+    assert "states differ" in told
 
 
 @pytest.mark.parametrize("error", [CannotCapture("operation not permitted\nwhen capturing"), None])
