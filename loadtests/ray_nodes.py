@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -29,6 +30,9 @@ def main(config: str, head_cpus: str, *cpus: str) -> int:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     common = ("--block", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_BYTES}")
     ended = threading.Event()
+    # Ray writes down where the head is, for whoever starts a Ray program on this machine.
+    places = tempfile.TemporaryDirectory(prefix="nodes-")
+    environment["RAY_TMPDIR"] = places.name
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     head = ("--head", "--include-dashboard=false", f"--port={port}", "--node-ip-address=127.0.0.1")
     nodes = [
@@ -57,6 +61,7 @@ def main(config: str, head_cpus: str, *cpus: str) -> int:
                 child.wait(END_S)
             except subprocess.TimeoutExpired:
                 child.kill()
+        places.cleanup()
 
 
 def wait_for(port: int, head: subprocess.Popen[bytes], ended: threading.Event) -> None:

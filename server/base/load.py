@@ -23,9 +23,11 @@ from adapters.layers.adapted import EMBEDDING_BLOCK, AdaptedLinear, quantize_emb
 from adapters.layers.inject import AdaptedModel, inject
 from adapters.modulation.autotune import Autotuner
 from adapters.modulation.fixed_blocks import FixedBlocks
+from adapters.modulation.fused_steps import most_buffer_bytes
 from adapters.modulation.quant import QuantizedWeight
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
+from server.base.captured_steps import LAUNCH_CLASSES
 from server.base.error_lines import error_line
 from server.base.memory import available_bytes, static_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
@@ -420,12 +422,15 @@ def _check_memory(
             budgets >> 20,
             (free - needed) >> 20,
         )
-    if device.type == "cuda" and static.graphs and needed + budgets + static.graphs > free:
+    optional = static.graphs  # what memory does not hold of it is done without
+    if device.type == "cuda" and plan.generates and options.decode_steps != "dynamic":
+        optional += most_form_bytes(skeleton, options.max_sequences, dtype)
+    if device.type == "cuda" and optional and needed + budgets + optional > free:
         logger.warning(
             "Static steps take about %d MiB, and beside the base and the budgets of adapters %d "
             "MiB are free: fewer will be captured. Lower kv_bytes, device_bytes, max_sequences or "
             "max_batch_tokens for more.",
-            static.graphs >> 20,
+            optional >> 20,
             max(0, free - needed - budgets) >> 20,
         )
 
@@ -435,6 +440,23 @@ _FIT = (
     "Use a smaller base or a larger machine.",
 )
 _FIT_STATIC = " Static steps take less with lower max_sequences and max_batch_tokens."
+
+
+def most_form_bytes(skeleton: Any, most_rows: int, dtype: torch.dtype) -> int:
+    """What the kernels' forms may keep for decode steps over fixed buffers, at most.
+
+    Args:
+        skeleton: The model, of which shapes count.
+        most_rows: Of a step.
+        dtype: To compute in.
+    """
+    shapes: set[tuple[int, int]] = set()
+    for module in skeleton.base_model.modules():
+        is_conv1d = type(module).__name__ == "Conv1D"  # in, out
+        if is_conv1d or isinstance(module, nn.Linear):
+            first, second = (int(size) for size in module.weight.shape)
+            shapes.add((second, first) if is_conv1d else (first, second))
+    return most_buffer_bytes(shapes, most_rows, [rank for rank, _ in LAUNCH_CLASSES], dtype)
 
 
 def _no_memory(found: str, options: EngineOptions) -> BaseModelError:

@@ -221,6 +221,7 @@ def _run_here(
             served = (application or application_of)(settings, options)
             cpus = processes * max(1.0, options.cpus) + SPARE_CPUS
             here = ray.init(
+                address="local",  # of its own: another may run here, or have left its address
                 num_cpus=max(os.cpu_count() or 1, int(cpus)),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,

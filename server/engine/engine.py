@@ -358,7 +358,7 @@ class Engine:
                 "kept_bytes": generate.grammar_bytes,
                 "deferred_tokens": generate.deferred_tokens,
             },
-            cuda_bytes=cuda_bytes(parts.base.device),
+            cuda_bytes=cuda_bytes(parts.base.device, parts.base.adapted.form_bytes),
             totals=totals,
             residency=dict(known.tiers),
             quarantined=quarantined,

@@ -219,8 +219,13 @@ class NamedVersions:
         return gone
 
 
-def cuda_bytes(device: torch.device) -> dict[str, int]:
-    """Memory of the device, by kind; empty on the CPU."""
+def cuda_bytes(device: torch.device, form_bytes: int) -> dict[str, int]:
+    """Memory of the device, by kind; empty on the CPU.
+
+    Args:
+        device: Of the base.
+        form_bytes: What forms of the kernels keep of it, ``AdaptedModel.form_bytes``.
+    """
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
@@ -229,4 +234,5 @@ def cuda_bytes(device: torch.device) -> dict[str, int]:
         "reserved": torch.cuda.memory_reserved(device),
         "free": free,
         "total": total,
+        "forms": form_bytes,
     }

@@ -21,7 +21,7 @@ import yaml
 from server.demo import ADAPTERS_DIR
 from server.edge.admit.key_file import digest_of
 from tests.stand.folders import change_config
-from tests.stand.live import Live, free_port, hira
+from tests.stand.live import ON_CLUSTER, Live, free_port, hira
 from tests.stand.promql import filled
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -31,14 +31,14 @@ QUERIES = [
     for panel in BOARD["panels"]
     for target in panel.get("targets", [])
 ]
-# What no server on one machine without a GPU has.
-ELSEWHERE = {
-    "CUDA device",
+OF_CLUSTERS = {
     "Queue by replica",
     "Adapters by replica",
     "Loads by replica",
     "Where requests went",
 }
+# What the server has not that is asked: there is no GPU.
+ELSEWHERE = {"CUDA device", *(() if ON_CLUSTER else OF_CLUSTERS)}
 PROMETHEUS = shutil.which("prometheus")
 KEYS = {"ops": "admin = true", "app": 'adapters = ["hira-*", "base"]\nrequests_per_minute = 400'}
 RUN_S = 15.0

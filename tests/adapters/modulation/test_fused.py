@@ -209,6 +209,8 @@ def test_weight_is_stored_once_in_the_order_of_the_kernel(kernels: Kernels) -> N
         assert torch.equal(weight.dequantize(dtype=dtype), before.to(dtype))
     assert weight.nbytes <= 0.57 * 512 * 256
     assert adapted.base_bytes()[0] == weight.nbytes
+    assert adapted.fused is not None
+    assert adapted.form_bytes == adapted.fused.buffer_bytes > 0
 
 
 def test_tied_weights_are_reordered_once(kernels: Kernels) -> None:
@@ -353,3 +355,4 @@ def test_forcing_the_kernel_where_it_cannot_run_is_refused(
 def test_by_itself_a_cpu_model_does_not_use_it(kernels: Kernels) -> None:
     adapted = inject(build("llama", quantization="nf4", dtype=torch.float16))
     assert adapted.fused is None
+    assert adapted.form_bytes == 0

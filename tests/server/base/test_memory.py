@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from server.base import load as base_model
 from server.base.load import BaseModelError, load_base
 from server.base.memory import StaticBytes, available_bytes, later_bytes, static_bytes
 from tests.stand import tiny_bases
-from tests.stand.live import hira
+from tests.stand.live import hira, of_one_machine
 
 MIB = 1 << 20
 
@@ -166,7 +167,18 @@ def test_static_steps_that_take_more_than_is_left_are_told_before_the_start(
         assert "lower device_bytes" not in caplog.text
 
 
+def test_buffers_of_the_kernels_forms_are_those_of_the_largest_layers() -> None:
+    class Conv1D(torch.nn.Module):  # as GPT-2's: in, out
+        weight = torch.empty(64, 512, device="meta")
+
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 48, device="meta"), Conv1D())
+    found = base_model.most_form_bytes(SimpleNamespace(base_model=layers), 1, torch.bfloat16)
+    # One row of rank 128: W0, 256 rows of inputs and of products, and 128 expanded rows.
+    assert found == 2 * 512 * 64 + 256 * (2 * 256 + 4 * 512) + 128 * 2 * 256
+
+
 @pytest.mark.http
+@of_one_machine("Ray starts a replica several times and logs each failure")
 def test_server_without_the_memory_ends_with_one_line_and_status_1(tmp_path: Path) -> None:
     with hira(tmp_path / "data", wait=False, kv_bytes="4096GiB") as live:
         assert live.child.wait(120) == 1

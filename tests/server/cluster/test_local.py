@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 from server.cluster import local
 from server.cluster.local import ending_with_parent, places_of_proxy, prepare_environment
+from server.edge.litserve import logs
 from server.edge.processes.failed_start import StartFailed
 from server.settings import load_settings
 
@@ -129,3 +131,31 @@ def test_a_proxy_ends_with_the_process_that_keeps_it(tmp_path: Path) -> None:
         keeper.stdout.close()
         if program.is_running():
             program.kill()
+
+
+def test_a_cluster_starts_a_ray_of_its_own_beside_any_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ray = pytest.importorskip("ray", reason="the extra cluster is not installed: no ray")
+    from server.cluster.application import ClusterOptions
+
+    class Started(Exception):
+        pass
+
+    asked: dict[str, Any] = {}
+    served: Any = None
+
+    def init(**given: Any) -> None:
+        asked.update(given)
+        raise Started
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # as programs on a real cluster have it
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(logs, "configure", lambda *_, **__: None)
+    monkeypatch.setattr(os, "umask", lambda _: 0)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = load_settings({"data_dir": str(tmp_path / "data"), "port": str(port)})
+    with pytest.raises(Started):
+        local.run_here(settings, ClusterOptions(), say=print, application=lambda *_: served)
+    assert asked["address"] == "local"

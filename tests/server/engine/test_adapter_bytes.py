@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from server.engine.engine import Engine
+from server.engine.snapshot import cuda_bytes
 from server.messages import Preload
 from tests.stand import tiny_bases
 
@@ -85,3 +87,14 @@ def test_bytes_of_each_tier_are_those_of_its_tensors(tmp_path: Path) -> None:
         assert found["heads"] == memory_of(made) > 0
     finally:
         engine.close()
+
+
+def test_memory_of_a_device_says_what_forms_of_the_kernels_keep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3, 4))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2)
+    told = {"allocated": 1, "reserved": 2, "free": 3, "total": 4, "forms": 7}
+    assert cuda_bytes(torch.device("cuda"), 7) == told
+    assert cuda_bytes(torch.device("cpu"), 0) == {}
