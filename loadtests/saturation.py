@@ -34,6 +34,7 @@ from loadtests.servers import Server, ready_server
 from loadtests.stage import PROMPTS, TEXTS, Adapter, Stage, set_stage
 from loadtests.verdict import verdict
 from loadtests.watch import Watch
+from server.settings import Settings
 
 DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
 CROWDS = (16, 32, 64, 96)
@@ -43,6 +44,7 @@ TEXTS_EACH = 16  # so that a request is mostly the model's work
 MIN_GOODPUT = 0.9
 GROWTH_BYTES = 96 << 20
 FEW = 16  # clients whose goodput open-loop load is held against
+HTTP_NICENESS = int(Settings.model_fields["http_niceness"].default)
 SLACK = 2.0  # p99 of what is accepted, over the time that a full queue takes to drain
 RETRY_MAX_S = 60
 REFUSED = ("429 overloaded", "429 wait_too_long")
@@ -102,9 +104,10 @@ async def _levels(
     found = await capacity(server.port, ask, CROWDS, min(8.0, options.seconds))
     crowd, per_s = max(found.items(), key=lambda one: one[1])
     few_s = min(8.0, options.seconds)
-    spent, of_http = _cpu_s(server), _cpu_s(server, "http")
+    spent, of_http, own = _cpu_s(server), _cpu_s(server, "http"), time.process_time()
     few_per_s = (await capacity(server.port, ask, (FEW,), few_s))[FEW]
     few_ms = (_cpu_s(server) - spent) / (few_per_s * few_s) * 1e3
+    few_own = (time.process_time() - own) / few_s
     http_s_each = (_cpu_s(server, "http") - of_http) / (few_per_s * few_s)
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -118,12 +121,13 @@ async def _levels(
         await asyncio.sleep(1.0)
         row = _row(level, outcome, watch.peak("resident_bytes", since_s=began))
         row["goodput_of_few"] = round(outcome.goodput_per_s / few_per_s, 3)
-        # What closed loops do not have: the generator's work, and that of refusing.
-        refusing = max(0.0, of_http - http_s_each * (outcome.good + outcome.late))
-        more = min(0.95, max(0.01, outcome.own_cpu + refusing / options.seconds))
-        with busy_processes(1, more):
+        # What closed loops have less of: the generator's work, and that of refusing, which is done
+        # by the one HTTP process there is.
+        refusing = of_http - http_s_each * (outcome.good + outcome.late)
+        more = [max(0.0, outcome.own_cpu - few_own), max(0.0, refusing / options.seconds)]
+        with busy_processes(1, more[0]), busy_processes(1, more[1], niceness=HTTP_NICENESS):
             beside = (await capacity(server.port, ask, (FEW,), few_s))[FEW]
-        row["more_cores"] = round(more, 2)
+        row["more_cores"] = round(sum(more), 2)
         row["goodput_beside"] = round(outcome.goodput_per_s / beside, 3)
         row["server_cpu_ms"] = round(spent / max(1, outcome.good + outcome.late) * 1e3, 1)
         row["queue_s"] = round(options.queue / few_per_s, 2)
