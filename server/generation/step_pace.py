@@ -8,7 +8,8 @@ throughput, since a step's fixed part is paid for fewer rows.
 
 The rows of a step follow no model of its time: they shrink when a step took too long and grow while
 steps at the limit are short, as congestion windows do, so whatever a row costs on this machine, at
-this load and for these adapters is in them.
+this load and for these adapters is in them. A few rows a step always has: with fewer, nearly all of
+its time would be its fixed part, and a goal that no step can reach would end all throughput.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from server.generation.sequences import ScheduledRows, Sequence
 # that compiled something, costs little.
 _LEAST_CHANGE: Final = 0.7
 _MOST_CHANGE: Final = 1.2
+# On two cores of a processor a step of so many rows takes about twice as long as one of a single
+# row, and has half of the throughput of long ones.
+LEAST_ROWS: Final = 16
 # A step with fewer of the rows that it might have had says nothing of the limit being too low.
 _AT_LIMIT: Final = 0.75
 
@@ -31,7 +35,8 @@ class StepPace:
 
     Args:
         goal_s: Seconds that a step should take at most.
-        most_rows: What a step may have in any case.
+        most_rows: What a step may have in any case; if that is fewer than ``LEAST_ROWS``, no step
+            is limited further.
         most_of_one: What it may have of one sequence.
     """
 
@@ -47,8 +52,8 @@ class StepPace:
 
     @property
     def rows(self) -> int:
-        """Rows that the next step may have; at least one."""
-        return max(1, int(self._limit))
+        """Rows that the next step may have."""
+        return int(self._limit)
 
     def took(self, rows: int, seconds: float) -> None:
         """Note what a step took."""
@@ -58,7 +63,7 @@ class StepPace:
             # Fewer rows than there were is what shrinks a step that had fewer than it might have.
             if off < 1.0:
                 limit = min(limit, rows * max(off, _LEAST_CHANGE))
-            self._limit = min(max(limit, 1.0), self._most)
+            self._limit = min(max(limit, float(LEAST_ROWS)), self._most)
 
     def parts(self, running: Iterable[Sequence]) -> list[ScheduledRows]:
         """Choose the rows of the next forward: at most ``rows``.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from server.base.captured_steps import CannotCapture, CapturedSteps, StepKey
 from server.generation import forward, static_step
+from server.generation.step_buffers import RowNumbers, StepBuffers
 from server.options import DecodeSteps
 from tests.stand.dense import terminals
 from tests.stand.made_up_steps import MadeUpSteps
@@ -45,6 +46,36 @@ def test_fewer_buckets_are_captured_and_all_steps_are_right(
     ran = stage.lane.figures().steps_by
     assert (ran["prefill"], ran["uncaptured"], ran["static"] + ran["ahead"]) == (1, 3, 5)
     assert bool(ran["ahead"]) == (steps == "ahead")
+
+
+def test_what_little_was_captured_is_compared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class WrongSteps(MadeUpSteps):
+        """Right as long as nothing is captured."""
+
+        def replay(self, key: StepKey) -> bool:
+            known = super().replay(key)
+            if known and key.plain and key.rows == 2:
+                buffers[-1].told_ids[0] += 1
+            return known
+
+    buffers: list[StepBuffers] = []
+    plain = StepBuffers.fill
+
+    def fill(self: StepBuffers, numbers: Sequence[RowNumbers]) -> None:
+        buffers.append(self)
+        plain(self, numbers)
+
+    monkeypatch.setattr(StepBuffers, "fill", fill)
+    monkeypatch.setattr(static_step, "CapturedSteps", lambda *_: WrongSteps(room_rows=2))
+    stage, adapted = staged(max_sequences=4)
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    stage.lane.start_steps()
+    assert "tokens or log-probabilities differ" in caplog.text
+    stage.answer(None, [5, 6, 7], max_new_tokens=2, ignore_eos=True)
+    assert dict(stage.lane.figures().steps_by) == {"differs": 2}
 
 
 @pytest.mark.parametrize("error", [CannotCapture("operation not permitted\nwhen capturing"), None])
