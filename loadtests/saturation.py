@@ -34,7 +34,6 @@ from loadtests.servers import Server, ready_server
 from loadtests.stage import PROMPTS, TEXTS, Adapter, Stage, set_stage
 from loadtests.verdict import verdict
 from loadtests.watch import Watch
-from server.settings import Settings
 
 DEMO_DIR = Path(__file__).parents[1] / "server" / "demo" / "adapters"
 CROWDS = (16, 32, 64, 96)
@@ -44,7 +43,6 @@ TEXTS_EACH = 16  # so that a request is mostly the model's work
 MIN_GOODPUT = 0.9
 GROWTH_BYTES = 96 << 20
 FEW = 16  # clients whose goodput open-loop load is held against
-HTTP_NICENESS = int(Settings.model_fields["http_niceness"].default)
 SLACK = 2.0  # p99 of what is accepted, over the time that a full queue takes to drain
 RETRY_MAX_S = 60
 REFUSED = ("429 overloaded", "429 wait_too_long")
@@ -125,7 +123,7 @@ async def _levels(
         # by the one HTTP process there is.
         refusing = of_http - http_s_each * (outcome.good + outcome.late)
         more = [max(0.0, outcome.own_cpu - few_own), max(0.0, refusing / options.seconds)]
-        with busy_processes(1, more[0]), busy_processes(1, more[1], niceness=HTTP_NICENESS):
+        with busy_processes(1, more[0]), busy_processes(1, more[1], niceness=_niceness(server)):
             beside = (await capacity(server.port, ask, (FEW,), few_s))[FEW]
         row["more_cores"] = round(sum(more), 2)
         row["goodput_beside"] = round(outcome.goodput_per_s / beside, 3)
@@ -157,6 +155,12 @@ def _cpu_s(server: Server, role: str = "") -> float:
     pids = (pid for name, pid in server.roles().items() if name.startswith(role))
     times = (psutil.Process(pid).cpu_times() for pid in pids)
     return float(sum(one.user + one.system for one in times))
+
+
+def _niceness(server: Server) -> int:
+    """By how much the HTTP process gives way to this one."""
+    http = next(pid for name, pid in server.roles().items() if name.startswith("http"))
+    return max(0, psutil.Process(http).nice() - psutil.Process().nice())
 
 
 def _questions(kind: str, stage: Stage, rng: random.Random, count: int = 512) -> list[Question]:
