@@ -48,6 +48,7 @@ class AdaptedModel:
         self.signature = signature
         self.modulator = modulator
         self._installed: set[int] = set()
+        self._static_users = 0  # of ``modulator.static``
 
     @property
     def fused(self) -> FusedLayers | None:
@@ -165,11 +166,12 @@ class AdaptedModel:
             ranks: Padded, that these steps are made for.
 
         Returns:
-            The same to whoever asks again.
+            The same to whoever asks again; each gives it back with ``leave_static``.
         """
         known = self.modulator.static
         if known is not None:
             assert known.slots == slots
+            self._static_users += 1
             return known
         assert not self._installed
         weights = {
@@ -181,9 +183,31 @@ class AdaptedModel:
         steps = None if self.fused is None else self.fused.steps
         if steps is not None and most_rows:
             steps.choose(most_rows, ranks)
-        made = StaticLayers(weights, slots, dtype, self.device, steps)
+        try:
+            made = StaticLayers(weights, slots, dtype, self.device, steps)
+        except Exception:
+            if steps is not None and most_rows:
+                steps.choose(1, ())
+            raise
         self.modulator.static = made
+        self._static_users = 1
         return made
+
+    def leave_static(self, made: StaticLayers, *, forms: bool = False) -> None:
+        """Give back what ``make_static`` gave: nobody has steps of that kind from now on.
+
+        The tables go with the last one who has them; adapters are noted in them no more.
+
+        Args:
+            made: As ``make_static`` returned it, once for each time.
+            forms: Steps with rows of many slots were asked for: their buffers go now.
+        """
+        assert made is self.modulator.static
+        if forms and made.fused is not None:
+            made.fused.choose(1, ())  # nothing: the buffers of all forms go
+        self._static_users -= 1
+        if not self._static_users:
+            self.modulator.static = None
 
     def base_bytes(self) -> tuple[int, int]:
         """Bytes of the base: its linear layers' weights, and everything else, each counted once.

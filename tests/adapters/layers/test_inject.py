@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -259,3 +261,25 @@ def test_linear_layer_prints_its_storage() -> None:
     layer = model.get_submodule("distilbert.transformer.layer.0.attention.q_lin")
     assert isinstance(layer, AdaptedLinear)
     assert "storage=nf4" in repr(layer)
+
+
+def test_steps_that_are_left_give_back_forms_and_then_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Forms:
+        """Of the kernels of steps: notes what it was told to choose."""
+
+        chosen: ClassVar[list[tuple[int, tuple[int, ...]]]] = []
+
+        def choose(self, most_rows: int, ranks: Sequence[int]) -> None:
+            self.chosen.append((most_rows, tuple(ranks)))
+
+    adapted = inject(nn.Sequential(nn.Linear(8, 8)))
+    fused: Any = SimpleNamespace(steps=Forms())
+    monkeypatch.setattr(adapted.modulator, "fused", fused)
+    rows, texts = adapted.make_static(3, 4, (16,)), adapted.make_static(3)
+    adapted.leave_static(rows, forms=True)
+    assert Forms.chosen == [(4, (16,)), (1, ())]
+    assert adapted.modulator.static is texts
+    adapted.leave_static(texts)
+    assert adapted.modulator.static is None
