@@ -69,7 +69,7 @@ def static_bytes(
     if generates and options.decode_steps != "dynamic":
         vocabulary = int(getattr(config, "vocab_size", 0) or 0)
         buffers += (options.max_sequences + 1) * vocabulary
-        graphs = options.max_sequences * vocabulary * (dtype.itemsize + _SAMPLED_BYTES)
+        graphs = _sampled_bytes(options, config, dtype)
     if options.encode_batches != "dynamic":
         hidden = int(getattr(config, "hidden_size", 0) or 0)
         buffers += options.max_batch_tokens * (hidden * dtype.itemsize + _TOKEN_BYTES)
@@ -84,17 +84,29 @@ def later_bytes(
 
     Args:
         options: The budgets of adapters, heads and folded weights, which are taken as adapters
-            come; the largest batch of texts.
+            come; the largest batch of texts, and how many sequences decode at once.
         config: The text config of the base.
         dtype: To compute in.
-        prefill_tokens: Of a step that reads prompts.
+        prefill_tokens: Of a step that reads prompts; 0: the base continues no text.
 
     Returns:
-        Those budgets, and the widest moment of the largest step that is not captured.
+        Those budgets, and the widest moment of the largest step that is not captured: in a layer,
+        or, where every token of a prompt is scored, in the output layer and after it.
     """
     budgets = options.device_bytes + options.folded_bytes + options.head_bytes
     tokens = max(options.max_batch_tokens, prefill_tokens)
-    return budgets + tokens * _widest_bytes(config, dtype)
+    layer = tokens * _widest_bytes(config, dtype)
+    if not prefill_tokens:
+        return budgets + layer
+    # Layers are done when there are logits; those of prompts are there twice, whole and picked out.
+    scored = 2 * prefill_tokens * int(getattr(config, "vocab_size", 0) or 0) * dtype.itemsize
+    return budgets + max(layer, scored + _sampled_bytes(options, config, dtype))
+
+
+def _sampled_bytes(options: EngineOptions, config: Any, dtype: torch.dtype) -> int:
+    """Of the logits of all sequences that decode, as they are and as they are sampled."""
+    vocabulary = int(getattr(config, "vocab_size", 0) or 0)
+    return options.max_sequences * vocabulary * (dtype.itemsize + _SAMPLED_BYTES)
 
 
 def _widest_bytes(config: Any, dtype: torch.dtype) -> int:

@@ -80,7 +80,8 @@ class EncodeLane:
         inputs: Its tokenizer, or its image processor, and their limits.
         residency: Brings adapters to the device and says in which slot they are.
         options: ``max_batch_tokens``, ``max_batch_rows``, ``slots``, ``head_bytes``,
-            ``deterministic`` and ``encode_batches`` are read, and all budgets of the device.
+            ``deterministic`` and ``encode_batches`` are read, and for what graphs must leave of the
+            device its budgets, ``max_sequences`` and ``prefill_tokens``.
         graphs: What captured batches have their memory in; None: a pool of their own.
     """
 
@@ -157,13 +158,14 @@ class EncodeLane:
         """
         options = self._options
         text = self._base.backbone.config.get_text_config()
+        prompts = (options.prefill_tokens or 0) if self._base.generates else 0
         try:
             fault = unpadded.make_static(
                 options.slots + 1,
                 options.max_batch_tokens,
                 options.max_batch_rows,
                 pool=self._graphs,
-                spare_bytes=later_bytes(options, text, self._base.dtype),
+                spare_bytes=later_bytes(options, text, self._base.dtype, prompts),
             )
             if fault is None:
                 # Before anything is captured, and then what was captured.
@@ -185,7 +187,7 @@ class EncodeLane:
                 raise
             fault = f"{type(error).__name__}: {error}"
         if fault is not None:
-            unpadded.static = None
+            unpadded.leave_static()
             logger.warning("No batch of texts is static: %s", " ".join(fault.split())[:300])
             return
         assert unpadded.static is not None

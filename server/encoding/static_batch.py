@@ -200,7 +200,7 @@ class StaticBatch:
         return "failed" if self._failed.is_given_up(key) else None
 
     def note_failure(self, feed: FlatFeed, slots: Sequence[int], error: Exception) -> None:
-        """A batch that ``obstacle`` allowed has failed."""
+        """A batch that ``obstacle`` allowed has failed, and ran the other way."""
         least = self.key_of(feed, slots)
         self._failed.note(self._captured.serving(least) or least, error)
 
@@ -236,6 +236,7 @@ class StaticBatch:
         self._fill(feed, slots, key.rows)
         if not self._captured.replay(key):
             self.run(key)
+        self._failed.worked(key)
         return self._out[None, : sum(feed.lengths)]
 
     @torch.inference_mode()

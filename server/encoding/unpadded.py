@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from adapters import segments
+from adapters.modulation.static_layers import StaticLayers
 from adapters.signature import Method
 from server.base.captured_steps import UNCAPTURED, GraphPool, StepKey
 from server.base.load import LoadedBase
@@ -177,6 +178,7 @@ class UnpaddedForward:
         self._attend: Attend = attend_by_varlen if fast else attend_text_by_text
         self._attend_static: Attend = attend_by_varlen if fast else attend_under_mask
         self.static: StaticBatch | None = None
+        self._static_layers: StaticLayers | None = None
         self._times = WayTimes(WAYS)
         self.ran = "unpadded"  # how the latest batch did: or ``static``, or why not
         self.windows: list[bool] = []  # of the latest forward: see ``TextBounds``
@@ -202,13 +204,20 @@ class UnpaddedForward:
         """
         if self._rope.kinds:
             return "the rotary factors of this base depend on the length"
-        layers = self._base.adapted.make_static(slots)
+        self._static_layers = self._base.adapted.make_static(slots)
         self.static = StaticBatch(
-            self._base, layers, most_tokens, most_texts,
+            self._base, self._static_layers, most_tokens, most_texts,
             attend=self._attend_static, own_attention=self._own_attention,
             pool=pool, spare_bytes=spare_bytes,
         )  # fmt: skip
         return None
+
+    def leave_static(self) -> None:
+        """Run no batch over fixed buffers from now on, and give back what they took."""
+        self.static = None
+        if self._static_layers is not None:
+            self._base.adapted.leave_static(self._static_layers)
+            self._static_layers = None
 
     def feed(self, items: Sequence[TokenizedInput]) -> FlatFeed:
         """Some texts as the backbone takes them."""
@@ -295,8 +304,10 @@ class UnpaddedForward:
         except Exception as error:
             if is_lost(error):
                 raise
-            self.static.note_failure(feed, slots, error)
+            failed = error.with_traceback(None)
+        # What raises here as well is the fault of a text or an adapter, and not of the batch's way.
         states = self.side_by_side(items, slots, feed)
+        self.static.note_failure(feed, slots, failed)
         self.ran = "failed"
         return states
 

@@ -40,6 +40,7 @@ from server.engine.snapshot import (
 )
 from server.generation.failures import cannot_generate
 from server.generation.lane import GenerateLane
+from server.generation.prefill import with_prefill_tokens
 from server.inputs.images import ImageInput, Images
 from server.inputs.text import Text, TextInput
 from server.messages import (
@@ -154,10 +155,13 @@ class Engine:
         )
         try:
             graphs = GraphPool(base.device)  # one of both lanes: one of them runs at a time
-            encode = EncodeLane(base, inputs, residency, options, graphs)
+            lanes = options
+            if base.generates:
+                lanes = with_prefill_tokens(options, base.adapted)
+            encode = EncodeLane(base, inputs, residency, lanes, graphs)
             generate = None
             if base.generates and isinstance(inputs, Text):
-                generate = generate_lane(base, inputs, residency, options, graphs)
+                generate = generate_lane(base, inputs, residency, lanes, graphs)
             tell_stage("trying the base")
             encode.start()
             try_base(base, inputs, encode, generate)

@@ -44,6 +44,7 @@ from server.messages import GenerateRequest, log_fields
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
+    from adapters.modulation.static_layers import StaticLayers
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,7 @@ class PagedForward:
         self._keeps_logits = bool(model._supports_logits_to_keep())
         self._rope = RopeByLength(model)
         self.static: StaticStep | None = None  # None: every step runs as one with prompts in it
+        self._static_layers: StaticLayers | None = None
         self._why_dynamic: str | None = None  # None: static steps were not asked for
         # How prompts attend without static steps, and how they attend now.
         self._gathered: _Attends = partial(PagedBatch, alone=True) if deterministic else PagedBatch
@@ -312,9 +314,10 @@ class PagedForward:
         if self._kv.block_tokens % VARLEN_PAGE_TOKENS == 0:
             attention, batch = decode_by_varlen, VarlenBatch
         try:
-            layers = self._adapted.make_static(slots, most, [rank for rank, _ in LAUNCH_CLASSES])
+            ranks = [rank for rank, _ in LAUNCH_CLASSES]
+            self._static_layers = self._adapted.make_static(slots, most, ranks)
             self.static = StaticStep(
-                self._model, layers, self._kv, most, attention,
+                self._model, self._static_layers, self._kv, most, attention,
                 pool=pool, spare_bytes=spare_bytes,
             )  # fmt: skip
         except Exception as error:
@@ -326,13 +329,17 @@ class PagedForward:
         self._batch = batch
 
     def leave_static(self, reason: str, found: str) -> None:
-        """Run no static step from now on, and count every step under ``reason``.
+        """Run no static step from now on, give back what they took, and count every step under
+        ``reason``.
 
         Prompts attend as if static steps had never been asked for: what was wrong with these may be
         the attention that both have in common.
         """
         logger.warning("Decode steps stay dynamic: %s", " ".join(found.split())[:300])
         self.static = None
+        if self._static_layers is not None:
+            self._adapted.leave_static(self._static_layers, forms=True)
+            self._static_layers = None
         self._batch = self._gathered
         self._why_dynamic = reason
 
@@ -377,7 +384,8 @@ class PagedForward:
         return launched
 
     def note_failure(self, key: StepKey, error: Exception) -> None:
-        """A static step has failed: one that does so again and again is not tried any more."""
+        """A static step has failed: one that does so time after time is not tried any more, unless
+        what runs next finds a request at fault."""
         if self.static is not None:
             self.static.note_failure(self.static.captured.serving(key) or key, error)
 
@@ -432,6 +440,13 @@ class PagedForward:
         Raises:
             Exception: The device itself is lost; nothing can run on it any more.
         """
+        outcome = self._halved(parts)
+        if self.static is not None:
+            self.static.judge_failures(by_request=bool(outcome.broken))
+        return outcome
+
+    def _halved(self, parts: Items[ScheduledRows]) -> StepOutcome:
+        """As ``apart``, with no failure of a static step judged."""
         predicting = [part.sequence for part in parts if part.predicts]
         chosen = self._static(parts)
         if chosen is not None:
@@ -459,7 +474,7 @@ class PagedForward:
             chosen_now = list(zip(predicting, choices, strict=True))
             return StepOutcome(chosen_now, [], not_finite, deferred)
         groups = [
-            self.apart(group)
+            self._halved(group)
             for group in split_apart(parts, lambda one: one.sequence.request.version)
         ]
         return StepOutcome(

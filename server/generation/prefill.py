@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from server.options import EngineOptions
+
+if TYPE_CHECKING:
+    from adapters.layers.inject import AdaptedModel
 
 HOST_PREFILL_TOKENS: Final = 1024  # on a CPU more of them only delay those who decode
 MOST_PREFILL_TOKENS: Final = 8192
@@ -30,6 +34,13 @@ def prefill_tokens_of(options: EngineOptions, config: Any, model: Any) -> int:
     free, _ = torch.cuda.mem_get_info(model.device)
     free -= options.kv_bytes + options.device_bytes
     return tokens_within(free, config, model.dtype.itemsize)
+
+
+def with_prefill_tokens(options: EngineOptions, adapted: AdaptedModel) -> EngineOptions:
+    """Options that say it: both lanes must know, for graphs of one take what prompts need."""
+    model: Any = adapted.model
+    text = model.config.get_text_config(decoder=True)
+    return replace(options, prefill_tokens=prefill_tokens_of(options, text, model))
 
 
 def tokens_within(free_bytes: int, config: Any, itemsize: int) -> int:

@@ -9,7 +9,7 @@ as it runs prompts.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -56,11 +56,13 @@ class LaunchedStep:
         key: Of its launches.
         sequences: Of its rows, in order.
         told: What it tells.
+        worked: Is told of the key once the answers are on the host.
     """
 
     key: StepKey
     sequences: tuple[Running, ...]
     told: ToldNumbers
+    worked: Callable[[StepKey], None]
 
     def choices(self) -> list[Choice]:
         """What was chosen for each row, on the host: the only way back. Waits for the step."""
@@ -72,6 +74,7 @@ class LaunchedStep:
             likeliest = tuple(zip(row[1 : 1 + told], values[1 : 1 + told], strict=True))
             logprob = values[0] if options.logprobs else None
             choices.append(Choice(row[0], logprob, bool(values[-1]), likeliest))
+        self.worked(self.key)
         return choices
 
 
@@ -197,8 +200,12 @@ class StaticStep:
 
     def note_failure(self, key: StepKey, error: Exception) -> None:
         """A step by these launches has failed: it may have noted its tokens or not."""
-        self._failed.note(key, error)
+        self._failed.hold(key, error)
         self._seats.clear()
+
+    def judge_failures(self, *, by_request: bool) -> None:
+        """What failed has run the other way; ``by_request``: a request has failed there, too."""
+        self._failed.judge(by_request=by_request)
 
     def capture(self) -> Iterator[tuple[int, int]]:
         """Capture every bucket, as ``CapturedSteps.capture_all`` does and raises."""
@@ -246,10 +253,24 @@ class StaticStep:
                 self._fill(sequences, None)
                 yield self._launched(key, sequences).choices()
 
+    @torch.inference_mode()
+    def chosen_of(self, logits: torch.Tensor, sequences: Sequence[Running]) -> list[Choice]:
+        """What a step would choose if it computed these logits ``[n, vocabulary]``; none is run,
+        and nothing is written but the step's buffers."""
+        self._fill(sequences, None)
+        rows = len(sequences)
+        self.buffers.seen[self.buffers.seats(rows), self.buffers.read_ids(rows)] = True
+        step_sampling.choose_all(logits, self.buffers)
+        key = self.key_of(sequences)
+        return self._telling(key, sequences).choices()
+
     def _launched(self, key: StepKey, sequences: Sequence[Running]) -> LaunchedStep:
         if not self.captured.replay(key):
             self.run(key)
-        return LaunchedStep(key, tuple(sequences), self.buffers.told())
+        return self._telling(key, sequences)
+
+    def _telling(self, key: StepKey, sequences: Sequence[Running]) -> LaunchedStep:
+        return LaunchedStep(key, tuple(sequences), self.buffers.told(), self._failed.worked)
 
     def key_of(self, sequences: Sequence[Running]) -> StepKey:
         """What these sequences need of a step."""

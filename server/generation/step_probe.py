@@ -7,7 +7,8 @@ tokens, their log-probabilities and those of the likeliest others. Of a step tha
 alone, each must be the best of the other path, or as good as it. Where a token is drawn, or the
 best of what a penalty leaves, it must be the one that the other sampler finds by the same seed:
 among the scores that the step tells as its likeliest, so that no tie of two paths is in question;
-where nothing is cut, by the scores of the other path, give or take what these differ by.
+where nothing is cut, by the scores of the other path, give or take what these differ by. That is
+much in half precision, so what draws there is also given scores, the same as the other sampler.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from server.messages import GenerateRequest, SamplingOptions
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
+    from server.generation.static_step import StaticStep
 
 _PROMPT_TOKENS = (12, 5, 9)
 # Method and rank of the adapter of each; rank 0: the bare base.
@@ -53,6 +55,9 @@ _CHOICES: tuple[tuple[dict[str, Any], ...], ...] = (
 )
 # Of a number in [0, 1): how far from its token's share it may be, by scores that the step tells.
 _POINT_TOLERANCE = 1e-3
+# Scores that both samplers are given: as far apart as those of a trained base, and the seeds.
+_SPREAD = 2.0
+_DRAWN_SEEDS = range(4)
 # One prompt is longer than a page, and than the window if that is no wider than this.
 _WIDEST_WINDOW_TOKENS = 1100
 _BEYOND_TOKENS = 5
@@ -136,6 +141,8 @@ def _fault_of_steps(
             wanted = forward.dynamic(parts)
             if step == 0:
                 _make_penalties_matter(sequences, wanted)
+                if not _draws_alike(static, sequences, wanted):
+                    return "tokens or log-probabilities differ: others are drawn of the same scores"
             alone = _alone(forward, parts) if step == 0 else ()
             found = (*forward.in_every_bucket(parts), *alone)
             worst = _largest(found, wanted, sequences, most)
@@ -222,6 +229,40 @@ def _make_penalties_matter(sequences: list[Sequence], wanted: torch.Tensor) -> N
         if one.chooser.penalized:
             likely = row.topk(min(_LIKELY, len(row))).indices.tolist()
             one.chooser = TokenChooser(one.request.sampling, [*likely[::2], one.ids[-1]])
+
+
+def _draws_alike(static: StaticStep, sequences: list[Sequence], logits: torch.Tensor) -> bool:
+    """Whether tokens that are drawn with nothing cut are those of the other sampler.
+
+    Args:
+        static: Whose sampler is given the scores alone; no step is run.
+        sequences: Before the step.
+        logits: ``[sequences, vocabulary]``; what they are matters little.
+    """
+    if not any(_is_uncut(one.request.sampling) for one in sequences):
+        return True
+    scores = logits.float() - logits.float().mean(-1, keepdim=True)
+    scores *= _SPREAD / scores.std(-1, keepdim=True).clamp(min=1e-9)
+    own = [one.chooser for one in sequences]
+    try:
+        for seed in _DRAWN_SEEDS:
+            for one, chooser in zip(sequences, own, strict=True):
+                wish = replace(one.request.sampling, seed=seed)
+                one.chooser = TokenChooser(wish, chooser.history.tolist())
+            found = static.chosen_of(scores, sequences)
+            for choice, row, one in zip(found, scores.cpu(), sequences, strict=True):
+                if _is_uncut(one.request.sampling) and not _is_chosen(
+                    choice, row, one.chooser, _POINT_TOLERANCE
+                ):
+                    return False
+    finally:
+        for one, chooser in zip(sequences, own, strict=True):
+            one.chooser = chooser
+    return True
+
+
+def _is_uncut(options: SamplingOptions) -> bool:
+    return options.do_sample and not options.top_k and options.top_p == 1.0 and not options.min_p
 
 
 def _best(logits: torch.Tensor) -> list[int]:

@@ -301,5 +301,27 @@ def test_what_fails_again_and_again_is_told_twice_and_given_up(
     assert not failed.is_given_up(key(8))
     first, last = [record.getMessage() for record in caplog.records]
     assert first == "A static step failed and runs as without it: RuntimeError: no such launch"
-    assert "of up to 4 rows failed 3 times and is not tried again" in last
+    assert "of up to 4 rows failed 3 times in a row and is not tried again" in last
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_failures_with_a_success_between_them_give_nothing_up() -> None:
+    failed = FailedSteps("A static step")
+    for _ in range(MOST_FAILURES + 1):
+        failed.note(key(4), RuntimeError("memory"))
+        failed.worked(key(4))
+    assert not failed.is_given_up(key(4))
+
+
+def test_what_a_request_does_wrong_gives_nothing_up() -> None:
+    failed = FailedSteps("A static step")
+    for _ in range(MOST_FAILURES):
+        failed.hold(key(4), RuntimeError("shapes"))
+    assert failed.is_given_up(key(4))  # until it is known
+    failed.judge(by_request=True)
+    assert not failed.is_given_up(key(4))
+    for _ in range(MOST_FAILURES):
+        failed.hold(key(4), RuntimeError("no such launch"))
+        failed.worked(key(4))  # the half of it that ran as such a step says nothing of the whole
+        failed.judge(by_request=False)
+    assert failed.is_given_up(key(4))

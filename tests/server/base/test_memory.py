@@ -105,7 +105,12 @@ def test_static_steps_are_in_the_check_of_what_fits(
     used = 16 * plain.max_batch_tokens * (3 * inner + 6 * hidden)
     budgets = static.device_bytes + static.folded_bytes + static.head_bytes
     assert later_bytes(static, config, torch.float32) == budgets + used // 4
-    assert later_bytes(static, config, torch.float32, 1 << 20) > budgets + used
+    # Every token of a prompt scored: logits of all, twice, and those that are sampled beside them.
+    config.vocab_size = vocabulary = 1 << 15
+    scored = (2 << 10) * vocabulary * 4 + static.max_sequences * vocabulary * 24
+    layer = max(static.max_batch_tokens, 1 << 10) * (3 * inner + 6 * hidden) * 4
+    assert scored > layer
+    assert later_bytes(static, config, torch.float32, 1 << 10) == budgets + scored
 
 
 def test_buffers_of_static_steps_that_do_not_fit_are_refused(

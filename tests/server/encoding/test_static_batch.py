@@ -18,6 +18,7 @@ from adapters.segments import from_rows
 from server.base.captured_steps import LAUNCH_CLASSES, CannotCapture, CapturedSteps, StepKey
 from server.base.failed_steps import MOST_FAILURES
 from server.base.load import load_base
+from server.base.memory import later_bytes
 from server.base.probe_adapters import probe_factors
 from server.base.rope import RopeByLength
 from server.encoding import static_batch
@@ -419,6 +420,26 @@ def test_a_batch_that_raises_is_run_again_the_other_way_and_not_for_ever(
     assert not any(one.exc_info for one in caplog.records)
 
 
+def test_a_text_that_breaks_both_ways_takes_the_batch_from_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = Ways(tmp_path, "bert")
+    items, slots = random_batch(2)
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("no such shape")
+
+    with torch.inference_mode():
+        with monkeypatch.context() as broken:
+            broken.setattr(StaticBatch, "run", raises)
+            broken.setattr(UnpaddedForward, "side_by_side", raises)
+            for _ in range(MOST_FAILURES):
+                with pytest.raises(RuntimeError, match="no such shape"):
+                    ways.unpadded(items, slots)
+        ways.unpadded(items, slots)
+    assert ways.unpadded.ran == "static"
+
+
 def test_the_lane_runs_so_when_asked_and_says_so(tmp_path: Path) -> None:
     tasks = {"a": "text-classification", "b": "text-classification"}
     answers = {}
@@ -453,6 +474,7 @@ def test_batches_that_differ_are_never_used(
     tasks = {"a": "text-classification"}
     lane = Lane(tmp_path, "bert", tasks, encode_batches="static", max_batch_tokens=128)
     assert "No batch of texts is static" in caplog.text
+    assert lane.base.adapted.modulator.static is None  # no table is kept, or filled
     lane.lane.submit(lane.request("1", "a", tasks["a"], ["a b c"]))
     lane.drain()
     assert set(lane.lane.figures().steps_by) == {"unpadded"}
@@ -493,3 +515,23 @@ def test_buckets_hold_any_number_of_tokens() -> None:
         made = token_buckets(most)
         assert list(made) == sorted(set(made))
         assert made[-1] == most
+
+
+def test_graphs_of_texts_leave_room_for_the_largest_step_of_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    def note(*_: object, spare_bytes: int, **__: object) -> str:
+        left.append(spare_bytes)
+        return "tried no further"
+
+    monkeypatch.setattr(UnpaddedForward, "make_static", note)
+    made: dict[str, Any] = {"encode_batches": "static", "max_batch_tokens": 64}
+    for tokens in (64, 1 << 12):
+        root = tmp_path / str(tokens)
+        root.mkdir()
+        lane = Lane(root, "llama", {"a": "text-classification"}, **made, prefill_tokens=tokens)
+        config = lane.base.backbone.config
+        options = tiny_bases.options(root / "base", root, **made)
+        assert left.pop() == later_bytes(options, config, torch.float32, tokens)

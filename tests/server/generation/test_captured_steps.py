@@ -104,6 +104,7 @@ def test_a_device_that_captures_nothing_leaves_all_as_it_was(
     reason = "uncaptured" if error is None else "uncapturable"
     assert dict(stage.lane.figures().steps_by) == {reason: 4}
     assert not stage.lane.figures().static_bytes
+    assert adapted.modulator.static is None
 
 
 @pytest.mark.parametrize(
@@ -120,8 +121,9 @@ def test_buffers_that_cannot_be_made_end_no_start(
         raise error or torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(forward, "StaticStep", cannot)
-    stage, _ = staged(max_sequences=2)
+    stage, adapted = staged(max_sequences=2)
     stage.lane.start_steps()
+    assert adapted.modulator.static is None  # no table is kept, or filled
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("Decode steps stay dynamic: ")
     stage.answer(None, [5, 6, 7], max_new_tokens=2, ignore_eos=True)

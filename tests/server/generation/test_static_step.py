@@ -15,10 +15,11 @@ from adapters.modulation.slot_factors import SlotFactors
 from server.base.captured_steps import LAUNCH_CLASSES, StepKey
 from server.base.failed_steps import MOST_FAILURES
 from server.generation.attention import PAGED_ATTENTION
+from server.generation.forward import PagedForward
 from server.generation.kv_cache import KVCache
 from server.generation.page_attention import DecodeAttention, decode_by_varlen, decode_in_torch
 from server.generation.static_step import StaticStep, buckets
-from server.messages import GenerateResult
+from server.messages import Failure, GenerateResult
 from server.options import DecodeSteps, EngineOptions
 from server.settings import Settings
 from tests.stand.dense import Stage, terminals
@@ -176,6 +177,28 @@ def test_a_step_that_raises_is_run_again_the_other_way_and_not_for_ever(
     assert "no such launch" in lines[0]
     assert "is not tried again" in lines[1]
     assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize("steps", ["static", "ahead"])
+def test_an_adapter_that_breaks_both_ways_takes_the_step_from_nobody(
+    steps: DecodeSteps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, _ = staged(steps=steps)
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("no such shape")
+
+    for _ in range(MOST_FAILURES):
+        stage.submit("a", [5, 6, 7], ignore_eos=True)
+        stage.lane.step()  # the prompt
+        with monkeypatch.context() as broken:
+            broken.setattr(StaticStep, "run", raises)
+            broken.setattr(PagedForward, "__call__", raises)
+            (end,) = terminals(stage.drain())
+        assert isinstance(end, Failure)
+    before = stage.lane.figures().steps_by["failed"]
+    stage.answer("a", [5, 6, 7], ignore_eos=True)
+    assert stage.lane.figures().steps_by["failed"] == before
 
 
 def test_a_step_that_failed_forgets_no_token_for_the_penalty(

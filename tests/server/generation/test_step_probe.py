@@ -134,8 +134,6 @@ def test_a_prompt_longer_than_a_page_and_a_window_is_compared(
         ("top_k", lambda one: 0),
         ("top_p", lambda one: 1.0),
         ("min_p", lambda one: 0.0),
-        ("penalty", lambda one: 1.0),
-        ("sampled", lambda one: False),
         ("point", lambda one: (one.point + 0.3) % 1.0),
         ("seat", lambda one: 3),  # nobody's: what a sequence has had is not known
     ],
@@ -157,3 +155,31 @@ def test_steps_that_draw_otherwise_are_never_used(
     assert "tokens or log-probabilities differ" in caplog.text
     tokens_of(stage)
     assert dict(stage.lane.figures().steps_by) == {"differs": 4}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_temperature_is_seen_in_half_precision_where_nothing_is_cut(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dense.base("llama").to(torch.bfloat16)
+    monkeypatch.setattr(dense, "base", lambda _: made)
+    plain = StepBuffers.fill
+
+    def fill(self: StepBuffers, numbers: Sequence[RowNumbers]) -> None:
+        uncut = [one.top_k == 0 and one.sampled for one in numbers]
+        plain(
+            self,
+            [
+                replace(one, temperature=1.0) if all_kept else one
+                for one, all_kept in zip(numbers, uncut, strict=True)
+            ],
+        )
+
+    if wrong:
+        monkeypatch.setattr(StepBuffers, "fill", fill)
+    stage, adapted = staged(max_sequences=3)
+    for slot in (1, 2, 3):
+        adapted.uninstall(slot)
+    stage.lane.start_steps()
+    stage.answer(None, PROMPT, max_new_tokens=2, ignore_eos=True)
+    assert bool(stage.lane.figures().steps_by["static"]) != wrong
