@@ -8,27 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _ALWAYS = "while True: pass"
-# So much processor time in each period, as a process has that answers many small calls.
+# So much processor time in each period, as a process has that answers many small calls. What others
+# keep from it in one period it takes later.
 _PARTLY = """
-import sys, time
-share, period = float(sys.argv[1]), 0.004
+import os, sys, time
+share, period, began = float(sys.argv[1]), 0.004, time.monotonic()
+os.nice(int(sys.argv[2]))
+start = time.process_time()
 while True:
-    end = time.thread_time() + share * period
-    while time.thread_time() < end:
+    due = share * (time.monotonic() - began)
+    while time.process_time() - start < due:
         pass
-    time.sleep((1.0 - share) * period)
+    time.sleep(period)
 """
 
 
 @contextmanager
-def busy_processes(count: int, share: float | None = None) -> Iterator[None]:
-    """``count`` processes that calculate, at the priority of this one, meanwhile.
+def busy_processes(count: int, share: float | None = None, niceness: int = 0) -> Iterator[None]:
+    """``count`` processes that calculate meanwhile.
 
     Args:
         count: Of them.
-        share: Of a core that each takes, above 0 and below 1; None: all that it gets.
+        share: Of a core that each takes, below 1, if it can be had; None: all that it gets.
+        niceness: Above this process's, of those that take a share.
     """
-    code = [_ALWAYS] if share is None else [_PARTLY, str(share)]
+    code = [_ALWAYS] if share is None else [_PARTLY, str(share), str(niceness)]
     busy = [subprocess.Popen([sys.executable, "-c", *code]) for _ in range(count)]
     try:
         yield

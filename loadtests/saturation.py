@@ -102,9 +102,10 @@ async def _levels(
     found = await capacity(server.port, ask, CROWDS, min(8.0, options.seconds))
     crowd, per_s = max(found.items(), key=lambda one: one[1])
     few_s = min(8.0, options.seconds)
-    spent, of_http = _cpu_s(server), _cpu_s(server, "http")
+    spent, of_http, own = _cpu_s(server), _cpu_s(server, "http"), time.process_time()
     few_per_s = (await capacity(server.port, ask, (FEW,), few_s))[FEW]
     few_ms = (_cpu_s(server) - spent) / (few_per_s * few_s) * 1e3
+    few_own = (time.process_time() - own) / few_s
     http_s_each = (_cpu_s(server, "http") - of_http) / (few_per_s * few_s)
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -118,12 +119,13 @@ async def _levels(
         await asyncio.sleep(1.0)
         row = _row(level, outcome, watch.peak("resident_bytes", since_s=began))
         row["goodput_of_few"] = round(outcome.goodput_per_s / few_per_s, 3)
-        # What closed loops do not have: the generator's work, and that of refusing.
-        refusing = max(0.0, of_http - http_s_each * (outcome.good + outcome.late))
-        more = min(0.95, max(0.01, outcome.own_cpu + refusing / options.seconds))
-        with busy_processes(1, more):
+        # What closed loops have less of: the generator's work, and that of refusing, which is done
+        # by the one HTTP process there is.
+        refusing = of_http - http_s_each * (outcome.good + outcome.late)
+        more = [max(0.0, outcome.own_cpu - few_own), max(0.0, refusing / options.seconds)]
+        with busy_processes(1, more[0]), busy_processes(1, more[1], niceness=_niceness(server)):
             beside = (await capacity(server.port, ask, (FEW,), few_s))[FEW]
-        row["more_cores"] = round(more, 2)
+        row["more_cores"] = round(sum(more), 2)
         row["goodput_beside"] = round(outcome.goodput_per_s / beside, 3)
         row["server_cpu_ms"] = round(spent / max(1, outcome.good + outcome.late) * 1e3, 1)
         row["queue_s"] = round(options.queue / few_per_s, 2)
@@ -153,6 +155,12 @@ def _cpu_s(server: Server, role: str = "") -> float:
     pids = (pid for name, pid in server.roles().items() if name.startswith(role))
     times = (psutil.Process(pid).cpu_times() for pid in pids)
     return float(sum(one.user + one.system for one in times))
+
+
+def _niceness(server: Server) -> int:
+    """By how much the HTTP process gives way to this one."""
+    http = next(pid for name, pid in server.roles().items() if name.startswith("http"))
+    return max(0, psutil.Process(http).nice() - psutil.Process().nice())
 
 
 def _questions(kind: str, stage: Stage, rng: random.Random, count: int = 512) -> list[Question]:

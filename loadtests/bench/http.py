@@ -32,7 +32,7 @@ from server.messages import TERMINAL, EncodeRequest
 _ZERO_S = 60.0
 _SHORT_ANSWER = 16  # of a request of the flood
 _FLOOD_CLIENTS = 64
-_STEP_MS = 50  # of the server that bounds its steps
+_STEP_MS = 45  # of the server that bounds its steps
 _LEAVING_CLIENTS = 200
 # Three batches' worth: one is computed, one waits, and one is on its way there or back. With fewer
 # the batches would be smaller than those of the engine alone, and that would be what is measured.

@@ -282,6 +282,7 @@ class GenerateLane:
             deferred_tokens=self._counts["deferred"],
             grammars_compiled=self._constraints.kept.compiled,
             grammar_bytes=self._constraints.kept.held_bytes,
+            step_limit=self._step_limit(),
             steps_by=Counter(self._forward.steps_by),
             static_bytes={} if self._forward.static is None else self._forward.static.held_bytes(),
             last_rows=self._forward.last_rows,
@@ -428,6 +429,10 @@ class GenerateLane:
         return True
 
     # The forward and what follows
+
+    def _step_limit(self) -> dict[str, int]:
+        pace = self._pace
+        return {} if pace is None else {"rows": pace.rows, "bounded_steps": pace.bounded_steps}
 
     def _next(self, free: list[Sequence]) -> list[ScheduledRows]:
         """The rows of the next forward."""

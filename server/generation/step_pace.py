@@ -45,10 +45,15 @@ class StepPace:
         self._most_of_one = most_of_one
         self._most = float(most_rows)
         self._limit = float(most_rows)
-        self._steps = 0
+        self._steps = 0  # whose rows were chosen here
         # In the order of their latest steps, and so whose turn it is.
         self._turns: dict[str | None, int] = {}
         self._stepped: dict[str, int] = {}
+
+    @property
+    def bounded_steps(self) -> int:
+        """Steps that would have had more rows."""
+        return self._steps
 
     @property
     def rows(self) -> int:
@@ -60,9 +65,6 @@ class StepPace:
         off = (self._goal_s / max(seconds, 1e-6)) ** 0.5
         if off < 1.0 or rows >= _AT_LIMIT * self.rows:
             limit = self._limit * min(max(off, _LEAST_CHANGE), _MOST_CHANGE)
-            # Fewer rows than there were is what shrinks a step that had fewer than it might have.
-            if off < 1.0:
-                limit = min(limit, rows * max(off, _LEAST_CHANGE))
             self._limit = min(max(limit, float(LEAST_ROWS)), self._most)
 
     def parts(self, running: Iterable[Sequence]) -> list[ScheduledRows]:
@@ -78,16 +80,17 @@ class StepPace:
         sequences = list(running)
         self._steps += 1
         here = {one.request.id for one in sequences}
-        self._stepped = {one: at for one, at in self._stepped.items() if one in here}
+        # Who is new stands behind everybody who was here: newcomers cannot hold up others for ever.
+        self._stepped = {one: self._stepped.get(one, self._steps) for one in here}
         groups: dict[str | None, list[Sequence]] = {}
         for one in sequences:
             groups.setdefault(one.request.version, []).append(one)
-        self._turns = {version: self._turns.get(version, 0) for version in groups}
+        self._turns = {version: self._turns.get(version, self._steps) for version in groups}
         parts: list[ScheduledRows] = []
         for version, share in self._shares(groups).items():
             self._turns[version] = self._steps
             left = share
-            for one in sorted(groups[version], key=self._latest_step):
+            for one in sorted(groups[version], key=lambda one: self._stepped[one.request.id]):
                 rows = min(one.pending, self._most_of_one, left)
                 if rows > 0:
                     parts.append(ScheduledRows(one, rows))
@@ -95,9 +98,6 @@ class StepPace:
                     left -= rows
         # Fewer segments make fewer and larger products.
         return sorted(parts, key=lambda part: part.sequence.slot)
-
-    def _latest_step(self, sequence: Sequence) -> int:
-        return self._stepped.get(sequence.request.id, 0)
 
     def _shares(self, groups: dict[str | None, list[Sequence]]) -> dict[str | None, int]:
         """The rows of each adapter that gets some: equal, but for what one does not need."""

@@ -91,6 +91,27 @@ def test_everybody_has_a_turn(rows: int, versions: str) -> None:
         assert max(between) <= -(-own // share) * turns + turns + 1
 
 
+@pytest.mark.parametrize("version", ["a", None])
+def test_newcomers_hold_up_nobody(version: str | None) -> None:
+    """Requests that come in every step, of this adapter or each of another one."""
+    rng = random.Random(2)
+    staying = [asked(f"stays{i}", "z") for i in range(8)]
+    coming: list[Any] = []
+    latest = dict.fromkeys((one.request.id for one in staying), 0)
+    pace = limited_to(16)
+    for step in range(300):
+        while len(coming) < 24:
+            name = f"new{step}-{len(coming)}"
+            coming.append(asked(name, "z" if version else name, rng.randint(1, 20)))
+        for part in pace.parts([*staying, *coming]):
+            if part.sequence in coming:
+                coming.remove(part.sequence)
+            else:
+                latest[part.sequence.request.id] = step
+        # 16 rows, of one adapter or of as many as there are, and 32 who wait for them.
+        assert step - min(latest.values()) <= 30
+
+
 def test_a_flood_leaves_another_adapter_its_turn_in_each_step() -> None:
     flood = [asked(f"flood{i}", "a", 1 + 30 * (i % 2)) for i in range(63)]
     one = asked("one", "b")
@@ -132,6 +153,12 @@ def test_short_steps_of_few_rows_leave_the_limit_where_it_is() -> None:
     assert pace.rows == 100
 
 
+def test_a_small_step_that_is_disturbed_costs_little() -> None:
+    pace = StepPace(0.05, 1000, 1000)
+    pace.took(1, 3600.0)
+    assert pace.rows == 700
+
+
 def test_one_step_too_long_costs_little_and_some_rows_are_left() -> None:
     pace = limited_to(100)
     pace.took(100, 3600.0)
@@ -154,8 +181,23 @@ def test_answers_are_the_same_however_short_steps_are(name: str) -> None:
     assert {r.id for r in results} == set(wanted)
     for result in results:
         assert ids_of(result) == stage.reference(*wanted[result.id], 6)
-    assert max(plan.rows for plan in stage.adapted.plans[20:]) <= LEAST_ROWS
+    assert stage.adapted.plans[-1].rows <= LEAST_ROWS
+    limit = stage.lane.figures().step_limit
+    assert limit["rows"] == LEAST_ROWS
+    assert limit["bounded_steps"] > 10
     assert nothing_is_held(stage)
+
+
+def test_streams_go_on_while_short_requests_come() -> None:
+    stage = Stage(step_ms=0.001)
+    streams = [stage.submit("a", [5, 6 + i], max_new_tokens=24, ignore_eos=True) for i in range(2)]
+    ended: set[str] = set()
+    for step in range(200):
+        if step % 2 == 0 and not ended.issuperset(streams):
+            for i in range(4):
+                stage.submit("a", [7 + i] * 16, max_new_tokens=1, ignore_eos=True)
+        ended |= {event.id for event in terminals(stage.lane.step())}
+    assert ended.issuperset(streams)
 
 
 def test_a_goal_that_is_never_missed_changes_no_step() -> None:
