@@ -265,6 +265,14 @@ class AdapterFaults(AdapterError):
         return (AdapterFaults, (self.faults,))
 
 
+def in_a_line(error: BaseException) -> str:
+    """Class and text of what was raised, in a line for the log or an operator.
+
+    At most 300 characters: some errors of compilers and libraries have no text, and some a page.
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")[:300]
+
+
 @contextmanager
 def full_disk_refused(what: str, refusal: type[StoreFull] = StoreFull) -> Iterator[None]:
     """Turn an OSError of a disk without room, or of a quota that is used up, into ``StoreFull``.

@@ -15,8 +15,9 @@ from typing import Final
 
 import torch
 
+from adapters.errors import in_a_line
 from adapters.modulation.autotune import Autotuner
-from adapters.modulation.form_agreement import FORM_TOLERANCE, in_a_line, row_difference
+from adapters.modulation.form_agreement import FORM_TOLERANCE, row_difference
 from adapters.modulation.strategy import Bucket, Candidate, Computation
 from adapters.modulation.workspace import Workspace
 
@@ -62,7 +63,7 @@ class ChosenForms:
         self._proved = frozenset(proved)
         # Whether a form agreed with the fused kernel on calls of a kind; unknown: not compared.
         self._agrees: dict[tuple[CallKind, Candidate], bool] = {}
-        self._fastest: dict[Bucket, Candidate] = {}
+        self._fastest: dict[CallKind, Candidate] = {}
         self._workspace = Workspace()
 
     @property
@@ -105,7 +106,7 @@ class ChosenForms:
             return tiles()
         known = {one: ns for one in runs if (ns := tuner.ns(bucket, one)) is not None}
         fastest = min(known, key=known.__getitem__, default=TILES)
-        self._note(bucket, fastest)
+        self._note(kind, fastest)
         if fastest == TILES:
             return tiles()
         if (kind, fastest) not in self._agrees:
@@ -148,9 +149,13 @@ class ChosenForms:
         self._workspace = Workspace()
         logger.warning("The form %s does not compute %s: %s", one[1], kind, why)
 
-    def _note(self, bucket: Bucket, fastest: Candidate) -> None:
-        """Let buffers go when another form computes a bucket: those that are left grow again."""
-        before = self._fastest.get(bucket, TILES)
-        self._fastest[bucket] = fastest
+    def _note(self, kind: CallKind, fastest: Candidate) -> None:
+        """Let buffers go when another form computes a kind: those that are left grow again.
+
+        By kind and not by bucket: in one bucket, a form may be dropped for one layer and be the
+        fastest for the next, in every forward.
+        """
+        before = self._fastest.get(kind, TILES)
+        self._fastest[kind] = fastest
         if fastest != before != TILES:
             self._workspace = Workspace()

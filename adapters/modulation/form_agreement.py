@@ -11,7 +11,8 @@ from typing import Final
 
 import torch
 
-# Of a row, relative to its largest number. Answers are rounded by 2⁻⁸ in bfloat16, and so are, on
+# Of a row, relative to its largest number: of the fused kernel's answer, or of float64's in the
+# probe at the start. Answers are rounded by 2⁻⁸ in bfloat16, and so are, on
 # the way, modulated weights or expanded rows, whose errors are of either sign: forms that are right
 # are apart by a tenth of this.
 FORM_TOLERANCE: Final = 2e-2
@@ -41,8 +42,3 @@ def row_difference(found: torch.Tensor, wanted: torch.Tensor) -> float | None:
         worst, told = torch.maximum(worst, off.amax()), told | finite.any()
     answer = torch.where(told, worst, math.nan).item()
     return None if math.isnan(answer) else float(answer)
-
-
-def in_a_line(error: BaseException) -> str:
-    """What was raised, for a line of the log."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -15,7 +15,7 @@ from functools import cache, partial
 
 import torch
 
-from adapters.errors import UnsupportedOption
+from adapters.errors import UnsupportedOption, in_a_line
 from adapters.kernels import torch_ops
 from adapters.kernels.triton_operands import (
     ADDRESS_MULTIPLE_BYTES,
@@ -167,8 +167,9 @@ class FusedLayers:
         if not (refused or isinstance(error, self._ops.KernelFailure)):
             return False
         self._layers.pop(path, None)
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        logger.warning("Torch computes %s from now on, the fused kernel failed: %s", path, told)
+        logger.warning(
+            "Torch computes %s from now on, the fused kernel failed: %s", path, in_a_line(error)
+        )
         return True
 
     def linear(

@@ -15,17 +15,17 @@ from typing import Final
 
 import torch
 
-from adapters.errors import UnsupportedOption
+from adapters.errors import UnsupportedOption, in_a_line
 from adapters.kernels.form_buffers import expanded_buffer, product_buffers
 from adapters.kernels.triton_operands import FactorTable, PackedWeight
 from adapters.kernels.triton_tiles import FewRows, TokenTiles
-from adapters.modulation.form_agreement import in_a_line
 from adapters.modulation.gpu_kernels import (
     expanded_kernels,
     row_kernels,
     scratch_kernels,
     tile_kernels,
 )
+from adapters.modulation.graph_capture import ends_memory
 from adapters.modulation.kernel_probe import proved_forms
 from adapters.modulation.static_rows import StaticRows
 from adapters.modulation.step_forms import (
@@ -161,6 +161,9 @@ class FusedSteps:
 
         Raises:
             UnsupportedOption: ``choose`` has found that no form computes rows of many slots here.
+            Exception: What the fused kernel raises. Of another form: want of memory, or whatever
+                breaks a capture; if it fails otherwise, the fused kernel computes such rows of
+                such layers from then on.
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
         weight = self._weights[path]
@@ -185,11 +188,17 @@ class FusedSteps:
         try:
             return run(form)
         except Exception as cause:
-            if _is_capturing(x.device):
-                raise  # what was captured so far is of no use
+            # What was captured so far is of no use. Want of memory is no fault of the form: who
+            # captures steps decides how many of them there is room for.
+            if _is_capturing(x.device) or ends_memory(cause):
+                raise
             # The buffers stay: steps that are captured already read them.
-            self._forms = self._forms.without(form)
-            logger.warning("The fused kernel computes steps, %s failed: %s", form, in_a_line(cause))
+            self._forms = self._forms.by_tiles(weight.shape, rank, rows)
+            logger.warning(
+                "The fused kernel computes steps like these (%d rows of rank %d by %d x %d), "
+                "%s failed: %s",
+                rows, rank, *weight.shape, form, in_a_line(cause),
+            )  # fmt: skip
         return run("tiles")
 
     def add_lora(

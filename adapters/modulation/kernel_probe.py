@@ -19,11 +19,12 @@ from typing import Final
 
 import torch
 
+from adapters.errors import in_a_line
 from adapters.kernels import reference
 from adapters.kernels.nibbles import FourBitKind
 from adapters.kernels.triton_operands import KERNEL_DTYPES, FactorTable
 from adapters.kernels.triton_tiles import MANY_BLOCK_ROWS, WIDE_MAX_RANK, BatchTiles, padded_rank
-from adapters.modulation.form_agreement import in_a_line, row_difference
+from adapters.modulation.form_agreement import FORM_TOLERANCE, row_difference
 from adapters.modulation.gpu_kernels import (
     expanded_kernels,
     row_kernels,
@@ -37,8 +38,6 @@ from adapters.segments import BASE_SLOT, from_runs
 
 LEAST_CAPABILITY: Final = (8, 0)  # the kernels are compiled, in tests, for 8.0 to 9.0
 WIDE_CAPABILITY: Final = (9, 0)
-# Of a row, relative to its largest answer: bfloat16 rounds by 2⁻⁸.
-PROBE_TOLERANCE: Final = 2e-2
 FORMS_BESIDE_TILES: Final[tuple[Computation, ...]] = (
     *("product", "expanded", "scratch", "row", "wide"),
 )
@@ -106,7 +105,7 @@ def _probed(dtype: torch.dtype, device: torch.device) -> str | None:
         logger.warning("The fused kernel failed its probe, torch computes: %s", in_a_line(cause))
         logger.debug("Where it failed", exc_info=True)
         return f"{type(cause).__name__} in its probe"
-    return None if error <= PROBE_TOLERANCE else f"a relative error of {error:.2g} in its probe"
+    return None if error <= FORM_TOLERANCE else f"a relative error of {error:.2g} in its probe"
 
 
 @lru_cache(maxsize=8)
@@ -129,7 +128,7 @@ def proved_forms(dtype: torch.dtype, device: torch.device) -> frozenset[Computat
             logger.warning("The form %s failed its probe: %s", form, in_a_line(cause))
             logger.debug("Where it failed", exc_info=True)
             continue
-        if error <= PROBE_TOLERANCE:
+        if error <= FORM_TOLERANCE:
             proved.append(form)
         else:
             logger.warning("The form %s is off by %.2g in its probe: not used", form, error)

@@ -15,7 +15,9 @@ from typing import Any, Final, Literal
 
 import torch
 
-from adapters.modulation.form_agreement import FORM_TOLERANCE, in_a_line, row_difference
+from adapters.errors import in_a_line
+from adapters.modulation.form_agreement import FORM_TOLERANCE, row_difference
+from adapters.modulation.graph_capture import capture_graph
 
 # ``tiles``: the fused kernel; ``product``: W0 decoded once and one library product; ``expanded``:
 # 4-bit tiles against expanded rows; ``row``: the kernel for one row.
@@ -46,7 +48,7 @@ class StepForms:
 
     def of(self, shape: tuple[int, int], rank: int, rows: int) -> StepForm:
         """What computes so many rows: as the next larger number that was timed."""
-        timed = next((one for one in TIMED_ROWS if one >= rows), None)
+        timed = _timed_as(rows)
         if timed is None:
             return "tiles"
         return self._chosen.get((shape, rank, timed), "tiles")
@@ -58,6 +60,17 @@ class StepForms:
     def without(self, form: StepForm) -> StepForms:
         """The same, but ``tiles`` in place of a form."""
         return StepForms({case: one for case, one in self._chosen.items() if one != form})
+
+    def by_tiles(self, shape: tuple[int, int], rank: int, rows: int) -> StepForms:
+        """The same, but ``tiles`` for so many rows, and for all that are computed as these."""
+        timed = _timed_as(rows)
+        return StepForms(
+            {case: one for case, one in self._chosen.items() if case != (shape, rank, timed)}
+        )
+
+
+def _timed_as(rows: int) -> int | None:
+    return next((one for one in TIMED_ROWS if one >= rows), None)
 
 
 def fastest(runs: Mapping[StepForm, Callable[[], torch.Tensor]], device: torch.device) -> StepForm:
@@ -80,7 +93,7 @@ def fastest(runs: Mapping[StepForm, Callable[[], torch.Tensor]], device: torch.d
     times: dict[StepForm, float] = {}
     for form, run in agreeing.items():
         try:
-            graph = _as_graph(run)
+            graph = _as_graph(run, device)
             times[form] = min(_replay_ms(graph) for _ in range(_REPLAYS))
         except Exception as cause:  # a driver, a library: another form serves
             if form == "tiles":
@@ -103,14 +116,16 @@ def _agrees(form: StepForm, run: Callable[[], torch.Tensor], wanted: torch.Tenso
     return False
 
 
-def _as_graph(run: Callable[[], torch.Tensor]) -> Any:
+def _as_graph(run: Callable[[], torch.Tensor], device: torch.device) -> Any:
     """Many launches as one graph, so that it is the device that is timed and not the host."""
     run()
     torch.cuda.synchronize()
-    graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launches() -> None:
         for _ in range(_LAUNCHES):
             run()
+
+    graph = capture_graph(launches, device)
     graph.replay()
     return graph
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 import torch
 
-from server.base.error_lines import error_line
+from adapters.errors import in_a_line
+from adapters.modulation.graph_capture import capture_graph, ends_memory
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +21,6 @@ LAUNCH_CLASSES: Final = ((0, False), (32, False), (128, True))
 _WARM_UPS = 2  # compile, and let libraries allocate what they keep, before anything is captured
 # A metric's word for steps that no captured one holds, and for no step at all for want of memory.
 UNCAPTURED: Final = "uncaptured"
-
-
-# Of errors that have no class of their own: of the driver that makes a graph, of libraries.
-_NO_MEMORY: Final = ("out of memory", "alloc_failed")
 
 
 class CannotCapture(Exception):
@@ -180,13 +177,13 @@ class CapturedSteps:
             needed, free = self._spare_bytes >> 20, left >> 20
             error = torch.OutOfMemoryError(f"{needed} MiB are needed later, {free} were left")
         self._give_back(graph)
-        if not _ends_memory(error):
-            raise CannotCapture(error_line(error)) from error
+        if not ends_memory(error):
+            raise CannotCapture(in_a_line(error)) from error
         logger.warning(
             "No memory to capture steps of %d rows (%s): %d are captured, the others run as "
             "without them. Lower kv_bytes or device_bytes for more.",
             key.rows,
-            error_line(error),
+            in_a_line(error),
             len(self),
         )
         return False
@@ -200,38 +197,19 @@ class CapturedSteps:
         return True
 
     def _try(self, run: Callable[[], None]) -> tuple[Any, Exception | None]:
-        """A graph as far as it came, and what was raised first."""
-        graph: Any = None
-        first: list[Exception] = []
-
-        def noted() -> None:
-            try:
-                run()
-            except Exception as error:
-                first.append(error)
-                raise
-
+        """A graph, or what was raised first."""
         try:
             with self._aside():
                 for _ in range(_WARM_UPS):
-                    noted()
-            graph = torch.cuda.CUDAGraph()
-            # A capture that is broken raises once more at its end, in place of what broke it, and
-            # leaves the thread on its stream.
-            with (
-                self._aside(),
-                torch.cuda.graph(graph, pool=self._pool.handle, stream=self._pool.stream),
-            ):
-                noted()
+                    run()
+            pool = self._pool
+            graph = capture_graph(run, self._device, pool=pool.handle, stream=pool.stream)
         except Exception as error:  # noqa: BLE001  # told apart by the caller
-            first.append(error)
-        if not first:
-            return graph, None
-        # Frames hold tensors of the step, and those the memory that is to be given back.
-        for one in first:
-            one.__context__ = one.__cause__ = None
-            one.__traceback__ = None
-        return graph, first[0]
+            # Frames hold tensors of the step, and those the memory that is to be given back.
+            error.__context__ = error.__cause__ = None
+            error.__traceback__ = None
+            return None, error
+        return graph, None
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -239,11 +217,8 @@ class CapturedSteps:
         stream = self._pool.stream
         before = torch.cuda.current_stream(self._device)
         stream.wait_stream(before)
-        try:
-            with torch.cuda.stream(stream):
-                yield
-        finally:
-            torch.cuda.set_stream(before)
+        with torch.cuda.stream(stream):
+            yield
         before.wait_stream(stream)
 
     def _free_bytes(self) -> int:
@@ -253,19 +228,13 @@ class CapturedSteps:
         return int(torch.cuda.mem_get_info(self._device)[0])
 
     def _give_back(self, graph: Any) -> None:
-        """What a failed capture took; the device must be heard of once more.
+        """What a capture took that failed, or left too little; the device must be heard of once
+        more.
 
         Raises:
             Exception: The device itself is lost.
         """
         if graph is not None:
-            with suppress(RuntimeError):  # the capture may be broken already
-                graph.reset()
+            graph.reset()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-
-
-def _ends_memory(error: Exception) -> bool:
-    """Whether an error says that the device's memory is used up."""
-    told = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(one in told for one in _NO_MEMORY)

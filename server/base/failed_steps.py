@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from adapters.errors import in_a_line
 from server.base.captured_steps import StepKey
-from server.base.error_lines import error_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class FailedSteps:
     def note(self, key: StepKey, error: Exception) -> None:
         """A step has failed that runs the other way: no request is at fault."""
         self._counts[key] += 1
-        told = error_line(error)
+        told = in_a_line(error)
         if self._counts[key] == 1:
             logger.warning("%s failed and runs as without it: %s", self._what, told)
         elif self._counts[key] == MOST_FAILURES:

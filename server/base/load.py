@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters.errors import UnsupportedOption
+from adapters.errors import UnsupportedOption, in_a_line
 from adapters.intake.base_files import BaseFiles
 from adapters.layers.adapted import EMBEDDING_BLOCK, AdaptedLinear, quantize_embedding
 from adapters.layers.inject import AdaptedModel, inject
@@ -28,7 +28,6 @@ from adapters.modulation.quant import QuantizedWeight
 from adapters.signature import BaseSignature, describe, own_arithmetic
 from adapters.tasks import IMAGE_MODELS
 from server.base.captured_steps import LAUNCH_CLASSES
-from server.base.error_lines import error_line
 from server.base.memory import available_bytes, static_bytes
 from server.base.plan import BaseModelError, BasePlan, is_causal, plan_base
 from server.base.weight_progress import weights_told_as
@@ -213,7 +212,7 @@ def _skeleton(plan: BasePlan) -> nn.Module:
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise BaseModelError(
             "The base model cannot be built from its config.",
-            found=error_line(error),
+            found=in_a_line(error),
             expected=f"a config that {plan.model_class.__name__} takes",
         ) from error
 
@@ -250,11 +249,11 @@ def _load(
                 **arguments,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _no_memory(error_line(error), options) from error
+        raise _no_memory(in_a_line(error), options) from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise BaseModelError(
             "The base model's weights cannot be loaded.",
-            found=error_line(error),
+            found=in_a_line(error),
             expected=f"a checkpoint of {plan.model_class.__name__}",
             fix="Check that config.json and the weights belong together.",
         ) from error
@@ -274,7 +273,7 @@ def _load(
         try:
             model.to(device)
         except torch.OutOfMemoryError as error:
-            raise _no_memory(error_line(error), options) from error
+            raise _no_memory(in_a_line(error), options) from error
     for key in sorted(report["unexpected_keys"])[:5]:
         logger.info("Not part of %s, left out: %s", plan.model_class.__name__, key)
     return model

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters.errors import ExplainedError
+from adapters.errors import ExplainedError, in_a_line
 from adapters.intake.base_files import INDEX_FILE
 from adapters.tasks import IMAGE_MODELS
-from server.base.error_lines import error_line
 from server.options import EngineOptions
 
 _SINGLE = "model.safetensors"
@@ -180,7 +179,7 @@ def _load_config(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseModelError(
             "The base model's config.json cannot be used.",
-            found=error_line(error),
+            found=in_a_line(error),
             expected="the config of an architecture that transformers knows by itself",
             fix="Models that bring their own code are never run; choose another base.",
         ) from error

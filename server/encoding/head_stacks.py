@@ -132,8 +132,3 @@ def _same_logits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     most = _LOGITS_TOLERANCE * max(largest, 1e-12)
     return torch.allclose(found, wanted, rtol=0.0, atol=most, equal_nan=True)
-
-
-def no_head_stack(error: Exception) -> str:
-    """Why heads do not run together, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters import segments
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, in_a_line
 from adapters.intake.pooling import base_pooling
 from adapters.tasks import BY_NAME, Task
 from server.base.load import LoadedBase
@@ -25,7 +25,6 @@ from server.encoding.head_stacks import (
     HeadRows,
     TimedStacks,
     logits_together,
-    no_head_stack,
 )
 from server.encoding.heads import Heads, TaskHead
 from server.failures import NotFinite, TaskMismatch, is_expected, is_lost
@@ -292,7 +291,7 @@ class Reader:
                 if is_lost(error):
                     raise
                 self._apart.add(key)
-                logger.warning("Heads like these run one by one: %s", no_head_stack(error))
+                logger.warning("Heads like these run one by one: %s", in_a_line(error))
                 continue
             for (number, head), one in zip(members, logits, strict=True):
                 found[number] = self._of_head(groups[number][0], head, one)

@@ -191,6 +191,20 @@ def test_buffers_of_forms_that_lost_are_not_kept() -> None:
     assert made.chosen.buffer_bytes == 0
 
 
+def test_layers_of_one_bucket_with_different_forms_keep_their_buffers() -> None:
+    made = settled("product", "scratch")
+    made.ns[SCRATCH] = 50
+    other = replace(KIND, shape=(16, 8))
+    made.answers[PRODUCT] = ANSWER * 2
+    made.compute(3, other)  # for these, product is dropped
+    made.answers[PRODUCT] = ANSWER
+    made.buffer_bytes |= {PRODUCT: 64, SCRATCH: 300}
+    assert made.compute(20, other)[1] == ["scratch"]
+    for kind, form in [(KIND, "product"), (other, "scratch")] * 3:
+        assert made.compute(kind=kind)[1][-1] == form
+        assert made.chosen.buffer_bytes == 300 + 64
+
+
 def by_rows(found: torch.Tensor, wanted: torch.Tensor) -> float | None:
     """``row_difference`` as its words say it."""
     worst: float | None = None

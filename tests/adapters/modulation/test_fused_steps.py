@@ -159,9 +159,46 @@ def test_a_form_that_fails_in_a_step_leaves_it_to_the_fused_kernel(
     assert tried == [1]
     (line,) = [one.getMessage() for one in caplog.records]
     assert line == (
-        "The fused kernel computes steps, product failed: "
-        "RuntimeError: Triton Error [CUDA]: out of resource"
+        "The fused kernel computes steps like these (2 rows of rank 16 by 48 x 256), "
+        "product failed: RuntimeError: Triton Error [CUDA]: out of resource"
     )
+    assert static.fused is not None
+    now = [static.fused.form_of("0", 16, rows) for rows in (1, 2, 4)]
+    assert now == ["product", "tiles", "tiles"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_ends_in_a_step_is_told_and_no_fault_of_the_form(
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failure: Exception,
+) -> None:
+    monkeypatch.setattr(fused_steps, "fastest", lambda runs, _: "product")
+    adapted, layer = one_layer()
+    static = adapted.make_static(4, 4, (16,))
+
+    def fails(*_: Any, **__: Any) -> torch.Tensor:
+        raise failure
+
+    monkeypatch.setattr(kernels.scratch, "product_linear", fails)
+    made = StaticRows(4, CPU)
+    static.rows = made
+    made.fill([0, 0])
+    made.shape(2, 16, False)
+    with pytest.raises(type(failure)) as caught, torch.no_grad():
+        adapted.model(torch.randn(2, layer.in_features).half())
+    static.rows = None
+    assert caught.value is failure
+    assert static.fused is not None
+    assert static.fused.form_of("0", 16, 2) == "product"
+    assert not caplog.records
 
 
 def test_where_the_fused_kernel_cannot_run_steps_are_refused_with_the_reason(
@@ -212,7 +249,7 @@ def test_a_form_is_chosen_only_if_it_gives_what_the_fused_kernel_gives(
     runs = {form: gives(one) for form, one in answers.items()}
     ms: dict[object, float] = {runs["tiles"]: 4.0, runs["expanded"]: 3.0}
     ms |= {runs["row"]: 1.0, runs["product"]: 2.0}
-    monkeypatch.setattr(step_forms, "_as_graph", lambda run: run)
+    monkeypatch.setattr(step_forms, "_as_graph", lambda run, _: run)
     monkeypatch.setattr(step_forms, "_replay_ms", ms.__getitem__)
     assert step_forms.fastest(runs, device) == "expanded"
     assert [one.getMessage() for one in caplog.records] == [
@@ -234,7 +271,7 @@ def test_a_form_is_chosen_only_if_it_gives_what_the_fused_kernel_gives(
 def test_where_the_fused_kernel_cannot_be_captured_nothing_is_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(_: object) -> None:
+    def fails(*_: object) -> None:
         raise RuntimeError("not while a stream is captured")
 
     monkeypatch.setattr(step_forms, "_as_graph", fails)
@@ -284,3 +321,14 @@ def test_more_rows_are_computed_as_the_next_number_that_was_timed() -> None:
     assert made.cases("product") == [(shape, 32, 4)]
     assert made.without("product").of(shape, 32, 4) == "tiles"
     assert made.without("product").of(shape, 32, 1) == "row"
+
+
+def test_a_case_goes_to_the_fused_kernel_alone() -> None:
+    cases = [
+        (shape, rank, rows) for shape in ((8, 8), (8, 16)) for rank in (32, 128) for rows in (4, 16)
+    ]
+    made = StepForms(dict.fromkeys(cases, "product"))
+    left = made.by_tiles((8, 16), 32, 7)  # as 16
+    assert left.cases("product") == [one for one in cases if one != ((8, 16), 32, 16)]
+    assert left.of((8, 16), 32, 16) == "tiles"
+    assert made.by_tiles((8, 16), 32, 1000).cases("product") == cases

@@ -16,6 +16,7 @@ from adapters.kernels.triton_operands import GROUP_FEATURES
 from adapters.kernels.triton_tiles import FEW_ROWS, MANY_BLOCK_ROWS
 from adapters.modulation import fused, kernel_probe
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.form_agreement import FORM_TOLERANCE
 from adapters.modulation.fused import FusedLayers
 from adapters.modulation.kernel_probe import ProbeCase, probe_error
 from adapters.modulation.layer_call import LayerCall
@@ -36,7 +37,7 @@ def test_the_probe_finds_a_kernel_that_is_wrong(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (case,) = kernel_probe.INTERPRETED_CASES
-    assert probe_error(torch.float16, CPU, "tiles", case) < kernel_probe.PROBE_TOLERANCE
+    assert probe_error(torch.float16, CPU, "tiles", case) < FORM_TOLERANCE
     real = kernels.tiles.hira_linear
 
     def wrong(*args: Any, **options: Any) -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_the_probe_finds_a_kernel_that_is_wrong(
         return y
 
     monkeypatch.setattr(kernels.tiles, "hira_linear", wrong)
-    assert probe_error(torch.float16, CPU, "tiles", case) > kernel_probe.PROBE_TOLERANCE
+    assert probe_error(torch.float16, CPU, "tiles", case) > FORM_TOLERANCE
 
 
 def test_the_layers_that_a_device_is_probed_with_are_as_awkward_as_real_ones() -> None:
