@@ -160,7 +160,7 @@ def _cpu_s(server: Server, role: str = "") -> float:
 def _niceness(server: Server) -> int:
     """By how much the HTTP process gives way to this one."""
     http = next(pid for name, pid in server.roles().items() if name.startswith("http"))
-    return max(0, psutil.Process(http).nice() - psutil.Process().nice())
+    return max(0, int(psutil.Process(http).nice()) - int(psutil.Process().nice()))
 
 
 def _questions(kind: str, stage: Stage, rng: random.Random, count: int = 512) -> list[Question]:
