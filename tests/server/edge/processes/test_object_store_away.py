@@ -14,7 +14,7 @@ import pytest
 
 from adapters.registry.objects import Objects
 from tests.stand import object_store
-from tests.stand.live import Live, hira
+from tests.stand.live import ON_CLUSTER, Live, hira
 from tests.stand.made import make_adapter
 from tests.stand.waits import until
 
@@ -91,8 +91,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "store_endpoint": store.endpoint,
             "dtype": "fp32",
         }
-        # One slot and no host memory: what is not asked for is on the disk alone.
-        budgets: dict[str, Any] = {"slots": 2, "host_bytes": 0}
+        # No host memory, and fewer slots than adapters, of all replicas of a cluster together: what
+        # is not asked for is on the disk alone.
+        budgets: dict[str, Any] = {"slots": 2 if int(ON_CLUSTER or 1) < 3 else 1, "host_bytes": 0}
         root = f"--source-root={sources}"
         with hira(data, root, anew=True, **settings, **budgets) as live:
             made = World(live, store, sources)
