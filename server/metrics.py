@@ -364,7 +364,6 @@ SNAPSHOT_GAUGES: Final = (
     ("slots", "hira_slots", "Slots for adapters on the device.", "state"),
     ("kv_blocks", "hira_kv_blocks", "Blocks of the KV cache.", "state"),
     ("static_bytes", "hira_static_step_bytes", "Memory of static steps.", "part"),
-    ("step_limit", "hira_step_limit", "Of generate steps that step_ms bounds.", "kind"),
     ("grammars", "hira_grammars", "Of structured output.", "kind"),
     ("cuda_bytes", "hira_cuda_bytes", "Memory of the CUDA device.", "kind"),
 )
@@ -381,6 +380,7 @@ SNAPSHOT_COUNTERS: Final = (
         "how",
     ),
     ("generate_tokens", "hira_generate_tokens", "Tokens of the generate lane.", "kind"),
+    ("paced_steps", "hira_paced_steps", "Generate steps with token_ms, by whose they were.", "of"),
 )
 # The same of each engine replica of a cluster.
 REPLICA_GAUGES: Final = (

@@ -52,7 +52,7 @@ class EngineOptions:
     max_batch_rows: int = 64
     max_sequences: int = 64  # sequences decoding together
     prefill_tokens: int | None = None  # tokens of one generate step; None: by the device
-    step_ms: float | None = None  # what a generate step should take at most; None: any time
+    token_ms: float | None = None  # from token to token beside busier adapters; None: any time
     kv_bytes: int = 256 * MIB
     grammar_bytes: int = 64 * MIB  # grammars kept compiled
     max_input_tokens: int | None = None  # None: the context of the base

@@ -288,8 +288,8 @@ class Settings(BaseSettings):
     max_batch_rows: Positive = setting(64, "Inputs of an encode batch.", "Budgets")
     max_sequences: Positive = setting(64, "Sequences decoding together.", "Budgets")
     prefill_tokens: Positive | None = setting(None, "Tokens of one generate step.", "Budgets")
-    step_ms: Annotated[float, Field(ge=1, le=60000)] | None = setting(
-        None, "Milliseconds that a generate step should take at most.", "Budgets"
+    token_ms: Annotated[float, Field(ge=1, le=60000)] | None = setting(
+        None, "Milliseconds from token to token beside busier adapters, on average.", "Budgets"
     )
     max_input_tokens: Positive | None = setting(
         None, "Tokens of one input (default: the context of the base).", "Budgets"
@@ -387,11 +387,10 @@ class Settings(BaseSettings):
                 "encode_batches, by which bits depend on what is beside or was before; leave them "
                 "off"
             )
-        if self.step_ms is not None and (self.deterministic or self.decode_steps == "ahead"):
+        if self.token_ms is not None and self.decode_steps == "ahead":
             raise ValueError(
-                "step_ms: not together with deterministic, which cuts prompts in the same places "
-                "whatever a step takes, or with decode_steps ahead, whose steps nobody waits for; "
-                "leave one of them off"
+                "token_ms: not together with decode_steps ahead, whose steps nobody waits for, so "
+                "that none can be given to some adapters; leave one of them off"
             )
         if self.store_url is None and (self.store_endpoint or self.store_cache_dir):
             raise ValueError(
@@ -491,7 +490,7 @@ class Settings(BaseSettings):
             max_batch_rows=self.max_batch_rows,
             max_sequences=self.max_sequences,
             prefill_tokens=self.prefill_tokens,
-            step_ms=self.step_ms,
+            token_ms=self.token_ms,
             kv_bytes=int(self.kv_bytes),
             grammar_bytes=int(self.grammar_bytes),
             max_input_tokens=self.max_input_tokens,

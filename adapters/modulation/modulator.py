@@ -203,7 +203,10 @@ class Modulator:
                     self._time(call, group, candidates, heed)
                     if not heed.is_settled(group.bucket):
                         calls_left = 1
+            # Only now: what is kept for one group may take the place of what another one has.
+            for group in groups:
                 if keeps and group.largest.rank and not group.largest.is_kept:
+                    candidates = _candidates(group, backends, keeps)
                     self._keep_what_pays(call, group, candidates, heed)
             groups = self._groups(call)
         version = self.folded.version

@@ -32,7 +32,7 @@ from server.messages import TERMINAL, EncodeRequest
 _ZERO_S = 60.0
 _SHORT_ANSWER = 16  # of a request of the flood
 _FLOOD_CLIENTS = 64
-_STEP_MS = 45  # of the server that bounds its steps
+_TOKENS_OF_IDLE = 2.0  # from token to token beside the flood, against an idle server
 _LEAVING_CLIENTS = 200
 # Three batches' worth: one is computed, one waits, and one is on its way there or back. With fewer
 # the batches would be smaller than those of the engine alone, and that would be what is measured.
@@ -54,7 +54,7 @@ class Streams:
 
 
 def bench(report: Report) -> None:
-    """All four parts on one server, and the flood on one that bounds its steps."""
+    """All four parts on one server, and the flood on one that has ``token_ms``."""
     torch.set_num_threads(THREADS)
     with (
         made() as folders,
@@ -65,7 +65,7 @@ def bench(report: Report) -> None:
         free = _flood(report, server)
         _disconnects(report, server)
         _predictions(report, server, alone)
-    more = (f"--step-ms={_STEP_MS}",)
+    more = (f"--token-ms={_TOKENS_OF_IDLE * free.idle_token_s * 1e3:.1f}",)
     with (
         made() as folders,
         running(folders.base, folders.generators[:2], report.dtype, more=more) as server,
@@ -125,17 +125,25 @@ async def _stream_all(port: int, new_tokens: int) -> Streams:
     return seen
 
 
-def _flood(report: Report, server: Server, free_per_s: float | None = None) -> float:
-    """What a flood on one adapter makes of another's latency; the flood's answers a second.
+@dataclass(frozen=True)
+class Flood:
+    """What a flood was, and what a server takes for a token without one."""
+
+    per_s: float  # answers
+    idle_token_s: float
+
+
+def _flood(report: Report, server: Server, free: Flood | None = None) -> Flood:
+    """What a flood on one adapter makes of another's latency.
 
     Args:
         report: Takes the figures.
         server: With these two adapters.
-        free_per_s: Of a server that does not bound its steps; None: this is it.
+        free: Of a server without ``token_ms``; None: this is it.
     """
     case = f"{_FLOOD_CLIENTS} clients against 1"
-    if free_per_s is not None:
-        case += f", steps of {_STEP_MS} ms"
+    if free is not None:
+        case += f", token_ms of {_TOKENS_OF_IDLE} idle tokens"
     report.section(f"HTTP: one adapter with {case}")
     idle, flooded, per_s = asyncio.run(_flooded(server.port, 4 if report.quick else 100))
 
@@ -145,11 +153,12 @@ def _flood(report: Report, server: Server, free_per_s: float | None = None) -> f
     for name, found in (("idle", idle), ("flooded", flooded)):
         note = f"p50 {percentile(found, 0.5) * 1e3:.0f} ms, {len(found)} requests"
         add(f"p99 {name}", percentile(found, 0.99) * 1e3, unit="ms", note=note)
+    add("p50 flooded / p50 idle", percentile(flooded, 0.5) / percentile(idle, 0.5))
     add("p99 flooded / p99 idle", percentile(flooded, 0.99) / percentile(idle, 0.99), at_most=2.5)
     add("answers of the flood", per_s, unit="answers/s")
-    if free_per_s is not None:
-        add("answers of the flood, of steps without a bound", per_s / free_per_s)
-    return per_s
+    if free is not None:
+        add("answers of the flood, of those without token_ms", per_s / free.per_s)
+    return Flood(per_s, percentile(idle, 0.5) / _SHORT_ANSWER)
 
 
 async def _flooded(port: int, count: int) -> tuple[list[float], list[float], float]:

@@ -355,7 +355,7 @@ class Engine:
             if generate is None
             else {"chosen": generate.generated_tokens, "shared": generate.shared_tokens},
             static_bytes=_sum(encode.static_bytes, generate.static_bytes if generate else {}),
-            step_limit={} if generate is None else generate.step_limit,
+            paced_steps={} if generate is None else generate.paced_steps,
             grammars={}
             if generate is None
             else {

@@ -51,8 +51,8 @@ class EngineSnapshot:
         encode_steps: Of the encode lane since the start, by how they ran.
         generate_steps: Of the generate lane since the start, by how they ran; {} where none may be
             static.
-        step_limit: Of the generate lane's steps: ``rows`` that one may have, and ``bounded_steps``
-            that would have had more; {} without ``step_ms``.
+        paced_steps: Of the generate lane since the start, of ``all`` adapters and of ``light`` ones
+            alone; {} without ``token_ms``.
         grammars: Of structured output: compiled, kept_bytes, deferred_tokens.
         generate_tokens: Of the generate lane since the start: ``chosen``, and those of prompts that
             were found in the cache (``shared``).
@@ -77,7 +77,7 @@ class EngineSnapshot:
     generate_steps: Mapping[str, int]
     generate_tokens: Mapping[str, int]
     static_bytes: Mapping[str, int]
-    step_limit: Mapping[str, int]
+    paced_steps: Mapping[str, int]
     grammars: Mapping[str, int]
     cuda_bytes: Mapping[str, int]
     totals: Mapping[str, int]

@@ -21,7 +21,7 @@ class GenerateFigures:
     deferred_tokens: int  # that were not chosen in their step: what a grammar allows came too late
     grammars_compiled: int
     grammar_bytes: int  # kept compiled, about
-    step_limit: Mapping[str, int]  # of step_ms: rows, bounded_steps; {} where steps have no bound
+    paced_steps: Mapping[str, int]  # by whose rows they had; {} without token_ms
     steps_by: Mapping[str, int]  # that were static, or why they were not; {} where none may be
     static_bytes: Mapping[str, int]  # of static steps on the device: buffers, graphs
     last_rows: int  # token rows of the latest forward

@@ -18,12 +18,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapters import segments
 from adapters.errors import SlotNotResident
 from server import failures
-from server.base.captured_steps import UNCAPTURED, GraphPool
+from server.base.captured_steps import GraphPool
 from server.base.memory import later_bytes
 from server.failures import NotFinite, is_lost
 from server.generation import failures as refusals
@@ -46,9 +47,9 @@ from server.generation.prefill import prefill_tokens_of
 from server.generation.sampling import Choice
 from server.generation.sequence_events import SequenceEvents, result_of
 from server.generation.sequences import ScheduledRows, Sequence
+from server.generation.static_start import start_static
 from server.generation.static_step import LaunchedStep
 from server.generation.step_pace import StepPace
-from server.generation.step_probe import step_fault
 from server.inputs.grammar_engine import Vocabulary
 from server.inputs.token_bytes import token_bytes
 from server.messages import (
@@ -61,7 +62,6 @@ from server.messages import (
     log_fields,
 )
 from server.options import EngineOptions, runs_apart
-from server.stages import tell_stage
 
 if TYPE_CHECKING:
     from adapters.layers.inject import AdaptedModel
@@ -127,17 +127,11 @@ class GenerateLane:
             deterministic=options.deterministic,
             apart=runs_apart(options, model.device.type),
         )
-        self._cut = whole_parts if options.deterministic else next_parts
+        parts_of = whole_parts if options.deterministic else next_parts
+        self._cut = partial(parts_of, budget_tokens=self._prefill_tokens)
         self._runs_ahead = options.decode_steps == "ahead"
-        self._pace = (
-            None
-            if options.step_ms is None
-            else StepPace(
-                options.step_ms / 1e3,
-                self._prefill_tokens + options.max_sequences,
-                max(self._prefill_tokens, MIN_PREFILL_TOKENS),
-            )
-        )
+        goal_ms = options.token_ms
+        self._pace = None if goal_ms is None else StepPace(goal_ms / 1e3, self._cut)
         if options.decode_steps != "dynamic":
             self._forward.make_static(
                 options.slots + 1,
@@ -169,31 +163,7 @@ class GenerateLane:
         Raises:
             Exception: The device itself is lost.
         """
-        forward = self._forward
-        if forward.static is None:
-            return
-        reason = "differs"
-        try:
-            # Before anything is captured, and then what was captured.
-            fault = step_fault(forward, self._adapted, self._kv, self._sequences.begin)
-            if fault is None:
-                reason = "uncapturable"
-                for done, every in forward.capture_static():
-                    tell_stage("capturing decode steps", done, every)
-                    if done % 10 == 0 or done == every:
-                        logger.warning("Capturing decode steps: %d of %d", done, every)
-                captured = forward.static.captured
-                if len(captured):
-                    reason = "differs"
-                    fault = step_fault(forward, self._adapted, self._kv, self._sequences.begin)
-                elif captured.possible:
-                    reason, fault = UNCAPTURED, "memory ended before any was captured"
-        except Exception as error:
-            if is_lost(error):
-                raise
-            fault = f"{type(error).__name__}: {error}"
-        if fault is not None:
-            forward.leave_static(reason, fault)
+        start_static(self._forward, self._adapted, self._kv, self._sequences.begin)
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request. What it can never be given is answered by the next step.
@@ -282,7 +252,7 @@ class GenerateLane:
             deferred_tokens=self._counts["deferred"],
             grammars_compiled=self._constraints.kept.compiled,
             grammar_bytes=self._constraints.kept.held_bytes,
-            step_limit=self._step_limit(),
+            paced_steps={} if self._pace is None else self._pace.steps,
             steps_by=Counter(self._forward.steps_by),
             static_bytes={} if self._forward.static is None else self._forward.static.held_bytes(),
             last_rows=self._forward.last_rows,
@@ -301,13 +271,13 @@ class GenerateLane:
             self._take_in(before, events)
         if self._launched is None:
             free = [one for one in self._running.values() if not one.held]
-            parts = self._next(free)
+            parts = self._cut(free) if self._pace is None else self._pace.parts(free)
             held = [one.constraint for one in self._running.values() if one.constraint is not None]
             if parts:
                 began = time.perf_counter()
                 self._run(parts, events)
                 if self._pace is not None:
-                    self._pace.took(sum(p.rows for p in parts), time.perf_counter() - began)
+                    self._pace.took(time.perf_counter() - began)
             elif held and not events:
                 wait_for_one(held, HELD_S)
         return events
@@ -429,17 +399,6 @@ class GenerateLane:
         return True
 
     # The forward and what follows
-
-    def _step_limit(self) -> dict[str, int]:
-        pace = self._pace
-        return {} if pace is None else {"rows": pace.rows, "bounded_steps": pace.bounded_steps}
-
-    def _next(self, free: list[Sequence]) -> list[ScheduledRows]:
-        """The rows of the next forward."""
-        parts = self._cut(free, self._prefill_tokens)
-        if self._pace is not None and sum(part.rows for part in parts) > self._pace.rows:
-            return self._pace.parts(free)
-        return parts
 
     def _run(self, parts: list[ScheduledRows], events: list[Event]) -> None:
         ran = self._forward.apart(parts)

@@ -1,114 +1,100 @@
-"""How many rows a generate step may have so that it takes no longer than it should, and whose.
+"""Which rows the next generate step has, where a busy adapter must not make all others slow.
 
-On a processor a step takes longer with every row, and each token of every client waits for the
-whole step. With ``step_ms`` the rows are limited by what steps were measured to take, and what the
-limit allows is shared between adapters alike: a flood on one of them makes the others wait for
-steps of that length and not for steps as long as the flood can make them. What that costs is
-throughput, since a step's fixed part is paid for fewer rows.
+On a processor a step takes longer with every row, and each token of every client waits for a whole
+step: a flood on one adapter makes the tokens of all others slow. With ``token_ms``, adapters that
+have little to run get steps of their own between those of everybody: a step of few rows is short,
+so on average their tokens come as often as asked for, though some still wait for a long step. That
+costs less throughput than to shorten all steps: what a step costs besides its rows is paid once
+more for a short step, and not for every few rows of the flood.
 
-The rows of a step follow no model of its time: they shrink when a step took too long and grow while
-steps at the limit are short, as congestion windows do, so whatever a row costs on this machine, at
-this load and for these adapters is in them. A few rows a step always has: with fewer, nearly all of
-its time would be its fixed part, and a goal that no step can reach would end all throughput.
+A pace keeps account of time, not of rows: whatever a row costs on this machine, at this load and
+for these adapters is in what steps were measured to take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Final
 
 from server.generation.sequences import ScheduledRows, Sequence
 
-# The limit follows the root of how far a step was off, within these: one disturbed step, or one
-# that compiled something, costs little.
-_LEAST_CHANGE: Final = 0.7
-_MOST_CHANGE: Final = 1.2
-# On two cores of a processor a step of so many rows takes about twice as long as one of a single
-# row, and has half of the throughput of long ones.
-LEAST_ROWS: Final = 16
-# A step with fewer of the rows that it might have had says nothing of the limit being too low.
-_AT_LIMIT: Final = 0.75
+Cut = Callable[[list[Sequence]], list[ScheduledRows]]
+
+# Light adapters want at most so much of the mean adapter's rows, and of all rows together: with
+# more, a step of theirs would hardly be shorter than one of everybody.
+_OF_THE_MEAN: Final = 1 / 2
+_OF_ALL: Final = 1 / 4
+# Seconds of light steps to each second of the steps of everybody, at most.
+_MOST_LIGHT: Final = 1.0
 
 
 class StepPace:
-    """The rows of generate steps that are to take a given time. One thread uses it.
+    """Whose rows the next step has: those of everybody, or of light adapters alone.
+
+    One thread uses it: ``parts``, then ``took`` with what that step took.
 
     Args:
-        goal_s: Seconds that a step should take at most.
-        most_rows: What a step may have in any case; if that is fewer than ``LEAST_ROWS``, no step
-            is limited further.
-        most_of_one: What it may have of one sequence.
+        goal_s: Seconds from token to token that light adapters should have on average.
+        cut: Chooses the rows of a step of these sequences.
     """
 
-    def __init__(self, goal_s: float, most_rows: int, most_of_one: int) -> None:
+    def __init__(self, goal_s: float, cut: Cut) -> None:
         self._goal_s = goal_s
-        self._most_of_one = most_of_one
-        self._most = float(most_rows)
-        self._limit = float(most_rows)
-        self._steps = 0  # whose rows were chosen here
-        # In the order of their latest steps, and so whose turn it is.
-        self._turns: dict[str | None, int] = {}
-        self._stepped: dict[str, int] = {}
+        self._cut = cut
+        # By how much light adapters are behind the goal: the sum of what steps took, less the goal.
+        self._behind_s = 0.0
+        self._full_s = 0.0  # of the latest step of everybody
+        self._light_s = 0.0  # of the light ones since then
+        self._light = False  # whether the step under way is one
+        self._steps = {"all": 0, "light": 0}
 
     @property
-    def bounded_steps(self) -> int:
-        """Steps that would have had more rows."""
-        return self._steps
+    def steps(self) -> Mapping[str, int]:
+        """Steps so far, of everybody (``all``) and of light adapters alone (``light``)."""
+        return dict(self._steps)
 
-    @property
-    def rows(self) -> int:
-        """Rows that the next step may have."""
-        return int(self._limit)
+    def parts(self, running: list[Sequence]) -> list[ScheduledRows]:
+        """The rows of the next forward."""
+        light = light_ones(running) if self._is_behind() else []
+        self._light = bool(light)
+        return self._cut(light or running)
 
-    def took(self, rows: int, seconds: float) -> None:
-        """Note what a step took."""
-        off = (self._goal_s / max(seconds, 1e-6)) ** 0.5
-        if off < 1.0 or rows >= _AT_LIMIT * self.rows:
-            limit = self._limit * min(max(off, _LEAST_CHANGE), _MOST_CHANGE)
-            self._limit = min(max(limit, float(LEAST_ROWS)), self._most)
+    def took(self, seconds: float) -> None:
+        """Note what the step took whose rows ``parts`` chose."""
+        self._steps["light" if self._light else "all"] += 1
+        behind_s = max(self._behind_s + seconds - self._goal_s, -self._goal_s)
+        if self._light:
+            self._light_s += seconds
+        else:
+            # Nobody has waited for more than this step when what came before it is forgotten: who
+            # comes during it is behind by no more, and nothing that was owed is owed for ever.
+            behind_s = min(behind_s, seconds)
+            self._full_s, self._light_s = seconds, 0.0
+        self._behind_s = behind_s
 
-    def parts(self, running: Iterable[Sequence]) -> list[ScheduledRows]:
-        """Choose the rows of the next forward: at most ``rows``.
+    def _is_behind(self) -> bool:
+        return self._behind_s > 0.0 and self._light_s < _MOST_LIGHT * self._full_s
 
-        They are shared between adapters alike: what one does not need is shared by the others.
-        Among the sequences of one adapter, and among adapters where they are more than rows, those
-        come first whose latest step is the longest ago. A prompt is read in pieces.
 
-        Returns:
-            Parts in the order of their rows; those of one slot are neighbours.
-        """
-        sequences = list(running)
-        self._steps += 1
-        here = {one.request.id for one in sequences}
-        # Who is new stands behind everybody who was here: newcomers cannot hold up others for ever.
-        self._stepped = {one: self._stepped.get(one, self._steps) for one in here}
-        groups: dict[str | None, list[Sequence]] = {}
-        for one in sequences:
-            groups.setdefault(one.request.version, []).append(one)
-        self._turns = {version: self._turns.get(version, self._steps) for version in groups}
-        parts: list[ScheduledRows] = []
-        for version, share in self._shares(groups).items():
-            self._turns[version] = self._steps
-            left = share
-            for one in sorted(groups[version], key=lambda one: self._stepped[one.request.id]):
-                rows = min(one.pending, self._most_of_one, left)
-                if rows > 0:
-                    parts.append(ScheduledRows(one, rows))
-                    self._stepped[one.request.id] = self._steps
-                    left -= rows
-        # Fewer segments make fewer and larger products.
-        return sorted(parts, key=lambda part: part.sequence.slot)
+def light_ones(running: list[Sequence]) -> list[Sequence]:
+    """Sequences of the adapters that want few rows where others want many; [] where none do.
 
-    def _shares(self, groups: dict[str | None, list[Sequence]]) -> dict[str | None, int]:
-        """The rows of each adapter that gets some: equal, but for what one does not need."""
-        left = self.rows
-        wanted = {
-            version: sum(min(one.pending, self._most_of_one) for one in own)
-            for version, own in groups.items()
-        }
-        turn = sorted(groups, key=lambda version: self._turns[version])[:left]
-        shares: dict[str | None, int] = {}
-        for place, version in enumerate(sorted(turn, key=lambda version: wanted[version])):
-            shares[version] = min(wanted[version], -(-left // (len(turn) - place)))
-            left -= shares[version]
-        return shares
+    Adapters that want equally many are light together or not at all.
+    """
+    wanted: dict[str | None, int] = {}
+    for one in running:
+        version = one.request.version
+        wanted[version] = wanted.get(version, 0) + one.pending
+    every = sum(wanted.values())
+    if not every:
+        return []
+    most_of_one, left = _OF_THE_MEAN * every / len(wanted), _OF_ALL * every
+    light: set[str | None] = set()
+    for rows, alike in groupby(sorted(wanted, key=wanted.__getitem__), key=wanted.__getitem__):
+        group = list(alike)
+        left -= rows * len(group)
+        if rows > most_of_one or left < 0:
+            break
+        light.update(group)
+    return [one for one in running if one.request.version in light]

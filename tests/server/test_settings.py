@@ -122,12 +122,12 @@ def test_named_file_must_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_every_engine_option_comes_from_a_setting() -> None:
-    settings = load_settings({"max_input_tokens": "77", "prefix_sharing": True, "step_ms": "50"})
+    settings = load_settings({"max_input_tokens": "77", "prefix_sharing": True, "token_ms": "50"})
     options = settings.engine_options("/base")
     assert isinstance(options, EngineOptions)
     assert (options.base, options.max_input_tokens) == ("/base", 77)
     assert options.allow_prefix_sharing
-    assert options.step_ms == 50.0
+    assert options.token_ms == 50.0
     assert pickle.loads(pickle.dumps(options)) == options
     for name in EngineOptions.__dataclass_fields__:
         if name in Settings.model_fields and name != "base":
@@ -176,15 +176,8 @@ def test_with_an_object_store_the_folder_holds_what_is_used(tmp_path: Path) -> N
     assert remote.engine_options("base").remote_store == remote.remote_store
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"step_ms": 60, "deterministic": True},
-        {"step_ms": 60, "decode_steps": "ahead"},
-        {"step_ms": 0},
-    ],
-)
+@pytest.mark.parametrize("flags", [{"token_ms": 60, "decode_steps": "ahead"}, {"token_ms": 0}])
 def test_a_time_that_steps_cannot_be_given_is_refused(flags: dict[str, object]) -> None:
-    with pytest.raises(SettingsFault, match=r"step.ms"):
+    with pytest.raises(SettingsFault, match=r"token.ms"):
         load_settings(flags)
-    assert load_settings({"step_ms": 60, "decode_steps": "static"}).step_ms == 60
+    assert load_settings({"token_ms": 60, "decode_steps": "static"}).token_ms == 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from adapters.kernels import native_ops, torch_ops
 from adapters.modulation import autotune
 from adapters.modulation import modulator as modulation
 from adapters.modulation.autotune import Autotuner
+from adapters.modulation.folded import FoldedCache
 from adapters.modulation.gpu_kernels import kernels_digest
 from adapters.modulation.layer_call import LayerCall
 from adapters.modulation.modulator import Modulator, choose_ways
@@ -285,3 +287,55 @@ def test_traffic_itself_is_timed_and_the_winner_used(
         with modulator.planned(Plan(segments)):
             modulator.linear(call)
         assert (folds > before) == (cheaper == "fold")
+
+
+@pytest.mark.parametrize("kernel", ["best", "none"])
+def test_what_is_kept_for_one_group_may_take_the_place_of_another_ones(
+    kernel: native_ops.Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two folded weights of seven adapters."""
+    monkeypatch.setattr(modulation, "_FEWEST_WEIGHTS", 1)
+    rng = random.Random(3)
+    generator = torch.Generator().manual_seed(3)
+    weight = QuantizedWeight.from_dense(torch.randn(SHAPE, generator=generator), "nf4")
+    dense = weight.dequantize(dtype=torch.float32).double()
+    slots = {
+        slot: SlotFactors(
+            "hira",
+            torch.randn(4, SHAPE[1], generator=generator),
+            torch.randn(SHAPE[0], 4, generator=generator),
+        )
+        for slot in range(1, 8)
+    }
+
+    class Guessing(Autotuner):
+        """Runs what is due, and finds that a weight that is kept saves more and more."""
+
+        saved = 10.0
+
+        def ns(self, bucket: Bucket, candidate: Candidate) -> float | None:
+            known = super().ns(bucket, candidate)
+            if known is None:
+                return None
+            self.saved *= 1.0 + rng.random() / 10
+            return 1.0 if candidate[1] in {"held", "kept"} else self.saved
+
+    modulator = Modulator("auto", Guessing())
+    kept = modulator.folded = FoldedCache(2 * SHAPE[0] * SHAPE[1] * 4, torch.device("cpu"))
+    keys: set[frozenset[int]] = set()
+    with native_ops.limited_to(kernel):
+        for _ in range(200):
+            chosen = rng.sample(sorted(slots), rng.randint(2, 6))
+            segments = from_runs([(slot, rng.choice([1, 2, 9])) for slot in chosen])
+            x = torch.randn(segments.rows, SHAPE[1], generator=generator)
+            with modulator.planned(Plan(segments)):
+                found = modulator.linear(LayerCall("l", x, weight, slots, segments))
+            for part in segments.parts:
+                own = slots[part.slot]
+                changed = dense * (1 + own.b.double() @ own.a.double())
+                wanted = x[part.start : part.stop].double() @ changed.T
+                torch.testing.assert_close(
+                    found[part.start : part.stop].double(), wanted, rtol=1e-4, atol=1e-3
+                )
+            keys.add(frozenset(slot for slot in slots if kept.has(slot, "l")))
+    assert len(keys) > 10  # they did take each other's place
