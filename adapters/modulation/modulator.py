@@ -206,8 +206,7 @@ class Modulator:
             # Only now: what is kept for one group may take the place of what another one has.
             for group in groups:
                 if keeps and group.largest.rank and not group.largest.is_kept:
-                    candidates = _candidates(group, backends, keeps)
-                    self._keep_what_pays(call, group, candidates, heed)
+                    self._keep_what_pays(call, group, _candidates(group, backends, keeps), heed)
             groups = self._groups(call)
         version = self.folded.version
         backend, ways = choose_ways(

@@ -13,6 +13,7 @@ for these adapters is in what steps were measured to take.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Final
@@ -21,12 +22,16 @@ from server.generation.sequences import ScheduledRows, Sequence
 
 Cut = Callable[[list[Sequence]], list[ScheduledRows]]
 
-# Light adapters want at most so much of the mean adapter's rows, and of all rows together: with
-# more, a step of theirs would hardly be shorter than one of everybody.
+# Light adapters have at most so much of the mean adapter's sequences, and of its rows in the step
+# of everybody, and together at most so much of all rows: with more, a step of theirs would hardly
+# be shorter than one of everybody.
 _OF_THE_MEAN: Final = 1 / 2
 _OF_ALL: Final = 1 / 4
 # Seconds of light steps to each second of the steps of everybody, at most.
 _MOST_LIGHT: Final = 1.0
+# A step that was disturbed counts as this many of the step before it, or of the goal, at most.
+_MOST_STEPS: Final = 2
+_MOST_GOALS: Final = 8
 
 
 class StepPace:
@@ -45,7 +50,7 @@ class StepPace:
         # By how much light adapters are behind the goal: the sum of what steps took, less the goal.
         self._behind_s = 0.0
         self._full_s = 0.0  # of the latest step of everybody
-        self._light_s = 0.0  # of the light ones since then
+        self._light_s = 0.0  # of the light ones since then, and what those before had too much
         self._light = False  # whether the step under way is one
         self._steps = {"all": 0, "light": 0}
 
@@ -56,13 +61,15 @@ class StepPace:
 
     def parts(self, running: list[Sequence]) -> list[ScheduledRows]:
         """The rows of the next forward."""
-        light = light_ones(running) if self._is_behind() else []
+        every = self._cut(running)
+        light = light_parts(every) if self._is_behind() else []
         self._light = bool(light)
-        return self._cut(light or running)
+        return light or every
 
     def took(self, seconds: float) -> None:
         """Note what the step took whose rows ``parts`` chose."""
         self._steps["light" if self._light else "all"] += 1
+        seconds = min(seconds, max(_MOST_STEPS * self._full_s, _MOST_GOALS * self._goal_s))
         behind_s = max(self._behind_s + seconds - self._goal_s, -self._goal_s)
         if self._light:
             self._light_s += seconds
@@ -70,31 +77,34 @@ class StepPace:
             # Nobody has waited for more than this step when what came before it is forgotten: who
             # comes during it is behind by no more, and nothing that was owed is owed for ever.
             behind_s = min(behind_s, seconds)
-            self._full_s, self._light_s = seconds, 0.0
+            self._light_s = max(0.0, self._light_s - _MOST_LIGHT * self._full_s)
+            self._full_s = seconds
         self._behind_s = behind_s
 
     def _is_behind(self) -> bool:
         return self._behind_s > 0.0 and self._light_s < _MOST_LIGHT * self._full_s
 
 
-def light_ones(running: list[Sequence]) -> list[Sequence]:
-    """Sequences of the adapters that want few rows where others want many; [] where none do.
+def light_parts(parts: list[ScheduledRows]) -> list[ScheduledRows]:
+    """Of a step of everybody, those of adapters with few rows where others have many; [] where
+    there are none.
 
-    Adapters that want equally many are light together or not at all.
+    Adapters that have equally many are light together or not at all.
     """
-    wanted: dict[str | None, int] = {}
-    for one in running:
-        version = one.request.version
-        wanted[version] = wanted.get(version, 0) + one.pending
-    every = sum(wanted.values())
-    if not every:
-        return []
-    most_of_one, left = _OF_THE_MEAN * every / len(wanted), _OF_ALL * every
+    rows: Counter[str | None] = Counter()
+    sequences: Counter[str | None] = Counter()
+    for part in parts:
+        rows[part.sequence.request.version] += part.rows
+        sequences[part.sequence.request.version] += 1
+    most_rows = _OF_THE_MEAN * rows.total() / max(1, len(rows))
+    most_sequences = _OF_THE_MEAN * len(parts) / max(1, len(rows))
+    few = [v for v in rows if rows[v] <= most_rows and sequences[v] <= most_sequences]
+    left = _OF_ALL * rows.total()
     light: set[str | None] = set()
-    for rows, alike in groupby(sorted(wanted, key=wanted.__getitem__), key=wanted.__getitem__):
+    for each, alike in groupby(sorted(few, key=rows.__getitem__), key=rows.__getitem__):
         group = list(alike)
-        left -= rows * len(group)
-        if rows > most_of_one or left < 0:
+        left -= each * len(group)
+        if left < 0:
             break
         light.update(group)
-    return [one for one in running if one.request.version in light]
+    return [part for part in parts if part.sequence.request.version in light]

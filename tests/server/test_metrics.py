@@ -138,6 +138,7 @@ def test_memory_of_static_steps_and_why_steps_were_not_are_shown() -> None:
         "static_bytes": {"buffers": 5, "graphs": 7},
         "generate_steps": {"static": 3, "rank": 2},
         "encode_steps": {"unpadded": 4, "storage": 1},
+        "paced_steps": {"all": 9, "light": 4},
     }
     registry.register(Live(said))
     value = registry.get_sample_value
@@ -146,6 +147,8 @@ def test_memory_of_static_steps_and_why_steps_were_not_are_shown() -> None:
     for lane in ("generate", "encode"):
         for how, steps in said[f"{lane}_steps"].items():
             assert value(f"hira_{lane}_steps_total", {"how": how}) == steps
+    for whose, steps in said["paced_steps"].items():
+        assert value("hira_paced_steps_total", {"of": whose}) == steps
 
 
 def test_resident_bytes_of_this_process_are_plausible() -> None:
