@@ -136,7 +136,7 @@ async def _levels(
     for row in rows:
         row["goodput_of_best"] = round(row["goodput_per_s"] / best, 3)
     bound_s = SLACK * options.queue / per_s + 1.0
-    faults += [fault for row in rows for fault in _faults(row, before, bound_s)]
+    faults += [fault for row in rows for fault in level_faults(row, before, bound_s)]
     report = {
         "capacity_per_s": round(per_s, 2),
         "capacity_clients": crowd,
@@ -232,7 +232,7 @@ def _quantiles(values: list[float]) -> dict[str, float]:
     }
 
 
-def _faults(row: dict[str, Any], before: dict[str, int], bound_s: float) -> list[str]:
+def level_faults(row: dict[str, Any], before: dict[str, int], bound_s: float) -> list[str]:
     """What broke a pass mark at one level."""
     level, found = f"{row['level']:g}x", []
     # Less than the best is all there can be where less was sent.

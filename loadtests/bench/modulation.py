@@ -73,6 +73,7 @@ CASES = (
     Case("DistilBERT 64 x 16, 32 adapters", "distilbert", 64, 16, 32, _goals(0.95, 5.0, 0.9, 5.0)),
     Case("DistilBERT 1 x 16", "distilbert", 1, 16, 1, _goals(1 / 1.1, 2.5, 1.1, 2.5)),
     Case("Llama decoding, 16 adapters", "llama", 16, 1, 16, _goals(0.5, 12.0, 0.6, 12.0)),
+    Case("Llama prompt of 400", "llama", 1, 400, 1, _goals(0.95, 1.0, 0.95, 1.0)),
 )
 
 
@@ -206,6 +207,8 @@ def _sides(
         return adapted.batch(rows.repeat(tokens), rows)
 
     make = _encoding if case.shape == "distilbert" else _decoding
+    if case.shape == "llama" and case.tokens > 1:
+        make = _reading
     everything = slice(0, case.rows)
     sides: dict[str, Run] = {"mixed": make(case, adapted.model, everything, batch)}
     for layout, model in bases.items():
@@ -247,6 +250,20 @@ def _encoding(case: Case, model: Any, rows: slice, batch: Any) -> Run:
             return model(ids)[0]  # type: ignore[no-any-return]
         with batch(case.tokens):
             return model(ids)[0]  # type: ignore[no-any-return]
+
+    return run
+
+
+def _reading(case: Case, model: Any, rows: slice, batch: Any) -> Run:
+    """A prompt of every sequence, and the scores of what may follow it."""
+    from contextlib import nullcontext
+
+    ids = _ids(case.rows, case.tokens)[rows]
+
+    def run() -> torch.Tensor:
+        with nullcontext() if batch is None else batch(case.tokens):
+            logits: torch.Tensor = model(ids, use_cache=True, logits_to_keep=1).logits
+        return logits
 
     return run
 

@@ -20,7 +20,7 @@ from typing import Final
 
 from server.generation.sequences import ScheduledRows, Sequence
 
-Cut = Callable[[list[Sequence]], list[ScheduledRows]]
+ChooseRows = Callable[[list[Sequence]], list[ScheduledRows]]
 
 # Light adapters have at most so much of the mean adapter's sequences, and of its rows in the step
 # of everybody, and together at most so much of all rows: with more, a step of theirs would hardly
@@ -44,7 +44,7 @@ class StepPace:
         cut: Chooses the rows of a step of these sequences.
     """
 
-    def __init__(self, goal_s: float, cut: Cut) -> None:
+    def __init__(self, goal_s: float, cut: ChooseRows) -> None:
         self._goal_s = goal_s
         self._cut = cut
         # By how much light adapters are behind the goal: the sum of what steps took, less the goal.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.saturation import _faults
+from loadtests.saturation import level_faults
 
 
 def row(goodput: float, sent: float, best: float = 14.0) -> dict[str, Any]:
@@ -30,5 +30,5 @@ def row(goodput: float, sent: float, best: float = 14.0) -> dict[str, Any]:
 def test_goodput_is_held_against_the_best_or_against_all_that_was_sent(
     goodput: float, sent: float, faulty: bool
 ) -> None:
-    found = _faults(row(goodput, sent), {}, 10.0)
+    found = level_faults(row(goodput, sent), {}, 10.0)
     assert [fault.split(" is ")[0] for fault in found] == ["2x: goodput"] * faulty
