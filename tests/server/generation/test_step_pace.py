@@ -205,3 +205,17 @@ def test_a_goal_that_is_never_missed_changes_no_step() -> None:
         stage.drain()
         plans.append([[(p.slot, p.rows) for p in plan.parts] for plan in stage.adapted.plans])
     assert plans[0] == plans[1]
+
+
+def test_who_leaves_between_steps_holds_up_nobody() -> None:
+    stage = Stage(token_ms=0.001)
+    flood = [stage.submit("a", prompt, max_new_tokens=20) for prompt in prompts(12, 9, seed=3)]
+    light = [stage.submit(version, [5, 6, 7], max_new_tokens=20) for version in ("b", "c", None)]
+    for step in range(6):
+        stage.lane.step()
+        if step % 2:
+            assert stage.lane.cancel(light.pop())
+            assert stage.lane.cancel(flood.pop())
+    assert {one.id for one in terminals(stage.drain(4000))} == set(flood)
+    assert stage.lane.figures().paced_steps["light"]
+    assert nothing_is_held(stage)
