@@ -197,16 +197,16 @@ class Modulator:
         calls_left = _SETTLED_CALLS
         if heed is not None and self.strategy in {"auto", "native"}:
             keeps = self.strategy == "auto" and self.folded.budget_bytes > 0
-            for group in groups:
-                candidates = _candidates(group, backends, keeps)
+            possible = [(group, _candidates(group, backends, keeps)) for group in groups]
+            for group, candidates in possible:
                 if len(candidates) > 1:
                     self._time(call, group, candidates, heed)
                     if not heed.is_settled(group.bucket):
                         calls_left = 1
             # Only now: what is kept for one group may take the place of what another one has.
-            for group in groups:
+            for group, candidates in possible:
                 if keeps and group.largest.rank and not group.largest.is_kept:
-                    self._keep_what_pays(call, group, _candidates(group, backends, keeps), heed)
+                    self._keep_what_pays(call, group, candidates, heed)
             groups = self._groups(call)
         version = self.folded.version
         backend, ways = choose_ways(

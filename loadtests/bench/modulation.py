@@ -206,9 +206,8 @@ def _sides(
     def batch(tokens: int) -> Any:
         return adapted.batch(rows.repeat(tokens), rows)
 
-    make = _encoding if case.shape == "distilbert" else _decoding
-    if case.shape == "llama" and case.tokens > 1:
-        make = _reading
+    of_llama = _decoding if case.tokens == 1 else _reading
+    make = _encoding if case.shape == "distilbert" else of_llama
     everything = slice(0, case.rows)
     sides: dict[str, Run] = {"mixed": make(case, adapted.model, everything, batch)}
     for layout, model in bases.items():

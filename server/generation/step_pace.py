@@ -29,7 +29,8 @@ _OF_THE_MEAN: Final = 1 / 2
 _OF_ALL: Final = 1 / 4
 # Seconds of light steps to each second of the steps of everybody, at most.
 _MOST_LIGHT: Final = 1.0
-# A step that was disturbed counts as this many of the step before it, or of the goal, at most.
+# A step that was disturbed counts as this many of the latest one of everybody, or of the goal, at
+# most.
 _MOST_STEPS: Final = 2
 _MOST_GOALS: Final = 8
 

@@ -25,7 +25,13 @@ def row(goodput: float, sent: float, best: float = 14.0) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("goodput", "sent", "faulty"),
-    [(13.0, 28.0, False), (11.7, 28.0, True), (11.7, 11.9, False), (9.0, 11.9, True)],
+    [
+        (13.0, 28.0, False),
+        (11.7, 28.0, True),
+        (11.7, 11.9, False),
+        (9.0, 11.9, True),
+        (0.0, 0.0, False),
+    ],
 )
 def test_goodput_is_held_against_the_best_or_against_all_that_was_sent(
     goodput: float, sent: float, faulty: bool
